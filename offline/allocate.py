@@ -1,0 +1,86 @@
+"""From error profiles to ranks: one uniform tolerance for all projections.
+
+PGSVD (arXiv 2510.05544, section 4): with equal sensitivities, giving every layer the same relative
+error is optimal for the bi-objective problem of size and error, and yields different ranks.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from pgsvd_vllm.errors import InputError
+from pgsvd_vllm.offline.model_source import Projection
+from pgsvd_vllm.offline.spectrum import rank_for
+
+# Ranks are rounded up to whole hardware tiles where the matrix is large enough not to feel it.
+RANK_MULTIPLE = 16
+ROUND_FROM = 256
+RATIO_SLACK = 0.005
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """Which projections are factored, and with what rank.
+
+    Attributes:
+        tolerance: the uniform bound on every projection's relative error.
+        ranks: projection name -> rank; a projection that stays dense is absent.
+        removed: share of the projections' parameters that is removed.
+    """
+
+    tolerance: float
+    ranks: dict[str, int]
+    removed: float
+
+
+def saves(projection: Projection, rank: int) -> bool:
+    """Whether rank (out + in) is less than out * in."""
+    return rank * (projection.out_features + projection.in_features) < projection.numel
+
+
+def hardware_rank(projection: Projection, rank: int) -> int:
+    """The rank rounded up to RANK_MULTIPLE, for matrices of at least ROUND_FROM rows and columns."""
+    if min(projection.out_features, projection.in_features) < ROUND_FROM:
+        return rank
+    return -(-rank // RANK_MULTIPLE) * RANK_MULTIPLE
+
+
+def at_tolerance(projections: Sequence[Projection], profiles: dict[str, torch.Tensor], tolerance: float) -> Allocation:
+    """The ranks that one tolerance gives: smallest with e(r) <= tolerance, dense where none saves."""
+    ranks, kept, total = {}, 0, 0
+    for p in projections:
+        rank = hardware_rank(p, rank_for(profiles[p.name], tolerance))
+        total += p.numel
+        if saves(p, rank):
+            ranks[p.name] = rank
+            kept += rank * (p.out_features + p.in_features)
+        else:
+            kept += p.numel
+    return Allocation(tolerance, ranks, 1 - kept / total)
+
+
+def at_ratio(projections: Sequence[Projection], profiles: dict[str, torch.Tensor], ratio: float) -> Allocation:
+    """The tolerance, found by bisection, whose ranks remove the share `ratio`.
+
+    Raises:
+        InputError: even rank 1 everywhere does not remove that much, or the ranks are too coarse
+            to come within half a point.
+    """
+    low, high = 0.0, 1.0
+    most = at_tolerance(projections, profiles, high)
+    if most.removed < ratio - RATIO_SLACK:
+        raise InputError(
+            f"--ratio {ratio}: more than this model can give; the smallest factors remove {most.removed:.1%}"
+        )
+    for _ in range(60):
+        middle = (low + high) / 2
+        if at_tolerance(projections, profiles, middle).removed < ratio:
+            low = middle
+        else:
+            high = middle
+    below, above = at_tolerance(projections, profiles, low), at_tolerance(projections, profiles, high)
+    best = min((below, above), key=lambda a: abs(a.removed - ratio))
+    if abs(best.removed - ratio) > RATIO_SLACK and not best.ranks:
+        raise InputError(f"--ratio {ratio}: too small for this model; the next possible step is {above.removed:.1%}")
+    return best

@@ -1,0 +1,205 @@
+"""The pipeline: plan, calibrate, allocate ranks, factorize, write."""
+
+import errno
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+
+from pgsvd_vllm.checkpoint import ShardWriter, open_checkpoint
+from pgsvd_vllm.errors import InputError, PgsvdError
+from pgsvd_vllm.offline.allocate import Allocation, at_ratio, at_tolerance
+from pgsvd_vllm.offline.calibrate import LayerGrams, LayerStream
+from pgsvd_vllm.offline.factorize import als, relative_error, round_factors
+from pgsvd_vllm.offline.model_source import Projection
+from pgsvd_vllm.offline.plan import CompressOptions, Plan, check_disk, estimate, make_plan
+from pgsvd_vllm.offline.report import ModuleReport, write_config, write_description
+from pgsvd_vllm.offline.spectrum import error_profile, gram_root, output_energy
+from pgsvd_vllm.offline.workspace import LayerCalibration, Workspace
+
+COPIED_SUFFIXES = {".json", ".jinja", ".txt", ".model", ".tiktoken"}
+NOT_COPIED = {"config.json", "model.safetensors.index.json", "README.md"}
+DEFAULT_RATIO = 0.2
+
+
+@dataclass(frozen=True)
+class CompressResult:
+    """What was written.
+
+    Attributes:
+        output: the folder.
+        allocation: tolerance and ranks.
+        modules: one entry a projection, factored or dense.
+        parameters_before, parameters_after: of the whole model.
+    """
+
+    output: Path
+    allocation: Allocation
+    modules: list[ModuleReport]
+    parameters_before: int
+    parameters_after: int
+
+
+def compress(options: CompressOptions, say: Callable[[str], None] = lambda _line: None) -> CompressResult:
+    """Compress a model and write it to `options.output`.
+
+    Args:
+        options: the request.
+        say: called with one line at every stage.
+
+    Raises:
+        InputError: an option, the model or the text cannot be used, or the disk is full.
+        CheckpointError: a file of the model is missing or damaged.
+    """
+    plan = make_plan(options)
+    say(describe(plan))
+    workspace = Workspace(plan)
+    calibrated = False
+    try:
+        check_disk(plan, estimate(plan).disk, workspace.folder)
+        _calibrate(plan, workspace)
+        calibrated = True
+        allocation = _allocate(plan, workspace)
+        say(
+            f"tolerance {allocation.tolerance:.4f}: {len(allocation.ranks)} of {len(plan.flat)} projections "
+            f"factored, {allocation.removed:.1%} of their parameters removed"
+        )
+        result = _write(plan, workspace, allocation)
+        workspace.publish()
+        return result
+    except PgsvdError as error:
+        if calibrated:
+            raise type(error)(f"{error} (calibration is kept: repeat with --resume)") from None
+        workspace.discard()
+        raise
+    except OSError as error:
+        if error.errno != errno.ENOSPC and "No space left" not in str(error):
+            raise
+        raise InputError(
+            f"--output-dir {options.output}: the disk is full; what is done is kept in {workspace.folder}: "
+            "make room and repeat with --resume"
+        ) from None
+    except KeyboardInterrupt:
+        if not workspace.has_any_layer:
+            workspace.discard()
+        raise
+
+
+def describe(plan: Plan) -> str:
+    """One paragraph: model, text, what is about to happen."""
+    ids = plan.windows.ids
+    wanted = plan.options.num_calibration_samples
+    short = f" (the text has no more; {wanted} asked for)" if len(ids) < wanted else ""
+    return (
+        f"{plan.options.model}: {plan.total_parameters / 1e6:.1f} M parameters, "
+        f"{sum(p.numel for p in plan.flat) / 1e6:.1f} M in {len(plan.flat)} projections of "
+        f"{len(plan.projections)} layers\n"
+        f"calibration: {len(ids)} windows{short} of {ids.shape[1]} tokens from {plan.windows.name}, "
+        f"on {plan.device} in {str(plan.compute_dtype).removeprefix('torch.')}"
+    )
+
+
+def _calibrate(plan: Plan, workspace: Workspace) -> None:
+    """Gram matrices and output spectra of every layer that the workspace does not have yet."""
+    layers = len(plan.projections)
+    if all(workspace.has_layer(i) for i in range(layers)):
+        return
+    stream = LayerStream(plan.source, plan.windows.ids, plan.device, plan.compute_dtype)
+    with tqdm(total=layers * stream.tokens, unit="tok", unit_scale=True, desc="calibrate") as bar:
+        for index, row in enumerate(plan.projections):
+            collect = bool(row) and not workspace.has_layer(index)
+            bar.set_postfix_str(f"layer {index + 1}/{layers}")
+            for step in stream.advance(index, row, collect):
+                if isinstance(step, LayerGrams):
+                    workspace.save_layer(index, _spectra(plan, row, step))
+                else:
+                    bar.update(step)
+            if not row and not workspace.has_layer(index):
+                workspace.save_layer(index, LayerCalibration({}, {}, {}))
+
+
+def _spectra(plan: Plan, row: list[Projection], grams: LayerGrams) -> LayerCalibration:
+    """The output energies of a layer's projections on the compute device."""
+    roots: dict[str, torch.Tensor] = {}
+    energy = {}
+    for p in row:
+        leader = grams.leader[p.name]
+        weight = plan.source.read(f"{p.name}.weight").to(plan.device)
+        if p.out_features > p.in_features and leader not in roots:
+            roots[leader] = gram_root(grams.grams[leader])
+        energy[p.name] = output_energy(weight, grams.grams[leader], roots.get(leader)).cpu()
+    return LayerCalibration(grams.grams, grams.leader, energy)
+
+
+def _allocate(plan: Plan, workspace: Workspace) -> Allocation:
+    profiles: dict[str, torch.Tensor] = {}
+    for index in range(len(plan.projections)):
+        energy = workspace.load_layer(index, with_grams=False).energy
+        profiles.update({name: error_profile(values) for name, values in energy.items()})
+    if plan.options.tolerance is not None:
+        allocation = at_tolerance(plan.flat, profiles, plan.options.tolerance)
+        if not allocation.ranks:
+            raise InputError(
+                f"--tolerance {plan.options.tolerance}: no projection can be factored with so small an error; raise it"
+            )
+        return allocation
+    return at_ratio(plan.flat, profiles, plan.options.ratio if plan.options.ratio is not None else DEFAULT_RATIO)
+
+
+def _write(plan: Plan, workspace: Workspace, allocation: Allocation) -> CompressResult:
+    """Factor every chosen projection, copy everything else, describe the result."""
+    folder = workspace.begin_checkpoint()
+    writer = ShardWriter(folder)
+    modules: list[ModuleReport] = []
+    after = 0
+    with tqdm(total=len(allocation.ranks), desc="factorize", unit="matrix") as bar:
+        for index, row in enumerate(plan.projections):
+            data = workspace.load_layer(index)
+            for p in row:
+                rank = allocation.ranks.get(p.name)
+                if rank is None:
+                    modules.append(ModuleReport(p.name, p.out_features, p.in_features, None, 0.0, 0.0, 0))
+                    continue
+                report, u, v = _factor(plan, p, rank, data)
+                writer.add(f"{p.name}.weight_v", v)
+                writer.add(f"{p.name}.weight_u", u)
+                after += u.numel() + v.numel()
+                modules.append(report)
+                bar.update()
+    factored = {f"{name}.weight" for name in allocation.ranks}
+    for name in plan.source.tensors:
+        if name in factored:
+            continue
+        tensor = plan.source.read(name)
+        if plan.store_dtype is not None and tensor.is_floating_point():
+            tensor = tensor.to(plan.store_dtype)
+        writer.add(name, tensor)
+        after += tensor.numel()
+    writer.close()
+    for path in sorted(plan.source.folder.iterdir()):
+        if path.is_file() and path.suffix in COPIED_SUFFIXES and path.name not in NOT_COPIED:
+            shutil.copyfile(path, folder / path.name)
+    write_config(folder, plan, allocation, after)
+    write_description(folder, plan, allocation, modules, after)
+    open_checkpoint(folder)
+    return CompressResult(workspace.output, allocation, modules, plan.total_parameters, after)
+
+
+def _factor(
+    plan: Plan, p: Projection, rank: int, data: LayerCalibration
+) -> tuple[ModuleReport, torch.Tensor, torch.Tensor]:
+    stored = plan.source.read(f"{p.name}.weight")
+    weight = stored.to(plan.device).double()
+    gram = data.grams[data.leader[p.name]].to(plan.device).double()
+    optimum = float(error_profile(data.energy[p.name])[min(rank, len(data.energy[p.name]))])
+    factors = als(weight, gram, rank, optimum)
+    u, v = round_factors(factors, weight, plan.store_dtype or stored.dtype)
+    error = relative_error(weight, gram, u, v)
+    if not math.isfinite(error) or not (torch.isfinite(u).all() and torch.isfinite(v).all()):
+        raise InputError(f"{p.name}: its factors are not finite in {u.dtype}; use --dtype float32 or bfloat16")
+    sweeps = len(factors.errors) - 1
+    return ModuleReport(p.name, p.out_features, p.in_features, rank, error, optimum, sweeps), u.cpu(), v.cpu()

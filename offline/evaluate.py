@@ -1,0 +1,27 @@
+"""Perplexity of a model on text: exp of the mean negative log likelihood of every token but the first."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+
+@torch.no_grad()
+def perplexity(model: PreTrainedModel, windows: torch.Tensor, batch: int = 4, desc: str = "perplexity") -> float:
+    """Perplexity over token windows; a non-finite loss is not skipped but makes the result NaN.
+
+    Args:
+        model: a causal language model.
+        windows: int64 [count, length]; every window is predicted from its own start.
+        batch: windows at a time.
+        desc: of the progress bar.
+    """
+    total, count = 0.0, 0
+    for ids in tqdm(windows.split(batch), desc=desc, unit="batch"):
+        ids = ids.to(model.device)
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+        total += F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").item()
+        count += ids[:, 1:].numel()
+    return math.exp(total / count) if math.isfinite(total) else math.nan

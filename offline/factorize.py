@@ -1,0 +1,116 @@
+"""Solvers for the factors: minimise ||(W - U V) X||_F over U [m, r], V [r, n].
+
+Everything is expressed through the Gram matrix C = sum x x^T, in float64.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+# ALS stops once its error is certified to lie this close to the optimum, relative.
+ALS_TOLERANCE = 0.005
+ALS_MAX_SWEEPS = 200
+
+
+@dataclass(frozen=True)
+class Factors:
+    """U [m, r] with orthonormal columns, V [r, n], and the relative error after every sweep."""
+
+    u: torch.Tensor
+    v: torch.Tensor
+    errors: list[float]
+
+
+def relative_error(weight: torch.Tensor, gram: torch.Tensor, u: torch.Tensor, v: torch.Tensor) -> float:
+    """||(W - U V) X||_F / ||W X||_F; 0 where W X vanishes."""
+    w, c = weight.double(), gram.double()
+    residual = w - u.double() @ v.double()
+    total = (w @ c).mul_(w).sum()
+    if total <= 0:
+        return 0.0
+    return float(((residual @ c).mul_(residual).sum().clamp_min(0) / total).sqrt())
+
+
+def closed_form(weight: torch.Tensor, gram: torch.Tensor, rank: int) -> Factors:
+    """The exact optimum: U holds the leading eigenvectors of W C W^T, V = U^T W.
+
+    Args:
+        weight: [m, n].
+        gram: [n, n].
+        rank: r <= m.
+    """
+    w, c = weight.double(), gram.double()
+    _, vectors = torch.linalg.eigh(w @ c @ w.T)
+    u = vectors[:, -rank:].flip(1)
+    v = u.T @ w
+    return Factors(u, v, [relative_error(w, c, u, v)])
+
+
+def als(
+    weight: torch.Tensor,
+    gram: torch.Tensor,
+    rank: int,
+    optimum: float,
+    tolerance: float = ALS_TOLERANCE,
+    max_sweeps: int = ALS_MAX_SWEEPS,
+) -> Factors:
+    """Alternating least squares (PGSVD, arXiv 2510.05544, algorithm 1) from a plain SVD start.
+
+    One sweep solves for V given U, then for U given V:
+        V = (U^T U)^-1 U^T W,   U = W C V^T (V C V^T)^-1,
+    and re-orthonormalises U, which changes no product. Each step is an exact minimisation, so the
+    error never rises. The sweeps end when the error is within `tolerance` of the optimum, which
+    the error profile gives: a certificate rather than a guess from the last decrease.
+
+    Args:
+        weight: [m, n].
+        gram: [n, n].
+        rank: r <= min(m, n).
+        optimum: the best relative error at this rank, e(r) of the profile.
+        tolerance: allowed relative excess over the optimum.
+        max_sweeps: bound on the sweeps.
+
+    Returns:
+        factors; `errors` has the start's error, then one entry a sweep.
+    """
+    w, c = weight.double(), gram.double()
+    m, n = w.shape
+    wc = w @ c
+    total = (wc * w).sum()
+    if total <= 0:
+        return Factors(torch.eye(m, rank, dtype=w.dtype, device=w.device), w[:rank].clone(), [0.0])
+    cross = wc @ w.T if m <= n else None
+    u = _leading_left_vectors(w, rank)
+    errors: list[float] = []
+    while True:
+        # W C V^T with V = U^T W. Its column span is that of the least-squares U.
+        product = cross @ u if cross is not None else wc @ (w.T @ u)
+        captured = (u * product).sum()
+        errors.append(float(((total - captured) / total).clamp_min(0).sqrt()))
+        # Below 1e-7 of the output the float64 sums above carry no more digits.
+        done = errors[-1] <= max(optimum * (1 + tolerance), 1e-7)
+        if done or len(errors) > max_sweeps:
+            return Factors(u, u.T @ w, errors)
+        u = torch.linalg.qr(product).Q
+
+
+def _leading_left_vectors(w: torch.Tensor, rank: int) -> torch.Tensor:
+    """The first left singular vectors of w, through the smaller of its two Gram matrices."""
+    if w.shape[0] <= w.shape[1]:
+        return torch.linalg.eigh(w @ w.T).eigenvectors[:, -rank:]
+    return torch.linalg.qr(w @ torch.linalg.eigh(w.T @ w).eigenvectors[:, -rank:]).Q
+
+
+def round_factors(factors: Factors, weight: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """U and V in the dtype to be stored; V is refitted to the rounded U.
+
+    The best V for a given U is the least-squares solution of U V = W whatever the inputs are, so
+    the refit repairs U's rounding for free.
+
+    Returns:
+        (u [m, r], v [r, n]), contiguous, in `dtype`.
+    """
+    u = factors.u.to(dtype)
+    exact = u.double()
+    v = torch.linalg.solve(exact.T @ exact, exact.T @ weight.double())
+    return u.contiguous(), v.to(dtype).contiguous()

@@ -1,0 +1,233 @@
+"""The model to compress: where its files are, its skeleton, and its weights one layer at a time."""
+
+import fnmatch
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import safe_open
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.initialization import no_init_weights
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from pgsvd_vllm.checkpoint import TensorInfo, read_config, read_headers, read_index
+from pgsvd_vllm.errors import InputError
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.md"]
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A dense linear layer that may be factored.
+
+    Attributes:
+        name: module name in the checkpoint, without `.weight`.
+        out_features, in_features: shape of its weight.
+    """
+
+    name: str
+    out_features: int
+    in_features: int
+
+    @property
+    def numel(self) -> int:
+        """Parameters of the dense weight."""
+        return self.out_features * self.in_features
+
+
+def resolve_folder(model: str, revision: str | None = None) -> Path:
+    """The local folder of a model, downloaded from the hub when MODEL is no folder.
+
+    Raises:
+        InputError: neither a folder nor an id the hub (or its cache) knows.
+    """
+    folder = Path(model)
+    if folder.is_dir():
+        return folder
+    if folder.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise InputError(f"MODEL {model}: no such folder")
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=HUB_PATTERNS))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"MODEL {model}: no such folder here, and the hub does not provide it ({reason})") from None
+
+
+class ModelSource:
+    """A causal language model on disk, read one layer at a time.
+
+    Args:
+        folder: a Hugging Face model folder with safetensors weights.
+        trust_remote_code: run modelling code that comes with the model.
+
+    Attributes:
+        tensors: tensor name -> header entry.
+        layers_name: module path of the list of decoder layers, such as `model.layers`.
+        model: the skeleton; its parameters are on the meta device unless materialised.
+
+    Raises:
+        CheckpointError: config.json or a weight file is missing or damaged.
+        InputError: the architecture is not one this tool can compress.
+    """
+
+    def __init__(self, folder: Path, trust_remote_code: bool = False) -> None:
+        self.folder = folder
+        self.config_json = read_config(folder)
+        self._refuse_unsuitable()
+        if (folder / INDEX_FILE).is_file():
+            self.tensors: dict[str, TensorInfo] = read_index(folder, INDEX_FILE)
+        elif (folder / SINGLE_FILE).is_file():
+            self.tensors = read_headers(folder / SINGLE_FILE)
+        else:
+            raise InputError(
+                f"{folder}: no {SINGLE_FILE} or {INDEX_FILE}; other weight formats (such as .bin) are not "
+                "read: load the model in transformers and save_pretrained it"
+            )
+        try:
+            self.config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+            with init_empty_weights(include_buffers=False), no_init_weights():
+                self.model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                    self.config, trust_remote_code=trust_remote_code, dtype=self.weight_dtype
+                )
+        except Exception as error:  # transformers raises many kinds for a config it cannot use
+            raise InputError(f"{folder}/config.json: transformers cannot build this model: {error}") from None
+        self.model.eval()
+        self.layers_name, self.layers = self._find_layers()
+
+    def _refuse_unsuitable(self) -> None:
+        config = self.config_json
+        if "quantization_config" in config:
+            method = config["quantization_config"].get("quant_method")
+            raise InputError(f"{self.folder}: already compressed or quantized ({method}); start from the dense model")
+        architectures = config.get("architectures") or []
+        known = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+        if not any(name in known for name in architectures) and "auto_map" not in config:
+            raise InputError(
+                f"{self.folder}/config.json: architecture {', '.join(architectures) or 'missing'} is not a causal "
+                "language model of transformers; only those can be compressed"
+            )
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        """The dtype that config.json names, float32 if none."""
+        name = self.config_json.get("dtype") or self.config_json.get("torch_dtype") or "float32"
+        return getattr(torch, str(name).removeprefix("torch."), torch.float32)
+
+    def _find_layers(self) -> tuple[str, nn.ModuleList]:
+        """The module list that holds most of the model's linear weights."""
+        best, best_size = None, 0
+        for name, module in self.model.named_modules():
+            if not isinstance(module, nn.ModuleList) or len({type(child) for child in module}) != 1:
+                continue
+            size = sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
+            if size > best_size:
+                best, best_size = (name, module), size
+        if best is None:
+            raise InputError(f"{self.folder}: no list of decoder layers with nn.Linear projections was found")
+        return best
+
+    def projections(self, ignore: Sequence[str] = ()) -> list[list[Projection]]:
+        """The linear layers of every decoder layer, in order, less those that match `ignore`.
+
+        Args:
+            ignore: shell patterns matched against the module's name, such as `*.down_proj`.
+
+        Raises:
+            InputError: a pattern matches nothing, or nothing is left.
+        """
+        matched: set[str] = set()
+        found: list[list[Projection]] = []
+        for i, layer in enumerate(self.layers):
+            row = []
+            for name, module in layer.named_modules():
+                if not isinstance(module, nn.Linear):
+                    continue
+                full = f"{self.layers_name}.{i}.{name}"
+                hits = [p for p in ignore if fnmatch.fnmatchcase(full, p) or fnmatch.fnmatchcase(name, p)]
+                matched.update(hits)
+                if not hits:
+                    row.append(Projection(full, module.out_features, module.in_features))
+            found.append(row)
+        for pattern in ignore:
+            if pattern not in matched:
+                raise InputError(f"--ignore {pattern}: matches no linear layer, for example {self._example()}")
+        if not any(found):
+            raise InputError("--ignore: every linear layer is ignored, nothing is left to compress")
+        return found
+
+    def _example(self) -> str:
+        name = next(n for n, m in self.layers[0].named_modules() if isinstance(m, nn.Linear))
+        return f"{self.layers_name}.0.{name}"
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor of the checkpoint, checked to be finite.
+
+        Raises:
+            InputError: it is missing, or holds NaN or infinity; names the tensor and the file.
+        """
+        info = self.tensors.get(name)
+        if info is None:
+            raise InputError(f"{self.folder}: tensor {name} that the architecture needs is missing")
+        with safe_open(info.file, framework="pt") as file:
+            tensor = file.get_tensor(name)
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise InputError(f"{info.file}: tensor {name} holds NaN or infinity; the checkpoint is damaged")
+        return tensor
+
+    def _load(self, module: nn.Module, prefix: str, device: torch.device, dtype: torch.dtype) -> None:
+        for name, parameter in list(module.named_parameters()):
+            tensor = self.read(f"{prefix}{name}")
+            if tensor.shape != parameter.shape:
+                raise InputError(
+                    f"{self.folder}: tensor {prefix}{name} has shape {tuple(tensor.shape)}, the architecture "
+                    f"needs {tuple(parameter.shape)}"
+                )
+            _set(module, name, tensor.to(device, dtype))
+        module.to(device)
+
+    def load_outer(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Materialise everything outside the decoder layers but the output head."""
+        layers = {id(p) for p in self.layers.parameters()}
+        head = self.model.get_output_embeddings()
+        skipped = {id(p) for p in head.parameters()} if head is not None else set()
+        tied = set(getattr(self.model, "all_tied_weights_keys", None) or {})
+        for name, parameter in list(self.model.named_parameters()):
+            if id(parameter) in layers or id(parameter) in skipped or name in tied:
+                continue
+            _set(self.model, name, self.read(name).to(device, dtype))
+        for name, buffer in list(self.model.named_buffers()):
+            _set(self.model, name, buffer.to(device))
+
+    @contextmanager
+    def layer(self, index: int, device: torch.device, dtype: torch.dtype) -> Iterator[nn.Module]:
+        """Decoder layer `index` with its weights on `device` in `dtype`; they are freed on leaving."""
+        layer = self.layers[index]
+        self._load(layer, f"{self.layers_name}.{index}.", device, dtype)
+        try:
+            yield layer
+        finally:
+            for name, parameter in list(layer.named_parameters()):
+                _set(layer, name, torch.empty_like(parameter, device="meta"))
+
+
+def _set(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    """Replace the parameter or buffer `name` of `module`."""
+    path, _, leaf = name.rpartition(".")
+    owner: Any = module.get_submodule(path) if path else module
+    if leaf in owner._parameters:
+        owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+    else:
+        owner._buffers[leaf] = tensor
+
+
+logging.getLogger("accelerate").setLevel(logging.ERROR)

@@ -1,0 +1,239 @@
+"""What a compression will do and cost, worked out before anything is computed or written."""
+
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from pgsvd_vllm.errors import InputError
+from pgsvd_vllm.offline.calibrate import TOKENS_PER_BATCH
+from pgsvd_vllm.offline.model_source import ModelSource, Projection, resolve_folder
+from pgsvd_vllm.offline.text import (
+    BUILTIN,
+    Windows,
+    cut_windows,
+    leading_tokens,
+    load_tokenizer,
+    read_documents,
+    tokenize,
+)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# ALS sweeps a projection takes at the default tolerance, for the time estimate.
+TYPICAL_SWEEPS = 12
+
+
+@dataclass(frozen=True)
+class CompressOptions:
+    """What the user asked for; the command line's options, field for field.
+
+    Attributes:
+        model: local folder or hub id.
+        output: folder to write; must not exist.
+        ratio: share of the projections' parameters to remove, or None.
+        tolerance: uniform relative error to allow instead, or None.
+        dtype: `auto` keeps each tensor's own.
+        device: `auto` takes a GPU where there is one.
+    """
+
+    model: str
+    output: Path
+    ratio: float | None = None
+    tolerance: float | None = None
+    dataset: str = BUILTIN
+    num_calibration_samples: int = 128
+    max_seq_length: int = 1024
+    seed: int = 0
+    ignore: tuple[str, ...] = ()
+    dtype: str = "auto"
+    device: str = "auto"
+    resume: bool = False
+    trust_remote_code: bool = False
+    command: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checked request: the model is readable, the text is long enough, the output is free.
+
+    Attributes:
+        projections: one list a decoder layer.
+        windows: the calibration windows.
+        compute_dtype: of the calibration forward.
+        store_dtype: of the written tensors, or None to keep each tensor's own.
+    """
+
+    options: CompressOptions
+    source: ModelSource
+    projections: list[list[Projection]]
+    windows: Windows
+    device: torch.device
+    compute_dtype: torch.dtype
+    store_dtype: torch.dtype | None
+
+    @property
+    def flat(self) -> list[Projection]:
+        """All projections in order."""
+        return [p for row in self.projections for p in row]
+
+    @property
+    def total_parameters(self) -> int:
+        """Parameters of the whole model as stored."""
+        return sum(info.numel for info in self.source.tensors.values())
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Resources a plan needs; bytes and seconds."""
+
+    memory: int
+    disk: int
+    seconds: float
+
+
+def check_options(options: CompressOptions) -> None:
+    """Refuse option values that cannot work; raises InputError naming the option."""
+    if options.ratio is not None and options.tolerance is not None:
+        raise InputError("--ratio and --tolerance: give one of them, each follows from the other")
+    if options.ratio is not None and not 0 < options.ratio < 1:
+        raise InputError(f"--ratio {options.ratio}: must lie between 0 and 1, it is the share of parameters removed")
+    if options.tolerance is not None and not 0 < options.tolerance < 1:
+        raise InputError(f"--tolerance {options.tolerance}: must lie between 0 and 1, it is a relative error")
+    if options.num_calibration_samples < 1:
+        raise InputError(f"--num-calibration-samples {options.num_calibration_samples}: must be at least 1")
+    if options.max_seq_length < 8:
+        raise InputError(f"--max-seq-length {options.max_seq_length}: must be at least 8")
+    if options.dtype != "auto" and options.dtype not in DTYPES:
+        raise InputError(f"--dtype {options.dtype}: must be one of auto, {', '.join(DTYPES)}")
+    if options.output.exists() or options.output.is_symlink():
+        raise InputError(f"--output-dir {options.output}: already exists; remove it or choose another folder")
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is a GPU where torch sees one.
+
+    Raises:
+        InputError: no such device, or one without float64.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.ones(1, device=device, dtype=torch.float64)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"--device {name}: cannot be used ({reason})") from None
+    return device
+
+
+def make_plan(options: CompressOptions) -> Plan:
+    """Check the request and read everything but the weights.
+
+    Raises:
+        InputError: an option, the model, the tokenizer or the text cannot be used.
+        CheckpointError: a file of the model is missing or damaged.
+    """
+    check_options(options)
+    device = pick_device(options.device)
+    source = ModelSource(resolve_folder(options.model), options.trust_remote_code)
+    projections = source.projections(options.ignore)
+    flat = [p for row in projections for p in row]
+    for p in flat:
+        if f"{p.name}.weight" not in source.tensors:
+            raise InputError(f"{source.folder}: tensor {p.name}.weight that the architecture needs is missing")
+
+    limit = getattr(source.config, "max_position_embeddings", None) or options.max_seq_length
+    length = min(options.max_seq_length, limit)
+    windows = _windows(options, source, length)
+    widest = max(flat, key=lambda p: p.in_features)
+    if windows.ids.numel() < widest.in_features:
+        raise InputError(
+            f"--dataset {options.dataset}: {windows.ids.numel()} tokens are too little calibration text; "
+            f"{widest.name} has {widest.in_features} inputs and needs at least as many tokens"
+        )
+
+    store_dtype = None if options.dtype == "auto" else DTYPES[options.dtype]
+    compute_dtype = store_dtype or source.weight_dtype
+    if device.type == "cpu" and compute_dtype == torch.float16:
+        compute_dtype = torch.float32  # half precision products are emulated on CPU
+    return Plan(options, source, projections, windows, device, compute_dtype, store_dtype)
+
+
+def _windows(options: CompressOptions, source: ModelSource, length: int) -> Windows:
+    tokenizer = load_tokenizer(source.folder, options.trust_remote_code)
+    wanted = options.num_calibration_samples * length
+    tokens = tokenize(tokenizer, read_documents(options.dataset, wanted))
+    windows = cut_windows(
+        tokens,
+        leading_tokens(tokenizer),
+        options.num_calibration_samples,
+        length,
+        options.seed,
+        options.dataset if options.dataset != BUILTIN else BUILTIN,
+    )
+    rows = source.model.get_input_embeddings().weight.shape[0]
+    if int(windows.ids.max()) >= rows:
+        raise InputError(
+            f"{source.folder}: the tokenizer makes id {int(windows.ids.max())}, the model has {rows} embeddings; "
+            "the tokenizer belongs to another model"
+        )
+    return windows
+
+
+def estimate(plan: Plan) -> Estimate:
+    """Peak memory, disk and time, from the shapes and a short measurement of this machine's speed."""
+    tokens, hidden = plan.windows.ids.numel(), plan.source.config.get_text_config().hidden_size
+    width = plan.compute_dtype.itemsize
+    grams = [_gram_sizes(row) for row in plan.projections]
+    layer = max(sum(p.numel for p in row) for row in plan.projections) * width
+    embeddings = plan.source.model.get_input_embeddings().weight.numel() * width
+    widest = max(max(p.in_features, p.out_features) for p in plan.flat)
+    memory = (
+        layer + embeddings + tokens * hidden * width
+        + max(sum(n * n for n in sizes) for sizes in grams) * 8
+        + min(TOKENS_PER_BATCH, tokens) * widest * 8
+        + 4 * widest * min(widest, 4096) * 8
+        + 400 * 1024**2  # torch and transformers themselves
+    )  # fmt: skip
+    disk = sum(n * n for sizes in grams for n in sizes) * 4
+    disk += sum(info.nbytes for info in plan.source.tensors.values())
+
+    rates = {d: _flops_per_second(d, plan.device) for d in {plan.compute_dtype, torch.float32, torch.float64}}
+    seconds = 2 * tokens * sum(p.numel for p in plan.flat) / rates[plan.compute_dtype]
+    seconds += 2 * tokens * sum(n * n for sizes in grams for n in sizes) / rates[torch.float32]
+    for p in plan.flat:
+        small = min(p.out_features, p.in_features)
+        solve = 2 * p.in_features * p.numel + TYPICAL_SWEEPS * 4 * small**3 + 30 * small**3
+        seconds += solve / rates[torch.float64]
+    return Estimate(memory, disk, seconds)
+
+
+def _gram_sizes(row: list[Projection]) -> list[int]:
+    """Sizes of the distinct inputs of a layer, taking neighbours of equal width to share one."""
+    sizes: list[int] = []
+    for p in row:
+        if not sizes or sizes[-1] != p.in_features:
+            sizes.append(p.in_features)
+    return sizes
+
+
+def _flops_per_second(dtype: torch.dtype, device: torch.device, size: int = 1024) -> float:
+    a = torch.randn(size, size, device=device).to(dtype)
+    a @ a
+    start = time.perf_counter()
+    for _ in range(3):
+        product = a @ a
+    product.sum().item()
+    return 3 * 2 * size**3 / (time.perf_counter() - start)
+
+
+def check_disk(plan: Plan, needed: int, folder: Path) -> None:
+    """Refuse to start where the disk cannot hold the result; raises InputError."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise InputError(
+            f"--output-dir {plan.options.output}: needs about {needed / 1e9:.1f} GB of disk while it works, "
+            f"{free / 1e9:.1f} GB are free"
+        )

@@ -1,0 +1,113 @@
+"""What a checkpoint says of itself: config.json's section, the per-module report, the model card."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pgsvd_vllm
+from pgsvd_vllm.checkpoint import FORMAT_VERSION, LOAD_GUARD, QUANT_METHOD, REPORT_NAME
+from pgsvd_vllm.offline.allocate import Allocation
+from pgsvd_vllm.offline.plan import Plan
+
+METHOD = "pgsvd"
+TOWER = "language"
+
+
+@dataclass(frozen=True)
+class ModuleReport:
+    """One projection's outcome.
+
+    Attributes:
+        rank: None where it stays dense.
+        error: relative output error of the stored factors on the calibration inputs.
+        optimum: smallest possible error at this rank.
+        sweeps: ALS sweeps taken.
+    """
+
+    name: str
+    out_features: int
+    in_features: int
+    rank: int | None
+    error: float
+    optimum: float
+    sweeps: int
+
+
+def ratios(plan: Plan, allocation: Allocation, after: int) -> dict[str, float]:
+    """Share of parameters removed: of the projections, and of the whole model."""
+    return {"linear": round(allocation.removed, 6), "total": round(1 - after / plan.total_parameters, 6)}
+
+
+def write_config(folder: Path, plan: Plan, allocation: Allocation, after: int) -> None:
+    """config.json: the base model's, with the module table."""
+    config: dict[str, Any] = dict(plan.source.config_json)
+    if plan.store_dtype is not None:
+        config["dtype"] = str(plan.store_dtype).removeprefix("torch.")
+        config.pop("torch_dtype", None)
+    config["transformers_weights"] = LOAD_GUARD
+    config["quantization_config"] = {
+        "quant_method": QUANT_METHOD,
+        "version": FORMAT_VERSION,
+        "modules": {name: {"rank": rank, "form": "factors"} for name, rank in allocation.ranks.items()},
+        "method": METHOD,
+        "tolerance": {TOWER: allocation.tolerance},
+        "ratio": ratios(plan, allocation, after),
+        "base_model": plan.options.model,
+        "base_revision": _revision(plan.source.folder),
+        "calibration": {
+            "name": plan.windows.name,
+            "tokens": plan.windows.ids.numel(),
+            "sha256": plan.windows.sha256,
+        },
+        "tool_version": pgsvd_vllm.__version__,
+        "command": plan.options.command,
+    }
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _revision(folder: Path) -> str | None:
+    """The commit of a hub snapshot folder."""
+    return folder.name if folder.parent.name == "snapshots" else None
+
+
+def write_description(
+    folder: Path, plan: Plan, allocation: Allocation, modules: Sequence[ModuleReport], after: int
+) -> None:
+    """The per-module report and the model card."""
+    report = {
+        "modules": [asdict(m) for m in modules],
+        "parameters": {"before": plan.total_parameters, "after": after},
+    }
+    (folder / REPORT_NAME).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    removed = ratios(plan, allocation, after)
+    (folder / "README.md").write_text(
+        f"""---
+base_model: {plan.options.model}
+library_name: vllm
+tags: [pgsvd, low-rank, compressed]
+---
+
+# {Path(plan.options.model).name}, {removed["linear"]:.0%} of the projections' parameters removed
+
+{len(allocation.ranks)} of {len(modules)} projections are stored as two low-rank factors (PGSVD, arXiv 2510.05544).
+The whole model has {after / 1e6:.1f} M parameters, {removed["total"]:.1%} fewer than the
+{plan.total_parameters / 1e6:.1f} M of its base.
+
+Serve it with vLLM and the pgsvd-vllm plugin:
+
+    pip install pgsvd-vllm
+    vllm serve DIR --load-format pgsvd
+
+In transformers, `import pgsvd_vllm.hf` comes first; without it loading stops with an error.
+
+| | |
+|---|---|
+| tolerance (relative output error of every projection) | {allocation.tolerance:.4f} |
+| calibration | {plan.windows.name}, {plan.windows.ids.numel()} tokens, sha256 {plan.windows.sha256[:16]} |
+| made by | pgsvd-vllm {pgsvd_vllm.__version__} |
+| command | `{plan.options.command}` |
+""",
+        encoding="utf-8",
+    )

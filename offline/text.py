@@ -1,0 +1,197 @@
+"""Calibration text: from a file, a known data set or Python's own documentation to token windows."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from pgsvd_vllm.errors import InputError
+
+BUILTIN = "python-docs"
+HUB_SETS = {
+    "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", None),
+    "c4": ("allenai/c4", None, "en/c4-train.00000-of-01024.json.gz"),
+}
+# Read no more of a hub set than this many characters per wanted token: English has about 4.5.
+CHARS_PER_TOKEN = 8
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Token windows of equal length, cut from one text.
+
+    Attributes:
+        ids: int64 [windows, length].
+        name: where the text came from.
+        sha256: of the token ids.
+    """
+
+    ids: torch.Tensor
+    name: str
+    sha256: str
+
+
+def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The model's tokenizer.
+
+    Raises:
+        InputError: none can be loaded.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # transformers raises many kinds here
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"{folder}: no usable tokenizer ({reason}); put tokenizer.json beside config.json") from None
+    if not len(tokenizer):
+        raise InputError(f"{folder}: the tokenizer is empty; put tokenizer.json beside config.json")
+    return tokenizer
+
+
+def builtin_prose() -> Iterator[str]:
+    """English prose that ships with Python: the language reference that `help()` prints."""
+    from pydoc_data.topics import topics
+
+    for name in sorted(topics):
+        yield topics[name]
+
+
+def held_out_prose(limit: int = 400_000) -> str:
+    """English prose that ships with Python and is not in `builtin_prose`: module and function docs."""
+    import ast
+    import sysconfig
+
+    parts: list[str] = []
+    size = 0
+    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
+        try:
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+        except (SyntaxError, UnicodeDecodeError, OSError):
+            continue
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
+                doc = ast.get_docstring(node)
+                if doc and len(doc) > 300:
+                    parts.append(doc)
+                    size += len(doc)
+        if size > limit:
+            break
+    return "\n\n".join(parts)
+
+
+def read_documents(dataset: str, wanted_tokens: int) -> list[str]:
+    """The documents of a data set, enough for `wanted_tokens`.
+
+    Args:
+        dataset: `python-docs`, `wikitext2`, `c4`, or the path of a .jsonl file with a text field or
+            of a plain text file of any other extension.
+        wanted_tokens: hub sets are read only this far.
+
+    Raises:
+        InputError: no such file or set, or it cannot be read; names what to give instead.
+    """
+    if dataset == BUILTIN:
+        return list(builtin_prose())
+    if dataset in HUB_SETS:
+        return _hub_documents(dataset, wanted_tokens * CHARS_PER_TOKEN)
+    path = Path(dataset)
+    if not path.is_file():
+        raise InputError(
+            f"--dataset {dataset}: no such file; known sets are {BUILTIN} (offline), {', '.join(HUB_SETS)}"
+        )
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise InputError(f"--dataset {dataset}: not UTF-8 text") from None
+    except OSError as error:
+        raise InputError(f"--dataset {dataset}: cannot be read ({error.strerror})") from None
+    return _jsonl_documents(path, text) if path.suffix == ".jsonl" else [text]
+
+
+def _jsonl_documents(path: Path, text: str) -> list[str]:
+    documents = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError:
+            raise InputError(f"--dataset {path}: line {number} is not JSON") from None
+        if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+            raise InputError(f'--dataset {path}: line {number} has no "text" field')
+        documents.append(row["text"])
+    return documents
+
+
+def _hub_documents(dataset: str, wanted_chars: int) -> list[str]:
+    from datasets import load_dataset
+
+    repo, config, data_file = HUB_SETS[dataset]
+    options: dict[str, Any] = {"data_files": {"train": data_file}} if data_file else {}
+    try:
+        rows = load_dataset(repo, config, split="train", streaming=True, **options)
+        documents: list[str] = []
+        size = 0
+        for row in rows:
+            documents.append(row["text"])
+            size += len(row["text"])
+            if size >= wanted_chars:
+                break
+    except Exception as error:  # network, hub and parquet layers each raise their own kinds
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"--dataset {dataset}: the hub does not provide it here ({reason}); "
+            f"use --dataset {BUILTIN} (offline) or a local text file"
+        ) from None
+    return ["".join(documents)] if dataset == "wikitext2" else documents
+
+
+def leading_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The special tokens the tokenizer puts before any text (BOS where the model was trained so)."""
+    with_special = tokenizer("a", add_special_tokens=True)["input_ids"]
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    for start in range(len(with_special) - len(plain) + 1):
+        if with_special[start : start + len(plain)] == plain:
+            return with_special[:start]
+    return []
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, documents: list[str]) -> torch.Tensor:
+    """All documents as one int64 stream, separated by the end-of-text token where there is one."""
+    separator = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None and len(documents) > 1 else []
+    ids: list[int] = []
+    for encoded in tokenizer(documents, add_special_tokens=False, verbose=False)["input_ids"]:
+        ids += encoded + separator
+    return torch.tensor(ids, dtype=torch.int64)
+
+
+def cut_windows(tokens: torch.Tensor, prefix: list[int], count: int, length: int, seed: int, name: str) -> Windows:
+    """Draw `count` windows that do not overlap; fewer where the text is short.
+
+    Args:
+        tokens: int64 [n].
+        prefix: tokens to start every window with.
+        count: windows wanted.
+        length: tokens of a window, the prefix included.
+        seed: of the draw.
+        name: of the text.
+
+    Raises:
+        InputError: the text does not fill one window.
+    """
+    body = length - len(prefix)
+    available = len(tokens) // body
+    if available < 1:
+        raise InputError(
+            f"--dataset {name}: {len(tokens)} tokens are too little calibration text, one window of "
+            f"--max-seq-length {length} needs {body}; give more text or a smaller --max-seq-length"
+        )
+    order = torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:count]
+    rows = [tokens[i * body : (i + 1) * body] for i in sorted(order.tolist())]
+    head = torch.tensor(prefix, dtype=torch.int64)
+    ids = torch.stack([torch.cat([head, row]) for row in rows])
+    return Windows(ids, name, hashlib.sha256(ids.numpy().tobytes()).hexdigest())

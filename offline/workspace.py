@@ -1,0 +1,142 @@
+"""The folder of a compression under way: what is finished survives an interruption.
+
+DIR.partial/ lies beside DIR: run.json says which run it belongs to, layers/ holds the calibration
+of every finished decoder layer, checkpoint/ the result while it is written. The last step renames
+checkpoint/ to DIR, so DIR appears complete or not at all.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from pgsvd_vllm.errors import InputError
+from pgsvd_vllm.offline.plan import Plan
+
+
+@dataclass(frozen=True)
+class LayerCalibration:
+    """What calibration keeps of one layer.
+
+    Attributes:
+        grams: leader -> float32 [in, in], sum of x x^T.
+        leader: projection -> leader of its input.
+        energy: projection -> float64 eigenvalues of W C W^T, descending.
+    """
+
+    grams: dict[str, torch.Tensor]
+    leader: dict[str, str]
+    energy: dict[str, torch.Tensor]
+
+
+def fingerprint(plan: Plan) -> dict[str, str]:
+    """What calibration depends on: two runs with equal fingerprints may share it."""
+    source = plan.source
+    files = sorted({info.file for info in source.tensors.values()})
+    stamp = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    return {
+        "model": str(source.folder.resolve()),
+        "weights": hashlib.sha256(json.dumps([stamp, source.config_json]).encode()).hexdigest(),
+        "calibration text": plan.windows.sha256,
+        "dtype": str(plan.compute_dtype),
+        "ignore": " ".join(plan.options.ignore),
+    }
+
+
+class Workspace:
+    """Creates or reopens DIR.partial.
+
+    Args:
+        plan: the run.
+
+    Raises:
+        InputError: the folder cannot be made, exists without --resume, or belongs to another run.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self.output = plan.options.output
+        self.folder = self.output.with_name(self.output.name + ".partial")
+        self.layers = self.folder / "layers"
+        self.checkpoint = self.folder / "checkpoint"
+        run, run_file = fingerprint(plan), self.folder / "run.json"
+        if self.folder.exists():
+            if not plan.options.resume:
+                raise InputError(f"{self.folder}: left by an interrupted run; continue it with --resume, or delete it")
+            try:
+                old = json.loads(run_file.read_text(encoding="utf-8"))
+            except (OSError, ValueError):
+                raise InputError(f"{run_file}: unreadable, this run cannot be resumed; delete {self.folder}") from None
+            changed = [key for key in run if old.get(key) != run[key]]
+            if changed:
+                raise InputError(
+                    f"--resume: {self.folder} belongs to a run with another {', '.join(changed)}; "
+                    "use the same options or delete it"
+                )
+            shutil.rmtree(self.checkpoint, ignore_errors=True)
+        else:
+            try:
+                self.layers.mkdir(parents=True)
+                run_file.write_text(json.dumps(run, indent=2), encoding="utf-8")
+            except OSError as error:
+                raise InputError(f"--output-dir {self.output}: cannot be written ({error.strerror})") from None
+
+    def _layer_file(self, index: int) -> Path:
+        return self.layers / f"{index:05d}.safetensors"
+
+    def has_layer(self, index: int) -> bool:
+        """Whether a layer's calibration is complete on disk."""
+        return self._layer_file(index).is_file()
+
+    @property
+    def has_any_layer(self) -> bool:
+        """Whether anything would be lost by deleting the folder."""
+        return any(self.layers.glob("*.safetensors"))
+
+    def save_layer(self, index: int, data: LayerCalibration) -> None:
+        """Write one layer's calibration; the file appears complete or not at all."""
+        tensors = {f"gram:{name}": gram.float().cpu() for name, gram in data.grams.items()}
+        tensors.update({f"energy:{name}": energy.cpu() for name, energy in data.energy.items()})
+        part = self._layer_file(index).with_suffix(".writing")
+        save_file(tensors, part, metadata={"leader": json.dumps(data.leader)})
+        os.replace(part, self._layer_file(index))
+
+    def load_layer(self, index: int, with_grams: bool = True) -> LayerCalibration:
+        """Read one layer's calibration; raises InputError where the file is damaged."""
+        path = self._layer_file(index)
+        grams, energy = {}, {}
+        try:
+            with safe_open(path, framework="pt") as file:
+                leader = json.loads(file.metadata()["leader"])
+                for key in file.keys():  # noqa: SIM118  (safe_open is not a mapping)
+                    kind, _, name = key.partition(":")
+                    if kind == "energy":
+                        energy[name] = file.get_tensor(key)
+                    elif with_grams:
+                        grams[name] = file.get_tensor(key)
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{path}: damaged ({error}); delete it and run again with --resume") from None
+        return LayerCalibration(grams, leader, energy)
+
+    def begin_checkpoint(self) -> Path:
+        """An empty folder to write the result into."""
+        self.checkpoint.mkdir()
+        return self.checkpoint
+
+    def publish(self) -> None:
+        """Make the result visible as DIR and remove the rest."""
+        for path in self.checkpoint.iterdir():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        # Over an existing folder os.rename fails unless that one is empty, so nothing is replaced.
+        os.rename(self.checkpoint, self.output)
+        self.discard()
+
+    def discard(self) -> None:
+        """Delete the folder."""
+        shutil.rmtree(self.folder, ignore_errors=True)

@@ -1,0 +1,52 @@
+"""The `pgsvd-vllm` command: one file a sub-command, errors as one line, exit status 2."""
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from types import FrameType
+
+import pgsvd_vllm
+from pgsvd_vllm.cli import compress, env, inspect, verify
+from pgsvd_vllm.errors import PgsvdError
+
+COMMANDS = {"compress": compress, "inspect": inspect, "verify": verify, "env": env}
+USER_ERROR, INTERRUPTED = 2, 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser with all sub-commands."""
+    parser = argparse.ArgumentParser(
+        prog="pgsvd-vllm",
+        description="Compress Hugging Face models into low-rank factors and serve them with vLLM.",
+        epilog="Serve the result with: vllm serve DIR --load-format pgsvd",
+    )
+    parser.add_argument("--version", action="version", version=f"pgsvd-vllm {pgsvd_vllm.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, module in COMMANDS.items():
+        first_line = (module.__doc__ or "").splitlines()[0]
+        module.configure(commands.add_parser(name, help=first_line, description=first_line))
+    return parser
+
+
+def _terminated(_signal: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    arguments = build_parser().parse_args(argv)
+    signal.signal(signal.SIGTERM, _terminated)
+    try:
+        return COMMANDS[arguments.command].run(arguments)
+    except PgsvdError as error:
+        print(f"pgsvd-vllm: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return USER_ERROR
+    except BrokenPipeError:
+        # The reader (head, less) has gone; keep Python from complaining at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        print("pgsvd-vllm: interrupted; finished layers are kept, continue with --resume", file=sys.stderr)
+        return INTERRUPTED

@@ -1,0 +1,111 @@
+"""Compress a model into a folder that vLLM serves.
+
+The heavy imports wait until the arguments are known to be good.
+"""
+
+import argparse
+import json
+import shlex
+import sys
+import time
+from pathlib import Path
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the options."""
+    parser.add_argument("model", metavar="MODEL", help="local model folder or Hugging Face id")
+    parser.add_argument(
+        "-o", "--output-dir", required=True, type=Path, metavar="DIR", help="folder to write; must not exist"
+    )
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument(
+        "--ratio",
+        type=float,
+        metavar="R",
+        help="share of the projections' parameters to REMOVE, 0 to 1 (default 0.2: four fifths are kept)",
+    )
+    size.add_argument(
+        "--tolerance",
+        type=float,
+        metavar="E",
+        help="instead of --ratio: relative output error allowed in every projection",
+    )
+    data = parser.add_argument_group("calibration")
+    data.add_argument(
+        "--dataset",
+        default="python-docs",
+        metavar="NAME|FILE",
+        help="wikitext2 or c4 (from the hub), a text file, a .jsonl file with a text field, or python-docs: "
+        "English prose that comes with Python and needs no network (default)",
+    )
+    data.add_argument(
+        "--num-calibration-samples", type=int, default=128, metavar="N", help="windows of text (default 128)"
+    )
+    data.add_argument("--max-seq-length", type=int, default=1024, metavar="L", help="tokens of a window (default 1024)")
+    data.add_argument("--seed", type=int, default=0, help="of the draw of windows (default 0)")
+    parser.add_argument(
+        "--ignore",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="PATTERN",
+        help="leave matching projections dense, such as '*.down_proj' or 'model.layers.0.*'",
+    )
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        choices=["auto", "float32", "bfloat16", "float16"],
+        help="of the written tensors and the calibration (default auto: as the model is)",
+    )
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default auto: a GPU if there is one)")
+    parser.add_argument("--resume", action="store_true", help="continue an interrupted run from DIR.partial")
+    parser.add_argument("--dry-run", action="store_true", help="show the plan, memory and time it needs; write nothing")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run modelling code that comes with the model")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Compress, or show the plan; raises PgsvdError."""
+    from pgsvd_vllm.offline.compress import compress, describe
+    from pgsvd_vllm.offline.plan import CompressOptions, estimate, make_plan
+
+    options = CompressOptions(
+        model=arguments.model,
+        output=arguments.output_dir,
+        ratio=arguments.ratio,
+        tolerance=arguments.tolerance,
+        dataset=arguments.dataset,
+        num_calibration_samples=arguments.num_calibration_samples,
+        max_seq_length=arguments.max_seq_length,
+        seed=arguments.seed,
+        ignore=tuple(arguments.ignore),
+        dtype=arguments.dtype,
+        device=arguments.device,
+        resume=arguments.resume,
+        trust_remote_code=arguments.trust_remote_code,
+        command=shlex.join(["pgsvd-vllm", *sys.argv[1:]]),
+    )
+    if arguments.dry_run:
+        plan = make_plan(options)
+        print(describe(plan))
+        need = estimate(plan)
+        print(f"needs about: {need.memory / 1e9:.1f} GB memory, {need.disk / 1e9:.1f} GB disk while it works, "
+              f"{_duration(need.seconds)}")  # fmt: skip
+        print(f"would write: {options.output} (dry run: nothing was written)")
+        return 0
+    start = time.monotonic()
+    result = compress(options, say=lambda line: print(line, flush=True))
+    size = sum(f.stat().st_size for f in result.output.glob("*.safetensors"))
+    quantization = json.loads((result.output / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+    linear, total = quantization["ratio"]["linear"], quantization["ratio"]["total"]
+    print(
+        f"wrote {result.output}: {size / 1e6:.1f} MB, {result.parameters_after / 1e6:.1f} M parameters "
+        f"({total:.1%} of the model and {linear:.1%} of its projections removed; {1 - total:.1%} kept) "
+        f"in {_duration(time.monotonic() - start)}"
+    )
+    print(f"serve it:  vllm serve {shlex.quote(str(result.output))} --load-format pgsvd")
+    return 0
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

@@ -1,0 +1,84 @@
+"""Show the ranks, bytes and errors of a checkpoint, per projection and in total."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from pgsvd_vllm.checkpoint import REPORT_NAME, Checkpoint, open_checkpoint, read_json
+from pgsvd_vllm.errors import CheckpointError
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the options."""
+    parser.add_argument("dir", metavar="DIR", type=Path, help="a folder written by pgsvd-vllm compress")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the table; raises CheckpointError."""
+    checkpoint = open_checkpoint(arguments.dir)
+    for line in table(checkpoint, _report_rows(checkpoint)):
+        print(line)
+    for line in summary(checkpoint):
+        print(line)
+    return 0
+
+
+def _report_rows(checkpoint: Checkpoint) -> list[dict[str, Any]]:
+    """The writer's per-projection report; a checkpoint saved by another tool has none."""
+    path = checkpoint.folder / REPORT_NAME
+    if path.is_file():
+        rows = read_json(path).get("modules")
+        known = {"name", "rank", "out_features", "in_features", "error"}
+        if not isinstance(rows, list) or not all(isinstance(row, dict) and known <= row.keys() for row in rows):
+            raise CheckpointError(f"{path}: malformed report; delete it to see the table without errors")
+        return rows
+    shapes = {name: checkpoint.shape(name) for name in checkpoint.modules}
+    return [
+        {"name": name, "out_features": out, "in_features": width, "rank": rank, "error": None}
+        for name, (out, width, rank) in shapes.items()
+    ]
+
+
+def table(checkpoint: Checkpoint, rows: list[dict[str, Any]]) -> list[str]:
+    """One line a projection."""
+    width = max([len(row["name"]) for row in rows] + [10])
+    lines = [f"{'projection':{width}}  {'out':>6} {'in':>6} {'rank':>6} {'kept':>6} {'MB':>8} {'error':>7}"]
+    for row in rows:
+        dense = row["out_features"] * row["in_features"]
+        suffixes = ("weight",) if row["rank"] is None else ("weight_v", "weight_u")
+        stored = [checkpoint.tensors.get(f"{row['name']}.{suffix}") for suffix in suffixes]
+        numel = sum(info.numel for info in stored if info is not None)
+        size = sum(info.nbytes for info in stored if info is not None)
+        rank = "dense" if row["rank"] is None else str(row["rank"])
+        error = "-" if row["error"] is None else f"{row['error']:.4f}"
+        lines.append(
+            f"{row['name']:{width}}  {row['out_features']:6} {row['in_features']:6} {rank:>6} "
+            f"{numel / dense:6.1%} {size / 1e6:8.2f} {error:>7}"
+        )
+    return lines
+
+
+def summary(checkpoint: Checkpoint) -> list[str]:
+    """Totals and where the checkpoint comes from."""
+    section = checkpoint.quantization_config
+    factored = {f"{name}.{suffix}" for name in checkpoint.modules for suffix in ("weight_v", "weight_u")}
+    total = sum(info.nbytes for info in checkpoint.tensors.values())
+    part = sum(checkpoint.tensors[name].nbytes for name in factored)
+    ratio, calibration = section.get("ratio", {}), section.get("calibration", {})
+    lines = [
+        "",
+        f"factored projections  {len(checkpoint.modules)}, {part / 1e6:.1f} MB of {total / 1e6:.1f} MB",
+        f"method                {section.get('method')}, tolerance "
+        + ", ".join(f"{tower} {value:.4f}" for tower, value in section.get("tolerance", {}).items()),
+    ]
+    if ratio:
+        lines.append(
+            f"removed               {ratio['linear']:.1%} of the projections, {ratio['total']:.1%} of the model "
+            f"(kept: {1 - ratio['linear']:.1%} and {1 - ratio['total']:.1%})"
+        )
+    lines.append(f"calibration           {calibration.get('name')}, {calibration.get('tokens')} tokens")
+    lines.append(
+        f"base model            {section.get('base_model')} (revision {section.get('base_revision') or 'unknown'})"
+    )
+    lines.append(f"made by               pgsvd-vllm {section.get('tool_version')}: {section.get('command')}")
+    return lines

