@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
 from pgsvd_vllm.checkpoint import ShardWriter, open_checkpoint
@@ -76,16 +77,18 @@ def compress(options: CompressOptions, say: Callable[[str], None] = lambda _line
             raise type(error)(f"{error} (calibration is kept: repeat with --resume)") from None
         workspace.discard()
         raise
-    except OSError as error:
-        if error.errno != errno.ENOSPC and "No space left" not in str(error):
+    except (OSError, SafetensorError) as error:
+        # safetensors reports a full disk as an error of its own kind.
+        if getattr(error, "errno", None) != errno.ENOSPC and "No space left" not in str(error):
             raise
         raise InputError(
             f"--output-dir {options.output}: the disk is full; what is done is kept in {workspace.folder}: "
             "make room and repeat with --resume"
         ) from None
     except KeyboardInterrupt:
-        if not workspace.has_any_layer:
-            workspace.discard()
+        if workspace.has_any_layer:
+            raise KeyboardInterrupt(f"finished layers are kept in {workspace.folder}, continue with --resume") from None
+        workspace.discard()
         raise
 
 

@@ -4,6 +4,7 @@ import argparse
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Sequence
 from types import FrameType
 
@@ -12,7 +13,7 @@ from pgsvd_vllm.cli import compress, env, inspect, verify
 from pgsvd_vllm.errors import PgsvdError
 
 COMMANDS = {"compress": compress, "inspect": inspect, "verify": verify, "env": env}
-USER_ERROR, INTERRUPTED = 2, 130
+INTERNAL_ERROR, USER_ERROR, INTERRUPTED = 1, 2, 130
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -47,6 +48,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader (head, less) has gone; keep Python from complaining at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except KeyboardInterrupt:
-        print("pgsvd-vllm: interrupted; finished layers are kept, continue with --resume", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(f"pgsvd-vllm: interrupted{': ' if stop.args else ''}{stop}", file=sys.stderr)
         return INTERRUPTED
+    except Exception:  # the last line of defence: a bug, shown with what a report needs
+        traceback.print_exc()
+        print("pgsvd-vllm: internal error; please report it with the output of: pgsvd-vllm env", file=sys.stderr)
+        return INTERNAL_ERROR
