@@ -4,7 +4,7 @@ import logging
 
 logger = logging.getLogger("vllm.pgsvd")
 
-TESTED_VLLM = ("0.32", "0.33")
+SUPPORTED_VLLM = ("0.32", "0.33")
 
 
 def register() -> None:
@@ -22,5 +22,5 @@ def register() -> None:
         logger.warning("pgsvd_vllm cannot be used with this vLLM: %s: %s", type(error).__name__, error)
         return
     version = getattr(vllm, "__version__", "unknown")
-    if not version.startswith(TESTED_VLLM):
-        logger.warning("pgsvd_vllm is tested with vLLM %s, this is %s", " and ".join(TESTED_VLLM), version)
+    if not version.startswith(SUPPORTED_VLLM):
+        logger.warning("pgsvd_vllm supports vLLM %s, this is %s", " and ".join(SUPPORTED_VLLM), version)
