@@ -59,11 +59,11 @@ def compress(options: CompressOptions, say: Callable[[str], None] = lambda _line
     plan = make_plan(options)
     say(describe(plan))
     workspace = Workspace(plan)
-    calibrated = False
+    keep = workspace.has_any_layer  # of the run that is resumed
     try:
-        check_disk(plan, estimate(plan).disk, workspace.folder)
+        check_disk(plan, estimate(plan).disk - workspace.used_bytes, workspace.folder)
         _calibrate(plan, workspace)
-        calibrated = True
+        keep = True
         allocation = _allocate(plan, workspace)
         say(
             f"tolerance {allocation.tolerance:.4f}: {len(allocation.ranks)} of {len(plan.flat)} projections "
@@ -73,7 +73,7 @@ def compress(options: CompressOptions, say: Callable[[str], None] = lambda _line
         workspace.publish()
         return result
     except PgsvdError as error:
-        if calibrated:
+        if keep:
             raise type(error)(f"{error} (calibration is kept: repeat with --resume)") from None
         workspace.discard()
         raise

@@ -80,7 +80,9 @@ def als(
     if total <= 0:
         return Factors(torch.eye(m, rank, dtype=w.dtype, device=w.device), w[:rank].clone(), [0.0])
     cross = wc @ w.T if m <= n else None
-    u = _leading_left_vectors(w, rank)
+    # Where W and C share axes the SVD start is a saddle that no sweep leaves: step aside a little.
+    aside = torch.randn(m, rank, dtype=w.dtype, generator=torch.Generator().manual_seed(0)).to(w.device)
+    u = torch.linalg.qr(_leading_left_vectors(w, rank) + 1e-3 / m**0.5 * aside).Q
     errors: list[float] = []
     while True:
         # W C V^T with V = U^T W. Its column span is that of the least-squares U.

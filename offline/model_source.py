@@ -2,6 +2,7 @@
 
 import fnmatch
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -52,9 +53,9 @@ def resolve_folder(model: str, revision: str | None = None) -> Path:
         InputError: neither a folder nor an id the hub (or its cache) knows.
     """
     folder = Path(model)
-    if folder.is_dir():
+    if os.path.isdir(folder):  # unlike Path.is_dir, also for a name that is too long
         return folder
-    if folder.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
+    if os.path.exists(folder) or model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise InputError(f"MODEL {model}: no such folder")
     try:
         return Path(snapshot_download(model, revision=revision, allow_patterns=HUB_PATTERNS))
@@ -122,6 +123,12 @@ class ModelSource:
         """The dtype that config.json names, float32 if none."""
         name = self.config_json.get("dtype") or self.config_json.get("torch_dtype") or "float32"
         return getattr(torch, str(name).removeprefix("torch."), torch.float32)
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the input embeddings."""
+        embeddings: Any = self.model.get_input_embeddings()
+        return embeddings.weight.shape[0]
 
     def _find_layers(self) -> tuple[str, nn.ModuleList]:
         """The module list that holds most of the model's linear weights."""

@@ -1,5 +1,6 @@
 """What a compression will do and cost, worked out before anything is computed or written."""
 
+import os
 import shutil
 import time
 from dataclasses import dataclass
@@ -107,7 +108,7 @@ def check_options(options: CompressOptions) -> None:
         raise InputError(f"--max-seq-length {options.max_seq_length}: must be at least 8")
     if options.dtype != "auto" and options.dtype not in DTYPES:
         raise InputError(f"--dtype {options.dtype}: must be one of auto, {', '.join(DTYPES)}")
-    if options.output.exists() or options.output.is_symlink():
+    if os.path.lexists(options.output):
         raise InputError(f"--output-dir {options.output}: already exists; remove it or choose another folder")
 
 
@@ -173,7 +174,7 @@ def _windows(options: CompressOptions, source: ModelSource, length: int) -> Wind
         options.seed,
         options.dataset if options.dataset != BUILTIN else BUILTIN,
     )
-    rows = source.model.get_input_embeddings().weight.shape[0]
+    rows = source.vocabulary
     if int(windows.ids.max()) >= rows:
         raise InputError(
             f"{source.folder}: the tokenizer makes id {int(windows.ids.max())}, the model has {rows} embeddings; "
@@ -188,7 +189,7 @@ def estimate(plan: Plan) -> Estimate:
     width = plan.compute_dtype.itemsize
     grams = [_gram_sizes(row) for row in plan.projections]
     layer = max(sum(p.numel for p in row) for row in plan.projections) * width
-    embeddings = plan.source.model.get_input_embeddings().weight.numel() * width
+    embeddings = plan.source.vocabulary * hidden * width
     widest = max(max(p.in_features, p.out_features) for p in plan.flat)
     memory = (
         layer + embeddings + tokens * hidden * width

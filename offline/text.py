@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,7 +100,7 @@ def read_documents(dataset: str, wanted_tokens: int) -> list[str]:
     if dataset in HUB_SETS:
         return _hub_documents(dataset, wanted_tokens * CHARS_PER_TOKEN)
     path = Path(dataset)
-    if not path.is_file():
+    if not os.path.isfile(path):  # unlike Path.is_file, also for a name that is too long
         raise InputError(
             f"--dataset {dataset}: no such file; known sets are {BUILTIN} (offline), {', '.join(HUB_SETS)}"
         )
@@ -114,12 +115,13 @@ def read_documents(dataset: str, wanted_tokens: int) -> list[str]:
 
 def _jsonl_documents(path: Path, text: str) -> list[str]:
     documents = []
-    for number, line in enumerate(text.splitlines(), 1):
+    # Not splitlines: a JSON string may hold U+2028 and its like.
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise InputError(f"--dataset {path}: line {number} is not JSON") from None
         if not isinstance(row, dict) or not isinstance(row.get("text"), str):
             raise InputError(f'--dataset {path}: line {number} has no "text" field')
@@ -164,7 +166,7 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, documents: list[str]) -> torch.
     """All documents as one int64 stream, separated by the end-of-text token where there is one."""
     separator = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None and len(documents) > 1 else []
     ids: list[int] = []
-    for encoded in tokenizer(documents, add_special_tokens=False, verbose=False)["input_ids"]:
+    for encoded in tokenizer(documents, add_special_tokens=False, verbose=False)["input_ids"] if documents else []:
         ids += encoded + separator
     return torch.tensor(ids, dtype=torch.int64)
 

@@ -65,12 +65,12 @@ class Workspace:
         self.layers = self.folder / "layers"
         self.checkpoint = self.folder / "checkpoint"
         run, run_file = fingerprint(plan), self.folder / "run.json"
-        if self.folder.exists():
+        if os.path.lexists(self.folder):
             if not plan.options.resume:
                 raise InputError(f"{self.folder}: left by an interrupted run; continue it with --resume, or delete it")
             try:
-                old = json.loads(run_file.read_text(encoding="utf-8"))
-            except (OSError, ValueError):
+                old = dict(json.loads(run_file.read_text(encoding="utf-8")))
+            except (OSError, ValueError, TypeError):
                 raise InputError(f"{run_file}: unreadable, this run cannot be resumed; delete {self.folder}") from None
             changed = [key for key in run if old.get(key) != run[key]]
             if changed:
@@ -84,6 +84,7 @@ class Workspace:
                 self.layers.mkdir(parents=True)
                 run_file.write_text(json.dumps(run, indent=2), encoding="utf-8")
             except OSError as error:
+                self.discard()
                 raise InputError(f"--output-dir {self.output}: cannot be written ({error.strerror})") from None
 
     def _layer_file(self, index: int) -> Path:
@@ -97,6 +98,11 @@ class Workspace:
     def has_any_layer(self) -> bool:
         """Whether anything would be lost by deleting the folder."""
         return any(self.layers.glob("*.safetensors"))
+
+    @property
+    def used_bytes(self) -> int:
+        """Disk that the finished layers take."""
+        return sum(path.stat().st_size for path in self.layers.glob("*.safetensors"))
 
     def save_layer(self, index: int, data: LayerCalibration) -> None:
         """Write one layer's calibration; the file appears complete or not at all."""
@@ -134,7 +140,10 @@ class Workspace:
             with path.open("rb") as file:
                 os.fsync(file.fileno())
         # Over an existing folder os.rename fails unless that one is empty, so nothing is replaced.
-        os.rename(self.checkpoint, self.output)
+        try:
+            os.rename(self.checkpoint, self.output)
+        except OSError as error:
+            raise InputError(f"--output-dir {self.output}: cannot be written ({error.strerror})") from None
         self.discard()
 
     def discard(self) -> None:

@@ -10,6 +10,7 @@ not know the format finds no weights and says so, where it would otherwise fill 
 """
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,7 +113,7 @@ def parse_modules(section: Mapping[str, Any], where: str) -> dict[str, FactoredM
     if method != QUANT_METHOD:
         raise CheckpointError(f"{where}: quantization method is {method!r}, not {QUANT_METHOD!r}")
     version = section.get("version")
-    if version != FORMAT_VERSION:
+    if version != FORMAT_VERSION or isinstance(version, bool):
         raise CheckpointError(
             f"{where}: checkpoint format version {version!r} is not readable here (this is version "
             f"{FORMAT_VERSION}); it was written by pgsvd-vllm {section.get('tool_version', 'unknown')}: "
@@ -158,7 +159,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: the folder or the file is missing or malformed.
     """
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # unlike Path.is_dir, also for a name that is too long
         raise CheckpointError(f"{folder}: no such folder")
     return read_json(folder / "config.json")
 
@@ -169,7 +170,7 @@ def read_headers(path: Path) -> dict[str, TensorInfo]:
     Raises:
         CheckpointError: the file is missing, truncated or not safetensors.
     """
-    if not path.is_file():
+    if not os.path.isfile(path):  # unlike Path.is_file, also for a name that is too long
         raise CheckpointError(f"{path}: no such file")
     try:
         with safe_open(path, framework="pt") as file:

@@ -27,7 +27,7 @@ class PgsvdConfig(QuantizationConfig):
     def __repr__(self) -> str:
         return f"PgsvdConfig({len(self.modules)} factored modules)"
 
-    def get_name(self) -> str:
+    def get_name(self) -> Any:
         """The method's name in config.json."""
         return QUANT_METHOD
 

@@ -93,7 +93,8 @@ class PgsvdQuantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_kwargs: Any
     ) -> None:
         """Swap in FactoredLinear modules; raises CheckpointError where a tensor is missing."""
-        table = self.quantization_config.modules_table
+        config: Any = self.quantization_config
+        table = config.modules_table
         tensors = {}
         for file in checkpoint_files or []:
             tensors.update(read_headers(Path(file)))
@@ -135,7 +136,7 @@ class PgsvdQuantizer(HfQuantizer):
         ]
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_kwargs: Any) -> PreTrainedModel:
-        model.save_pretrained = types.MethodType(_save_pretrained, model)
+        setattr(model, "save_pretrained", types.MethodType(_save_pretrained, model))  # noqa: B010  (mypy)
         return model
 
     def is_serializable(self, *_args: Any, **_kwargs: Any) -> bool:

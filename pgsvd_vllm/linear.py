@@ -9,6 +9,7 @@ A merged layer (QKV, gate and up) has shards of different rank, some of them den
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -51,13 +52,16 @@ class Gemm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.cpu_linear: Callable[..., torch.Tensor] | None = None
+        # The dispatch turns the `bias` of a layer into float32 where the kernel it picks wants that
+        # (AMX). The bias belongs to the whole layer, not to this product: an empty one shows the dtype.
+        self.bias = nn.Parameter(weight.new_empty(0), requires_grad=False)
         if current_platform.is_cpu():
             dispatch_cpu_unquantized_gemm(self, remove_weight=True)
 
     def forward(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x [tokens, in] -> [tokens, out]."""
         if self.cpu_linear is not None:
-            return self.cpu_linear(x, self.weight, bias)
+            return self.cpu_linear(x, self.weight, None if bias is None else bias.to(self.bias.dtype))
         return F.linear(x, self.weight, bias)
 
 
@@ -94,7 +98,7 @@ class PgsvdLinearMethod(LinearMethodBase):
 
     def create_weights(
         self,
-        layer: nn.Module,
+        layer: Any,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,
@@ -115,6 +119,7 @@ class PgsvdLinearMethod(LinearMethodBase):
             )
         self.partitions = [list(output_partition_sizes)] if fused else [[n] for n in output_partition_sizes]
         self.sizes = [sum(partition) for partition in self.partitions]
+        self.in_features = input_size
         self.in_columns = input_columns(input_size, input_size_per_partition, layer.tp_rank)
         self.layer_name = layer.prefix
         self.loaded: set[str] = set()
@@ -129,7 +134,7 @@ class PgsvdLinearMethod(LinearMethodBase):
         if dense:
             shapes["weight"] = (dense, input_size_per_partition)
         for name, shape in shapes.items():
-            parameter = nn.Parameter(torch.empty(shape, dtype=params_dtype), requires_grad=False)
+            parameter: Any = nn.Parameter(torch.empty(shape, dtype=params_dtype), requires_grad=False)
             parameter.weight_loader = self._make_loader(layer, name)
             layer.register_parameter(name, parameter)
 
@@ -138,7 +143,7 @@ class PgsvdLinearMethod(LinearMethodBase):
         config.compilation_config.static_forward_context[layer.prefix] = layer
         _layers_without_context[layer.prefix] = layer
 
-    def _make_loader(self, layer: nn.Module, kind: str) -> Callable[..., None]:
+    def _make_loader(self, layer: Any, kind: str) -> Callable[..., None]:
         """The function vLLM calls with each tensor of the checkpoint that belongs to a parameter."""
 
         def load(param: torch.Tensor, loaded_weight: torch.Tensor, shard_id: str | int | None = None) -> None:
@@ -156,6 +161,12 @@ class PgsvdLinearMethod(LinearMethodBase):
                     raise CheckpointError(f"tensor {name}: {error}") from None
                 loaded_weight = take_rows(loaded_weight, cuts)
             if kind != "weight_u":
+                # Cutting would hide columns too many.
+                if loaded_weight.shape[-1] != self.in_features:
+                    raise CheckpointError(
+                        f"tensor {name}: this layer has {self.in_features} inputs, the checkpoint has shape "
+                        f"{tuple(loaded_weight.shape)}"
+                    )
                 loaded_weight = loaded_weight[:, self.in_columns]
             copy_checked(self._views(param, kind)[index], loaded_weight, name)
             self.loaded.add(name)
@@ -168,11 +179,12 @@ class PgsvdLinearMethod(LinearMethodBase):
         for index, (shard, size) in enumerate(zip(self.shards, self.sizes, strict=True)):
             if (shard.rank is None) != (kind == "weight"):
                 continue
+            rank = shard.rank or 0
             if kind == "weight_u":
-                views[index] = parameter.data[start : start + size * shard.rank].view(size, shard.rank)
-                start += size * shard.rank
+                views[index] = parameter.data[start : start + size * rank].view(size, rank)
+                start += size * rank
             else:
-                rows = size if shard.rank is None else shard.rank
+                rows = size if kind == "weight" else rank
                 views[index] = parameter.data[start : start + rows]
                 start += rows
         return views
@@ -186,7 +198,7 @@ class PgsvdLinearMethod(LinearMethodBase):
                         f"tensor {shard.name}.{kind} is missing from the checkpoint (needed by layer {self.layer_name})"
                     )
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         """Check that every shard arrived, then pack the products; the originals are released."""
         if not self.is_dummy:
             self.check_complete()
@@ -208,7 +220,7 @@ class PgsvdLinearMethod(LinearMethodBase):
             for parameter in (layer.weight_v, layer.weight_u):
                 parameter.data = parameter.data.new_empty(0)
 
-    def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x [..., in] -> [..., out] of this rank."""
         return torch.ops.pgsvd.linear(x, bias, sum(self.sizes), _encode_layer_name(layer.prefix))
 
@@ -217,7 +229,7 @@ class PgsvdLinearMethod(LinearMethodBase):
 _layers_without_context: weakref.WeakValueDictionary[str, nn.Module] = weakref.WeakValueDictionary()
 
 
-def _find_layer(name: str) -> nn.Module:
+def _find_layer(name: str) -> Any:
     if is_forward_context_available():
         layer = get_forward_context().no_compile_layers.get(name)
         if layer is not None:
