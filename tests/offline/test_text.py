@@ -1,0 +1,141 @@
+"""Calibration text: which documents, which tokens, which windows."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from pgsvd_vllm.errors import InputError
+from pgsvd_vllm.offline.text import (
+    BUILTIN,
+    builtin_prose,
+    cut_windows,
+    held_out_prose,
+    leading_tokens,
+    load_tokenizer,
+    read_documents,
+    tokenize,
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model: Path) -> PreTrainedTokenizerBase:
+    return load_tokenizer(tiny_model)
+
+
+def test_builtin_prose_is_long_english_text(tokenizer: PreTrainedTokenizerBase) -> None:
+    documents = read_documents(BUILTIN, 0)
+    assert documents == list(builtin_prose())
+    text = "\n".join(documents)
+    assert len(text) > 400_000
+    assert text.count(" the ") > 3000
+    ids = tokenize(tokenizer, documents)
+    assert ids.dtype == torch.int64
+    # One token a UTF-8 byte and one between documents: nothing is lost, nothing is added.
+    assert len(ids) == sum(len(d.encode()) for d in documents) + len(documents)
+    assert int((ids == tokenizer.eos_token_id).sum()) == len(documents)
+
+
+def test_held_out_prose_shares_nothing_with_the_calibration_text() -> None:
+    calibration = "\n".join(builtin_prose())
+    held_out = held_out_prose(100_000)
+    assert len(held_out) > 100_000
+    paragraphs = [p.strip() for p in held_out.split("\n\n") if len(p.strip()) > 200]
+    assert len(paragraphs) > 50
+    assert not [p for p in paragraphs if p in calibration]
+
+
+def test_jsonl_and_plain_text(tmp_path: Path) -> None:
+    rows = ["one", "two\nlines", "", "separators \u2028 and \x85 are not line ends of JSON Lines", "ünï 漢字"]
+    jsonl = tmp_path / "data.jsonl"
+    lines = [json.dumps({"text": row, "id": i}, ensure_ascii=i == 0) for i, row in enumerate(rows)]
+    jsonl.write_bytes(("\r\n".join(lines) + "\n\n").encode())
+    assert read_documents(str(jsonl), 0) == rows
+    for name in ("data.txt", "data.md", "data", "data.json", "data.csv"):
+        path = tmp_path / name
+        path.write_text("plain\ntext ü", encoding="utf-8")
+        assert read_documents(str(path), 0) == ["plain\ntext ü"]
+
+
+def test_bad_text_is_named(tmp_path: Path) -> None:
+    def refused(name: str, content: bytes, message: str) -> None:
+        path = tmp_path / name
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=message) as caught:
+            read_documents(str(path), 0)
+        assert str(path) in str(caught.value)
+
+    refused("latin.txt", b"caf\xe9", "not UTF-8")
+    refused("bad.jsonl", b'{"text": "a"}\n{"text": \n', "line 2 is not JSON")
+    refused("deep.jsonl", b"[" * 100_000, "line 1 is not JSON")
+    refused("none.jsonl", b'{"text": "a"}\n\n{"body": "b"}\n', 'line 3 has no "text" field')
+    refused("number.jsonl", b'{"text": 3}', 'line 1 has no "text" field')
+    refused("list.jsonl", b'["text"]', 'line 1 has no "text" field')
+    for name in (str(tmp_path / "absent.txt"), str(tmp_path), "wikitext-3", "x" * 300):
+        with pytest.raises(InputError, match=f"--dataset {name}: no such file.*python-docs"):
+            read_documents(name, 0)
+
+
+def test_without_a_network_hub_sets_name_the_builtin_text() -> None:
+    with pytest.raises(InputError, match="--dataset wikitext2: .*use --dataset python-docs"):
+        read_documents("wikitext2", 100)
+
+
+def test_documents_are_separated_and_in_order(tokenizer: PreTrainedTokenizerBase) -> None:
+    eos = tokenizer.eos_token_id
+    ids = tokenize(tokenizer, ["ab", "", "c"]).tolist()
+    a, b, c = (tokenizer.convert_tokens_to_ids(x) for x in "abc")
+    assert ids == [a, b, eos, eos, c, eos]
+    assert tokenize(tokenizer, ["ab"]).tolist() == [a, b]
+    assert tokenize(tokenizer, []).tolist() == []
+
+
+def test_windows_do_not_overlap_and_follow_the_seed() -> None:
+    tokens = torch.arange(1000)
+    first = cut_windows(tokens, [], 20, 33, 7, "t")
+    assert first.ids.shape == (20, 33)
+    assert len(set(first.ids.flatten().tolist())) == 20 * 33, "two windows share a token"
+    assert all(row.tolist() == list(range(row[0], row[0] + 33)) for row in first.ids)
+    again, other = cut_windows(tokens, [], 20, 33, 7, "t"), cut_windows(tokens, [], 20, 33, 8, "t")
+    assert torch.equal(first.ids, again.ids)
+    assert first.sha256 == again.sha256
+    assert not torch.equal(first.ids, other.ids)
+    assert first.sha256 != other.sha256
+
+
+def test_a_short_text_gives_all_it_has() -> None:
+    windows = cut_windows(torch.arange(100), [], 50, 33, 0, "t")
+    assert windows.ids.tolist() == torch.arange(99).view(3, 33).tolist()
+    with pytest.raises(InputError, match="--dataset t: 32 tokens are too little .* needs 33"):
+        cut_windows(torch.arange(32), [], 1, 33, 0, "t")
+
+
+def test_every_window_starts_with_the_prefix() -> None:
+    windows = cut_windows(torch.arange(100, 200), [5, 6], 3, 12, 0, "t")
+    assert windows.ids.shape == (3, 12)
+    assert windows.ids[:, :2].tolist() == [[5, 6]] * 3
+    assert int(windows.ids[:, 2:].min()) >= 100
+    assert len(set(windows.ids[:, 2:].flatten().tolist())) == 30
+
+
+def test_bos_is_found_where_the_tokenizer_adds_one(tiny_model: Path) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    assert leading_tokens(load_tokenizer(tiny_model)) == []
+    with_bos = load_tokenizer(tiny_model)
+    template = TemplateProcessing(single="<s> $A </s>", pair="<s> $A $B </s>", special_tokens=[("<s>", 0), ("</s>", 1)])
+    with_bos.backend_tokenizer.post_processor = template
+    assert with_bos("a")["input_ids"][0] == 0
+    assert leading_tokens(with_bos) == [0]
+    # Only windows start so, not documents.
+    assert 0 not in tokenize(with_bos, ["ab", "cd"]).tolist()
+
+
+def test_a_folder_without_a_tokenizer(tmp_path: Path, tiny_model: Path) -> None:
+    (tmp_path / "config.json").write_bytes((tiny_model / "config.json").read_bytes())
+    with pytest.raises(InputError, match="tokenizer") as caught:
+        load_tokenizer(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+    assert "\n" not in str(caught.value)

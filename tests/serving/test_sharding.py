@@ -1,0 +1,88 @@
+"""How factors are cut over tensor-parallel ranks: the pieces of all ranks make up the whole."""
+
+import pytest
+import torch
+
+from pgsvd_vllm.errors import CheckpointError
+from pgsvd_vllm.sharding import copy_checked, input_columns, output_rows, take_rows
+
+WORLDS = (1, 2, 4, 8)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_row_parallel_columns_reassemble(world: int) -> None:
+    weight = torch.arange(5 * 48.0).view(5, 48)
+    parts = [weight[:, input_columns(48, 48 // world, rank)] for rank in range(world)]
+    assert torch.equal(torch.cat(parts, dim=1), weight)
+
+
+@pytest.mark.parametrize("rank", range(4))
+def test_columns_are_whole_where_the_layer_is_not_row_parallel(rank: int) -> None:
+    assert input_columns(48, 48, rank) == slice(0, 48)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_column_parallel_rows_reassemble(world: int) -> None:
+    weight = torch.arange(64 * 3.0).view(64, 3)
+    parts = [take_rows(weight, output_rows(64, [64 // world], rank, world, 1)) for rank in range(world)]
+    assert torch.equal(torch.cat(parts), weight)
+
+
+@pytest.mark.parametrize(("world", "heads"), [(2, 1), (4, 1), (4, 2), (8, 1), (8, 2), (8, 4)])
+def test_replicated_heads_are_the_same_on_their_ranks_and_complete(world: int, heads: int) -> None:
+    """Fewer key/value heads than ranks: neighbouring ranks hold one head together."""
+    head_size, replicas = 4, world // heads
+    weight = torch.arange(heads * head_size * 2.0).view(heads * head_size, 2)
+    parts = [
+        take_rows(weight, output_rows(heads * head_size, [head_size], rank, world, replicas)) for rank in range(world)
+    ]
+    for rank, part in enumerate(parts):
+        assert torch.equal(part, parts[rank // replicas * replicas]), rank
+    assert torch.equal(torch.cat(parts[::replicas]), weight)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_fused_partitions_reassemble(world: int) -> None:
+    """A matrix fused in the checkpoint (gate over up) gives each rank a piece of every partition."""
+    sizes = (32, 16, 40)
+    blocks = [torch.randn(size, 3, generator=torch.Generator().manual_seed(size)) for size in sizes]
+    weight = torch.cat(blocks)
+    pieces = [
+        take_rows(weight, output_rows(sum(sizes), [size // world for size in sizes], rank, world, 1)).split(
+            [size // world for size in sizes]
+        )
+        for rank in range(world)
+    ]
+    for index, block in enumerate(blocks):
+        assert torch.equal(torch.cat([piece[index] for piece in pieces]), block), index
+
+
+def test_rows_already_cut_are_taken_whole() -> None:
+    """A checkpoint saved per rank brings exactly the rows of its rank."""
+    weight = torch.randn(8, 3)
+    assert torch.equal(take_rows(weight, output_rows(8, [5, 3], 1, 4, 1)), weight)
+
+
+@pytest.mark.parametrize(
+    ("rows", "partitions", "world", "replicas"), [(65, [32], 2, 1), (64, [16], 2, 1), (64, [32], 8, 2), (1, [4], 4, 2)]
+)
+def test_rows_that_do_not_divide_are_refused(rows: int, partitions: list[int], world: int, replicas: int) -> None:
+    with pytest.raises(ValueError, match=rf"^{rows} rows cannot be cut into {world // replicas} shares"):
+        output_rows(rows, partitions, 0, world, replicas)
+
+
+def test_a_single_piece_is_not_copied() -> None:
+    weight = torch.randn(8, 3)
+    piece = take_rows(weight, [slice(2, 6)])
+    assert piece.data_ptr() == weight[2].data_ptr()
+
+
+def test_copy_checked_names_the_tensor_and_both_shapes() -> None:
+    with pytest.raises(CheckpointError, match=r"tensor a\.b\.weight_v: .*\(2, 3\).*\(3, 2\)"):
+        copy_checked(torch.zeros(2, 3), torch.ones(3, 2), "a.b.weight_v")
+    # One row would broadcast: also refused.
+    with pytest.raises(CheckpointError):
+        copy_checked(torch.zeros(2, 3), torch.ones(1, 3), "a.b.weight_v")
+    target = torch.zeros(2, 3, dtype=torch.bfloat16)
+    copy_checked(target, torch.ones(2, 3), "a.b.weight_v")
+    assert torch.equal(target, torch.ones(2, 3, dtype=torch.bfloat16))
