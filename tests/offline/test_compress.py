@@ -1,0 +1,233 @@
+"""The pipeline on tiny models: what is written, what it claims, and what it leaves alone."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pgsvd_vllm.checkpoint import find_non_finite, open_checkpoint
+from pgsvd_vllm.cli import main
+from pgsvd_vllm.errors import InputError
+from pgsvd_vllm.offline.calibrate import LayerGrams, LayerStream
+from pgsvd_vllm.offline.compress import compress
+from pgsvd_vllm.offline.model_source import ModelSource
+from pgsvd_vllm.offline.plan import CompressOptions, make_plan
+from tests.conftest import save_tiny_model
+
+SMALL: dict[str, Any] = {"num_calibration_samples": 20, "max_seq_length": 48}
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    return {k: v for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()}
+
+
+def report_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "pgsvd_report.json").read_text())
+
+
+def section_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "config.json").read_text())["quantization_config"]
+
+
+def digest(folder: Path) -> dict[str, str]:
+    return {
+        str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*") if p.is_file()
+    }
+
+
+def check_output(model: Path, output: Path) -> None:
+    """Everything that must hold for any compressed folder, from its files alone."""
+    dense, written = tensors_of(model), tensors_of(output)
+    modules = section_of(output)["modules"]
+    assert modules
+    # The share is one of the projections that were considered: without those of --ignore.
+    considered = {row["name"] for row in report_of(output)["modules"]}
+    assert modules.keys() <= considered
+    before = after = total_after = 0
+    for name, tensor in dense.items():
+        stem = name.removesuffix(".weight")
+        if stem in modules:
+            u, v = written.pop(f"{stem}.weight_u"), written.pop(f"{stem}.weight_v")
+            rank = modules[stem]["rank"]
+            assert u.shape == (tensor.shape[0], rank)
+            assert v.shape == (rank, tensor.shape[1])
+            size = u.numel() + v.numel()
+            assert size < tensor.numel(), f"{stem} grew"
+        else:
+            kept = written.pop(name)
+            assert torch.equal(kept, tensor.to(kept.dtype)), f"{name} was changed"
+            size = kept.numel()
+        total_after += size
+        if stem in considered and name.endswith(".weight"):
+            before += tensor.numel()
+            after += size
+    assert not written, f"tensors out of nowhere: {sorted(written)}"
+    total = sum(t.numel() for t in dense.values())
+    # Rounded to six digits in the file.
+    assert section_of(output)["ratio"]["linear"] == pytest.approx(1 - after / before, abs=1e-6)
+    assert section_of(output)["ratio"]["total"] == pytest.approx(1 - total_after / total, abs=1e-6)
+    assert report_of(output)["parameters"] == {"before": total, "after": total_after}
+    assert find_non_finite(open_checkpoint(output)) is None
+    assert not output.with_name(output.name + ".partial").exists()
+
+
+@pytest.fixture(scope="module")
+def half_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model in bfloat16, as models are published."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    base = save_tiny_model(tmp_path_factory.mktemp("half") / "base", layers=2, seed=5)
+    folder = base.with_name("model")
+    AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("bias", "tie", "options"),
+    [
+        (False, True, {"ratio": 0.25}),
+        (False, False, {"ratio": 0.6}),
+        (True, True, {"tolerance": 0.35}),
+        (True, False, {"tolerance": 0.5, "ignore": ("*.down_proj", "model.layers.0.*")}),
+    ],
+)
+def test_compressed_folder(tmp_path: Path, bias: bool, tie: bool, options: dict[str, Any]) -> None:
+    model = save_tiny_model(tmp_path / "model", bias=bias, tie=tie, layers=2)
+    output = tmp_path / "out"
+    result = compress(CompressOptions(str(model), output, **SMALL, **options))
+    check_output(model, output)
+    modules, report = section_of(output)["modules"], report_of(output)["modules"]
+    assert [row["name"] for row in report] == [m.name for m in result.modules]
+    assert len(report) == (6 if "ignore" in options else 14)
+    if "ignore" in options:
+        assert not any(name.endswith("down_proj") or ".layers.0." in name for name in modules)
+    for row in report:
+        assert row["rank"] == (modules[row["name"]]["rank"] if row["name"] in modules else None)
+        if row["rank"] is None:
+            assert (row["error"], row["optimum"], row["sweeps"]) == (0, 0, 0)
+        else:
+            # Within ALS's half per cent and, in float32, rounding of 2^-24 a factor.
+            assert row["optimum"] * (1 - 1e-6) <= row["error"] <= row["optimum"] * 1.005 + 1e-6
+            assert row["optimum"] <= section_of(output)["tolerance"]["language"]
+    if "tolerance" in options:
+        assert section_of(output)["tolerance"] == {"language": options["tolerance"]}
+    else:
+        # Ranks of so small a model are coarse: one rank of the largest matrix is 1/600 of all.
+        assert section_of(output)["ratio"]["linear"] == pytest.approx(options["ratio"], abs=0.01)
+    # The tokenizer comes along, the dense weights' index and model card do not.
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert (output / name).read_bytes() == (model / name).read_bytes()
+    assert not (output / "model.safetensors.index.json").exists()
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [("auto", torch.bfloat16), ("float32", torch.float32)])
+def test_report_errors_are_those_of_the_written_factors(
+    half_model: Path, tmp_path: Path, dtype: str, expected: torch.dtype
+) -> None:
+    output = tmp_path / "out"
+    options = CompressOptions(str(half_model), output, ratio=0.4, dtype=dtype, **SMALL)
+    ids = make_plan(options).windows.ids
+    compress(options)
+    check_output(half_model, output)
+    written = tensors_of(output)
+    assert {t.dtype for t in written.values()} == {expected}
+    config = json.loads((output / "config.json").read_text())
+    assert config["dtype"] == str(expected).removeprefix("torch.")
+    source = ModelSource(half_model)
+    stream = LayerStream(source, ids, torch.device("cpu"), torch.bfloat16 if dtype == "auto" else torch.float32)
+    rows = {row["name"]: row for row in report_of(output)["modules"]}
+    checked = 0
+    for index, projections in enumerate(source.projections()):
+        *_, grams = stream.advance(index, projections, collect=True)
+        assert isinstance(grams, LayerGrams)
+        for p in projections:
+            if rows[p.name]["rank"] is None:
+                continue
+            c = grams.grams[grams.leader[p.name]].numpy()
+            w = source.read(f"{p.name}.weight").double().numpy()
+            residual = (
+                w - written[f"{p.name}.weight_u"].double().numpy() @ written[f"{p.name}.weight_v"].double().numpy()
+            )
+            error = np.sqrt(np.trace(residual @ c @ residual.T) / np.trace(w @ c @ w.T))
+            # Between the two lies the rounding of the Gram matrix to float32 on disk.
+            assert rows[p.name]["error"] == pytest.approx(error, rel=c.shape[0] * 2.0**-24)
+            checked += 1
+    assert checked >= 10
+
+
+def test_larger_ratio_smaller_model_larger_error(tiny_model: Path, tmp_path: Path) -> None:
+    sizes, errors = [], []
+    for ratio in (0.2, 0.5, 0.8):
+        result = compress(CompressOptions(str(tiny_model), tmp_path / f"{ratio}", ratio=ratio, **SMALL))
+        sizes.append(result.parameters_after)
+        errors.append(result.allocation.tolerance)
+    assert sizes == sorted(sizes, reverse=True)
+    assert errors == sorted(errors)
+    assert len(set(sizes)) == 3
+
+
+def test_same_options_same_bytes_other_seed_other_bytes(tiny_model: Path, tmp_path: Path) -> None:
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        compress(CompressOptions(str(tiny_model), tmp_path / name, ratio=0.3, seed=seed, **SMALL))
+    weights = [{k: v for k, v in digest(tmp_path / n).items() if k.endswith("safetensors")} for n in "abc"]
+    assert weights[0] == weights[1]
+    assert weights[0] != weights[2]
+
+
+def test_ratio_is_met_on_a_real_model(smollm2: Path, smollm2_compressed: Path) -> None:
+    check_output(smollm2, smollm2_compressed)
+    assert abs(section_of(smollm2_compressed)["ratio"]["linear"] - 0.2) <= 0.005
+    for row in report_of(smollm2_compressed)["modules"]:
+        if row["rank"] is not None:
+            assert row["error"] <= section_of(smollm2_compressed)["tolerance"]["language"] * 1.01
+
+
+def test_dry_run_writes_nothing(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "neighbour").write_text("x")
+    before, model_before = digest(tmp_path), digest(tiny_model)
+    output = tmp_path / "sub" / "out"
+    assert main(["compress", str(tiny_model), "-o", str(output), "--dry-run", "--max-seq-length", "64"]) == 0
+    text = capsys.readouterr().out
+    assert "21 projections of 3 layers" in text
+    assert "128 windows of 64 tokens from python-docs" in text
+    assert f"would write: {output}" in text
+    assert digest(tmp_path) == before
+    assert [p.name for p in tmp_path.iterdir()] == ["neighbour"]
+    assert digest(tiny_model) == model_before
+
+
+def test_the_model_folder_is_only_read(tmp_path: Path) -> None:
+    model = save_tiny_model(tmp_path / "model", layers=1)
+    before = digest(model)
+    compress(CompressOptions(str(model), tmp_path / "out", ratio=0.3, **SMALL))
+    assert digest(model) == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "out"]
+
+
+def test_calibration_text_is_named_by_its_tokens(tiny_model: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.md"
+    text.write_text("".join(f"Line {i} of a text about nothing in particular.\n" for i in range(200)))
+    output = tmp_path / "out"
+    compress(CompressOptions(str(tiny_model), output, ratio=0.3, dataset=str(text), **SMALL))
+    calibration = section_of(output)["calibration"]
+    assert calibration["name"] == str(text)
+    assert calibration["tokens"] == 20 * 48
+    assert len(calibration["sha256"]) == 64
+
+
+def test_a_tolerance_nothing_meets_keeps_the_calibration(tiny_model: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    with pytest.raises(InputError, match=r"--tolerance 0\.0001: no projection .*--resume"):
+        compress(CompressOptions(str(tiny_model), output, tolerance=0.0001, **SMALL))
+    assert not output.exists()
+    with pytest.raises(InputError, match=r"--ratio 0\.9999: more than this model can give.*--resume"):
+        compress(CompressOptions(str(tiny_model), output, ratio=0.9999, resume=True, **SMALL))
+    assert not output.exists()
+    compress(CompressOptions(str(tiny_model), output, ratio=0.3, resume=True, **SMALL))
+    check_output(tiny_model, output)

@@ -1,0 +1,300 @@
+"""PgsvdLinearMethod inside vLLM's own layers, against float64, on one rank."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+vllm_config = pytest.importorskip("vllm.config", reason="vLLM is not installed")
+
+from vllm.distributed import parallel_state  # noqa: E402
+from vllm.model_executor.layers import linear as vllm_linear  # noqa: E402
+from vllm.model_executor.layers import utils as vllm_utils  # noqa: E402
+from vllm.platforms import current_platform  # noqa: E402
+from vllm.utils.torch_utils import _encode_layer_name  # noqa: E402
+
+from pgsvd_vllm.checkpoint import FactoredModule  # noqa: E402
+from pgsvd_vllm.config import PgsvdConfig  # noqa: E402
+from pgsvd_vllm.errors import CheckpointError  # noqa: E402
+from pgsvd_vllm.linear import Gemm, PgsvdLinearMethod  # noqa: E402
+
+HIDDEN, HEAD, HEADS, KV_HEADS, WIDE = 64, 16, 4, 2, 96
+LEAVES = {
+    "qkv_proj": {"q_proj": HEADS * HEAD, "k_proj": KV_HEADS * HEAD, "v_proj": KV_HEADS * HEAD},
+    "gate_up_proj": {"gate_proj": WIDE, "up_proj": WIDE},
+    "down_proj": {"down_proj": HIDDEN},
+    "up_proj": {"up_proj": WIDE},
+    "gate": {"gate": 8},
+}
+SHARD_IDS: dict[str, str | int] = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "gate_proj": 0, "up_proj": 1}
+MIXES: list[tuple[str, tuple[int | None, ...]]] = [
+    ("qkv_proj", (24, 8, 16)),
+    ("qkv_proj", (24, None, 16)),
+    ("qkv_proj", (None, 7, None)),
+    ("qkv_proj", (None, None, 1)),
+    ("gate_up_proj", (33, 20)),
+    ("gate_up_proj", (None, 20)),
+    ("gate_up_proj", (33, None)),
+    ("down_proj", (30,)),
+    ("up_proj", (17,)),
+    ("gate", (3,)),
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def vllm_world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """One rank, as vLLM's workers set it up."""
+    with ExitStack() as stack:
+        stack.enter_context(vllm_config.set_current_vllm_config(vllm_config.VllmConfig()))
+        current_platform.import_kernels()
+        store = tmp_path_factory.mktemp("world") / "store"
+        parallel_state.init_distributed_environment(
+            world_size=1, rank=0, local_rank=0, distributed_init_method=f"file://{store}", backend="gloo"
+        )
+        parallel_state.initialize_model_parallel(1)
+        yield
+        parallel_state.cleanup_dist_env_and_memory()
+
+
+class Case:
+    """A layer, its tensors as a checkpoint holds them, and what it should compute."""
+
+    def __init__(
+        self,
+        leaf: str,
+        ranks: tuple[int | None, ...],
+        bias: bool = False,
+        dtype: torch.dtype = torch.float32,
+        seed: int = 0,
+        prefix: str = "model.layers.0.block",
+    ) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.leaves, self.dtype = LEAVES[leaf], dtype
+        self.columns = WIDE if leaf == "down_proj" else HIDDEN
+        self.names = {part: f"{prefix}.{part}" for part in self.leaves}
+        self.ranks = dict(zip(self.leaves, ranks, strict=True))
+        config = PgsvdConfig({self.names[p]: FactoredModule(rank) for p, rank in self.ranks.items() if rank})
+        config.packed_modules_mapping = {name: list(parts) for name, parts in LEAVES.items() if len(parts) > 1}
+        common = {"bias": bias, "quant_config": config, "prefix": f"{prefix}.{leaf}", "params_dtype": dtype}
+        self.layer: nn.Module
+        if leaf == "qkv_proj":
+            self.layer = vllm_linear.QKVParallelLinear(HIDDEN, HEAD, HEADS, KV_HEADS, **common)
+        elif leaf == "gate_up_proj":
+            self.layer = vllm_linear.MergedColumnParallelLinear(HIDDEN, [WIDE, WIDE], **common)
+        elif leaf == "down_proj":
+            self.layer = vllm_linear.RowParallelLinear(WIDE, HIDDEN, **common)
+        elif leaf == "up_proj":
+            self.layer = vllm_linear.ColumnParallelLinear(HIDDEN, WIDE, **common)
+        else:
+            self.layer = vllm_linear.ReplicatedLinear(HIDDEN, 8, **common)
+
+        def random(*shape: int) -> torch.Tensor:
+            return torch.randn(*shape, generator=generator).to(dtype)
+
+        self.tensors: dict[str, dict[str, torch.Tensor]] = {}
+        for part, rows in self.leaves.items():
+            rank = self.ranks[part]
+            if rank is None:
+                self.tensors[part] = {"weight": random(rows, self.columns)}
+            else:
+                self.tensors[part] = {"weight_v": random(rank, self.columns), "weight_u": random(rows, rank)}
+            if bias:
+                self.tensors[part]["bias"] = random(rows)
+
+    def load_one(self, part: str, kind: str, tensor: torch.Tensor) -> None:
+        """Hand over one tensor as vLLM's load_weights does."""
+        parameter = getattr(self.layer, kind)
+        if len(self.leaves) > 1:
+            parameter.weight_loader(parameter, tensor, SHARD_IDS[part])
+        else:
+            parameter.weight_loader(parameter, tensor)
+
+    def load(self, skip: tuple[str, str] | None = None) -> "Case":
+        for part, kinds in self.tensors.items():
+            for kind, tensor in kinds.items():
+                if (part, kind) != skip:
+                    self.load_one(part, kind, tensor)
+        return self
+
+    def finish(self) -> "Case":
+        self.layer.quant_method.process_weights_after_loading(self.layer)
+        return self
+
+    def expected(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The output in float64, and a bound on the rounding error of each element.
+
+        Every product sums at most `columns` or `rank` terms in float32 and rounds once to the
+        dtype; a factored shard does both twice. The bound is over the absolute values of all terms.
+        """
+        values, bounds = [], []
+        unit = torch.finfo(self.dtype).eps
+        accumulate = torch.finfo(torch.float32).eps
+        for part in self.leaves:
+            wide = {kind: tensor.double() for kind, tensor in self.tensors[part].items()}
+            bias = wide.get("bias", torch.zeros(()).double())
+            chain = [wide["weight"]] if "weight" in wide else [wide["weight_v"], wide["weight_u"]]
+            value, size, terms = x.double(), x.double().abs(), 0
+            for matrix in chain:
+                value, size, terms = value @ matrix.T, size @ matrix.abs().T, terms + matrix.shape[1]
+            values.append(value + bias)
+            bounds.append((len(chain) * unit + terms * accumulate) * (size + bias.abs()))
+        return torch.cat(values, -1), torch.cat(bounds, -1)
+
+
+def check(case: Case, x: torch.Tensor) -> None:
+    output = case.layer(x)
+    y = output[0] if isinstance(output, tuple) else output
+    expected, bound = case.expected(x)
+    assert y.shape == expected.shape
+    assert y.dtype == case.dtype
+    excess = (y.double() - expected).abs() - bound
+    assert (excess <= 0).all(), f"error over the bound by {excess.max()}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+@pytest.mark.parametrize(("leaf", "ranks"), MIXES)
+def test_output_equals_float64(leaf: str, ranks: tuple[int | None, ...], bias: bool, dtype: torch.dtype) -> None:
+    case = Case(leaf, ranks, bias, dtype).load().finish()
+    assert isinstance(case.layer.quant_method, PgsvdLinearMethod)
+    generator = torch.Generator().manual_seed(7)
+    for rows in (0, 1, 17):
+        check(case, torch.randn(rows, case.columns, generator=generator).to(dtype))
+
+
+def test_leading_dimensions_are_kept() -> None:
+    check(Case("qkv_proj", (24, None, 16), bias=True).load().finish(), torch.randn(2, 3, HIDDEN))
+
+
+def test_a_layer_without_factored_shards_is_vllms_own() -> None:
+    case = Case("qkv_proj", (None, None, None))
+    assert isinstance(case.layer.quant_method, vllm_linear.UnquantizedLinearMethod)
+
+
+def test_a_bias_works_in_the_kernel_that_wants_it_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM sends small bf16 products to a kernel for AMX, which refuses a bf16 bias; here it runs on any CPU."""
+    if not current_platform.is_cpu() or not hasattr(torch.ops._C, "weight_packed_linear"):
+        pytest.skip("only vLLM's x86 CPU build has this kernel")
+    # vLLM's own rule for small products, less its question for the AMX instructions.
+    monkeypatch.setattr(vllm_utils, "check_cpu_sgl_kernel", lambda n, k, dtype: k % 32 == 0 and n % 16 == 0)
+    case = Case("qkv_proj", (32, None, 16), bias=True, dtype=torch.bfloat16).load().finish()
+    check(case, torch.randn(5, HIDDEN).bfloat16())
+
+
+@pytest.mark.parametrize(
+    ("leaf", "ranks", "part", "kind"),
+    [
+        ("qkv_proj", (24, None, 16), "q_proj", "weight_v"),
+        ("qkv_proj", (24, None, 16), "k_proj", "weight"),
+        ("qkv_proj", (24, None, 16), "v_proj", "weight_u"),
+        ("gate_up_proj", (33, 20), "up_proj", "weight_v"),
+        ("down_proj", (30,), "down_proj", "weight_u"),
+        ("gate", (3,), "gate", "weight_v"),
+    ],
+)
+def test_a_tensor_that_never_came_is_named(leaf: str, ranks: tuple[int | None, ...], part: str, kind: str) -> None:
+    case = Case(leaf, ranks).load(skip=(part, kind))
+    with pytest.raises(CheckpointError, match=rf"tensor model\.layers\.0\.block\.{part}\.{kind} is missing"):
+        case.finish()
+
+
+@pytest.mark.parametrize(
+    ("part", "kind", "form"),
+    [
+        ("k_proj", "weight_v", "dense"),
+        ("k_proj", "weight_u", "dense"),
+        ("q_proj", "weight", "factored with rank 24"),
+    ],
+)
+def test_a_tensor_that_the_table_does_not_promise_is_named(part: str, kind: str, form: str) -> None:
+    case = Case("qkv_proj", (24, None, 16))
+    with pytest.raises(CheckpointError, match=rf"tensor \S+\.{part}\.{kind}: config\.json says \S+\.{part} is {form}"):
+        case.load_one(part, kind, torch.zeros(HIDDEN, HIDDEN))
+
+
+@pytest.mark.parametrize("leaf", ["qkv_proj", "down_proj", "up_proj", "gate"])
+@pytest.mark.parametrize("change", ["rank+", "rank-", "size+", "size-"])
+@pytest.mark.parametrize("kind", ["weight_v", "weight_u"])
+def test_a_wrong_shape_is_named(leaf: str, change: str, kind: str) -> None:
+    case = Case(leaf, {"qkv_proj": (24, None, 16)}.get(leaf, (6,)))
+    part = next(iter(case.leaves))
+    rows, columns = case.tensors[part][kind].shape
+    step = 1 if change.endswith("+") else -1
+    if change.startswith("rank") == (kind == "weight_v"):
+        rows += step
+    else:
+        columns += step
+    with pytest.raises(CheckpointError, match=rf"^tensor model\.layers\.0\.block\.{part}\.{kind}: "):
+        case.load_one(part, kind, torch.zeros(rows, columns))
+
+
+def test_a_wrong_shape_of_a_dense_shard_is_named() -> None:
+    for shape in ((KV_HEADS * HEAD, HIDDEN + 1), (KV_HEADS * HEAD + 1, HIDDEN), (KV_HEADS * HEAD, HIDDEN - 1)):
+        case = Case("qkv_proj", (24, None, 16))
+        with pytest.raises(CheckpointError, match=r"^tensor \S+\.k_proj\.weight: "):
+            case.load_one("k_proj", "weight", torch.zeros(shape))
+
+
+def test_partitions_that_do_not_fit_the_modules_are_refused() -> None:
+    config = PgsvdConfig({"a.gate_proj": FactoredModule(4)})
+    config.packed_modules_mapping = {"gate_up_proj": ["gate_proj", "up_proj"]}
+    with pytest.raises(CheckpointError, match=r"layer a\.gate_up_proj: 3 partitions.*a\.gate_proj, a\.up_proj"):
+        vllm_linear.MergedColumnParallelLinear(
+            HIDDEN, [WIDE, WIDE, WIDE], bias=False, quant_config=config, prefix="a.gate_up_proj"
+        )
+
+
+def test_a_module_fused_in_the_checkpoint_covers_all_partitions() -> None:
+    """Some models store gate over up as one matrix: one pair of factors for both partitions."""
+    config = PgsvdConfig({"a.gate_up_proj": FactoredModule(10)})
+    layer = vllm_linear.MergedColumnParallelLinear(
+        HIDDEN, [WIDE, WIDE], bias=False, quant_config=config, prefix="a.gate_up_proj", params_dtype=torch.float32
+    )
+    u, v = torch.randn(2 * WIDE, 10), torch.randn(10, HIDDEN)
+    layer.weight_v.weight_loader(layer.weight_v, v)
+    layer.weight_u.weight_loader(layer.weight_u, u)
+    layer.quant_method.process_weights_after_loading(layer)
+    x = torch.randn(5, HIDDEN)
+    torch.testing.assert_close(layer(x)[0], (x.double() @ v.double().T @ u.double().T).float(), rtol=1e-5, atol=1e-4)
+
+
+def test_no_weight_of_only_some_rows_is_left_behind() -> None:
+    """Code that takes `layer.weight` for the whole matrix must not find the dense shards alone."""
+    case = Case("qkv_proj", (24, None, 16)).load().finish()
+    assert not hasattr(case.layer, "weight")
+    if current_platform.is_cpu():
+        assert sum(parameter.numel() for parameter in case.layer.parameters()) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_the_op_is_a_correct_custom_op(dtype: torch.dtype) -> None:
+    case = Case("qkv_proj", (24, None, 16), bias=True, dtype=dtype).load().finish()
+    x = torch.randn(5, HIDDEN).to(dtype)
+    encoded = _encode_layer_name(case.layer.prefix)
+    for bias in (None, case.layer.bias.data):
+        results = torch.library.opcheck(torch.ops.pgsvd.linear.default, (x, bias, sum(case.leaves.values()), encoded))
+        assert set(results.values()) == {"SUCCESS"}, results
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 32), (48, 64), (33, 7)])
+def test_gemm_alone(rows: int, columns: int) -> None:
+    weight, x, bias = torch.randn(rows, columns), torch.randn(9, columns), torch.randn(rows)
+    expected = (x.double() @ weight.double().T + bias.double()).float()
+    torch.testing.assert_close(Gemm(weight.clone())(x, bias), expected, rtol=1e-5, atol=1e-4)
+
+
+def test_dummy_weights_need_no_checkpoint(tmp_path: Path) -> None:
+    """`--load-format dummy` fills the parameters itself; nothing is missing then."""
+    config = vllm_config.VllmConfig()
+    config.load_config.load_format = "dummy"
+    with vllm_config.set_current_vllm_config(config):
+        case = Case("qkv_proj", (24, None, 16))
+    for parameter in case.layer.parameters():
+        parameter.data.fill_(0.5)
+    case.finish()
+    y = case.layer(torch.ones(2, HIDDEN))[0]
+    torch.testing.assert_close(y[:, 0], torch.full((2,), 0.5 * 0.5 * HIDDEN * 24))
+    torch.testing.assert_close(y[:, HEADS * HEAD], torch.full((2,), 0.5 * HIDDEN))
