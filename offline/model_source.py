@@ -107,10 +107,12 @@ class ModelSource:
 
     def _refuse_unsuitable(self) -> None:
         config = self.config_json
-        if "quantization_config" in config:
-            method = config["quantization_config"].get("quant_method")
+        section = config.get("quantization_config")
+        if section is not None:
+            method = section.get("quant_method") if isinstance(section, dict) else section
             raise InputError(f"{self.folder}: already compressed or quantized ({method}); start from the dense model")
-        architectures = config.get("architectures") or []
+        named = config.get("architectures")
+        architectures = [str(name) for name in named] if isinstance(named, list) else []
         known = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
         if not any(name in known for name in architectures) and "auto_map" not in config:
             raise InputError(
@@ -191,15 +193,22 @@ class ModelSource:
             raise InputError(f"{info.file}: tensor {name} holds NaN or infinity; the checkpoint is damaged")
         return tensor
 
+    def _read_shaped(self, name: str, shape: torch.Size) -> torch.Tensor:
+        self._check_shape(name, shape)
+        return self.read(name)
+
+    def _check_shape(self, name: str, shape: torch.Size) -> None:
+        info = self.tensors.get(name)
+        if info is None:
+            raise InputError(f"{self.folder}: tensor {name} that the architecture needs is missing")
+        if info.shape != tuple(shape):
+            raise InputError(
+                f"{self.folder}: tensor {name} has shape {info.shape}, the architecture needs {tuple(shape)}"
+            )
+
     def _load(self, module: nn.Module, prefix: str, device: torch.device, dtype: torch.dtype) -> None:
         for name, parameter in list(module.named_parameters()):
-            tensor = self.read(f"{prefix}{name}")
-            if tensor.shape != parameter.shape:
-                raise InputError(
-                    f"{self.folder}: tensor {prefix}{name} has shape {tuple(tensor.shape)}, the architecture "
-                    f"needs {tuple(parameter.shape)}"
-                )
-            _set(module, name, tensor.to(device, dtype))
+            _set(module, name, self._read_shaped(f"{prefix}{name}", parameter.shape).to(device, dtype))
         module.to(device)
 
     def load_outer(self, device: torch.device, dtype: torch.dtype) -> None:
@@ -209,9 +218,12 @@ class ModelSource:
         skipped = {id(p) for p in head.parameters()} if head is not None else set()
         tied = set(getattr(self.model, "all_tied_weights_keys", None) or {})
         for name, parameter in list(self.model.named_parameters()):
-            if id(parameter) in layers or id(parameter) in skipped or name in tied:
+            if id(parameter) in layers or name in tied:
                 continue
-            _set(self.model, name, self.read(name).to(device, dtype))
+            if id(parameter) in skipped:
+                self._check_shape(name, parameter.shape)
+                continue
+            _set(self.model, name, self._read_shaped(name, parameter.shape).to(device, dtype))
         for name, buffer in list(self.model.named_buffers()):
             _set(self.model, name, buffer.to(device))
 

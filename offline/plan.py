@@ -106,6 +106,8 @@ def check_options(options: CompressOptions) -> None:
         raise InputError(f"--num-calibration-samples {options.num_calibration_samples}: must be at least 1")
     if options.max_seq_length < 8:
         raise InputError(f"--max-seq-length {options.max_seq_length}: must be at least 8")
+    if not -(2**63) <= options.seed < 2**63:
+        raise InputError(f"--seed {options.seed}: must fit into 64 bits")
     if options.dtype != "auto" and options.dtype not in DTYPES:
         raise InputError(f"--dtype {options.dtype}: must be one of auto, {', '.join(DTYPES)}")
     if os.path.lexists(options.output):
@@ -122,7 +124,7 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.ones(1, device=device, dtype=torch.float64)
+        torch.ones(1, device=device, dtype=torch.float64).item()
     except (RuntimeError, AssertionError, TypeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"--device {name}: cannot be used ({reason})") from None

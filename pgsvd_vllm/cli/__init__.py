@@ -40,7 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     signal.signal(signal.SIGTERM, _terminated)
     try:
-        return COMMANDS[arguments.command].run(arguments)
+        status = COMMANDS[arguments.command].run(arguments)
+        print(end="", flush=True)  # a reader that has gone shows here, not when Python exits
+        return status
     except PgsvdError as error:
         print(f"pgsvd-vllm: error: {' '.join(str(error).split())}", file=sys.stderr)
         return USER_ERROR

@@ -16,10 +16,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Print the table; raises CheckpointError."""
     checkpoint = open_checkpoint(arguments.dir)
-    for line in table(checkpoint, _report_rows(checkpoint)):
-        print(line)
-    for line in summary(checkpoint):
-        print(line)
+    rows = _report_rows(checkpoint)
+    try:
+        where = checkpoint.folder / REPORT_NAME
+        lines = table(checkpoint, rows)
+        where = checkpoint.folder / "config.json"
+        lines += summary(checkpoint)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{where}: malformed ({type(error).__name__}: {error})") from None
+    print("\n".join(lines))
     return 0
 
 
