@@ -1,0 +1,206 @@
+"""inspect, verify, env, --help, --version: what they print, against the files themselves."""
+
+import importlib.metadata
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import pgsvd_vllm
+from pgsvd_vllm.cli import COMMANDS, main
+from tests.conftest import run_cli
+
+
+@pytest.fixture
+def checkpoint(tiny_compressed: Path, tmp_path: Path) -> Path:
+    """A copy of the compressed model, to be damaged."""
+    return Path(shutil.copytree(tiny_compressed, tmp_path / "checkpoint"))
+
+
+def error_of(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    capsys.readouterr()
+    code = main([str(a) for a in arguments])
+    errors = capsys.readouterr().err
+    assert code == 2, errors
+    assert "Traceback" not in errors
+    (line,) = errors.splitlines()
+    assert line.startswith("pgsvd-vllm: error: ")
+    return line
+
+
+def weights(folder: Path) -> Path:
+    (path,) = folder.glob("*.safetensors")
+    return path
+
+
+def test_version_and_help_of_the_installed_command() -> None:
+    done = run_cli("--version")
+    assert (done.returncode, done.stdout) == (0, f"pgsvd-vllm {pgsvd_vllm.__version__}\n")
+    assert importlib.metadata.version("pgsvd-vllm") == pgsvd_vllm.__version__
+    done = run_cli("--help")
+    assert done.returncode == 0
+    for command in COMMANDS:
+        assert re.search(rf"^ +{command} +\w", done.stdout, re.MULTILINE), f"{command} is not explained"
+    assert "vllm serve DIR --load-format pgsvd" in done.stdout
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_option_is_explained(capsys: pytest.CaptureFixture[str], command: str) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([command, "--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    assert text.startswith(f"usage: pgsvd-vllm {command}")
+    if command == "compress":
+        for option in ("--ratio", "--tolerance", "--dataset", "--ignore", "--dtype", "--resume", "--dry-run"):
+            assert option in text
+        assert "REMOVE" in text
+
+
+def test_env(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["env"]) == 0
+    facts = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if " plugin" not in line)
+    assert facts["pgsvd-vllm"] == pgsvd_vllm.__version__
+    assert facts["torch"] == importlib.metadata.version("torch")
+    assert facts["transformers"] == importlib.metadata.version("transformers")
+    assert "cores" in facts["cpu"]
+    assert facts["python"].count(".") == 2
+
+
+def test_env_sees_the_plugin(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["env"])
+    assert re.search(r"^vllm plugin +registered$", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_inspect_adds_up(capsys: pytest.CaptureFixture[str], tiny_compressed: Path) -> None:
+    assert main(["inspect", str(tiny_compressed)]) == 0
+    text = capsys.readouterr().out
+    tensors = load_file(weights(tiny_compressed))
+    section = json.loads((tiny_compressed / "config.json").read_text())["quantization_config"]
+    report = json.loads((tiny_compressed / "pgsvd_report.json").read_text())["modules"]
+    rows = {line.split()[0]: line.split()[1:] for line in text.splitlines() if line.startswith("model.layers.")}
+    assert set(rows) == {row["name"] for row in report}
+    assert len(rows) == 21
+    kept = dense = factor_bytes = 0
+    for row in report:
+        out, width, rank, share, size, error = rows[row["name"]]
+        if row["rank"] is None:
+            assert rank == "dense"
+            shape, numel = tensors[f"{row['name']}.weight"].shape, tensors[f"{row['name']}.weight"].numel()
+        else:
+            v, u = tensors[f"{row['name']}.weight_v"], tensors[f"{row['name']}.weight_u"]
+            assert int(rank) == row["rank"] == v.shape[0] == u.shape[1]
+            shape, numel = torch.Size((u.shape[0], v.shape[1])), u.numel() + v.numel()
+            factor_bytes += 4 * numel
+        assert (int(out), int(width)) == tuple(shape)
+        # Each is printed to its last digit.
+        assert float(share.rstrip("%")) == pytest.approx(100 * numel / shape.numel(), abs=0.0501)
+        assert float(size) == pytest.approx(4 * numel / 1e6, abs=0.00501)
+        assert float(error) == pytest.approx(row["error"], abs=0.0000501)
+        kept, dense = kept + numel, dense + shape.numel()
+    total_bytes = sum(4 * t.numel() for t in tensors.values())
+    assert f"{len(section['modules'])}, {factor_bytes / 1e6:.1f} MB of {total_bytes / 1e6:.1f} MB" in text
+    removed = 100 * (1 - kept / dense)
+    found = re.search(r"removed +([\d.]+)% of the projections, ([\d.]+)% of the model", text)
+    assert found
+    assert float(found[1]) == pytest.approx(removed, abs=0.0501)
+    before = json.loads((tiny_compressed / "pgsvd_report.json").read_text())["parameters"]["before"]
+    after = sum(t.numel() for t in tensors.values())
+    assert float(found[2]) == pytest.approx(100 * (1 - after / before), abs=0.0501)
+    assert f"tolerance language {section['tolerance']['language']:.4f}" in text
+    assert f"pgsvd-vllm {pgsvd_vllm.__version__}" in text
+
+
+def test_inspect_without_a_report(capsys: pytest.CaptureFixture[str], checkpoint: Path) -> None:
+    (checkpoint / "pgsvd_report.json").unlink()
+    assert main(["inspect", str(checkpoint)]) == 0
+    text = capsys.readouterr().out
+    modules = json.loads((checkpoint / "config.json").read_text())["quantization_config"]["modules"]
+    rows = [line.split() for line in text.splitlines() if line.startswith("model.layers.")]
+    assert {row[0]: int(row[3]) for row in rows} == {name: m["rank"] for name, m in modules.items()}
+    assert {row[6] for row in rows} == {"-"}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"modules": 3}',
+        '{"modules": [3]}',
+        '{"modules": [{"name": "a"}]}',
+        '{"modules": [{"name": "a", "rank": "x", "out_features": 0, "in_features": 0, "error": 0}]}',
+        '{"modules": [{"name": 1, "rank": 1, "out_features": 2, "in_features": 2, "error": "x"}]}',
+    ],
+)
+def test_a_damaged_report_is_named(capsys: pytest.CaptureFixture[str], checkpoint: Path, content: str) -> None:
+    (checkpoint / "pgsvd_report.json").write_text(content)
+    assert "pgsvd_report.json" in error_of(capsys, "inspect", checkpoint)
+    # It is no part of the checkpoint proper.
+    assert main(["verify", str(checkpoint)]) == 0
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("ratio", 3), ("ratio", {"linear": 0.1}), ("ratio", {"linear": "x", "total": 0}), ("tolerance", 0.1),
+     ("tolerance", {"language": "x"}), ("calibration", "text")],
+)  # fmt: skip
+def test_a_damaged_description_is_named(
+    capsys: pytest.CaptureFixture[str], checkpoint: Path, key: str, value: object
+) -> None:
+    config = json.loads((checkpoint / "config.json").read_text())
+    config["quantization_config"][key] = value
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    assert "config.json" in error_of(capsys, "inspect", checkpoint)
+
+
+def test_verify_says_what_it_checked(capsys: pytest.CaptureFixture[str], tiny_compressed: Path) -> None:
+    assert main(["verify", str(tiny_compressed)]) == 0
+    tensors = load_file(weights(tiny_compressed))
+    modules = json.loads((tiny_compressed / "config.json").read_text())["quantization_config"]["modules"]
+    text = capsys.readouterr().out
+    assert f"{len(tensors)} tensors in 1 files, {len(modules)} factored projections" in text
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_verify_finds_one_bad_number(capsys: pytest.CaptureFixture[str], checkpoint: Path, value: float) -> None:
+    path = weights(checkpoint)
+    tensors = load_file(path)
+    name = sorted(n for n in tensors if n.endswith("weight_u"))[3]
+    tensors[name][-1, -1] = value
+    save_file(tensors, path, metadata={"format": "pt"})
+    line = error_of(capsys, "verify", checkpoint)
+    assert name in line
+    assert path.name in line
+    # inspect reads no numbers.
+    assert main(["inspect", str(checkpoint)]) == 0
+
+
+def test_verify_finds_flipped_header_bits(capsys: pytest.CaptureFixture[str], checkpoint: Path) -> None:
+    path = weights(checkpoint)
+    whole = path.read_bytes()
+    header = 8 + int.from_bytes(whole[:8], "little")
+    start = whole.index(b"model.layers")
+    for position in (0, 3, 7, 8, start, start + 8, header // 2, header - 2):
+        for bit in (1, 0x40):
+            damaged = bytearray(whole)
+            damaged[position] ^= bit
+            path.write_bytes(damaged)
+            error_of(capsys, "verify", checkpoint)
+    path.write_bytes(whole)
+    assert main(["verify", str(checkpoint)]) == 0
+
+
+@pytest.mark.parametrize("command", ["inspect", "verify"])
+def test_what_is_no_checkpoint(
+    capsys: pytest.CaptureFixture[str], tiny_model: Path, tmp_path: Path, command: str
+) -> None:
+    assert str(tmp_path / "absent") in error_of(capsys, command, tmp_path / "absent")
+    assert "config.json" in error_of(capsys, command, tmp_path)
+    assert "pgsvd-vllm compress" in error_of(capsys, command, tiny_model)
+    error_of(capsys, command, "x" * 300)
