@@ -1,0 +1,165 @@
+"""One offline vLLM engine in a process of its own, and the text the engines are given.
+
+The module is both sides: tests call `run_engine`, which starts this file as a script; the script
+loads the model, answers every job of the request and writes the answers as JSON.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+PROMPTS = (
+    "The capital of France is Paris, and the capital of Italy is",
+    "def fibonacci(n):\n    if n < 2:\n        return n\n    return fibonacci(n",
+    "Water boils at one hundred degrees Celsius because the pressure of",
+    "Once upon a time there was a small dragon who did not like",
+    "To install the package, open a terminal and type the following",
+    "The three most important things to know about Python lists are",
+    "In the year 1969 two astronauts walked on the surface of",
+    "A good recipe for bread needs only flour, salt, yeast, water and",
+)
+PROMPT_TOKENS = 11
+NEW_TOKENS = 48
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What an engine said to one prompt.
+
+    Attributes:
+        tokens: the new token ids.
+        logprobs: per step, token id -> log probability of the engine's top tokens; empty if not asked for.
+    """
+
+    tokens: list[int]
+    logprobs: list[dict[int, float]]
+
+
+@dataclass(frozen=True)
+class EngineRun:
+    """How an engine's process ended; `answers` is empty if it failed."""
+
+    returncode: int
+    log: str
+    answers: list[list[Answer]]
+
+
+def greedy(max_tokens: int = NEW_TOKENS, **more: Any) -> dict[str, Any]:
+    """Sampling parameters of a greedy job that never stops early."""
+    return {"temperature": 0.0, "max_tokens": max_tokens, "ignore_eos": True, **more}
+
+
+def equal_length_prompts(folder: Path, length: int = PROMPT_TOKENS) -> list[list[int]]:
+    """The prompts as token ids of one length, so that transformers can batch them without padding."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    prompts = [tokenizer(text)["input_ids"][:length] for text in PROMPTS]
+    assert {len(ids) for ids in prompts} == {length}
+    return prompts
+
+
+def try_engine(
+    model: Path,
+    jobs: Sequence[tuple[Sequence[list[int]], dict[str, Any]]],
+    *,
+    environment: dict[str, str] | None = None,
+    timeout: float = 400,
+    **options: Any,
+) -> EngineRun:
+    """Start an engine, run (prompts, sampling parameters) jobs, and say how it went.
+
+    Args:
+        model: folder of the model.
+        jobs: each is handed to `LLM.generate` as one batch.
+        environment: on top of this process's.
+        timeout: seconds until the engine's process group is ended.
+        options: of `vllm.LLM`, over the defaults here.
+    """
+    engine = {
+        "model": str(model),
+        "load_format": "pgsvd",
+        "dtype": "float32",
+        "enforce_eager": True,
+        "max_model_len": 256,
+        "max_num_seqs": 16,
+        "enable_prefix_caching": False,
+        **options,
+    }
+    with tempfile.TemporaryDirectory() as scratch:
+        request, response = Path(scratch) / "request.json", Path(scratch) / "response.json"
+        request.write_text(json.dumps({"engine": engine, "jobs": list(jobs)}), encoding="utf-8")
+        process = subprocess.Popen(
+            [sys.executable, __file__, str(request), str(response)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, **(environment or {})},
+            start_new_session=True,
+        )
+        try:
+            log, _ = process.communicate(timeout=timeout)
+        except BaseException:
+            # Workers of a tensor-parallel engine are in the same group.
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            raise
+        if process.returncode != 0:
+            return EngineRun(process.returncode, log, [])
+        answers = json.loads(response.read_text(encoding="utf-8"))
+    rows = [
+        [Answer(a["tokens"], [{int(k): v for k, v in step.items()} for step in a["logprobs"]]) for a in job]
+        for job in answers
+    ]
+    return EngineRun(process.returncode, log, rows)
+
+
+def run_engine(
+    model: Path, jobs: Sequence[tuple[Sequence[list[int]], dict[str, Any]]], **options: Any
+) -> list[list[Answer]]:
+    """`try_engine` for an engine that must work; the answers of each job."""
+    done = try_engine(model, jobs, **options)
+    assert done.returncode == 0, f"the engine ended with {done.returncode}:\n{done.log[-6000:]}"
+    return done.answers
+
+
+def tokens(answers: Sequence[Answer]) -> list[list[int]]:
+    """Only the token ids."""
+    return [answer.tokens for answer in answers]
+
+
+def main(request: Path, response: Path) -> None:
+    """The engine's side."""
+    from vllm import LLM, SamplingParams
+
+    wanted = json.loads(request.read_text(encoding="utf-8"))
+    llm = LLM(**wanted["engine"])
+    answers = []
+    for prompts, sampling in wanted["jobs"]:
+        outputs = llm.generate(
+            [{"prompt_token_ids": ids} for ids in prompts], SamplingParams(**sampling), use_tqdm=False
+        )
+        answers.append(
+            [
+                {
+                    "tokens": list(output.outputs[0].token_ids),
+                    "logprobs": [
+                        {token: entry.logprob for token, entry in step.items()}
+                        for step in output.outputs[0].logprobs or []
+                    ],
+                }
+                for output in outputs
+            ]
+        )
+    response.write_text(json.dumps(answers), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

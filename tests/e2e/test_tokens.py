@@ -1,0 +1,161 @@
+"""vLLM's tokens on real engines: against the dense model, against transformers, compiled, on two ranks."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import save_tiny_model
+from tests.e2e.checkpoints import (
+    Factors,
+    identity,
+    transformers_greedy,
+    transformers_logprobs,
+    truncated,
+    write_checkpoint,
+)
+from tests.e2e.engine import NEW_TOKENS, Answer, equal_length_prompts, greedy, run_engine, tokens, try_engine
+
+TOP = 5
+
+
+@pytest.fixture(scope="module")
+def prompts(smollm2: Path) -> list[list[int]]:
+    return equal_length_prompts(smollm2)
+
+
+@pytest.fixture(scope="module")
+def tiny_prompts() -> list[list[int]]:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(2, 258, (8, 9), generator=generator).tolist()
+
+
+@pytest.fixture(scope="module")
+def smollm2_identity(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2 with V = I and U = W in every projection."""
+    return write_checkpoint(smollm2, tmp_path_factory.mktemp("identity") / "out", identity, max_bytes=2**28)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_identity_factors_give_the_dense_models_tokens(
+    smollm2: Path, smollm2_identity: Path, prompts: list[list[int]], dtype: str
+) -> None:
+    dense = run_engine(smollm2, [(prompts, greedy())], load_format="auto", dtype=dtype)
+    factored = run_engine(smollm2_identity, [(prompts, greedy())], dtype=dtype)
+    assert tokens(factored[0]) == tokens(dense[0])
+    assert {len(answer) for answer in tokens(dense[0])} == {NEW_TOKENS}
+
+
+@pytest.fixture(scope="module")
+def compressed_fp32(smollm2_compressed: Path, prompts: list[list[int]]) -> list[list[int]]:
+    # Plain `vllm serve DIR` is load format "auto": config.json alone must be enough.
+    return tokens(run_engine(smollm2_compressed, [(prompts, greedy())], load_format="auto")[0])
+
+
+@pytest.fixture(scope="module")
+def compressed_bf16(smollm2_compressed: Path, prompts: list[list[int]]) -> list[Answer]:
+    return run_engine(smollm2_compressed, [(prompts, greedy(logprobs=TOP))], dtype="bfloat16")[0]
+
+
+def test_compressed_fp32_tokens_are_those_of_transformers(
+    smollm2_compressed: Path, prompts: list[list[int]], compressed_fp32: list[list[int]]
+) -> None:
+    assert compressed_fp32 == transformers_greedy(smollm2_compressed, prompts, NEW_TOKENS)
+
+
+# Logits of this model lie between 16 and 32, where neighbouring bf16 numbers are 1/8 apart: a choice
+# between tokens closer than four steps is a near tie, which rounding may decide either way.
+NEAR_TIE = 4 / 8
+
+
+def test_compressed_bf16_agrees_with_fp32_in_the_top_logprobs_until_a_near_tie(
+    smollm2_compressed: Path, prompts: list[list[int]], compressed_bf16: list[Answer]
+) -> None:
+    """Teacher forced on vLLM's bf16 tokens, so every step is compared, those after a flip too."""
+    answers = tokens(compressed_bf16)
+    exact = transformers_logprobs(smollm2_compressed, prompts, answers)
+    shared, same = [], 0
+    for i, answer in enumerate(compressed_bf16):
+        assert len(answer.logprobs) == NEW_TOKENS
+        for step, (chosen, top) in enumerate(zip(answer.tokens, answer.logprobs, strict=True)):
+            where = f"prompt {i}, step {step}"
+            best = exact[i, step].topk(TOP)
+            five = best.indices.tolist()
+            assert chosen in five, where
+            assert five[0] in top, where
+            assert (best.values[0] - exact[i, step, chosen]).item() < NEAR_TIE, where
+            shared.append(len(top.keys() & set(five)))
+            same += chosen == five[0]
+    steps = len(answers) * NEW_TOKENS
+    assert len(shared) == steps
+    # Places four and five are often near ties themselves.
+    assert min(shared) >= 2
+    assert sum(shared) / steps > 4.5
+    assert same / steps > 0.97
+
+
+def pattern(module: str, weight: torch.Tensor) -> Factors | None:
+    """Every mix of dense and low-rank shards; ranks of all kinds, also odd ones and full rank."""
+    layer, leaf = int(module.split(".")[2]), module.rpartition(".")[2]
+    ranks = [
+        {"q_proj": 48, "v_proj": 17, "up_proj": 80},
+        {},
+        {"k_proj": 32, "o_proj": 40, "gate_proj": 33, "down_proj": 64},
+        {"q_proj": 31, "k_proj": 9, "v_proj": 64, "o_proj": 128, "gate_proj": 50, "up_proj": 1, "down_proj": 77},
+    ][layer]
+    return truncated(weight, ranks[leaf]) if leaf in ranks else None
+
+
+@pytest.fixture(scope="module", params=["tied", "untied-bias"])
+def mixed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model of four layers with every mix of shards; with and without biases, tied and not."""
+    folder = tmp_path_factory.mktemp("mixed")
+    with_bias = request.param == "untied-bias"
+    dense = save_tiny_model(folder / "dense", bias=with_bias, tie=not with_bias, layers=4, seed=3)
+    return write_checkpoint(dense, folder / "out", pattern)
+
+
+def test_mixed_shards_give_transformers_tokens(mixed: Path, tiny_prompts: list[list[int]]) -> None:
+    expected = transformers_greedy(mixed, tiny_prompts, NEW_TOKENS)
+    answers = run_engine(mixed, [(tiny_prompts, greedy()), (tiny_prompts[:1], greedy())])
+    assert tokens(answers[0]) == expected
+    # A batch of one takes other kernels than a batch of eight.
+    assert tokens(answers[1]) == expected[:1]
+    # A model that repeats itself at once would hide errors in later steps.
+    assert len({token for answer in expected for token in answer}) > 20
+
+
+@pytest.fixture(scope="module")
+def tiny_eager(tiny_compressed: Path, tiny_prompts: list[list[int]]) -> list[list[int]]:
+    return tokens(run_engine(tiny_compressed, [(tiny_prompts, greedy())])[0])
+
+
+def test_compiled_tokens_equal_eager_ones(
+    tiny_compressed: Path, tiny_prompts: list[list[int]], tiny_eager: list[list[int]], tmp_path: Path
+) -> None:
+    done = try_engine(
+        tiny_compressed,
+        [(tiny_prompts, greedy())],
+        enforce_eager=False,
+        # An empty cache: what is tested is compiling, not loading an earlier result.
+        environment={"VLLM_CACHE_ROOT": str(tmp_path)},
+    )
+    assert done.returncode == 0, done.log[-6000:]
+    compiled = list((tmp_path / "torch_compile_cache").rglob("*.py"))
+    assert compiled, f"nothing was compiled:\n{done.log[-6000:]}"
+    assert tokens(done.answers[0]) == tiny_eager
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two workers need two cores")
+def test_two_ranks_give_the_tokens_of_one(
+    tiny_compressed: Path, tiny_prompts: list[list[int]], tiny_eager: list[list[int]]
+) -> None:
+    first, second, *_ = sorted(os.sched_getaffinity(0))
+    answers = run_engine(
+        tiny_compressed,
+        [(tiny_prompts, greedy())],
+        tensor_parallel_size=2,
+        environment={"VLLM_CPU_OMP_THREADS_BIND": f"{first}|{second}"},
+    )
+    assert tokens(answers[0]) == tiny_eager
