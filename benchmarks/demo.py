@@ -145,8 +145,9 @@ def main() -> int:
         ("dense", dense, ()),
     ):
         step(f"vllm serve {folder} {' '.join(options)}")
-        with serve(folder, *options, "--enforce-eager", "--max-model-len", "1024") as server:
-            print(f"up at {server.url}", flush=True)
+        log = reference_model.cache_folder() / f"demo-{name}.log"
+        with serve(folder, log, *options, "--enforce-eager", "--max-model-len", "1024") as server:
+            print(f"up at {server.url}, log in {log}", flush=True)
             if name == "compressed":
                 ask(server)
             columns[name]["tokens/s, 1 request"] = tokens_per_second(server, 1)

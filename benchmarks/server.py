@@ -1,4 +1,7 @@
-"""Start and stop a real `vllm serve` on 127.0.0.1, and read what it uses."""
+"""A real `vllm serve` on a free port of 127.0.0.1, ended with everything it started.
+
+For the demo, the benchmarks and the tests.
+"""
 
 import contextlib
 import os
@@ -6,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -16,15 +18,18 @@ from pathlib import Path
 
 import psutil
 
-START_SECONDS = 600
+READY_SECONDS = 420
+STOP_SECONDS = 30
 
 
 @dataclass(frozen=True)
 class Server:
-    """A running server: its base URL and the process that leads it."""
+    """A server that answers."""
 
     url: str
+    model: str
     process: subprocess.Popen[bytes]
+    log: Path
 
     def peak_bytes(self) -> int:
         """Sum of the peak resident memory of the server's processes."""
@@ -45,51 +50,79 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-@contextlib.contextmanager
-def serve(folder: Path, *options: str) -> Iterator[Server]:
-    """`vllm serve FOLDER OPTIONS`, ready for requests; stopped on leaving.
-
-    Raises:
-        RuntimeError: the server ended or did not answer in START_SECONDS; shows the end of its log.
-    """
-    port = free_port()
-    vllm = Path(sys.executable).with_name("vllm")
-    command = [str(vllm), "serve", str(folder), "--host", "127.0.0.1", "--port", str(port), *options]
-    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", **os.environ}
-    # The setting is for engines inside one process; a server has its own engine process.
-    environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
-    with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
-        try:
-            url = f"http://127.0.0.1:{port}"
-            start = time.monotonic()
-            while not _answers(f"{url}/health"):
-                waited = time.monotonic() - start
-                if process.poll() is not None or waited > START_SECONDS:
-                    log.seek(0)
-                    tail = log.read().decode(errors="replace")[-4000:]
-                    raise RuntimeError(f"{' '.join(command)}: did not come up in {waited:.0f} s; its log ends:\n{tail}")
-                time.sleep(0.5)
-            yield Server(url, process)
-        finally:
-            _stop(process)
+def tail(log: Path, characters: int = 6000) -> str:
+    """The end of a log."""
+    return log.read_text(encoding="utf-8", errors="replace")[-characters:]
 
 
-def _answers(url: str) -> bool:
+def is_healthy(url: str) -> bool:
+    """Whether the server answers."""
     try:
-        with urllib.request.urlopen(url, timeout=5) as response:
-            return response.status == 200
+        with urllib.request.urlopen(f"{url}/health", timeout=5) as answer:
+            return answer.status == 200
     except (urllib.error.URLError, OSError):
         return False
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    """Ask the whole process group of the server to end; insist after a while."""
-    for sent, seconds in ((signal.SIGTERM, 30), (signal.SIGKILL, 10)):
+def wait_until_ready(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    """Poll /health; fails with the end of the log when the server ends or takes too long."""
+    begin, reported = time.monotonic(), 0.0
+    while not is_healthy(url):
+        waited = time.monotonic() - begin
+        if process.poll() is not None:
+            raise RuntimeError(f"vllm serve ended with status {process.returncode}:\n{tail(log)}")
+        if waited > READY_SECONDS:
+            raise TimeoutError(f"vllm serve is not ready after {READY_SECONDS} s:\n{tail(log)}")
+        if waited - reported >= 10:
+            reported = waited
+            lines = tail(log).splitlines()
+            print(f"waiting for vllm serve, {waited:.0f} s: {lines[-1] if lines else ''}", file=sys.stderr, flush=True)
+        time.sleep(0.5)
+
+
+def group_is_alive(group: int) -> bool:
+    """Whether any process of the group is left."""
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """End the server's process group: first politely, then not."""
+    for sign in (signal.SIGTERM, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, sent)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(seconds)
-            break
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+            os.killpg(process.pid, sign)
+        deadline = time.monotonic() + STOP_SECONDS
+        while time.monotonic() < deadline:
+            # The leader must be reaped, or its group never disappears.
+            process.poll()
+            if not group_is_alive(process.pid):
+                return
+            time.sleep(0.2)
+    raise RuntimeError(f"processes of group {process.pid} are still there after SIGKILL")
+
+
+@contextlib.contextmanager
+def serve(model: Path, log: Path, *options: str) -> Iterator[Server]:
+    """`vllm serve MODEL OPTIONS` until the block is left."""
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    command = [
+        *(str(Path(sys.executable).with_name("vllm")), "serve", str(model)),
+        *("--host", "127.0.0.1", "--port", str(port)),
+        *options,
+    ]
+    # The engine in a process of its own, as users have it; only offline engines run in one here.
+    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", **os.environ}
+    environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True, env=environment
+        )
+    try:
+        wait_until_ready(url, process, log)
+        yield Server(url, str(model), process, log)
+    finally:
+        stop(process)
