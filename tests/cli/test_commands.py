@@ -105,12 +105,15 @@ def test_inspect_adds_up(capsys: pytest.CaptureFixture[str], tiny_compressed: Pa
     total_bytes = sum(4 * t.numel() for t in tensors.values())
     assert f"{len(section['modules'])}, {factor_bytes / 1e6:.1f} MB of {total_bytes / 1e6:.1f} MB" in text
     removed = 100 * (1 - kept / dense)
-    found = re.search(r"removed +([\d.]+)% of the projections, ([\d.]+)% of the model", text)
+    shares = r"removed +([\d.]+)% of the projections, ([\d.]+)% of the model \(kept: ([\d.]+)% and ([\d.]+)%\)"
+    found = re.search(shares, text)
     assert found
     assert float(found[1]) == pytest.approx(removed, abs=0.0501)
     before = json.loads((tiny_compressed / "pgsvd_report.json").read_text())["parameters"]["before"]
     after = sum(t.numel() for t in tensors.values())
     assert float(found[2]) == pytest.approx(100 * (1 - after / before), abs=0.0501)
+    assert float(found[3]) == pytest.approx(100 - removed, abs=0.0501)
+    assert float(found[4]) == pytest.approx(100 * after / before, abs=0.0501)
     assert f"tolerance language {section['tolerance']['language']:.4f}" in text
     assert f"pgsvd-vllm {pgsvd_vllm.__version__}" in text
 

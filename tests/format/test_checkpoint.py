@@ -299,6 +299,17 @@ def test_a_wrong_rank(tmp_path: Path, rank: object) -> None:
     refused(write(tmp_path / "c", config=config), "model.a", "rank")
 
 
+def test_a_rank_that_only_equals_a_number(tmp_path: Path) -> None:
+    tensors = changed(a__weight_v=torch.ones(1, 10), a__weight_u=torch.ones(7, 1))
+    config = good_config()
+    row = config["quantization_config"]["modules"]["model.a"]
+    row["rank"] = 1
+    open_checkpoint(write(tmp_path / "good", tensors, config))
+    for rank in (True, 1.0):
+        row["rank"] = rank
+        refused(write(tmp_path / str(rank), tensors, config), "model.a", repr(rank))
+
+
 @pytest.mark.parametrize("form", [None, "dense", "FACTORS", ["factors"], {"factors": 1}, 0])
 def test_an_unknown_form(tmp_path: Path, form: object) -> None:
     config = good_config()

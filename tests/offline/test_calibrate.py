@@ -1,5 +1,6 @@
 """Streamed calibration against a forward pass of the whole model in float64."""
 
+import gc
 from pathlib import Path
 
 import numpy as np
@@ -115,6 +116,20 @@ def test_one_layer_at_a_time_is_in_memory(tmp_path: Path) -> None:
         assert all(p.is_meta for p in source.layers.parameters())
         peaks.append(peak)
     assert peaks[0] == peaks[1]
+
+
+def test_the_inputs_of_a_batch_are_not_kept(tiny_model: Path) -> None:
+    source = ModelSource(tiny_model)
+    # Seven batches, all of one size.
+    stream = LayerStream(source, windows(7 * (TOKENS_PER_BATCH // 64), 64), CPU, torch.float32)
+    live = []
+    for step in stream.advance(0, source.projections()[0], collect=True):
+        if isinstance(step, int):
+            gc.collect()
+            # By type alone: isinstance would wake every lazy module among the objects.
+            live.append(sum(o.numel() for o in gc.get_objects() if type(o) in (torch.Tensor, torch.nn.Parameter)))
+    assert len(live) == 7
+    assert live[-1] <= live[1]
 
 
 def test_layers_are_freed_after_an_error(tmp_path: Path) -> None:
