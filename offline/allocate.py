@@ -26,7 +26,7 @@ class Allocation:
     Attributes:
         tolerance: the uniform bound on every projection's relative error.
         ranks: projection name -> rank; a projection that stays dense is absent.
-        removed: share of the projections' parameters that is removed.
+        removed: share of the projections' parameters that is removed, ignored ones counted as kept.
     """
 
     tolerance: float
@@ -46,9 +46,18 @@ def hardware_rank(projection: Projection, rank: int) -> int:
     return -(-rank // RANK_MULTIPLE) * RANK_MULTIPLE
 
 
-def at_tolerance(projections: Sequence[Projection], profiles: dict[str, torch.Tensor], tolerance: float) -> Allocation:
-    """The ranks that one tolerance gives: smallest with e(r) <= tolerance, dense where none saves."""
-    ranks, kept, total = {}, 0, 0
+def at_tolerance(
+    projections: Sequence[Projection], profiles: dict[str, torch.Tensor], tolerance: float, ignored: int = 0
+) -> Allocation:
+    """The ranks that one tolerance gives: smallest with e(r) <= tolerance, dense where none saves.
+
+    Args:
+        projections: those that may be factored.
+        profiles: projection name -> error profile.
+        tolerance: bound on the relative error.
+        ignored: parameters of the projections that were told to stay dense.
+    """
+    ranks, kept, total = {}, ignored, ignored
     for p in projections:
         rank = hardware_rank(p, rank_for(profiles[p.name], tolerance))
         total += p.numel
@@ -60,26 +69,34 @@ def at_tolerance(projections: Sequence[Projection], profiles: dict[str, torch.Te
     return Allocation(tolerance, ranks, 1 - kept / total)
 
 
-def at_ratio(projections: Sequence[Projection], profiles: dict[str, torch.Tensor], ratio: float) -> Allocation:
-    """The tolerance, found by bisection, whose ranks remove the share `ratio`.
+def at_ratio(
+    projections: Sequence[Projection], profiles: dict[str, torch.Tensor], ratio: float, ignored: int = 0
+) -> Allocation:
+    """The tolerance, found by bisection, whose ranks come closest to removing the share `ratio`.
+
+    Args: as of `at_tolerance`; `ratio` is a share of all projections' parameters, ignored ones too.
 
     Raises:
         InputError: even rank 1 everywhere does not remove that much, or the ranks are too coarse
-            to come within half a point.
+            to remove so little.
     """
+
+    def at(tolerance: float) -> Allocation:
+        return at_tolerance(projections, profiles, tolerance, ignored)
+
     low, high = 0.0, 1.0
-    most = at_tolerance(projections, profiles, high)
+    most = at(high)
     if most.removed < ratio - RATIO_SLACK:
         raise InputError(
             f"--ratio {ratio}: more than this model can give; the smallest factors remove {most.removed:.1%}"
         )
     for _ in range(60):
         middle = (low + high) / 2
-        if at_tolerance(projections, profiles, middle).removed < ratio:
+        if at(middle).removed < ratio:
             low = middle
         else:
             high = middle
-    below, above = at_tolerance(projections, profiles, low), at_tolerance(projections, profiles, high)
+    below, above = at(low), at(high)
     best = min((below, above), key=lambda a: abs(a.removed - ratio))
     if abs(best.removed - ratio) > RATIO_SLACK and not best.ranks:
         raise InputError(f"--ratio {ratio}: too small for this model; the next possible step is {above.removed:.1%}")

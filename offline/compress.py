@@ -63,8 +63,9 @@ def compress(options: CompressOptions, say: Callable[[str], None] = lambda _line
     try:
         check_disk(plan, estimate(plan).disk - workspace.used_bytes, workspace.folder)
         _calibrate(plan, workspace)
-        keep = True
+        keep = True  # another --ratio or --tolerance may do
         allocation = _allocate(plan, workspace)
+        keep = False  # what fails from here on is the model itself, and a mended one calibrates anew
         say(
             f"tolerance {allocation.tolerance:.4f}: {len(allocation.ranks)} of {len(plan.flat)} projections "
             f"factored, {allocation.removed:.1%} of their parameters removed"
@@ -97,10 +98,11 @@ def describe(plan: Plan) -> str:
     ids = plan.windows.ids
     wanted = plan.options.num_calibration_samples
     short = f" (the text has no more; {wanted} asked for)" if len(ids) < wanted else ""
+    ignored = f", {plan.ignored_parameters / 1e6:.1f} M more ignored" if plan.ignored_parameters else ""
     return (
         f"{plan.options.model}: {plan.total_parameters / 1e6:.1f} M parameters, "
         f"{sum(p.numel for p in plan.flat) / 1e6:.1f} M in {len(plan.flat)} projections of "
-        f"{len(plan.projections)} layers\n"
+        f"{len(plan.projections)} layers{ignored}\n"
         f"calibration: {len(ids)} windows{short} of {ids.shape[1]} tokens from {plan.windows.name}, "
         f"on {plan.device} in {str(plan.compute_dtype).removeprefix('torch.')}"
     )
@@ -144,13 +146,14 @@ def _allocate(plan: Plan, workspace: Workspace) -> Allocation:
         energy = workspace.load_layer(index, with_grams=False).energy
         profiles.update({name: error_profile(values) for name, values in energy.items()})
     if plan.options.tolerance is not None:
-        allocation = at_tolerance(plan.flat, profiles, plan.options.tolerance)
+        allocation = at_tolerance(plan.flat, profiles, plan.options.tolerance, plan.ignored_parameters)
         if not allocation.ranks:
             raise InputError(
                 f"--tolerance {plan.options.tolerance}: no projection can be factored with so small an error; raise it"
             )
         return allocation
-    return at_ratio(plan.flat, profiles, plan.options.ratio if plan.options.ratio is not None else DEFAULT_RATIO)
+    ratio = DEFAULT_RATIO if plan.options.ratio is None else plan.options.ratio
+    return at_ratio(plan.flat, profiles, ratio, plan.ignored_parameters)
 
 
 def _write(plan: Plan, workspace: Workspace, allocation: Allocation) -> CompressResult:

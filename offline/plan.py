@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from pgsvd_vllm.checkpoint import FLOAT_DTYPES
 from pgsvd_vllm.errors import InputError
 from pgsvd_vllm.offline.calibrate import TOKENS_PER_BATCH
 from pgsvd_vllm.offline.model_source import ModelSource, Projection, resolve_folder
@@ -61,6 +62,7 @@ class Plan:
 
     Attributes:
         projections: one list a decoder layer.
+        ignored_parameters: of the projections that --ignore keeps dense.
         windows: the calibration windows.
         compute_dtype: of the calibration forward.
         store_dtype: of the written tensors, or None to keep each tensor's own.
@@ -69,6 +71,7 @@ class Plan:
     options: CompressOptions
     source: ModelSource
     projections: list[list[Projection]]
+    ignored_parameters: int
     windows: Windows
     device: torch.device
     compute_dtype: torch.dtype
@@ -144,8 +147,13 @@ def make_plan(options: CompressOptions) -> Plan:
     projections = source.projections(options.ignore)
     flat = [p for row in projections for p in row]
     for p in flat:
-        if f"{p.name}.weight" not in source.tensors:
+        info = source.tensors.get(f"{p.name}.weight")
+        if info is None:
             raise InputError(f"{source.folder}: tensor {p.name}.weight that the architecture needs is missing")
+        if info.dtype not in FLOAT_DTYPES and options.dtype == "auto":
+            raise InputError(f"{info.file}: {p.name}.weight is stored as {info.dtype}; choose a --dtype to write")
+    everything = source.projections() if options.ignore else projections
+    ignored = sum(p.numel for row in everything for p in row) - sum(p.numel for p in flat)
 
     limit = getattr(source.config, "max_position_embeddings", None) or options.max_seq_length
     length = min(options.max_seq_length, limit)
@@ -161,7 +169,7 @@ def make_plan(options: CompressOptions) -> Plan:
     compute_dtype = store_dtype or source.weight_dtype
     if device.type == "cpu" and compute_dtype == torch.float16:
         compute_dtype = torch.float32  # half precision products are emulated on CPU
-    return Plan(options, source, projections, windows, device, compute_dtype, store_dtype)
+    return Plan(options, source, projections, ignored, windows, device, compute_dtype, store_dtype)
 
 
 def _windows(options: CompressOptions, source: ModelSource, length: int) -> Windows:
@@ -174,7 +182,7 @@ def _windows(options: CompressOptions, source: ModelSource, length: int) -> Wind
         options.num_calibration_samples,
         length,
         options.seed,
-        options.dataset if options.dataset != BUILTIN else BUILTIN,
+        options.dataset,
     )
     rows = source.vocabulary
     if int(windows.ids.max()) >= rows:

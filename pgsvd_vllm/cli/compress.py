@@ -49,7 +49,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         action="extend",
         default=[],
         metavar="PATTERN",
-        help="leave matching projections dense, such as '*.down_proj' or 'model.layers.0.*'",
+        help="leave matching projections dense, such as '*.down_proj' or 'model.layers.0.*'; they count as kept",
     )
     parser.add_argument(
         "--dtype",
