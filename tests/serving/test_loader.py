@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -40,7 +42,7 @@ def copy(tiny_compressed: Path, tmp_path: Path) -> Path:
     return shutil.copytree(tiny_compressed, tmp_path / "copy")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def module(tiny_compressed: Path) -> str:
     """A factored projection that vLLM merges with others."""
     return next(name for name in open_checkpoint(tiny_compressed).modules if name.endswith("up_proj"))
@@ -53,17 +55,59 @@ def engine_error(folder: Path, load_format: str) -> str:
     return done.log
 
 
-@pytest.mark.parametrize("load_format", FORMATS)
-def test_a_missing_factor_is_named(copy: Path, module: str, load_format: str) -> None:
-    change_tensors(copy, without(f"{module}.weight_u"))
-    assert f"{copy}: tensor {module}.weight_u is missing" in engine_error(copy, load_format)
+# These are refused while the configuration is made, before anything that a second engine in the
+# process could stumble over: one process for all of them.
+START_EACH = """
+import sys
+from vllm import LLM
+for folder, load_format in zip(sys.argv[1::2], sys.argv[2::2]):
+    try:
+        LLM(model=folder, load_format=load_format, dtype="float32", enforce_eager=True, max_model_len=64)
+    except Exception as error:
+        print("OUTCOME", " ".join(str(error).split()), flush=True)
+    else:
+        print("OUTCOME served", flush=True)
+"""
 
 
-@pytest.mark.parametrize("load_format", FORMATS)
-def test_an_extra_factor_is_named(copy: Path, module: str, load_format: str) -> None:
+@pytest.fixture(scope="module")
+def refusals(
+    tiny_compressed: Path, module: str, tmp_path_factory: pytest.TempPathFactory
+) -> dict[tuple[str, str], tuple[Path, str]]:
+    """(fault, load format) -> the folder and what vLLM said."""
+    folder = tmp_path_factory.mktemp("faults")
     extra = module.replace("up_proj", "side_proj")
-    change_tensors(copy, lambda tensors: tensors.update({f"{extra}.weight_v": torch.zeros(4, 128)}))
-    assert f"{extra}.weight_v belongs to no module of the table in config.json" in engine_error(copy, load_format)
+    faults = {
+        "missing": without(f"{module}.weight_u"),
+        "extra": lambda tensors: tensors.update({f"{extra}.weight_v": torch.zeros(4, 128)}),
+    }
+    for fault, change in faults.items():
+        change_tensors(shutil.copytree(tiny_compressed, folder / fault), change)
+    cases = [(fault, load_format) for fault in faults for load_format in FORMATS]
+    arguments = [argument for fault, load_format in cases for argument in (str(folder / fault), load_format)]
+    done = subprocess.run(
+        [sys.executable, "-c", START_EACH, *arguments], capture_output=True, text=True, timeout=300, check=False
+    )
+    said = [line.removeprefix("OUTCOME ") for line in done.stdout.splitlines() if line.startswith("OUTCOME ")]
+    assert len(said) == len(cases), done.stdout[-3000:] + done.stderr[-3000:]
+    return {case: (folder / case[0], text) for case, text in zip(cases, said, strict=True)}
+
+
+@pytest.mark.parametrize("load_format", FORMATS)
+def test_a_missing_factor_is_named(
+    refusals: dict[tuple[str, str], tuple[Path, str]], module: str, load_format: str
+) -> None:
+    folder, said = refusals["missing", load_format]
+    assert f"{folder}: tensor {module}.weight_u is missing" in said
+
+
+@pytest.mark.parametrize("load_format", FORMATS)
+def test_an_extra_factor_is_named(
+    refusals: dict[tuple[str, str], tuple[Path, str]], module: str, load_format: str
+) -> None:
+    _, said = refusals["extra", load_format]
+    extra = module.replace("up_proj", "side_proj")
+    assert f"{extra}.weight_v belongs to no module of the table in config.json" in said
 
 
 def test_factors_that_do_not_fit_the_layer_are_named(copy: Path, module: str) -> None:
