@@ -189,7 +189,7 @@ def _write(plan: Plan, workspace: Workspace, allocation: Allocation) -> Compress
     for path in sorted(plan.source.folder.iterdir()):
         if path.is_file() and path.suffix in COPIED_SUFFIXES and path.name not in NOT_COPIED:
             shutil.copyfile(path, folder / path.name)
-    write_config(folder, plan, allocation, after)
+    write_config(folder, plan, allocation, after, writer.count)
     write_description(folder, plan, allocation, modules, after)
     open_checkpoint(folder)
     return CompressResult(workspace.output, allocation, modules, plan.total_parameters, after)

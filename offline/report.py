@@ -40,7 +40,7 @@ def ratios(plan: Plan, allocation: Allocation, after: int) -> dict[str, float]:
     return {"linear": round(allocation.removed, 6), "total": round(1 - after / plan.total_parameters, 6)}
 
 
-def write_config(folder: Path, plan: Plan, allocation: Allocation, after: int) -> None:
+def write_config(folder: Path, plan: Plan, allocation: Allocation, after: int, tensors: int) -> None:
     """config.json: the base model's, with the module table."""
     config: dict[str, Any] = dict(plan.source.config_json)
     if plan.store_dtype is not None:
@@ -51,6 +51,7 @@ def write_config(folder: Path, plan: Plan, allocation: Allocation, after: int) -
         "quant_method": QUANT_METHOD,
         "version": FORMAT_VERSION,
         "modules": {name: {"rank": rank, "form": "factors"} for name, rank in allocation.ranks.items()},
+        "tensors": tensors,
         "method": METHOD,
         "tolerance": {TOWER: allocation.tolerance},
         "ratio": ratios(plan, allocation, after),

@@ -260,6 +260,12 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     modules = parse_modules(section, str(folder / "config.json"))
     tensors = read_index(folder, INDEX_NAME)
     check_factors(modules, tensors, str(folder))
+    # A dense tensor that is gone from file and index alike: vLLM would serve uninitialised memory.
+    if section.get("tensors", len(tensors)) != len(tensors):
+        raise CheckpointError(
+            f"{folder / INDEX_NAME}: lists {len(tensors)} tensors, config.json promises {section['tensors']}; "
+            "the checkpoint is incomplete, copy or compress it again"
+        )
     return Checkpoint(folder, config, modules, tensors)
 
 
@@ -280,6 +286,9 @@ class ShardWriter:
     Args:
         folder: an existing folder.
         max_bytes: size at which a new file is begun.
+
+    Attributes:
+        count: tensors added so far.
     """
 
     def __init__(self, folder: Path, max_bytes: int = 2 * 1024**3) -> None:
@@ -288,6 +297,7 @@ class ShardWriter:
         self._pending: dict[str, torch.Tensor] = {}
         self._pending_bytes = 0
         self._files: list[list[str]] = []
+        self.count = 0
         self._total_bytes = 0
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
@@ -297,6 +307,7 @@ class ShardWriter:
             self._flush()
         self._pending[name] = tensor.detach().cpu().contiguous()
         self._pending_bytes += size
+        self.count += 1
 
     def _temporary(self, number: int) -> Path:
         return self.folder / f"{WEIGHTS_STEM}-{number:05d}.safetensors"

@@ -163,6 +163,8 @@ def _save_pretrained(model: PreTrainedModel, save_directory: str | Path, **kwarg
     (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     config = read_config(folder)
     config["transformers_weights"] = LOAD_GUARD
+    # Tied or renamed tensors may be stored in another number than they were read.
+    config["quantization_config"]["tensors"] = len(weight_map)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 

@@ -1,6 +1,7 @@
 """The checkpoint format under attack: whatever is wrong is refused by name, before anything is loaded."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -386,3 +387,17 @@ def test_one_bad_number_is_found(tmp_path: Path, name: str, value: float) -> Non
 def test_integers_are_finite(tmp_path: Path) -> None:
     folder = write(tmp_path / "c", {**good_tensors(), "model.table": torch.arange(5)})
     assert find_non_finite(open_checkpoint(folder)) is None
+
+
+def test_fewer_tensors_than_promised(tmp_path: Path, tiny_compressed: Path) -> None:
+    """A dense tensor that is gone from file and index alike leaves no other trace."""
+    folder = shutil.copytree(tiny_compressed, tmp_path / "copy")
+    path = next(folder.glob("*.safetensors"))
+    tensors = load_file(path)
+    tensors.pop("model.norm.weight")
+    save_file(tensors, path)
+    index = json.loads((folder / INDEX_NAME).read_text())
+    index["weight_map"].pop("model.norm.weight")
+    (folder / INDEX_NAME).write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=f"lists {len(tensors)} tensors, .* promises {len(tensors) + 1}"):
+        open_checkpoint(folder)
