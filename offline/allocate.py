@@ -1,9 +1,11 @@
-"""From error profiles to ranks: one uniform tolerance for all projections.
+"""From error profiles to ranks, by one uniform tolerance or by measured losses.
 
 PGSVD (arXiv 2510.05544, section 4): with equal sensitivities, giving every layer the same relative
-error is optimal for the bi-objective problem of size and error, and yields different ranks.
+error is optimal for the bi-objective problem of size and error, and yields different ranks. With
+measured sensitivities the same problem is: minimise the summed predicted loss for a given size.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -24,12 +26,13 @@ class Allocation:
     """Which projections are factored, and with what rank.
 
     Attributes:
-        tolerance: the uniform bound on every projection's relative error.
+        tolerance: the uniform bound on every projection's relative error; None where sensitivities
+            were measured.
         ranks: projection name -> rank; a projection that stays dense is absent.
         removed: share of the projections' parameters that is removed, ignored ones counted as kept.
     """
 
-    tolerance: float
+    tolerance: float | None
     ranks: dict[str, int]
     removed: float
 
@@ -99,5 +102,78 @@ def at_ratio(
     below, above = at(low), at(high)
     best = min((below, above), key=lambda a: abs(a.removed - ratio))
     if abs(best.removed - ratio) > RATIO_SLACK and not best.ranks:
+        raise InputError(f"--ratio {ratio}: too small for this model; the next possible step is {above.removed:.1%}")
+    return best
+
+
+@dataclass(frozen=True)
+class _Choices:
+    """What one projection may become: its size and predicted loss at every rank, dense last."""
+
+    name: str
+    ranks: list[int]
+    sizes: torch.Tensor
+    losses: torch.Tensor
+
+    def best(self, price: float) -> int:
+        """Index of the choice with the least loss + price * size."""
+        return int((self.losses + price * self.sizes).argmin())
+
+
+def _choices(projection: Projection, energy: torch.Tensor) -> _Choices:
+    step = hardware_rank(projection, 1)
+    ranks = [r for r in range(step, len(energy) + 1, step) if saves(projection, r)]
+    tail = torch.cat([energy.flip(0).cumsum(0).flip(0), energy.new_zeros(1)])
+    sizes = [r * (projection.out_features + projection.in_features) for r in ranks]
+    return _Choices(
+        projection.name,
+        ranks,
+        torch.tensor([*sizes, projection.numel], dtype=torch.float64),
+        torch.cat([0.5 * tail[ranks], energy.new_zeros(1)]),
+    )
+
+
+def by_loss(
+    projections: Sequence[Projection], energies: dict[str, torch.Tensor], ratio: float, ignored: int = 0
+) -> Allocation:
+    """The ranks with the least summed predicted loss that remove the share `ratio`.
+
+    Every projection takes the rank that minimises loss + price * size, and the price is found by
+    bisection: the solutions are the corners of the lower convex hull of the loss-size front.
+
+    Args:
+        projections: those that may be factored.
+        energies: projection -> eigenvalues of L^T W C W^T L, descending, in nats a token; cutting
+            at rank r loses half of what lies beyond it.
+        ratio: share of all projections' parameters, ignored ones too.
+        ignored: parameters of the projections that were told to stay dense.
+
+    Raises:
+        InputError: no ranks remove that much, or so little.
+    """
+    choices = [_choices(p, energies[p.name]) for p in projections]
+    total = ignored + sum(p.numel for p in projections)
+
+    def at(price: float) -> Allocation:
+        picked = [c.best(price) for c in choices]
+        kept = ignored + sum(float(c.sizes[i]) for c, i in zip(choices, picked, strict=True))
+        ranks = {c.name: c.ranks[i] for c, i in zip(choices, picked, strict=True) if i < len(c.ranks)}
+        return Allocation(None, ranks, 1 - kept / total)
+
+    low, high = -60.0, 60.0  # of the price's logarithm
+    most = at(math.exp(high))
+    if most.removed < ratio - RATIO_SLACK:
+        raise InputError(
+            f"--ratio {ratio}: more than this model can give; the smallest factors remove {most.removed:.1%}"
+        )
+    for _ in range(80):
+        middle = (low + high) / 2
+        if at(math.exp(middle)).removed < ratio:
+            low = middle
+        else:
+            high = middle
+    below, above = at(math.exp(low)), at(math.exp(high))
+    best = min((below, above), key=lambda a: abs(a.removed - ratio))
+    if not best.ranks:
         raise InputError(f"--ratio {ratio}: too small for this model; the next possible step is {above.removed:.1%}")
     return best

@@ -5,7 +5,8 @@ the depth. Projections that read the same tensor (q, k, v; gate, up) share one m
 identity of the tensor they are called with.
 """
 
-from collections.abc import Iterator, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,6 +98,18 @@ class _Recorded(Exception):
     """Raised after the last layer was reached: the head need not run."""
 
 
+@contextlib.contextmanager
+def _replaced_forward(layers: Sequence[nn.Module], forward: Callable[..., Any]) -> Iterator[None]:
+    """Every layer's forward replaced for a while."""
+    for layer in layers:
+        layer.forward = forward
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
 class LayerStream:
     """Runs windows through a model one decoder layer at a time.
 
@@ -115,8 +128,8 @@ class LayerStream:
         self.tokens = ids.numel()
         self._calls: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
         source.load_outer(device, dtype)
-        batch = max(1, TOKENS_PER_BATCH // ids.shape[1])
-        self.hidden = [self._embed(part) for part in ids.split(batch)]
+        self.ids = ids.split(max(1, TOKENS_PER_BATCH // ids.shape[1]))
+        self.hidden = [self._embed(part) for part in self.ids]
 
     @torch.no_grad()
     def _embed(self, ids: torch.Tensor) -> torch.Tensor:
@@ -134,15 +147,8 @@ class LayerStream:
                 raise _Recorded
             return hidden
 
-        for layer in layers:
-            layer.forward = record
-        try:
+        with _replaced_forward(layers, record), contextlib.suppress(_Recorded):
             self.source.model(input_ids=ids.to(self.device), use_cache=False)
-        except _Recorded:
-            pass
-        finally:
-            for layer in layers:
-                del layer.forward
         if len(calls) != len(layers):
             raise InputError(
                 f"{self.source.folder}: the model runs {len(calls)} of its {len(layers)} layers in "
@@ -150,6 +156,27 @@ class LayerStream:
             )
         self._calls[ids.shape[0]] = calls
         return first[0]
+
+    def run(self, layer: nn.Module, index: int, hidden: torch.Tensor) -> torch.Tensor:
+        """Outputs of layer `index` for one batch of hidden states [windows, length, hidden]."""
+        args, kwargs = self._calls[hidden.shape[0]][index]
+        output = layer(hidden, *args, **kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+    def head(self, ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits [windows, length, vocabulary] for hidden states after the last layer."""
+        layers = list(self.source.layers)
+        calls = 0
+
+        def skip(*args: Any, **kwargs: Any) -> torch.Tensor:
+            nonlocal calls
+            calls += 1
+            if calls == len(layers):
+                return hidden
+            return args[0] if args else kwargs["hidden_states"]
+
+        with _replaced_forward(layers, skip):
+            return self.source.model(input_ids=ids.to(self.device), use_cache=False).logits
 
     @torch.no_grad()
     def advance(self, index: int, projections: Sequence[Projection], collect: bool) -> Iterator[int | LayerGrams]:
@@ -162,9 +189,7 @@ class LayerStream:
             hooks = _GramHooks(layer, projections if collect else (), f"{self.source.layers_name}.{index}.")
             try:
                 for i, hidden in enumerate(self.hidden):
-                    args, kwargs = self._calls[hidden.shape[0]][index]
-                    output = layer(hidden, *args, **kwargs)
-                    output = output[0] if isinstance(output, tuple) else output
+                    output = self.run(layer, index, hidden)
                     hooks.end_batch()
                     if not torch.isfinite(output).all():
                         raise InputError(

@@ -13,14 +13,15 @@ from tqdm.auto import tqdm
 
 from pgsvd_vllm.checkpoint import ShardWriter, open_checkpoint
 from pgsvd_vllm.errors import InputError, PgsvdError
-from pgsvd_vllm.offline.allocate import Allocation, at_ratio, at_tolerance
+from pgsvd_vllm.offline.allocate import Allocation, at_ratio, at_tolerance, by_loss
 from pgsvd_vllm.offline.calibrate import LayerGrams, LayerStream
-from pgsvd_vllm.offline.factorize import als, relative_error, round_factors
+from pgsvd_vllm.offline.factorize import als, closed_form, relative_error, round_factors
 from pgsvd_vllm.offline.model_source import Projection
 from pgsvd_vllm.offline.plan import CompressOptions, Plan, check_disk, estimate, make_plan
 from pgsvd_vllm.offline.report import ModuleReport, write_config, write_description
+from pgsvd_vllm.offline.sensitivity import GradientPass, metric_root
 from pgsvd_vllm.offline.spectrum import error_profile, gram_root, output_energy
-from pgsvd_vllm.offline.workspace import LayerCalibration, Workspace
+from pgsvd_vllm.offline.workspace import LayerCalibration, LayerSensitivity, Workspace
 
 COPIED_SUFFIXES = {".json", ".jinja", ".txt", ".model", ".tiktoken"}
 NOT_COPIED = {"config.json", "model.safetensors.index.json", "README.md"}
@@ -65,9 +66,9 @@ def compress(options: CompressOptions, say: Callable[[str], None] = lambda _line
         _calibrate(plan, workspace)
         keep = True  # another --ratio or --tolerance may do
         allocation = _allocate(plan, workspace)
-        keep = False  # what fails from here on is the model itself, and a mended one calibrates anew
+        rule = "measured losses" if allocation.tolerance is None else f"tolerance {allocation.tolerance:.4f}"
         say(
-            f"tolerance {allocation.tolerance:.4f}: {len(allocation.ranks)} of {len(plan.flat)} projections "
+            f"ranks by {rule}: {len(allocation.ranks)} of {len(plan.flat)} projections "
             f"factored, {allocation.removed:.1%} of their parameters removed"
         )
         result = _write(plan, workspace, allocation)
@@ -111,13 +112,17 @@ def describe(plan: Plan) -> str:
 def _calibrate(plan: Plan, workspace: Workspace) -> None:
     """Gram matrices and output spectra of every layer that the workspace does not have yet."""
     layers = len(plan.projections)
-    if all(workspace.has_layer(i) for i in range(layers)):
+    done = all(workspace.has_layer(i) for i in range(layers))
+    if done and (not plan.measured or all(workspace.has_sensitivity(i) for i in range(layers))):
         return
     stream = LayerStream(plan.source, plan.windows.ids, plan.device, plan.compute_dtype)
+    gradients = GradientPass(stream, workspace.folder / "inputs") if plan.measured else None
     with tqdm(total=layers * stream.tokens, unit="tok", unit_scale=True, desc="calibrate") as bar:
         for index, row in enumerate(plan.projections):
             collect = bool(row) and not workspace.has_layer(index)
             bar.set_postfix_str(f"layer {index + 1}/{layers}")
+            if gradients is not None:
+                gradients.remember(index)
             for step in stream.advance(index, row, collect):
                 if isinstance(step, LayerGrams):
                     workspace.save_layer(index, _spectra(plan, row, step))
@@ -125,6 +130,39 @@ def _calibrate(plan: Plan, workspace: Workspace) -> None:
                     bar.update(step)
             if not row and not workspace.has_layer(index):
                 workspace.save_layer(index, LayerCalibration({}, {}, {}))
+    if gradients is not None:
+        _measure_sensitivity(plan, workspace, gradients)
+
+
+def _measure_sensitivity(plan: Plan, workspace: Workspace, gradients: GradientPass) -> None:
+    """The backward pass: gradient moments and predicted losses of every layer."""
+    gradients.start(plan.options.seed)
+    layers = len(plan.projections)
+    with tqdm(total=layers * gradients.tokens, unit="tok", unit_scale=True, desc="gradients") as bar:
+        for index in reversed(range(layers)):
+            bar.set_postfix_str(f"layer {index + 1}/{layers}")
+            for step in gradients.retreat(index, plan.projections[index]):
+                if isinstance(step, int):
+                    bar.update(step)
+                else:
+                    workspace.save_sensitivity(index, _loss_spectra(plan, workspace, index, step))
+
+
+def _loss_spectra(plan: Plan, workspace: Workspace, index: int, moments: dict[str, torch.Tensor]) -> LayerSensitivity:
+    """Eigenvalues of L^T W C W^T L for a layer's projections: twice what cutting each one loses."""
+    data = workspace.load_layer(index)
+    tokens = plan.windows.ids.numel()
+    roots: dict[str, torch.Tensor] = {}
+    energy = {}
+    for p in plan.projections[index]:
+        leader = data.leader[p.name]
+        gram = data.grams[leader].to(plan.device).double() / tokens
+        if p.out_features > p.in_features and leader not in roots:
+            roots[leader] = gram_root(gram)
+        weight = plan.source.read(f"{p.name}.weight").to(plan.device).double()
+        target = metric_root(moments[p.name]).T @ weight
+        energy[p.name] = output_energy(target, gram, roots.get(leader)).cpu()
+    return LayerSensitivity(moments, energy)
 
 
 def _spectra(plan: Plan, row: list[Projection], grams: LayerGrams) -> LayerCalibration:
@@ -141,6 +179,12 @@ def _spectra(plan: Plan, row: list[Projection], grams: LayerGrams) -> LayerCalib
 
 
 def _allocate(plan: Plan, workspace: Workspace) -> Allocation:
+    ratio = DEFAULT_RATIO if plan.options.ratio is None else plan.options.ratio
+    if plan.measured:
+        losses: dict[str, torch.Tensor] = {}
+        for index in range(len(plan.projections)):
+            losses.update(workspace.load_sensitivity(index, with_moments=False).energy)
+        return by_loss(plan.flat, losses, ratio, plan.ignored_parameters)
     profiles: dict[str, torch.Tensor] = {}
     for index in range(len(plan.projections)):
         energy = workspace.load_layer(index, with_grams=False).energy
@@ -152,7 +196,6 @@ def _allocate(plan: Plan, workspace: Workspace) -> Allocation:
                 f"--tolerance {plan.options.tolerance}: no projection can be factored with so small an error; raise it"
             )
         return allocation
-    ratio = DEFAULT_RATIO if plan.options.ratio is None else plan.options.ratio
     return at_ratio(plan.flat, profiles, ratio, plan.ignored_parameters)
 
 
@@ -165,12 +208,13 @@ def _write(plan: Plan, workspace: Workspace, allocation: Allocation) -> Compress
     with tqdm(total=len(allocation.ranks), desc="factorize", unit="matrix") as bar:
         for index, row in enumerate(plan.projections):
             data = workspace.load_layer(index)
+            moments = workspace.load_sensitivity(index).moments if plan.measured else {}
             for p in row:
                 rank = allocation.ranks.get(p.name)
                 if rank is None:
                     modules.append(ModuleReport(p.name, p.out_features, p.in_features, None, 0.0, 0.0, 0))
                     continue
-                report, u, v = _factor(plan, p, rank, data)
+                report, u, v = _factor(plan, p, rank, data, moments.get(p.name))
                 writer.add(f"{p.name}.weight_v", v)
                 writer.add(f"{p.name}.weight_u", u)
                 after += u.numel() + v.numel()
@@ -196,14 +240,19 @@ def _write(plan: Plan, workspace: Workspace, allocation: Allocation) -> Compress
 
 
 def _factor(
-    plan: Plan, p: Projection, rank: int, data: LayerCalibration
+    plan: Plan, p: Projection, rank: int, data: LayerCalibration, moment: torch.Tensor | None
 ) -> tuple[ModuleReport, torch.Tensor, torch.Tensor]:
     stored = plan.source.read(f"{p.name}.weight")
     weight = stored.to(plan.device).double()
     gram = data.grams[data.leader[p.name]].to(plan.device).double()
     optimum = float(error_profile(data.energy[p.name])[min(rank, len(data.energy[p.name]))])
-    factors = als(weight, gram, rank, optimum)
-    u, v = round_factors(factors, weight, plan.store_dtype or stored.dtype)
+    if moment is None:
+        metric = None
+        factors = als(weight, gram, rank, optimum)
+    else:
+        metric = metric_root(moment.to(plan.device))
+        factors = closed_form(weight, gram, rank, metric)
+    u, v = round_factors(factors, weight, plan.store_dtype or stored.dtype, metric)
     error = relative_error(weight, gram, u, v)
     if not math.isfinite(error) or not (torch.isfinite(u).all() and torch.isfinite(v).all()):
         raise InputError(f"{p.name}: its factors are not finite in {u.dtype}; use --dtype float32 or bfloat16")

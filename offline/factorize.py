@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from pgsvd_vllm.offline.spectrum import gram_root
+
 # ALS stops once its error is certified to lie this close to the optimum, relative.
 ALS_TOLERANCE = 0.005
 ALS_MAX_SWEEPS = 200
@@ -14,7 +16,7 @@ ALS_MAX_SWEEPS = 200
 
 @dataclass(frozen=True)
 class Factors:
-    """U [m, r] with orthonormal columns, V [r, n], and the relative error after every sweep."""
+    """U [m, r], V [r, n], and the relative error after every sweep."""
 
     u: torch.Tensor
     v: torch.Tensor
@@ -31,18 +33,31 @@ def relative_error(weight: torch.Tensor, gram: torch.Tensor, u: torch.Tensor, v:
     return float(((residual @ c).mul_(residual).sum().clamp_min(0) / total).sqrt())
 
 
-def closed_form(weight: torch.Tensor, gram: torch.Tensor, rank: int) -> Factors:
-    """The exact optimum: U holds the leading eigenvectors of W C W^T, V = U^T W.
+def closed_form(weight: torch.Tensor, gram: torch.Tensor, rank: int, metric: torch.Tensor | None = None) -> Factors:
+    """The exact optimum of ||L^T (W - U V) X||_F: with W' = L^T W, U' holds the leading
+    eigenvectors of W' C W'^T, U = L^-T U' and V = U'^T W'.
 
     Args:
         weight: [m, n].
         gram: [n, n].
-        rank: r <= m.
+        rank: r <= min(m, n).
+        metric: L [m, m], lower triangular; the identity if None.
+
+    Returns:
+        factors, U with columns of norm 1; `errors` has the relative error without the metric.
     """
     w, c = weight.double(), gram.double()
-    _, vectors = torch.linalg.eigh(w @ c @ w.T)
-    u = vectors[:, -rank:].flip(1)
-    v = u.T @ w
+    target = w if metric is None else metric.T @ w
+    if target.shape[0] <= target.shape[1]:
+        u = torch.linalg.eigh(target @ c @ target.T).eigenvectors[:, -rank:].flip(1)
+    else:
+        half = target @ gram_root(c)
+        u = torch.linalg.qr(half @ torch.linalg.eigh(half.T @ half).eigenvectors[:, -rank:].flip(1)).Q
+    v = u.T @ target
+    if metric is not None:
+        u = torch.linalg.solve_triangular(metric.T, u, upper=True)
+        norms = u.norm(dim=0)
+        u, v = u / norms, v * norms[:, None]
     return Factors(u, v, [relative_error(w, c, u, v)])
 
 
@@ -103,16 +118,20 @@ def _leading_left_vectors(w: torch.Tensor, rank: int) -> torch.Tensor:
     return torch.linalg.qr(w @ torch.linalg.eigh(w.T @ w).eigenvectors[:, -rank:]).Q
 
 
-def round_factors(factors: Factors, weight: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def round_factors(
+    factors: Factors, weight: torch.Tensor, dtype: torch.dtype, metric: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """U and V in the dtype to be stored; V is refitted to the rounded U.
 
-    The best V for a given U is the least-squares solution of U V = W whatever the inputs are, so
-    the refit repairs U's rounding for free.
+    The best V for a given U is the least-squares solution of L^T U V = L^T W whatever the inputs
+    are, so the refit repairs U's rounding for free. L is the metric, the identity if None.
 
     Returns:
         (u [m, r], v [r, n]), contiguous, in `dtype`.
     """
     u = factors.u.to(dtype)
-    exact = u.double()
-    v = torch.linalg.solve(exact.T @ exact, exact.T @ weight.double())
+    exact, target = u.double(), weight.double()
+    if metric is not None:
+        exact, target = metric.T @ exact, metric.T @ target
+    v = torch.linalg.solve(exact.T @ exact, exact.T @ target)
     return u.contiguous(), v.to(dtype).contiguous()

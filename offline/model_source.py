@@ -227,6 +227,18 @@ class ModelSource:
         for name, buffer in list(self.model.named_buffers()):
             _set(self.model, name, buffer.to(device))
 
+    def load_head(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Materialise the output head, which `load_outer` leaves out."""
+        head: Any = self.model.get_output_embeddings()
+        tied = getattr(self.model, "all_tied_weights_keys", None) or {}
+        path = next(name for name, module in self.model.named_modules() if module is head)
+        for name, parameter in list(head.named_parameters()):
+            origin = tied.get(f"{path}.{name}")
+            if origin is None:
+                _set(head, name, self._read_shaped(f"{path}.{name}", parameter.shape).to(device, dtype))
+            else:
+                _set(head, name, self.model.get_parameter(origin).data)
+
     @contextmanager
     def layer(self, index: int, device: torch.device, dtype: torch.dtype) -> Iterator[nn.Module]:
         """Decoder layer `index` with its weights on `device` in `dtype`; they are freed on leaving."""

@@ -12,6 +12,7 @@ from pgsvd_vllm.checkpoint import FLOAT_DTYPES
 from pgsvd_vllm.errors import InputError
 from pgsvd_vllm.offline.calibrate import TOKENS_PER_BATCH
 from pgsvd_vllm.offline.model_source import ModelSource, Projection, resolve_folder
+from pgsvd_vllm.offline.sensitivity import GRADIENT_TOKENS
 from pgsvd_vllm.offline.text import (
     BUILTIN,
     Windows,
@@ -36,6 +37,7 @@ class CompressOptions:
         output: folder to write; must not exist.
         ratio: share of the projections' parameters to remove, or None.
         tolerance: uniform relative error to allow instead, or None.
+        sensitivity: `measured` or `uniform`; None is `uniform` with a tolerance, else `measured`.
         dtype: `auto` keeps each tensor's own.
         device: `auto` takes a GPU where there is one.
     """
@@ -44,6 +46,7 @@ class CompressOptions:
     output: Path
     ratio: float | None = None
     tolerance: float | None = None
+    sensitivity: str | None = None
     dataset: str = BUILTIN
     num_calibration_samples: int = 128
     max_seq_length: int = 1024
@@ -83,6 +86,11 @@ class Plan:
         return [p for row in self.projections for p in row]
 
     @property
+    def measured(self) -> bool:
+        """Whether sensitivities are measured rather than taken as equal."""
+        return (self.options.sensitivity or ("measured" if self.options.tolerance is None else "uniform")) == "measured"
+
+    @property
     def total_parameters(self) -> int:
         """Parameters of the whole model as stored."""
         return sum(info.numel for info in self.source.tensors.values())
@@ -105,6 +113,8 @@ def check_options(options: CompressOptions) -> None:
         raise InputError(f"--ratio {options.ratio}: must lie between 0 and 1, it is the share of parameters removed")
     if options.tolerance is not None and not 0 < options.tolerance < 1:
         raise InputError(f"--tolerance {options.tolerance}: must lie between 0 and 1, it is a relative error")
+    if options.tolerance is not None and options.sensitivity == "measured":
+        raise InputError("--tolerance: is a uniform error, it goes with --sensitivity uniform")
     if options.num_calibration_samples < 1:
         raise InputError(f"--num-calibration-samples {options.num_calibration_samples}: must be at least 1")
     if options.max_seq_length < 8:
@@ -209,16 +219,32 @@ def estimate(plan: Plan) -> Estimate:
         + 400 * 1024**2  # torch and transformers themselves
     )  # fmt: skip
     disk = sum(n * n for sizes in grams for n in sizes) * 4
+    if plan.measured:
+        disk += sum(p.out_features**2 for p in plan.flat) * 4
+        disk += min(tokens, GRADIENT_TOKENS + TOKENS_PER_BATCH) * hidden * width * len(plan.projections)
+        memory += max(sum(p.out_features**2 for p in row) for row in plan.projections) * 8
+        memory += 3 * windows_bytes(plan, width)
     disk += sum(info.nbytes for info in plan.source.tensors.values())
 
     rates = {d: _flops_per_second(d, plan.device) for d in {plan.compute_dtype, torch.float32, torch.float64}}
     seconds = 2 * tokens * sum(p.numel for p in plan.flat) / rates[plan.compute_dtype]
     seconds += 2 * tokens * sum(n * n for sizes in grams for n in sizes) / rates[torch.float32]
+    if plan.measured:
+        backward = min(tokens, GRADIENT_TOKENS)
+        seconds += 4 * backward * sum(p.numel for p in plan.flat) / rates[plan.compute_dtype]
+        seconds += 2 * backward * sum(p.out_features**2 for p in plan.flat) / rates[torch.float32]
     for p in plan.flat:
         small = min(p.out_features, p.in_features)
         solve = 2 * p.in_features * p.numel + TYPICAL_SWEEPS * 4 * small**3 + 30 * small**3
         seconds += solve / rates[torch.float64]
     return Estimate(memory, disk, seconds)
+
+
+def windows_bytes(plan: Plan, width: int) -> int:
+    """The widest activations of one batch: logits of a window, or a layer's intermediate values."""
+    batch = min(TOKENS_PER_BATCH, plan.windows.ids.numel())
+    layer = max(sum(p.out_features + p.in_features for p in row) for row in plan.projections)
+    return max(plan.windows.ids.shape[1] * plan.source.vocabulary * 4, batch * layer * width)
 
 
 def _gram_sizes(row: list[Projection]) -> list[int]:

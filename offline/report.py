@@ -53,7 +53,8 @@ def write_config(folder: Path, plan: Plan, allocation: Allocation, after: int, t
         "modules": {name: {"rank": rank, "form": "factors"} for name, rank in allocation.ranks.items()},
         "tensors": tensors,
         "method": METHOD,
-        "tolerance": {TOWER: allocation.tolerance},
+        "sensitivity": "measured" if plan.measured else "uniform",
+        "tolerance": {} if allocation.tolerance is None else {TOWER: allocation.tolerance},
         "ratio": ratios(plan, allocation, after),
         "base_model": plan.options.model,
         "base_revision": _revision(plan.source.folder),
@@ -66,6 +67,12 @@ def write_config(folder: Path, plan: Plan, allocation: Allocation, after: int, t
         "command": plan.options.command,
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _rule(allocation: Allocation) -> str:
+    if allocation.tolerance is None:
+        return "measured losses"
+    return f"one relative output error for every projection, {allocation.tolerance:.4f}"
 
 
 def _revision(folder: Path) -> str | None:
@@ -105,7 +112,7 @@ In transformers, `import pgsvd_vllm.hf` comes first; without it loading stops wi
 
 | | |
 |---|---|
-| tolerance (relative output error of every projection) | {allocation.tolerance:.4f} |
+| ranks from | {_rule(allocation)} |
 | calibration | {plan.windows.name}, {plan.windows.ids.numel()} tokens, sha256 {plan.windows.sha256[:16]} |
 | made by | pgsvd-vllm {pgsvd_vllm.__version__} |
 | command | `{plan.options.command}` |

@@ -35,6 +35,19 @@ class LayerCalibration:
     energy: dict[str, torch.Tensor]
 
 
+@dataclass(frozen=True)
+class LayerSensitivity:
+    """What the gradient pass keeps of one layer.
+
+    Attributes:
+        moments: projection -> float32 [out, out], mean of g g^T.
+        energy: projection -> float64 eigenvalues of L^T W C W^T L, descending, nats a token.
+    """
+
+    moments: dict[str, torch.Tensor]
+    energy: dict[str, torch.Tensor]
+
+
 def fingerprint(plan: Plan) -> dict[str, str]:
     """What calibration depends on: two runs with equal fingerprints may share it."""
     source = plan.source
@@ -128,6 +141,35 @@ class Workspace:
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path}: damaged ({error}); delete it and run again with --resume") from None
         return LayerCalibration(grams, leader, energy)
+
+    def _sensitivity_file(self, index: int) -> Path:
+        return self.layers / f"{index:05d}.sensitivity.safetensors"
+
+    def has_sensitivity(self, index: int) -> bool:
+        """Whether a layer's gradients are complete on disk."""
+        return self._sensitivity_file(index).is_file()
+
+    def save_sensitivity(self, index: int, data: LayerSensitivity) -> None:
+        """Write one layer's gradients; the file appears complete or not at all."""
+        tensors = {f"moment:{name}": moment.float().cpu() for name, moment in data.moments.items()}
+        tensors.update({f"energy:{name}": energy.cpu() for name, energy in data.energy.items()})
+        part = self._sensitivity_file(index).with_suffix(".writing")
+        save_file(tensors, part)
+        os.replace(part, self._sensitivity_file(index))
+
+    def load_sensitivity(self, index: int, with_moments: bool = True) -> LayerSensitivity:
+        """Read one layer's gradients; raises InputError where the file is damaged."""
+        path = self._sensitivity_file(index)
+        found: dict[str, dict[str, torch.Tensor]] = {"moment": {}, "energy": {}}
+        try:
+            with safe_open(path, framework="pt") as file:
+                for key in file.keys():  # noqa: SIM118  (safe_open is not a mapping)
+                    kind, _, name = key.partition(":")
+                    if kind == "energy" or with_moments:
+                        found[kind][name] = file.get_tensor(key)
+        except (SafetensorError, OSError, KeyError) as error:
+            raise InputError(f"{path}: damaged ({error}); delete it and run again with --resume") from None
+        return LayerSensitivity(found["moment"], found["energy"])
 
     def begin_checkpoint(self) -> Path:
         """An empty folder to write the result into."""

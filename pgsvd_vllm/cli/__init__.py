@@ -31,14 +31,26 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _terminated(_signal: int, _frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
+class _Stop:
+    """Turns Ctrl-C and a scheduler's SIGTERM into KeyboardInterrupt, and remembers it.
+
+    Compiled code that is interrupted while it calls back into Python may report another error.
+    """
+
+    asked = False
+
+    def __call__(self, _signal: int, _frame: FrameType | None) -> None:
+        self.asked = True
+        raise KeyboardInterrupt
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     arguments = build_parser().parse_args(argv)
-    signal.signal(signal.SIGTERM, _terminated)
+    stop = _Stop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves them
+            signal.signal(number, stop)
     try:
         status = COMMANDS[arguments.command].run(arguments)
         print(end="", flush=True)  # a reader that has gone shows here, not when Python exits
@@ -50,10 +62,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader (head, less) has gone; keep Python from complaining at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except KeyboardInterrupt as stop:
-        print(f"pgsvd-vllm: interrupted{': ' if stop.args else ''}{stop}", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(f"pgsvd-vllm: interrupted{': ' if error.args else ''}{error}", file=sys.stderr)
         return INTERRUPTED
     except Exception:  # the last line of defence: a bug, shown with what a report needs
+        if stop.asked:
+            print("pgsvd-vllm: interrupted; repeat with --resume", file=sys.stderr)
+            return INTERRUPTED
         traceback.print_exc()
         print("pgsvd-vllm: internal error; please report it with the output of: pgsvd-vllm env", file=sys.stderr)
         return INTERNAL_ERROR

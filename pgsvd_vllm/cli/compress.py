@@ -30,6 +30,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="E",
         help="instead of --ratio: relative output error allowed in every projection",
     )
+    parser.add_argument(
+        "--sensitivity",
+        choices=["measured", "uniform"],
+        help="how much each projection matters: measured by loss gradients (default), or equally, as in the PGSVD "
+        "paper: one tolerance and alternating least squares (default with --tolerance)",
+    )
     data = parser.add_argument_group("calibration")
     data.add_argument(
         "--dataset",
@@ -73,6 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
         output=arguments.output_dir,
         ratio=arguments.ratio,
         tolerance=arguments.tolerance,
+        sensitivity=arguments.sensitivity,
         dataset=arguments.dataset,
         num_calibration_samples=arguments.num_calibration_samples,
         max_seq_length=arguments.max_seq_length,

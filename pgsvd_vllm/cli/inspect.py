@@ -69,12 +69,13 @@ def summary(checkpoint: Checkpoint) -> list[str]:
     factored = {f"{name}.{suffix}" for name in checkpoint.modules for suffix in ("weight_v", "weight_u")}
     total = sum(info.nbytes for info in checkpoint.tensors.values())
     part = sum(checkpoint.tensors[name].nbytes for name in factored)
+    tolerance = ", ".join(f"{tower} {value:.4f}" for tower, value in section.get("tolerance", {}).items())
     ratio, calibration = section.get("ratio", {}), section.get("calibration", {})
     lines = [
         "",
         f"factored projections  {len(checkpoint.modules)}, {part / 1e6:.1f} MB of {total / 1e6:.1f} MB",
-        f"method                {section.get('method')}, tolerance "
-        + ", ".join(f"{tower} {value:.4f}" for tower, value in section.get("tolerance", {}).items()),
+        f"method                {section.get('method')}, ranks by "
+        + (f"tolerance {tolerance}" if tolerance else "measured losses"),
     ]
     if ratio:
         lines.append(

@@ -56,7 +56,16 @@ def test_every_option_is_explained(capsys: pytest.CaptureFixture[str], command: 
     text = capsys.readouterr().out
     assert text.startswith(f"usage: pgsvd-vllm {command}")
     if command == "compress":
-        for option in ("--ratio", "--tolerance", "--dataset", "--ignore", "--dtype", "--resume", "--dry-run"):
+        for option in (
+            "--ratio",
+            "--tolerance",
+            "--sensitivity",
+            "--dataset",
+            "--ignore",
+            "--dtype",
+            "--resume",
+            "--dry-run",
+        ):
             assert option in text
         assert "REMOVE" in text
 
@@ -114,7 +123,8 @@ def test_inspect_adds_up(capsys: pytest.CaptureFixture[str], tiny_compressed: Pa
     assert float(found[2]) == pytest.approx(100 * (1 - after / before), abs=0.0501)
     assert float(found[3]) == pytest.approx(100 - removed, abs=0.0501)
     assert float(found[4]) == pytest.approx(100 * after / before, abs=0.0501)
-    assert f"tolerance language {section['tolerance']['language']:.4f}" in text
+    assert section["sensitivity"] == "measured"
+    assert "ranks by measured losses" in text
     assert f"pgsvd-vllm {pgsvd_vllm.__version__}" in text
 
 

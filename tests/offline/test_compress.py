@@ -92,6 +92,7 @@ def half_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("bias", "tie", "options"),
     [
         (False, True, {"ratio": 0.25}),
+        (False, True, {"ratio": 0.25, "sensitivity": "uniform"}),
         (False, False, {"ratio": 0.6}),
         (True, True, {"tolerance": 0.35}),
         (True, False, {"tolerance": 0.5, "ignore": ("*.down_proj", "model.layers.0.*")}),
@@ -112,9 +113,11 @@ def test_compressed_folder(tmp_path: Path, bias: bool, tie: bool, options: dict[
         if row["rank"] is None:
             assert (row["error"], row["optimum"], row["sweeps"]) == (0, 0, 0)
         else:
-            # Within ALS's half per cent and, in float32, rounding of 2^-24 a factor.
-            assert row["optimum"] * (1 - 1e-6) <= row["error"] <= row["optimum"] * 1.005 + 1e-6
-            assert row["optimum"] <= section_of(output)["tolerance"]["language"]
+            assert row["optimum"] * (1 - 1e-6) <= row["error"]
+            if section_of(output)["sensitivity"] == "uniform":
+                # Within ALS's half per cent and, in float32, rounding of 2^-24 a factor.
+                assert row["error"] <= row["optimum"] * 1.005 + 1e-6
+                assert row["optimum"] <= section_of(output)["tolerance"]["language"]
     if "tolerance" in options:
         assert section_of(output)["tolerance"] == {"language": options["tolerance"]}
     else:
@@ -166,7 +169,7 @@ def test_larger_ratio_smaller_model_larger_error(tiny_model: Path, tmp_path: Pat
     for ratio in (0.2, 0.5, 0.8):
         result = compress(CompressOptions(str(tiny_model), tmp_path / f"{ratio}", ratio=ratio, **SMALL))
         sizes.append(result.parameters_after)
-        errors.append(result.allocation.tolerance)
+        errors.append(sum(m.error for m in result.modules))
     assert sizes == sorted(sizes, reverse=True)
     assert errors == sorted(errors)
     assert len(set(sizes)) == 3
@@ -183,9 +186,7 @@ def test_same_options_same_bytes_other_seed_other_bytes(tiny_model: Path, tmp_pa
 def test_ratio_is_met_on_a_real_model(smollm2: Path, smollm2_compressed: Path) -> None:
     check_output(smollm2, smollm2_compressed)
     assert abs(section_of(smollm2_compressed)["ratio"]["linear"] - 0.2) <= 0.005
-    for row in report_of(smollm2_compressed)["modules"]:
-        if row["rank"] is not None:
-            assert row["error"] <= section_of(smollm2_compressed)["tolerance"]["language"] * 1.01
+    assert section_of(smollm2_compressed)["sensitivity"] == "measured"
 
 
 def test_dry_run_writes_nothing(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,132 @@
+"""Measured sensitivities against the plain definition: autograd over the whole model, brute force over ranks."""
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM
+
+from pgsvd_vllm.errors import InputError
+from pgsvd_vllm.offline.allocate import by_loss, saves
+from pgsvd_vllm.offline.calibrate import LayerStream
+from pgsvd_vllm.offline.factorize import closed_form, round_factors
+from pgsvd_vllm.offline.model_source import ModelSource, Projection
+from pgsvd_vllm.offline.sensitivity import DAMPING, GradientPass, metric_root
+from pgsvd_vllm.offline.spectrum import gram_root, output_energy
+from tests.conftest import save_tiny_model
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_streamed_gradients_are_those_of_the_whole_model(tmp_path: Path, tie: bool) -> None:
+    folder = save_tiny_model(tmp_path / "model", tie=tie, bias=not tie, layers=3, seed=2)
+    ids = torch.randint(2, 258, (5, 33), generator=torch.Generator().manual_seed(3))
+    source = ModelSource(folder)
+    rows = source.projections()
+    stream = LayerStream(source, ids, torch.device("cpu"), torch.float32)
+    gradients = GradientPass(stream, tmp_path / "inputs")
+    for index in range(3):
+        gradients.remember(index)
+        list(stream.advance(index, rows[index], collect=False))
+    gradients.start(seed=7)
+    found: dict[str, torch.Tensor] = {}
+    for index in reversed(range(3)):
+        *steps, moments = gradients.retreat(index, rows[index])
+        assert sum(step for step in steps if isinstance(step, int)) == ids.numel()
+        assert isinstance(moments, dict)
+        found.update(moments)
+
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    outputs: dict[str, torch.Tensor] = {}
+    for row in rows:
+        for p in row:
+
+            def keep(_m: torch.nn.Module, _i: tuple, output: torch.Tensor, name: str = p.name) -> None:
+                output.retain_grad()
+                outputs[name] = output
+
+            model.get_submodule(p.name).register_forward_hook(keep)
+    generator = torch.Generator().manual_seed(7)
+    expected = {p.name: np.zeros((p.out_features,) * 2) for row in rows for p in row}
+    for window in ids:
+        logits = model(input_ids=window[None]).logits[0].float()
+        labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
+        F.cross_entropy(logits, labels, reduction="sum").backward()
+        for name, output in outputs.items():
+            assert output.grad is not None
+            g = output.grad[0].double().numpy()
+            expected[name] += g.T @ g / ids.numel()
+    assert found.keys() == expected.keys()
+    for name, moment in found.items():
+        # Two float32 passes in another order of sums: rounding, relative to the largest entry.
+        np.testing.assert_allclose(moment.numpy(), expected[name], atol=1e-4 * np.abs(expected[name]).max())
+    assert not list((tmp_path / "inputs").iterdir())
+
+
+@pytest.mark.parametrize(("m", "n"), [(23, 31), (31, 23), (17, 17)])
+def test_the_metric_predicts_the_loss_of_a_quadratic_model(m: int, n: int) -> None:
+    """For the loss 0.5 sum_t ||L^T dW x_t||^2 the prediction is exact, and no other factors do better."""
+    rng = np.random.default_rng(m * n)
+    w, x, g = rng.normal(size=(m, n)), rng.normal(size=(n, 400)), rng.normal(size=(m, m // 2))
+    gram, moment = torch.from_numpy(x @ x.T / 400), torch.from_numpy(g @ g.T)
+    root = metric_root(moment)
+    damped = moment.numpy() + DAMPING * np.trace(moment.numpy()) / m * np.eye(m)
+    np.testing.assert_allclose((root @ root.T).numpy(), damped, atol=1e-12 * np.abs(damped).max())
+
+    def loss(product: np.ndarray) -> float:
+        change = (w - product) @ x
+        return 0.5 * float(np.sum(change * (damped @ change))) / 400
+
+    energy = output_energy(root.T @ torch.from_numpy(w), gram, gram_root(gram)).numpy()
+    for rank in (1, 5, min(m, n) - 1):
+        factors = closed_form(torch.from_numpy(w), gram, rank, root)
+        best = loss(factors.u.numpy() @ factors.v.numpy())
+        assert best == pytest.approx(0.5 * energy[rank:].sum(), rel=1e-8)
+        plain = closed_form(torch.from_numpy(w), gram, rank)
+        assert best <= loss(plain.u.numpy() @ plain.v.numpy())
+        for _ in range(30):
+            u = factors.u.numpy() + 0.01 * rng.normal(size=(m, rank))
+            v = factors.v.numpy() + 0.01 * rng.normal(size=(rank, n))
+            assert loss(u @ v) >= best
+        u, v = round_factors(factors, torch.from_numpy(w), torch.bfloat16, root)
+        naive = factors.u.bfloat16().double() @ factors.v.bfloat16().double()
+        assert best <= loss((u.double() @ v.double()).numpy()) <= loss(naive.numpy())
+
+
+def test_ranks_by_loss_are_optimal_against_brute_force() -> None:
+    rng = np.random.default_rng(0)
+    shapes = [(12, 9), (7, 14), (10, 10)]
+    projections = [Projection(f"p{i}", m, n) for i, (m, n) in enumerate(shapes)]
+    energies = {
+        p.name: torch.from_numpy(np.sort(rng.exponential(size=min(m, n)) ** 3 * 10 ** rng.uniform(-1, 1))[::-1].copy())
+        for p, (m, n) in zip(projections, shapes, strict=True)
+    }
+    total = sum(p.numel for p in projections)
+
+    def outcome(ranks: dict[str, int]) -> tuple[int, float]:
+        size, loss = 0, 0.0
+        for p in projections:
+            rank = ranks.get(p.name)
+            size += p.numel if rank is None else rank * (p.out_features + p.in_features)
+            loss += 0.0 if rank is None else 0.5 * float(energies[p.name][rank:].sum())
+        return size, loss
+
+    options = [[None, *(r for r in range(1, 15) if saves(p, r))] for p in projections]
+    every = [
+        outcome({p.name: r for p, r in zip(projections, combination, strict=True) if r is not None})
+        for combination in itertools.product(*options)
+    ]
+    for ratio in (0.1, 0.2, 0.35, 0.5, 0.65):
+        allocation = by_loss(projections, energies, ratio)
+        size, loss = outcome(allocation.ranks)
+        assert allocation.removed == pytest.approx(1 - size / total)
+        # A corner of the front: nothing as small is better.
+        assert loss <= min(other for s, other in every if s <= size) + 1e-12
+
+
+def test_no_ranks_remove_more_than_everything() -> None:
+    projection = Projection("p", 8, 8)
+    with pytest.raises(InputError, match=r"--ratio 0\.9: more than this model can give"):
+        by_loss([projection], {"p": torch.ones(8, dtype=torch.float64)}, 0.9)
