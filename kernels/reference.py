@@ -20,10 +20,7 @@ def factored_linear(
     Returns:
         [..., sum n_i] in x's dtype.
     """
-    z = F.linear(x, v)
-    parts, start = [], 0
-    for u in us:
-        parts.append(F.linear(z[..., start : start + u.shape[1]], u))
-        start += u.shape[1]
-    y = torch.cat(parts, dim=-1)
-    return y if bias is None else y + bias
+    z = F.linear(x, v).split([u.shape[1] for u in us], dim=-1)
+    biases = [None] * len(us) if bias is None else bias.split([u.shape[0] for u in us])
+    parts = [F.linear(part, u, b) for part, u, b in zip(z, us, biases, strict=True)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)

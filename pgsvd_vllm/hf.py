@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.quantizers import register_quantization_config, register_quantizer
@@ -29,6 +28,7 @@ from pgsvd_vllm.checkpoint import (
     read_headers,
 )
 from pgsvd_vllm.errors import CheckpointError
+from pgsvd_vllm.kernels.reference import factored_linear
 
 
 class FactoredLinear(nn.Module):
@@ -57,7 +57,7 @@ class FactoredLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in] -> [..., out]."""
-        return F.linear(F.linear(x, self.weight_v), self.weight_u, self.bias)
+        return factored_linear(x, self.weight_v, [self.weight_u], self.bias)
 
     def extra_repr(self) -> str:
         """What print(model) shows."""

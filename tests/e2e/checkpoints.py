@@ -47,6 +47,7 @@ def write_checkpoint(
         "quant_method": QUANT_METHOD,
         "version": FORMAT_VERSION,
         "modules": modules,
+        "tensors": writer.count,
         "method": "pgsvd",
         "tolerance": {},
         "base_model": str(source),

@@ -1,0 +1,28 @@
+"""The plain definition of a factored projection against float64 NumPy."""
+
+import numpy as np
+import pytest
+import torch
+
+from pgsvd_vllm.kernels.reference import factored_linear
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 17])
+@pytest.mark.parametrize("shards", [[(13, 1)], [(29, 7), (11, 11), (11, 3)], [(31, 16), (31, 5)]])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_reference_is_the_definition(tokens: int, shards: list[tuple[int, int]], with_bias: bool) -> None:
+    rng = np.random.default_rng(tokens + len(shards))
+    width = 23
+    x = rng.normal(size=(2, tokens, width))
+    vs = [rng.normal(size=(rank, width)) for _, rank in shards]
+    us = [rng.normal(size=shape) for shape in shards]
+    bias = rng.normal(size=sum(n for n, _ in shards)) if with_bias else np.zeros(sum(n for n, _ in shards))
+    expected = np.concatenate([x @ (u @ v).T for u, v in zip(us, vs, strict=True)], axis=-1) + bias
+    found = factored_linear(
+        torch.from_numpy(x),
+        torch.from_numpy(np.concatenate(vs)),
+        [torch.from_numpy(u) for u in us],
+        torch.from_numpy(bias) if with_bias else None,
+    )
+    # Sums of at most 23 * 16 products of normal numbers, in float64.
+    np.testing.assert_allclose(found.numpy(), expected, atol=1e-11)
