@@ -124,6 +124,11 @@ def test_factors_that_do_not_fit_the_layer_are_named(copy: Path, module: str) ->
 def test_a_missing_dense_tensor_is_named(copy: Path) -> None:
     """vLLM's own check of parameters that nothing filled, which it skips for quantized models unless asked."""
     change_tensors(copy, without("model.norm.weight"))
+    assert "config.json promises" in engine_error(copy, "auto")
+    # Without the promise, as a checkpoint of another writer may be, the loader still finds it.
+    config = json.loads((copy / "config.json").read_text())
+    del config["quantization_config"]["tensors"]
+    (copy / "config.json").write_text(json.dumps(config))
     assert "model.norm.weight" in engine_error(copy, "pgsvd").rpartition("not initialized from checkpoint")[2][:200]
 
 
