@@ -8,6 +8,7 @@ transformers in fp32 on the same weights. All differences are in units of logits
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -15,6 +16,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
+
+from pgsvd_vllm.checkpoint import open_checkpoint, read_config
 
 WINDOW = 64
 # The factored model may lose at most this much more than the dense original does.
@@ -75,7 +79,7 @@ def vllm_logits(folder: Path, dtype: str, windows: Path, output: Path) -> None:
 
     llm.apply_model(record)
     rows = []
-    for ids in torch.load(windows).tolist():
+    for ids in load_file(windows)["windows"].tolist():
         seen.clear()
         # Prompt log probabilities make vLLM compute the logits of every position but the last.
         llm.generate(
@@ -85,7 +89,7 @@ def vllm_logits(folder: Path, dtype: str, windows: Path, output: Path) -> None:
         if len(whole) != 1:
             raise RuntimeError(f"expected one set of prompt logits, saw the lengths {[len(x) for x in seen]}")
         rows.append(whole[0])
-    torch.save(torch.cat(rows), output)
+    save_file({"logits": torch.cat(rows)}, output)
 
 
 def run_vllm(folder: Path, dtype: str, windows: Path) -> torch.Tensor:
@@ -98,7 +102,7 @@ def run_vllm(folder: Path, dtype: str, windows: Path) -> torch.Tensor:
         **os.environ,
     }
     with tempfile.TemporaryDirectory() as scratch:
-        output = Path(scratch) / "logits.pt"
+        output = Path(scratch) / "logits.safetensors"
         done = subprocess.run(
             [sys.executable, __file__, "--child", str(folder), dtype, str(windows), str(output)],
             env=environment,
@@ -108,7 +112,7 @@ def run_vllm(folder: Path, dtype: str, windows: Path) -> torch.Tensor:
         )
         if done.returncode != 0:
             raise RuntimeError(f"vLLM failed on {folder} in {dtype}:\n{done.stderr[-4000:]}")
-        return torch.load(output)
+        return load_file(output)["logits"]
 
 
 @torch.no_grad()
@@ -122,14 +126,8 @@ def reference_logits(folder: Path, windows: torch.Tensor, dtype: torch.dtype = t
     return torch.cat([model(ids[None], use_cache=False).logits[0, :-1].float() for ids in windows])
 
 
-def multiply_back(folder: Path, target: Path, dtype: torch.dtype) -> Path:
-    """The checkpoint as an ordinary dense model: every weight is U @ V, stored in `dtype`."""
-    import shutil
-
-    from safetensors.torch import load_file, save_file
-
-    from pgsvd_vllm.checkpoint import open_checkpoint
-
+def multiplied_back(folder: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The checkpoint's tensors with every U @ V, in `dtype`, in place of its factors."""
     checkpoint = open_checkpoint(folder)
     tensors: dict[str, torch.Tensor] = {}
     for path in {info.file for info in checkpoint.tensors.values()}:
@@ -137,9 +135,14 @@ def multiply_back(folder: Path, target: Path, dtype: torch.dtype) -> Path:
     for name in checkpoint.modules:
         u, v = tensors.pop(f"{name}.weight_u"), tensors.pop(f"{name}.weight_v")
         tensors[f"{name}.weight"] = (u.double() @ v.double()).to(dtype)
+    return tensors
+
+
+def write_dense(folder: Path, target: Path, dtype: torch.dtype) -> Path:
+    """The checkpoint as an ordinary dense model: every weight is U @ V, stored in `dtype`."""
     target.mkdir(parents=True)
-    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
-    config = {k: v for k, v in checkpoint.config.items() if k not in ("quantization_config", "transformers_weights")}
+    save_file(multiplied_back(folder, dtype), target / "model.safetensors", metadata={"format": "pt"})
+    config = {k: v for k, v in read_config(folder).items() if k not in ("quantization_config", "transformers_weights")}
     (target / "config.json").write_text(json.dumps(config), encoding="utf-8")
     for path in folder.glob("tokenizer*"):
         shutil.copyfile(path, target / path.name)
@@ -161,9 +164,9 @@ def measure(dense: Path, compressed: Path, text: str, count: int) -> dict[str, D
     windows = windows_of_text(compressed, text, count)
     found = {}
     with tempfile.TemporaryDirectory() as scratch:
-        saved = Path(scratch) / "windows.pt"
-        torch.save(windows, saved)
-        product = multiply_back(compressed, Path(scratch) / "product", torch.float32)
+        saved = Path(scratch) / "windows.safetensors"
+        save_file({"windows": windows}, saved)
+        product = write_dense(compressed, Path(scratch) / "product", torch.float32)
 
         reference = reference_logits(dense, windows)
         found["dense original, bf16"] = compare(run_vllm(dense, "bfloat16", saved), reference)

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before any test imports transformers or vLLM: no network, no telemetry, a small KV cache, no
@@ -64,6 +65,16 @@ def save_tiny_model(folder: Path, *, bias: bool = False, tie: bool = True, layer
                     parameter.normal_(std=0.1)
     model.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """One thread here and in commands that are started: small matrices are slower on many."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

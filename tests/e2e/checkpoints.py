@@ -75,18 +75,6 @@ def truncated(weight: torch.Tensor, rank: int) -> Factors:
     return (u[:, :rank] * root).to(weight.dtype).contiguous(), (root[:, None] * vh[:rank]).to(weight.dtype)
 
 
-def multiplied_back(source: Path) -> dict[str, torch.Tensor]:
-    """The checkpoint's tensors with every U @ V in place of its factors, in float32."""
-    checkpoint = open_checkpoint(source)
-    tensors: dict[str, torch.Tensor] = {}
-    for path in {info.file for info in checkpoint.tensors.values()}:
-        tensors.update(load_file(path))
-    for name in checkpoint.modules:
-        u, v = tensors.pop(f"{name}.weight_u"), tensors.pop(f"{name}.weight_v")
-        tensors[f"{name}.weight"] = (u.double() @ v.double()).float()
-    return {name: tensor.float() for name, tensor in tensors.items()}
-
-
 @torch.no_grad()
 def transformers_greedy(folder: Path, prompts: Sequence[list[int]], new_tokens: int) -> list[list[int]]:
     """Greedy tokens of transformers in float32; the prompts have one length, so nothing is padded."""

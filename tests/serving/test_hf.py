@@ -12,10 +12,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import pgsvd_vllm.hf
+from benchmarks.bf16_logits import multiplied_back
 from pgsvd_vllm.checkpoint import INDEX_NAME, LOAD_GUARD, open_checkpoint, read_index
 from pgsvd_vllm.errors import CheckpointError
 from tests.conftest import save_tiny_model
-from tests.e2e.checkpoints import multiplied_back, truncated, write_checkpoint
+from tests.e2e.checkpoints import truncated, write_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +79,7 @@ def test_logits_equal_the_multiplied_back_model(checkpoint: Path) -> None:
 
     def dense_logits(dtype: torch.dtype) -> torch.Tensor:
         dense = LlamaForCausalLM(config).to(dtype).eval()
-        missing, unexpected = dense.load_state_dict(multiplied_back(checkpoint), strict=False)
+        missing, unexpected = dense.load_state_dict(multiplied_back(checkpoint, torch.float32), strict=False)
         assert unexpected == []
         assert set(missing) <= {"lm_head.weight"}
         dense.tie_weights()
@@ -190,19 +191,20 @@ def test_a_missing_dense_tensor_is_named_by_auto_model(biased: Path, tmp_path: P
     assert AutoModel.from_pretrained(headless).norm.weight.shape == (128,)
 
 
-def test_a_table_with_a_module_the_model_lacks_is_refused(biased: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("num_hidden_layers", 2, r"model\.layers\.2\.\S+ is not a linear layer of LlamaForCausalLM"),
+        ("intermediate_size", 192, r"the factors make a .* matrix, LlamaForCausalLM needs"),
+    ],
+)
+def test_a_table_that_does_not_fit_the_model_is_refused(
+    biased: Path, tmp_path: Path, key: str, value: int, message: str
+) -> None:
+    """A module the model lacks, and factors of another size."""
     config = json.loads((biased / "config.json").read_text())
     shutil.copytree(biased, tmp_path / "broken")
-    config["num_hidden_layers"] = 2
+    config[key] = value
     (tmp_path / "broken" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match=r"model\.layers\.2\.\S+ is not a linear layer of LlamaForCausalLM"):
-        AutoModelForCausalLM.from_pretrained(tmp_path / "broken")
-
-
-def test_factors_of_another_size_are_refused(biased: Path, tmp_path: Path) -> None:
-    config = json.loads((biased / "config.json").read_text())
-    shutil.copytree(biased, tmp_path / "broken")
-    config["intermediate_size"] = 192
-    (tmp_path / "broken" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match=r"the factors make a .* matrix, LlamaForCausalLM needs"):
+    with pytest.raises(CheckpointError, match=message):
         AutoModelForCausalLM.from_pretrained(tmp_path / "broken")
