@@ -6,19 +6,21 @@ measured sensitivities the same problem is: minimise the summed predicted loss f
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from pgsvd_vllm.errors import InputError
 from pgsvd_vllm.offline.model_source import Projection
-from pgsvd_vllm.offline.spectrum import rank_for
+from pgsvd_vllm.offline.spectrum import rank_for, tail_energy
 
 # Ranks are rounded up to whole hardware tiles where the matrix is large enough not to feel it.
 RANK_MULTIPLE = 16
 ROUND_FROM = 256
 RATIO_SLACK = 0.005
+# Halvings that bring either rule's knob to the last bit.
+BISECTIONS = 80
 
 
 @dataclass(frozen=True)
@@ -87,23 +89,38 @@ def at_ratio(
     def at(tolerance: float) -> Allocation:
         return at_tolerance(projections, profiles, tolerance, ignored)
 
-    low, high = 0.0, 1.0
+    best, above = _closest(at, 0.0, 1.0, ratio)
+    if abs(best.removed - ratio) > RATIO_SLACK and not best.ranks:
+        raise _too_small(ratio, above)
+    return best
+
+
+def _closest(at: Callable[[float], Allocation], low: float, high: float, ratio: float) -> tuple[Allocation, Allocation]:
+    """Bisect a knob that removes more the larger it is.
+
+    Returns:
+        the allocation closest to `ratio`, and the next one that removes at least as much.
+
+    Raises:
+        InputError: even the largest value of the knob does not remove that much.
+    """
     most = at(high)
     if most.removed < ratio - RATIO_SLACK:
         raise InputError(
             f"--ratio {ratio}: more than this model can give; the smallest factors remove {most.removed:.1%}"
         )
-    for _ in range(60):
+    for _ in range(BISECTIONS):
         middle = (low + high) / 2
         if at(middle).removed < ratio:
             low = middle
         else:
             high = middle
     below, above = at(low), at(high)
-    best = min((below, above), key=lambda a: abs(a.removed - ratio))
-    if abs(best.removed - ratio) > RATIO_SLACK and not best.ranks:
-        raise InputError(f"--ratio {ratio}: too small for this model; the next possible step is {above.removed:.1%}")
-    return best
+    return min((below, above), key=lambda a: abs(a.removed - ratio)), above
+
+
+def _too_small(ratio: float, above: Allocation) -> InputError:
+    return InputError(f"--ratio {ratio}: too small for this model; the next possible step is {above.removed:.1%}")
 
 
 @dataclass(frozen=True)
@@ -123,13 +140,12 @@ class _Choices:
 def _choices(projection: Projection, energy: torch.Tensor) -> _Choices:
     step = hardware_rank(projection, 1)
     ranks = [r for r in range(step, len(energy) + 1, step) if saves(projection, r)]
-    tail = torch.cat([energy.flip(0).cumsum(0).flip(0), energy.new_zeros(1)])
     sizes = [r * (projection.out_features + projection.in_features) for r in ranks]
     return _Choices(
         projection.name,
         ranks,
         torch.tensor([*sizes, projection.numel], dtype=torch.float64),
-        torch.cat([0.5 * tail[ranks], energy.new_zeros(1)]),
+        torch.cat([0.5 * tail_energy(energy)[ranks], energy.new_zeros(1)]),
     )
 
 
@@ -160,20 +176,8 @@ def by_loss(
         ranks = {c.name: c.ranks[i] for c, i in zip(choices, picked, strict=True) if i < len(c.ranks)}
         return Allocation(None, ranks, 1 - kept / total)
 
-    low, high = -60.0, 60.0  # of the price's logarithm
-    most = at(math.exp(high))
-    if most.removed < ratio - RATIO_SLACK:
-        raise InputError(
-            f"--ratio {ratio}: more than this model can give; the smallest factors remove {most.removed:.1%}"
-        )
-    for _ in range(80):
-        middle = (low + high) / 2
-        if at(math.exp(middle)).removed < ratio:
-            low = middle
-        else:
-            high = middle
-    below, above = at(math.exp(low)), at(math.exp(high))
-    best = min((below, above), key=lambda a: abs(a.removed - ratio))
+    # The knob is the logarithm of the price.
+    best, above = _closest(lambda knob: at(math.exp(knob)), -60.0, 60.0, ratio)
     if not best.ranks:
-        raise InputError(f"--ratio {ratio}: too small for this model; the next possible step is {above.removed:.1%}")
+        raise _too_small(ratio, above)
     return best

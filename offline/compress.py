@@ -17,7 +17,7 @@ from pgsvd_vllm.offline.allocate import Allocation, at_ratio, at_tolerance, by_l
 from pgsvd_vllm.offline.calibrate import LayerGrams, LayerStream
 from pgsvd_vllm.offline.factorize import als, closed_form, relative_error, round_factors
 from pgsvd_vllm.offline.model_source import Projection
-from pgsvd_vllm.offline.plan import CompressOptions, Plan, check_disk, estimate, make_plan
+from pgsvd_vllm.offline.plan import CompressOptions, Plan, check_disk, disk_bytes, make_plan
 from pgsvd_vllm.offline.report import ModuleReport, write_config, write_description
 from pgsvd_vllm.offline.sensitivity import GradientPass, metric_root
 from pgsvd_vllm.offline.spectrum import error_profile, gram_root, output_energy
@@ -62,7 +62,7 @@ def compress(options: CompressOptions, say: Callable[[str], None] = lambda _line
     workspace = Workspace(plan)
     keep = workspace.has_any_layer  # of the run that is resumed
     try:
-        check_disk(plan, estimate(plan).disk - workspace.used_bytes, workspace.folder)
+        check_disk(plan, disk_bytes(plan) - workspace.used_bytes, workspace.folder)
         _calibrate(plan, workspace)
         keep = True  # another --ratio or --tolerance may do
         allocation = _allocate(plan, workspace)
@@ -125,7 +125,8 @@ def _calibrate(plan: Plan, workspace: Workspace) -> None:
                 gradients.remember(index)
             for step in stream.advance(index, row, collect):
                 if isinstance(step, LayerGrams):
-                    workspace.save_layer(index, _spectra(plan, row, step))
+                    energy = _energies(plan, row, step.grams, step.leader, {}, tokens=1)
+                    workspace.save_layer(index, LayerCalibration(step.grams, step.leader, energy))
                 else:
                     bar.update(step)
             if not row and not workspace.has_layer(index):
@@ -152,30 +153,34 @@ def _loss_spectra(plan: Plan, workspace: Workspace, index: int, moments: dict[st
     """Eigenvalues of L^T W C W^T L for a layer's projections: twice what cutting each one loses."""
     data = workspace.load_layer(index)
     tokens = plan.windows.ids.numel()
-    roots: dict[str, torch.Tensor] = {}
-    energy = {}
-    for p in plan.projections[index]:
-        leader = data.leader[p.name]
-        gram = data.grams[leader].to(plan.device).double() / tokens
-        if p.out_features > p.in_features and leader not in roots:
-            roots[leader] = gram_root(gram)
-        weight = plan.source.read(f"{p.name}.weight").to(plan.device).double()
-        target = metric_root(moments[p.name]).T @ weight
-        energy[p.name] = output_energy(target, gram, roots.get(leader)).cpu()
+    energy = _energies(plan, plan.projections[index], data.grams, data.leader, moments, tokens)
     return LayerSensitivity(moments, energy)
 
 
-def _spectra(plan: Plan, row: list[Projection], grams: LayerGrams) -> LayerCalibration:
-    """The output energies of a layer's projections on the compute device."""
+def _energies(
+    plan: Plan,
+    row: list[Projection],
+    grams: dict[str, torch.Tensor],
+    leader: dict[str, str],
+    moments: dict[str, torch.Tensor],
+    tokens: int,
+) -> dict[str, torch.Tensor]:
+    """The output energies per token of a layer's projections, in the metric of their gradients if any.
+
+    One projection's matrices at a time: those of a large layer do not fit beside each other.
+    """
     roots: dict[str, torch.Tensor] = {}
     energy = {}
     for p in row:
-        leader = grams.leader[p.name]
-        weight = plan.source.read(f"{p.name}.weight").to(plan.device)
-        if p.out_features > p.in_features and leader not in roots:
-            roots[leader] = gram_root(grams.grams[leader])
-        energy[p.name] = output_energy(weight, grams.grams[leader], roots.get(leader)).cpu()
-    return LayerCalibration(grams.grams, grams.leader, energy)
+        name = leader[p.name]
+        gram = grams[name].to(plan.device).double() / tokens
+        if p.out_features > p.in_features and name not in roots:
+            roots[name] = gram_root(gram)
+        target = plan.source.read(f"{p.name}.weight").to(plan.device).double()
+        if p.name in moments:
+            target = metric_root(moments[p.name]).T @ target
+        energy[p.name] = output_energy(target, gram, roots.get(name)).cpu()
+    return energy
 
 
 def _allocate(plan: Plan, workspace: Workspace) -> Allocation:

@@ -178,15 +178,20 @@ class ModelSource:
         name = next(n for n, m in self.layers[0].named_modules() if isinstance(m, nn.Linear))
         return f"{self.layers_name}.0.{name}"
 
+    def header(self, name: str) -> TensorInfo:
+        """Where a tensor lies; raises InputError where it is missing."""
+        info = self.tensors.get(name)
+        if info is None:
+            raise InputError(f"{self.folder}: tensor {name} that the architecture needs is missing")
+        return info
+
     def read(self, name: str) -> torch.Tensor:
         """One tensor of the checkpoint, checked to be finite.
 
         Raises:
             InputError: it is missing, or holds NaN or infinity; names the tensor and the file.
         """
-        info = self.tensors.get(name)
-        if info is None:
-            raise InputError(f"{self.folder}: tensor {name} that the architecture needs is missing")
+        info = self.header(name)
         with safe_open(info.file, framework="pt") as file:
             tensor = file.get_tensor(name)
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
@@ -198,13 +203,9 @@ class ModelSource:
         return self.read(name)
 
     def _check_shape(self, name: str, shape: torch.Size) -> None:
-        info = self.tensors.get(name)
-        if info is None:
-            raise InputError(f"{self.folder}: tensor {name} that the architecture needs is missing")
-        if info.shape != tuple(shape):
-            raise InputError(
-                f"{self.folder}: tensor {name} has shape {info.shape}, the architecture needs {tuple(shape)}"
-            )
+        found = self.header(name).shape
+        if found != tuple(shape):
+            raise InputError(f"{self.folder}: tensor {name} has shape {found}, the architecture needs {tuple(shape)}")
 
     def _load(self, module: nn.Module, prefix: str, device: torch.device, dtype: torch.dtype) -> None:
         for name, parameter in list(module.named_parameters()):

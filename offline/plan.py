@@ -157,9 +157,7 @@ def make_plan(options: CompressOptions) -> Plan:
     projections = source.projections(options.ignore)
     flat = [p for row in projections for p in row]
     for p in flat:
-        info = source.tensors.get(f"{p.name}.weight")
-        if info is None:
-            raise InputError(f"{source.folder}: tensor {p.name}.weight that the architecture needs is missing")
+        info = source.header(f"{p.name}.weight")
         if info.dtype not in FLOAT_DTYPES and options.dtype == "auto":
             raise InputError(f"{info.file}: {p.name}.weight is stored as {info.dtype}; choose a --dtype to write")
     everything = source.projections() if options.ignore else projections
@@ -218,13 +216,9 @@ def estimate(plan: Plan) -> Estimate:
         + 4 * widest * min(widest, 4096) * 8
         + 400 * 1024**2  # torch and transformers themselves
     )  # fmt: skip
-    disk = sum(n * n for sizes in grams for n in sizes) * 4
     if plan.measured:
-        disk += sum(p.out_features**2 for p in plan.flat) * 4
-        disk += min(tokens, GRADIENT_TOKENS + TOKENS_PER_BATCH) * hidden * width * len(plan.projections)
         memory += max(sum(p.out_features**2 for p in row) for row in plan.projections) * 8
-        memory += 3 * windows_bytes(plan, width)
-    disk += sum(info.nbytes for info in plan.source.tensors.values())
+        memory += 3 * _activation_bytes(plan, width)
 
     rates = {d: _flops_per_second(d, plan.device) for d in {plan.compute_dtype, torch.float32, torch.float64}}
     seconds = 2 * tokens * sum(p.numel for p in plan.flat) / rates[plan.compute_dtype]
@@ -237,10 +231,21 @@ def estimate(plan: Plan) -> Estimate:
         small = min(p.out_features, p.in_features)
         solve = 2 * p.in_features * p.numel + TYPICAL_SWEEPS * 4 * small**3 + 30 * small**3
         seconds += solve / rates[torch.float64]
-    return Estimate(memory, disk, seconds)
+    return Estimate(memory, disk_bytes(plan), seconds)
 
 
-def windows_bytes(plan: Plan, width: int) -> int:
+def disk_bytes(plan: Plan) -> int:
+    """Peak disk: the finished layers, their inputs while gradients are measured, and the result."""
+    needed = sum(n * n for row in plan.projections for n in _gram_sizes(row)) * 4
+    if plan.measured:
+        tokens = min(plan.windows.ids.numel(), GRADIENT_TOKENS + TOKENS_PER_BATCH)
+        hidden = plan.source.config.get_text_config().hidden_size
+        needed += sum(p.out_features**2 for p in plan.flat) * 4
+        needed += tokens * hidden * plan.compute_dtype.itemsize * len(plan.projections)
+    return needed + sum(info.nbytes for info in plan.source.tensors.values())
+
+
+def _activation_bytes(plan: Plan, width: int) -> int:
     """The widest activations of one batch: logits of a window, or a layer's intermediate values."""
     batch = min(TOKENS_PER_BATCH, plan.windows.ids.numel())
     layer = max(sum(p.out_features + p.in_features for p in row) for row in plan.projections)

@@ -32,6 +32,11 @@ def output_energy(weight: torch.Tensor, gram: torch.Tensor, root: torch.Tensor |
     return torch.linalg.eigvalsh(matrix).flip(0).clamp_min(0)
 
 
+def tail_energy(energy: torch.Tensor) -> torch.Tensor:
+    """What lies beyond each rank r = 0 .. len(energy): sums of energy[r:]."""
+    return torch.cat([energy.flip(0).cumsum(0).flip(0), energy.new_zeros(1)])
+
+
 def error_profile(energy: torch.Tensor) -> torch.Tensor:
     """e(r) for r = 0 .. len(energy), float64; e(0) = 1, never rising.
 
@@ -44,8 +49,7 @@ def error_profile(energy: torch.Tensor) -> torch.Tensor:
         profile = torch.zeros(len(energy) + 1, dtype=torch.float64)
         profile[0] = 1.0
         return profile
-    tail = torch.cat([energy.flip(0).cumsum(0).flip(0), energy.new_zeros(1)])
-    return (tail / total).clamp(0, 1).sqrt()
+    return (tail_energy(energy) / total).clamp(0, 1).sqrt()
 
 
 def rank_for(profile: torch.Tensor, tolerance: float) -> int:

@@ -9,8 +9,10 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -119,28 +121,15 @@ class Workspace:
 
     def save_layer(self, index: int, data: LayerCalibration) -> None:
         """Write one layer's calibration; the file appears complete or not at all."""
-        tensors = {f"gram:{name}": gram.float().cpu() for name, gram in data.grams.items()}
-        tensors.update({f"energy:{name}": energy.cpu() for name, energy in data.energy.items()})
-        part = self._layer_file(index).with_suffix(".writing")
-        save_file(tensors, part, metadata={"leader": json.dumps(data.leader)})
-        os.replace(part, self._layer_file(index))
+        tensors = {f"gram:{name}": gram.float() for name, gram in data.grams.items()}
+        tensors.update({f"energy:{name}": energy for name, energy in data.energy.items()})
+        _write(self._layer_file(index), tensors, {"leader": json.dumps(data.leader)})
 
     def load_layer(self, index: int, with_grams: bool = True) -> LayerCalibration:
         """Read one layer's calibration; raises InputError where the file is damaged."""
-        path = self._layer_file(index)
-        grams, energy = {}, {}
-        try:
-            with safe_open(path, framework="pt") as file:
-                leader = json.loads(file.metadata()["leader"])
-                for key in file.keys():  # noqa: SIM118  (safe_open is not a mapping)
-                    kind, _, name = key.partition(":")
-                    if kind == "energy":
-                        energy[name] = file.get_tensor(key)
-                    elif with_grams:
-                        grams[name] = file.get_tensor(key)
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-            raise InputError(f"{path}: damaged ({error}); delete it and run again with --resume") from None
-        return LayerCalibration(grams, leader, energy)
+        kinds = ("gram", "energy") if with_grams else ("energy",)
+        found, leader = _read(self._layer_file(index), kinds, "leader")
+        return LayerCalibration(found.get("gram", {}), leader, found["energy"])
 
     def _sensitivity_file(self, index: int) -> Path:
         return self.layers / f"{index:05d}.sensitivity.safetensors"
@@ -151,25 +140,15 @@ class Workspace:
 
     def save_sensitivity(self, index: int, data: LayerSensitivity) -> None:
         """Write one layer's gradients; the file appears complete or not at all."""
-        tensors = {f"moment:{name}": moment.float().cpu() for name, moment in data.moments.items()}
-        tensors.update({f"energy:{name}": energy.cpu() for name, energy in data.energy.items()})
-        part = self._sensitivity_file(index).with_suffix(".writing")
-        save_file(tensors, part)
-        os.replace(part, self._sensitivity_file(index))
+        tensors = {f"moment:{name}": moment.float() for name, moment in data.moments.items()}
+        tensors.update({f"energy:{name}": energy for name, energy in data.energy.items()})
+        _write(self._sensitivity_file(index), tensors)
 
     def load_sensitivity(self, index: int, with_moments: bool = True) -> LayerSensitivity:
         """Read one layer's gradients; raises InputError where the file is damaged."""
-        path = self._sensitivity_file(index)
-        found: dict[str, dict[str, torch.Tensor]] = {"moment": {}, "energy": {}}
-        try:
-            with safe_open(path, framework="pt") as file:
-                for key in file.keys():  # noqa: SIM118  (safe_open is not a mapping)
-                    kind, _, name = key.partition(":")
-                    if kind == "energy" or with_moments:
-                        found[kind][name] = file.get_tensor(key)
-        except (SafetensorError, OSError, KeyError) as error:
-            raise InputError(f"{path}: damaged ({error}); delete it and run again with --resume") from None
-        return LayerSensitivity(found["moment"], found["energy"])
+        kinds = ("moment", "energy") if with_moments else ("energy",)
+        found, _ = _read(self._sensitivity_file(index), kinds)
+        return LayerSensitivity(found.get("moment", {}), found["energy"])
 
     def begin_checkpoint(self) -> Path:
         """An empty folder to write the result into."""
@@ -191,3 +170,41 @@ class Workspace:
     def discard(self) -> None:
         """Delete the folder."""
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _write(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Save tensors on the CPU under another name, then give them their own."""
+    part = path.with_suffix(".writing")
+    save_file({name: tensor.cpu() for name, tensor in tensors.items()}, part, metadata=metadata)
+    os.replace(part, path)
+
+
+def _read(
+    path: Path, kinds: Sequence[str], metadata_key: str | None = None
+) -> tuple[dict[str, dict[str, torch.Tensor]], Any]:
+    """The tensors named `kind:name` of some kinds, and one JSON value of the metadata.
+
+    Raises:
+        InputError: the file is damaged; says what to do.
+    """
+    found: dict[str, dict[str, torch.Tensor]] = {kind: {} for kind in kinds}
+
+    def damaged(error: Exception) -> InputError:
+        return InputError(f"{path}: damaged ({error}); delete it and run again with --resume")
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            for key in file.keys():  # noqa: SIM118  (safe_open is not a mapping)
+                kind, _, name = key.partition(":")
+                if kind in found:
+                    found[kind][name] = file.get_tensor(key)
+    # Nothing wider: a Ctrl-C inside the compiled reader comes out as a TypeError, and is no damage.
+    except (SafetensorError, OSError) as error:
+        raise damaged(error) from None
+    if metadata_key is None:
+        return found, None
+    try:
+        return found, json.loads(metadata[metadata_key])
+    except (KeyError, ValueError) as error:
+        raise damaged(error) from None

@@ -286,9 +286,6 @@ class ShardWriter:
     Args:
         folder: an existing folder.
         max_bytes: size at which a new file is begun.
-
-    Attributes:
-        count: tensors added so far.
     """
 
     def __init__(self, folder: Path, max_bytes: int = 2 * 1024**3) -> None:
@@ -297,7 +294,6 @@ class ShardWriter:
         self._pending: dict[str, torch.Tensor] = {}
         self._pending_bytes = 0
         self._files: list[list[str]] = []
-        self.count = 0
         self._total_bytes = 0
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
@@ -307,7 +303,11 @@ class ShardWriter:
             self._flush()
         self._pending[name] = tensor.detach().cpu().contiguous()
         self._pending_bytes += size
-        self.count += 1
+
+    @property
+    def count(self) -> int:
+        """Tensors added so far."""
+        return sum(len(names) for names in self._files) + len(self._pending)
 
     def _temporary(self, number: int) -> Path:
         return self.folder / f"{WEIGHTS_STEM}-{number:05d}.safetensors"
