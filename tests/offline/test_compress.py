@@ -135,7 +135,7 @@ def test_report_errors_are_those_of_the_written_factors(
 ) -> None:
     output = tmp_path / "out"
     options = CompressOptions(str(half_model), output, ratio=0.4, dtype=dtype, **SMALL)
-    ids = make_plan(options).windows.ids
+    plan = make_plan(options)
     compress(options)
     check_output(half_model, output)
     written = tensors_of(output)
@@ -143,7 +143,7 @@ def test_report_errors_are_those_of_the_written_factors(
     config = json.loads((output / "config.json").read_text())
     assert config["dtype"] == str(expected).removeprefix("torch.")
     source = ModelSource(half_model)
-    stream = LayerStream(source, ids, torch.device("cpu"), torch.bfloat16 if dtype == "auto" else torch.float32)
+    stream = LayerStream(source, plan.windows.ids, torch.device("cpu"), plan.compute_dtype)
     rows = {row["name"]: row for row in report_of(output)["modules"]}
     checked = 0
     for index, projections in enumerate(source.projections()):
