@@ -128,7 +128,6 @@ def test_a_partial_folder_is_not_taken_over_silently(interrupted: Path, tiny_mod
         ({"seed": 1}, "calibration text"),
         ({"num_calibration_samples": 21}, "calibration text"),
         ({"max_seq_length": 47}, "calibration text"),
-        ({"dtype": "bfloat16"}, "dtype"),
         ({"ignore": ("*.up_proj",)}, "ignore"),
     ],
 )
@@ -142,6 +141,16 @@ def test_resume_with_other_options_is_refused(
     assert len(list(interrupted.with_name("out.partial").glob("layers/?????.safetensors"))) == 3, (
         "the calibration was lost"
     )
+
+
+def test_resume_in_another_precision_is_refused(interrupted: Path, tiny_model: Path) -> None:
+    """As when the folder was moved from a processor that multiplies in bfloat16."""
+    run = interrupted.with_name("out.partial") / "run.json"
+    content = json.loads(run.read_text())
+    content["dtype"] = {"torch.float32": "torch.bfloat16"}[content["dtype"]]
+    run.write_text(json.dumps(content))
+    with pytest.raises(InputError, match="--resume: .*another dtype"):
+        compress(CompressOptions(str(tiny_model), interrupted, ratio=0.3, resume=True, **SMALL))
 
 
 def test_resume_with_other_weights_is_refused(tmp_path: Path, tiny_model: Path) -> None:
