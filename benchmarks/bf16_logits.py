@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pgsvd_vllm.checkpoint import open_checkpoint, read_config
+from pgsvd_vllm.offline.factorize import product
 
 WINDOW = 64
 # The factored model may lose at most this much more than the dense original does.
@@ -127,19 +128,19 @@ def reference_logits(folder: Path, windows: torch.Tensor, dtype: torch.dtype = t
 
 
 def multiplied_back(folder: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The checkpoint's tensors with every U @ V, in `dtype`, in place of its factors."""
+    """The checkpoint's tensors with whole matrices, in `dtype`, in place of the low-rank ones."""
     checkpoint = open_checkpoint(folder)
     tensors: dict[str, torch.Tensor] = {}
     for path in {info.file for info in checkpoint.tensors.values()}:
         tensors.update(load_file(path))
-    for name in checkpoint.modules:
-        u, v = tensors.pop(f"{name}.weight_u"), tensors.pop(f"{name}.weight_v")
-        tensors[f"{name}.weight"] = (u.double() @ v.double()).to(dtype)
+    for name, module in checkpoint.modules.items():
+        parts = {suffix: tensors.pop(f"{name}.{suffix}") for suffix in module.suffixes}
+        tensors[f"{name}.weight"] = product(parts).to(dtype)
     return tensors
 
 
 def write_dense(folder: Path, target: Path, dtype: torch.dtype) -> Path:
-    """The checkpoint as an ordinary dense model: every weight is U @ V, stored in `dtype`."""
+    """The checkpoint as an ordinary dense model: every low-rank matrix multiplied out, stored in `dtype`."""
     target.mkdir(parents=True)
     save_file(multiplied_back(folder, dtype), target / "model.safetensors", metadata={"format": "pt"})
     config = {k: v for k, v in read_config(folder).items() if k not in ("quantization_config", "transformers_weights")}

@@ -1,4 +1,4 @@
-"""The plain definition of a factored projection, in any dtype, on any device."""
+"""The plain definitions of a factored projection, in any dtype, on any device."""
 
 from collections.abc import Sequence
 
@@ -24,3 +24,37 @@ def factored_linear(
     biases = [None] * len(us) if bias is None else bias.split([u.shape[0] for u in us])
     parts = [F.linear(part, u, b) for part, u, b in zip(z, us, biases, strict=True)]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+
+def other_rows(pivots: torch.Tensor, rows: int) -> torch.Tensor:
+    """The row numbers below `rows` that are not in `pivots`, ascending, int64."""
+    mask = torch.ones(rows, dtype=torch.bool, device=pivots.device)
+    mask[pivots.long()] = False
+    return mask.nonzero()[:, 0]
+
+
+def pivot_linear(
+    x: torch.Tensor, p: torch.Tensor, c: torch.Tensor, pivots: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """y[pivots] = z and y[others] = C z with z = P x, plus bias (PIFA, arXiv 2501.19090).
+
+    Args:
+        x: [..., in].
+        p: [r, in], the weight's pivot rows.
+        c: [out - r, r], the other rows in terms of them.
+        pivots: int [r], where the rows of `p` belong.
+        bias: [out] or None.
+
+    Returns:
+        [..., out] in x's dtype.
+    """
+    z = F.linear(x, p)
+    y = z.new_empty(*z.shape[:-1], p.shape[0] + c.shape[0])
+    y[..., pivots.long()] = z
+    y[..., other_rows(pivots, y.shape[-1])] = F.linear(z, c)
+    return y if bias is None else y + bias
+
+
+def pivot_weight(p: torch.Tensor, c: torch.Tensor, pivots: torch.Tensor) -> torch.Tensor:
+    """The matrix [out, in] that a pivot form stands for, in its own dtype."""
+    return pivot_linear(torch.eye(p.shape[1], dtype=p.dtype, device=p.device), p, c, pivots).T

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from pgsvd_vllm.checkpoint import stored_size
 from pgsvd_vllm.errors import InputError
 from pgsvd_vllm.offline.model_source import Projection
 from pgsvd_vllm.offline.spectrum import rank_for, tail_energy
@@ -39,9 +40,15 @@ class Allocation:
     removed: float
 
 
-def saves(projection: Projection, rank: int) -> bool:
-    """Whether rank (out + in) is less than out * in."""
-    return rank * (projection.out_features + projection.in_features) < projection.numel
+def size(projection: Projection, rank: int, form: str) -> int:
+    """Numbers stored for a projection with a rank in a form."""
+    return stored_size(form, projection.out_features, projection.in_features, rank)
+
+
+def saves(projection: Projection, rank: int, form: str) -> bool:
+    """Whether a rank leaves fewer numbers than out * in."""
+    fits = form != "pivot" or rank < projection.out_features
+    return fits and size(projection, rank, form) < projection.numel
 
 
 def hardware_rank(projection: Projection, rank: int) -> int:
@@ -52,7 +59,11 @@ def hardware_rank(projection: Projection, rank: int) -> int:
 
 
 def at_tolerance(
-    projections: Sequence[Projection], profiles: dict[str, torch.Tensor], tolerance: float, ignored: int = 0
+    projections: Sequence[Projection],
+    profiles: dict[str, torch.Tensor],
+    tolerance: float,
+    ignored: int = 0,
+    form: str = "factors",
 ) -> Allocation:
     """The ranks that one tolerance gives: smallest with e(r) <= tolerance, dense where none saves.
 
@@ -61,21 +72,26 @@ def at_tolerance(
         profiles: projection name -> error profile.
         tolerance: bound on the relative error.
         ignored: parameters of the projections that were told to stay dense.
+        form: how low-rank matrices are stored.
     """
     ranks, kept, total = {}, ignored, ignored
     for p in projections:
         rank = hardware_rank(p, rank_for(profiles[p.name], tolerance))
         total += p.numel
-        if saves(p, rank):
+        if saves(p, rank, form):
             ranks[p.name] = rank
-            kept += rank * (p.out_features + p.in_features)
+            kept += size(p, rank, form)
         else:
             kept += p.numel
     return Allocation(tolerance, ranks, 1 - kept / total)
 
 
 def at_ratio(
-    projections: Sequence[Projection], profiles: dict[str, torch.Tensor], ratio: float, ignored: int = 0
+    projections: Sequence[Projection],
+    profiles: dict[str, torch.Tensor],
+    ratio: float,
+    ignored: int = 0,
+    form: str = "factors",
 ) -> Allocation:
     """The tolerance, found by bisection, whose ranks come closest to removing the share `ratio`.
 
@@ -87,7 +103,7 @@ def at_ratio(
     """
 
     def at(tolerance: float) -> Allocation:
-        return at_tolerance(projections, profiles, tolerance, ignored)
+        return at_tolerance(projections, profiles, tolerance, ignored, form)
 
     best, above = _closest(at, 0.0, 1.0, ratio)
     if abs(best.removed - ratio) > RATIO_SLACK and not best.ranks:
@@ -137,10 +153,10 @@ class _Choices:
         return int((self.losses + price * self.sizes).argmin())
 
 
-def _choices(projection: Projection, energy: torch.Tensor) -> _Choices:
+def _choices(projection: Projection, energy: torch.Tensor, form: str) -> _Choices:
     step = hardware_rank(projection, 1)
-    ranks = [r for r in range(step, len(energy) + 1, step) if saves(projection, r)]
-    sizes = [r * (projection.out_features + projection.in_features) for r in ranks]
+    ranks = [r for r in range(step, len(energy) + 1, step) if saves(projection, r, form)]
+    sizes = [size(projection, r, form) for r in ranks]
     return _Choices(
         projection.name,
         ranks,
@@ -150,7 +166,11 @@ def _choices(projection: Projection, energy: torch.Tensor) -> _Choices:
 
 
 def by_loss(
-    projections: Sequence[Projection], energies: dict[str, torch.Tensor], ratio: float, ignored: int = 0
+    projections: Sequence[Projection],
+    energies: dict[str, torch.Tensor],
+    ratio: float,
+    ignored: int = 0,
+    form: str = "factors",
 ) -> Allocation:
     """The ranks with the least summed predicted loss that remove the share `ratio`.
 
@@ -163,11 +183,12 @@ def by_loss(
             at rank r loses half of what lies beyond it.
         ratio: share of all projections' parameters, ignored ones too.
         ignored: parameters of the projections that were told to stay dense.
+        form: how low-rank matrices are stored.
 
     Raises:
         InputError: no ranks remove that much, or so little.
     """
-    choices = [_choices(p, energies[p.name]) for p in projections]
+    choices = [_choices(p, energies[p.name], form) for p in projections]
     total = ignored + sum(p.numel for p in projections)
 
     def at(price: float) -> Allocation:

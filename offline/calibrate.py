@@ -19,6 +19,7 @@ from pgsvd_vllm.offline.model_source import ModelSource, Projection
 TOKENS_PER_BATCH = 4096
 # A token counts at most this many times the median energy of its window (see `robust_rows`).
 ENERGY_CLIP = 10.0
+GRAM_BLOCK = 512
 
 
 @dataclass(frozen=True)
@@ -36,24 +37,49 @@ class LayerGrams:
     tokens: int
 
 
-def robust_rows(x: torch.Tensor) -> torch.Tensor:
-    """Rows of x scaled so that no token owns the Gram matrix.
+def token_scale(x: torch.Tensor) -> torch.Tensor:
+    """Factors for the rows of x with which no token owns the Gram matrix.
 
     In some layers the first position carries over 99 % of the inputs' energy (an attention sink);
     any low-rank matrix that is right on that one token would satisfy any tolerance. Each token's
     energy e_t = ||x_t||^2 is clipped to ENERGY_CLIP times the median of its window.
 
     Args:
-        x: [windows, tokens, in], any float dtype.
+        x: float32 [windows, tokens, in].
 
     Returns:
-        float32 [windows * tokens, in].
+        float32 [windows, tokens, 1], at most 1.
     """
-    x = x.float()
     energy = x.square().sum(-1, keepdim=True)
     median = energy.median(dim=1, keepdim=True).values
-    scale = (ENERGY_CLIP * median / energy.clamp_min(torch.finfo(torch.float32).tiny)).clamp_max(1.0).sqrt()
-    return (x * scale).flatten(0, 1)
+    return (ENERGY_CLIP * median / energy.clamp_min(torch.finfo(torch.float32).tiny)).clamp_max(1.0).sqrt()
+
+
+def by_window(x: torch.Tensor) -> torch.Tensor:
+    """A projection's input as float32 [windows, tokens, in]; expert layers get bare rows, one window."""
+    return (x if x.dim() == 3 else x.reshape(1, -1, x.shape[-1])).float()
+
+
+def robust_rows(x: torch.Tensor) -> torch.Tensor:
+    """Rows of a projection's input times their `token_scale`, float32 [windows * tokens, in]."""
+    x = by_window(x)
+    return (x * token_scale(x)).flatten(0, 1)
+
+
+def gram_of(rows: torch.Tensor) -> torch.Tensor:
+    """rows^T rows [in, in] as float64 of a float32 product; blocks below the diagonal are mirrored, not computed.
+
+    Args:
+        rows: float32 [tokens, in].
+    """
+    width = rows.shape[1]
+    gram = rows.new_empty(width, width, dtype=torch.float64)
+    for start in range(0, width, GRAM_BLOCK):
+        stop = min(start + GRAM_BLOCK, width)
+        block = rows[:, start:stop].T @ rows[:, start:]
+        gram[start:stop, start:] = block
+        gram[start:, start:stop] = block.T
+    return gram
 
 
 class _GramHooks:
@@ -77,12 +103,9 @@ class _GramHooks:
                     return
             self._seen.append((x, name))
             self.leader[name] = name
-            rows = robust_rows(x if x.dim() == 3 else x.reshape(1, -1, x.shape[-1]))
-            product = (rows.T @ rows).double()
-            if name in self.grams:
-                self.grams[name] += product
-            else:
-                self.grams[name] = product
+            rows = robust_rows(x)
+            product = gram_of(rows)
+            self.grams[name] = self.grams[name] + product if name in self.grams else product
 
         return hook
 
@@ -108,6 +131,31 @@ def _replaced_forward(layers: Sequence[nn.Module], forward: Callable[..., Any]) 
     finally:
         for layer in layers:
             del layer.forward
+
+
+def logits_after(model: Any, layers: Sequence[nn.Module], ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    """What a model makes of the hidden states after its last layer.
+
+    Args:
+        model: a causal language model; its layers are not run.
+        layers: its decoder layers.
+        ids: int64 [windows, length], the tokens behind `hidden`.
+        hidden: [windows, length, hidden].
+
+    Returns:
+        logits [windows, length, vocabulary].
+    """
+    calls = 0
+
+    def skip(*args: Any, **kwargs: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == len(layers):
+            return hidden
+        return args[0] if args else kwargs["hidden_states"]
+
+    with _replaced_forward(layers, skip):
+        return model(input_ids=ids, use_cache=False).logits
 
 
 class LayerStream:
@@ -165,18 +213,7 @@ class LayerStream:
 
     def head(self, ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         """Logits [windows, length, vocabulary] for hidden states after the last layer."""
-        layers = list(self.source.layers)
-        calls = 0
-
-        def skip(*args: Any, **kwargs: Any) -> torch.Tensor:
-            nonlocal calls
-            calls += 1
-            if calls == len(layers):
-                return hidden
-            return args[0] if args else kwargs["hidden_states"]
-
-        with _replaced_forward(layers, skip):
-            return self.source.model(input_ids=ids.to(self.device), use_cache=False).logits
+        return logits_after(self.source.model, list(self.source.layers), ids.to(self.device), hidden)
 
     @torch.no_grad()
     def advance(self, index: int, projections: Sequence[Projection], collect: bool) -> Iterator[int | LayerGrams]:

@@ -1,7 +1,6 @@
 """The pipeline: plan, calibrate, allocate ranks, factorize, write."""
 
 import errno
-import math
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,11 +13,13 @@ from tqdm.auto import tqdm
 from pgsvd_vllm.checkpoint import ShardWriter, open_checkpoint
 from pgsvd_vllm.errors import InputError, PgsvdError
 from pgsvd_vllm.offline.allocate import Allocation, at_ratio, at_tolerance, by_loss
+from pgsvd_vllm.offline.baselines import at_equal_ratio
 from pgsvd_vllm.offline.calibrate import LayerGrams, LayerStream
-from pgsvd_vllm.offline.factorize import als, closed_form, relative_error, round_factors
+from pgsvd_vllm.offline.factor_pass import factor_layers
 from pgsvd_vllm.offline.model_source import Projection
 from pgsvd_vllm.offline.plan import CompressOptions, Plan, check_disk, disk_bytes, make_plan
-from pgsvd_vllm.offline.report import ModuleReport, write_config, write_description
+from pgsvd_vllm.offline.refine_pass import refine_layers
+from pgsvd_vllm.offline.report import ModuleReport, rank_rule, write_config, write_description
 from pgsvd_vllm.offline.sensitivity import GradientPass, metric_root
 from pgsvd_vllm.offline.spectrum import error_profile, gram_root, output_energy
 from pgsvd_vllm.offline.workspace import LayerCalibration, LayerSensitivity, Workspace
@@ -63,15 +64,17 @@ def compress(options: CompressOptions, say: Callable[[str], None] = lambda _line
     keep = workspace.has_any_layer  # of the run that is resumed
     try:
         check_disk(plan, disk_bytes(plan) - workspace.used_bytes, workspace.folder)
-        _calibrate(plan, workspace)
+        calibrate_layers(plan, workspace)
         keep = True  # another --ratio or --tolerance may do
-        allocation = _allocate(plan, workspace)
-        rule = "measured losses" if allocation.tolerance is None else f"tolerance {allocation.tolerance:.4f}"
+        allocation = choose_ranks(plan, workspace)
         say(
-            f"ranks by {rule}: {len(allocation.ranks)} of {len(plan.flat)} projections "
+            f"ranks by {rank_rule(plan, allocation)}: {len(allocation.ranks)} of {len(plan.flat)} projections "
             f"factored, {allocation.removed:.1%} of their parameters removed"
         )
-        result = _write(plan, workspace, allocation)
+        factor_layers(plan, workspace, allocation)
+        if plan.options.refine is not None:
+            refine_layers(plan, workspace, say)
+        result = write_checkpoint(plan, workspace, allocation)
         workspace.publish()
         return result
     except PgsvdError as error:
@@ -109,7 +112,7 @@ def describe(plan: Plan) -> str:
     )
 
 
-def _calibrate(plan: Plan, workspace: Workspace) -> None:
+def calibrate_layers(plan: Plan, workspace: Workspace) -> None:
     """Gram matrices and output spectra of every layer that the workspace does not have yet."""
     layers = len(plan.projections)
     done = all(workspace.has_layer(i) for i in range(layers))
@@ -183,48 +186,46 @@ def _energies(
     return energy
 
 
-def _allocate(plan: Plan, workspace: Workspace) -> Allocation:
+def choose_ranks(plan: Plan, workspace: Workspace) -> Allocation:
+    """The ranks that the plan's ratio or tolerance gives; reads calibration, computes next to nothing."""
     ratio = DEFAULT_RATIO if plan.options.ratio is None else plan.options.ratio
+    if plan.options.baseline is not None:
+        return at_equal_ratio(plan.flat, ratio, plan.form, plan.ignored_parameters)
     if plan.measured:
         losses: dict[str, torch.Tensor] = {}
         for index in range(len(plan.projections)):
             losses.update(workspace.load_sensitivity(index, with_moments=False).energy)
-        return by_loss(plan.flat, losses, ratio, plan.ignored_parameters)
+        return by_loss(plan.flat, losses, ratio, plan.ignored_parameters, plan.form)
     profiles: dict[str, torch.Tensor] = {}
     for index in range(len(plan.projections)):
         energy = workspace.load_layer(index, with_grams=False).energy
         profiles.update({name: error_profile(values) for name, values in energy.items()})
     if plan.options.tolerance is not None:
-        allocation = at_tolerance(plan.flat, profiles, plan.options.tolerance, plan.ignored_parameters)
+        allocation = at_tolerance(plan.flat, profiles, plan.options.tolerance, plan.ignored_parameters, plan.form)
         if not allocation.ranks:
             raise InputError(
                 f"--tolerance {plan.options.tolerance}: no projection can be factored with so small an error; raise it"
             )
         return allocation
-    return at_ratio(plan.flat, profiles, ratio, plan.ignored_parameters)
+    return at_ratio(plan.flat, profiles, ratio, plan.ignored_parameters, plan.form)
 
 
-def _write(plan: Plan, workspace: Workspace, allocation: Allocation) -> CompressResult:
-    """Factor every chosen projection, copy everything else, describe the result."""
+def write_checkpoint(plan: Plan, workspace: Workspace, allocation: Allocation) -> CompressResult:
+    """Write the factors and everything else, and describe the result."""
     folder = workspace.begin_checkpoint()
     writer = ShardWriter(folder)
     modules: list[ModuleReport] = []
     after = 0
-    with tqdm(total=len(allocation.ranks), desc="factorize", unit="matrix") as bar:
-        for index, row in enumerate(plan.projections):
-            data = workspace.load_layer(index)
-            moments = workspace.load_sensitivity(index).moments if plan.measured else {}
-            for p in row:
-                rank = allocation.ranks.get(p.name)
-                if rank is None:
-                    modules.append(ModuleReport(p.name, p.out_features, p.in_features, None, 0.0, 0.0, 0))
-                    continue
-                report, u, v = _factor(plan, p, rank, data, moments.get(p.name))
-                writer.add(f"{p.name}.weight_v", v)
-                writer.add(f"{p.name}.weight_u", u)
-                after += u.numel() + v.numel()
-                modules.append(report)
-                bar.update()
+    for index, row in enumerate(plan.projections):
+        factors = workspace.load_factors(index)
+        for p in row:
+            if p.name not in allocation.ranks:
+                modules.append(ModuleReport(p.name, p.out_features, p.in_features, None, 0.0, 0.0, 0))
+                continue
+            for suffix, tensor in factors.tensors[p.name].items():
+                writer.add(f"{p.name}.{suffix}", tensor)
+                after += tensor.numel()
+            modules.append(factors.reports[p.name])
     factored = {f"{name}.weight" for name in allocation.ranks}
     for name in plan.source.tensors:
         if name in factored:
@@ -242,24 +243,3 @@ def _write(plan: Plan, workspace: Workspace, allocation: Allocation) -> Compress
     write_description(folder, plan, allocation, modules, after)
     open_checkpoint(folder)
     return CompressResult(workspace.output, allocation, modules, plan.total_parameters, after)
-
-
-def _factor(
-    plan: Plan, p: Projection, rank: int, data: LayerCalibration, moment: torch.Tensor | None
-) -> tuple[ModuleReport, torch.Tensor, torch.Tensor]:
-    stored = plan.source.read(f"{p.name}.weight")
-    weight = stored.to(plan.device).double()
-    gram = data.grams[data.leader[p.name]].to(plan.device).double()
-    optimum = float(error_profile(data.energy[p.name])[min(rank, len(data.energy[p.name]))])
-    if moment is None:
-        metric = None
-        factors = als(weight, gram, rank, optimum)
-    else:
-        metric = metric_root(moment.to(plan.device))
-        factors = closed_form(weight, gram, rank, metric)
-    u, v = round_factors(factors, weight, plan.store_dtype or stored.dtype, metric)
-    error = relative_error(weight, gram, u, v)
-    if not math.isfinite(error) or not (torch.isfinite(u).all() and torch.isfinite(v).all()):
-        raise InputError(f"{p.name}: its factors are not finite in {u.dtype}; use --dtype float32 or bfloat16")
-    sweeps = len(factors.errors) - 1
-    return ModuleReport(p.name, p.out_features, p.in_features, rank, error, optimum, sweeps), u.cpu(), v.cpu()

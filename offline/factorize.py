@@ -7,11 +7,14 @@ from dataclasses import dataclass
 
 import torch
 
+from pgsvd_vllm.kernels.reference import other_rows, pivot_weight
 from pgsvd_vllm.offline.spectrum import gram_root
 
 # ALS stops once its error is certified to lie this close to the optimum, relative.
 ALS_TOLERANCE = 0.005
 ALS_MAX_SWEEPS = 200
+# Pivot rows are exchanged until no other row is this many times as large in any of its coordinates.
+PIVOT_GROWTH = 2.0
 
 
 @dataclass(frozen=True)
@@ -23,10 +26,10 @@ class Factors:
     errors: list[float]
 
 
-def relative_error(weight: torch.Tensor, gram: torch.Tensor, u: torch.Tensor, v: torch.Tensor) -> float:
-    """||(W - U V) X||_F / ||W X||_F; 0 where W X vanishes."""
+def relative_error(weight: torch.Tensor, gram: torch.Tensor, approximation: torch.Tensor) -> float:
+    """||(W - W_r) X||_F / ||W X||_F; 0 where W X vanishes."""
     w, c = weight.double(), gram.double()
-    residual = w - u.double() @ v.double()
+    residual = w - approximation.double()
     total = (w @ c).mul_(w).sum()
     if total <= 0:
         return 0.0
@@ -58,7 +61,7 @@ def closed_form(weight: torch.Tensor, gram: torch.Tensor, rank: int, metric: tor
         u = torch.linalg.solve_triangular(metric.T, u, upper=True)
         norms = u.norm(dim=0)
         u, v = u / norms, v * norms[:, None]
-    return Factors(u, v, [relative_error(w, c, u, v)])
+    return Factors(u, v, [relative_error(w, c, u @ v)])
 
 
 def als(
@@ -118,16 +121,46 @@ def _leading_left_vectors(w: torch.Tensor, rank: int) -> torch.Tensor:
     return torch.linalg.qr(w @ torch.linalg.eigh(w.T @ w).eigenvectors[:, -rank:]).Q
 
 
-def round_factors(
-    factors: Factors, weight: torch.Tensor, dtype: torch.dtype, metric: torch.Tensor | None = None
+def stored_form(
+    factors: Factors,
+    weight: torch.Tensor,
+    gram: torch.Tensor,
+    form: str,
+    dtype: torch.dtype,
+    metric: torch.Tensor | None = None,
+) -> dict[str, torch.Tensor]:
+    """The tensors of a form (see `checkpoint.FORMS`) in the dtype to be stored.
+
+    The part that is rounded first is kept, and the other is refitted to it in the same norm.
+
+    Args:
+        factors: U and V in float64.
+        weight: the target [m, n].
+        gram: [n, n].
+        form: `factors` or `pivot`.
+        metric: L [m, m] of the norm ||L^T (W - U V) X||; the identity if None.
+    """
+    if form == "factors":
+        u, v = _round_factors(factors, weight, dtype, metric)
+        return {"weight_v": v, "weight_u": u}
+    p, c, pivots = _round_pivots(factors, weight, gram, dtype, metric)
+    return {"weight_p": p, "weight_c": c, "pivots": pivots}
+
+
+def product(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The matrix [m, n] that the tensors of a form stand for, float64."""
+    if "pivots" in tensors:
+        return pivot_weight(tensors["weight_p"].double(), tensors["weight_c"].double(), tensors["pivots"])
+    return tensors["weight_u"].double() @ tensors["weight_v"].double()
+
+
+def _round_factors(
+    factors: Factors, weight: torch.Tensor, dtype: torch.dtype, metric: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """U and V in the dtype to be stored; V is refitted to the rounded U.
+    """U [m, r] and V [r, n] in `dtype`, V refitted to the rounded U.
 
     The best V for a given U is the least-squares solution of L^T U V = L^T W whatever the inputs
-    are, so the refit repairs U's rounding for free. L is the metric, the identity if None.
-
-    Returns:
-        (u [m, r], v [r, n]), contiguous, in `dtype`.
+    are, so the refit repairs U's rounding for free.
     """
     u = factors.u.to(dtype)
     exact, target = u.double(), weight.double()
@@ -135,3 +168,65 @@ def round_factors(
         exact, target = metric.T @ exact, metric.T @ target
     v = torch.linalg.solve(exact.T @ exact, exact.T @ target)
     return u.contiguous(), v.to(dtype).contiguous()
+
+
+def _round_pivots(
+    factors: Factors, weight: torch.Tensor, gram: torch.Tensor, dtype: torch.dtype, metric: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """P [r, n] and C [m - r, r] in `dtype` and the pivots int32 [r], C refitted to the rounded P.
+
+    With G = L L^T, D = W - U V for the rounded P and the old C, and o the rows that are no pivots,
+    the error is least at C + G_oo^-1 (G D X X^T P^T)_o (P X X^T P^T)^-1.
+    """
+    pivots, c = choose_pivots(factors.u)
+    others = other_rows(pivots, len(factors.u))
+    p = (factors.u[pivots] @ factors.v).to(dtype)
+    exact = p.double()
+    gram = gram.double()
+    seen = gram @ exact.T
+    inner = exact @ seen
+    # Directions of P that the inputs hardly show keep the old C.
+    inner.diagonal().add_(1e-8 * inner.diagonal().mean() + torch.finfo(torch.float64).tiny)
+    residual = weight.double()[others] - c @ exact
+    if metric is None:
+        gradient = residual @ seen
+    else:
+        whole = torch.empty_like(weight, dtype=torch.float64)
+        whole[others], whole[pivots] = residual, weight.double()[pivots] - exact
+        rows = metric[others]
+        gradient = torch.cholesky_solve(rows @ (metric.T @ (whole @ seen)), torch.linalg.cholesky(rows @ rows.T))
+    c = c + torch.cholesky_solve(gradient.T, torch.linalg.cholesky(inner)).T
+    return p.contiguous(), c.to(dtype).contiguous(), pivots.int()
+
+
+def choose_pivots(u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of U [m, r] that span the others with small coefficients.
+
+    Gaussian elimination with row exchanges gives a start; then single rows are exchanged until no
+    coefficient exceeds PIVOT_GROWTH (the maximum-volume rule), so that rounding P is not amplified.
+
+    Returns:
+        (pivots int64 [r] ascending, C [m - r, r] with U[others] = C U[pivots]).
+    """
+    m, r = u.shape
+    _, swaps = torch.linalg.lu_factor(u)
+    order = torch.arange(m, device=u.device)
+    for i, j in enumerate(swaps.tolist()):  # counted from 1
+        order[[i, j - 1]] = order[[j - 1, i]]
+    pivots, others = order[:r].clone(), order[r:].clone()
+    c = torch.linalg.solve(u[pivots], u[others], left=False)
+    for _ in range(4 * r):
+        place = int(c.abs().argmax())
+        i, j = divmod(place, r)
+        if c[i, j].abs() <= PIVOT_GROWTH:
+            break
+        # Row others[i] takes the place of pivots[j].
+        row, column, corner = c[i].clone(), c[:, j].clone(), c[i, j].clone()
+        row[j] -= 1
+        column[i] += 1
+        c -= torch.outer(column, row) / corner
+        pivots[j], others[i] = others[i].clone(), pivots[j].clone()
+    pivots = pivots.sort().values
+    others = other_rows(pivots, m)
+    # Solved anew: the exchanges above add up rounding.
+    return pivots, torch.linalg.solve(u[pivots], u[others], left=False)

@@ -1,5 +1,6 @@
 """What a compression will do and cost, worked out before anything is computed or written."""
 
+import math
 import os
 import shutil
 import time
@@ -13,12 +14,14 @@ from pgsvd_vllm.errors import InputError
 from pgsvd_vllm.offline.calibrate import TOKENS_PER_BATCH
 from pgsvd_vllm.offline.model_source import ModelSource, Projection, resolve_folder
 from pgsvd_vllm.offline.sensitivity import GRADIENT_TOKENS
+from pgsvd_vllm.offline.sequential import SEQUENTIAL_TOKENS
 from pgsvd_vllm.offline.text import (
     BUILTIN,
     Windows,
     cut_windows,
     leading_tokens,
     load_tokenizer,
+    mix_windows,
     read_documents,
     tokenize,
 )
@@ -26,6 +29,8 @@ from pgsvd_vllm.offline.text import (
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # ALS sweeps a projection takes at the default tolerance, for the time estimate.
 TYPICAL_SWEEPS = 12
+# Windows of the text that `refine` never trains on, and judges its result by.
+HELD_OUT = 8
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,11 @@ class CompressOptions:
         ratio: share of the projections' parameters to remove, or None.
         tolerance: uniform relative error to allow instead, or None.
         sensitivity: `measured` or `uniform`; None is `uniform` with a tolerance, else `measured`.
+        baseline: one of `BASELINES`, a rival's method in place of this one; None for none.
+        form: `pivot` or `factors`; None is `pivot` where sensitivities are measured.
+        sequential: whether the factors are fitted layer after layer (see `sequential`); None is
+            yes where sensitivities are measured.
+        refine: minutes to train the factors for (see `refine`); None for not at all.
         dtype: `auto` keeps each tensor's own.
         device: `auto` takes a GPU where there is one.
     """
@@ -47,7 +57,11 @@ class CompressOptions:
     ratio: float | None = None
     tolerance: float | None = None
     sensitivity: str | None = None
-    dataset: str = BUILTIN
+    baseline: str | None = None
+    form: str | None = None
+    sequential: bool | None = None
+    refine: float | None = None
+    dataset: tuple[str, ...] = (BUILTIN,)
     num_calibration_samples: int = 128
     max_seq_length: int = 1024
     seed: int = 0
@@ -88,7 +102,21 @@ class Plan:
     @property
     def measured(self) -> bool:
         """Whether sensitivities are measured rather than taken as equal."""
-        return (self.options.sensitivity or ("measured" if self.options.tolerance is None else "uniform")) == "measured"
+        options = self.options
+        if options.sensitivity is None:
+            return options.tolerance is None and options.baseline is None
+        return options.sensitivity == "measured"
+
+    @property
+    def form(self) -> str:
+        """How low-rank matrices are stored."""
+        return self.options.form or ("pivot" if self.measured or self.options.baseline == "pifa" else "factors")
+
+    @property
+    def sequential(self) -> bool:
+        """Whether every layer's factors are fitted on what the factored layers before it hand it."""
+        default = self.measured or self.options.baseline == "pifa"
+        return default if self.options.sequential is None else self.options.sequential
 
     @property
     def total_parameters(self) -> int:
@@ -115,6 +143,10 @@ def check_options(options: CompressOptions) -> None:
         raise InputError(f"--tolerance {options.tolerance}: must lie between 0 and 1, it is a relative error")
     if options.tolerance is not None and options.sensitivity == "measured":
         raise InputError("--tolerance: is a uniform error, it goes with --sensitivity uniform")
+    if options.baseline is not None and (options.tolerance is not None or options.sensitivity is not None):
+        raise InputError("--baseline: a rival's method gives every projection the same --ratio, nothing else")
+    if options.refine is not None and not 0 < options.refine < math.inf:
+        raise InputError(f"--refine {options.refine}: must be a number of minutes above 0")
     if options.num_calibration_samples < 1:
         raise InputError(f"--num-calibration-samples {options.num_calibration_samples}: must be at least 1")
     if options.max_seq_length < 8:
@@ -169,7 +201,7 @@ def make_plan(options: CompressOptions) -> Plan:
     widest = max(flat, key=lambda p: p.in_features)
     if windows.ids.numel() < widest.in_features:
         raise InputError(
-            f"--dataset {options.dataset}: {windows.ids.numel()} tokens are too little calibration text; "
+            f"--dataset {windows.name}: {windows.ids.numel()} tokens are too little calibration text; "
             f"{widest.name} has {widest.in_features} inputs and needs at least as many tokens"
         )
 
@@ -189,17 +221,16 @@ def _multiplies_on_cpu(dtype: torch.dtype) -> bool:
 
 
 def _windows(options: CompressOptions, source: ModelSource, length: int) -> Windows:
+    """The calibration windows: an equal share from every data set."""
     tokenizer = load_tokenizer(source.folder, options.trust_remote_code)
-    wanted = options.num_calibration_samples * length
-    tokens = tokenize(tokenizer, read_documents(options.dataset, wanted))
-    windows = cut_windows(
-        tokens,
-        leading_tokens(tokenizer),
-        options.num_calibration_samples,
-        length,
-        options.seed,
-        options.dataset,
-    )
+    spare = 0 if options.refine is None else HELD_OUT
+    parts = []
+    for i, dataset in enumerate(options.dataset):
+        count = len(range(i, options.num_calibration_samples, len(options.dataset)))
+        count, left_over = max(1, count), -(-spare // len(options.dataset))
+        tokens = tokenize(tokenizer, read_documents(dataset, (count + left_over) * length, tokenizer))
+        parts.append(cut_windows(tokens, leading_tokens(tokenizer), count, length, options.seed, dataset, left_over))
+    windows = mix_windows(parts)
     rows = source.vocabulary
     if int(windows.ids.max()) >= rows:
         raise InputError(
@@ -227,6 +258,12 @@ def estimate(plan: Plan) -> Estimate:
     if plan.measured:
         memory += max(sum(p.out_features**2 for p in row) for row in plan.projections) * 8
         memory += 3 * _activation_bytes(plan, width)
+    walked = min(tokens, SEQUENTIAL_TOKENS) if plan.sequential else 0
+    memory += walked * (hidden + max(sum(sizes) for sizes in grams)) * width
+    if plan.options.refine is not None:
+        # Dense model, student, and float32 numbers with gradients and Adam's two moments.
+        memory += 2 * plan.total_parameters * width + 16 * sum(p.numel for p in plan.flat)
+        memory += 3 * len(plan.projections) * _activation_bytes(plan, width)
 
     rates = {d: _flops_per_second(d, plan.device) for d in {plan.compute_dtype, torch.float32, torch.float64}}
     seconds = 2 * tokens * sum(p.numel for p in plan.flat) / rates[plan.compute_dtype]
@@ -235,6 +272,11 @@ def estimate(plan: Plan) -> Estimate:
         backward = min(tokens, GRADIENT_TOKENS)
         seconds += 4 * backward * sum(p.numel for p in plan.flat) / rates[plan.compute_dtype]
         seconds += 2 * backward * sum(p.out_features**2 for p in plan.flat) / rates[torch.float32]
+    if plan.sequential:
+        # Two runs of every layer and one up to every input; C' and D of every input.
+        seconds += 4 * 2 * walked * sum(p.numel for p in plan.flat) / rates[plan.compute_dtype]
+        seconds += 4 * walked * sum(n * n for sizes in grams for n in sizes) / rates[torch.float32]
+    seconds += 60 * (plan.options.refine or 0)
     for p in plan.flat:
         small = min(p.out_features, p.in_features)
         solve = 2 * p.in_features * p.numel + TYPICAL_SWEEPS * 4 * small**3 + 30 * small**3

@@ -50,10 +50,13 @@ def write_config(folder: Path, plan: Plan, allocation: Allocation, after: int, t
     config["quantization_config"] = {
         "quant_method": QUANT_METHOD,
         "version": FORMAT_VERSION,
-        "modules": {name: {"rank": rank, "form": "factors"} for name, rank in allocation.ranks.items()},
+        "modules": {name: {"rank": rank, "form": plan.form} for name, rank in allocation.ranks.items()},
         "tensors": tensors,
         "method": METHOD,
         "sensitivity": "measured" if plan.measured else "uniform",
+        "sequential": plan.sequential,
+        "baseline": plan.options.baseline,
+        "refine_minutes": plan.options.refine,
         "tolerance": {} if allocation.tolerance is None else {TOWER: allocation.tolerance},
         "ratio": ratios(plan, allocation, after),
         "base_model": plan.options.model,
@@ -69,7 +72,10 @@ def write_config(folder: Path, plan: Plan, allocation: Allocation, after: int, t
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _rule(allocation: Allocation) -> str:
+def rank_rule(plan: Plan, allocation: Allocation) -> str:
+    """What the ranks follow from, in words."""
+    if plan.options.baseline is not None:
+        return f"one ratio for every projection, method {plan.options.baseline}"
     if allocation.tolerance is None:
         return "measured losses"
     return f"one relative output error for every projection, {allocation.tolerance:.4f}"
@@ -99,7 +105,7 @@ tags: [pgsvd, low-rank, compressed]
 
 # {Path(plan.options.model).name}, {removed["linear"]:.0%} of the projections' parameters removed
 
-{len(allocation.ranks)} of {len(modules)} projections are stored as two low-rank factors (PGSVD, arXiv 2510.05544).
+{len(allocation.ranks)} of {len(modules)} projections are stored as two low-rank matrices (PGSVD, arXiv 2510.05544).
 The whole model has {after / 1e6:.1f} M parameters, {removed["total"]:.1%} fewer than the
 {plan.total_parameters / 1e6:.1f} M of its base.
 
@@ -112,7 +118,7 @@ In transformers, `import pgsvd_vllm.hf` comes first; without it loading stops wi
 
 | | |
 |---|---|
-| ranks from | {_rule(allocation)} |
+| ranks from | {rank_rule(plan, allocation)} |
 | calibration | {plan.windows.name}, {plan.windows.ids.numel()} tokens, sha256 {plan.windows.sha256[:16]} |
 | made by | pgsvd-vllm {pgsvd_vllm.__version__} |
 | command | `{plan.options.command}` |

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from pgsvd_vllm.errors import InputError
-from pgsvd_vllm.offline.calibrate import LayerStream
+from pgsvd_vllm.offline.calibrate import LayerStream, gram_of
 from pgsvd_vllm.offline.model_source import Projection
 
 # A backward pass costs twice a forward pass: no more tokens than this take part in it.
@@ -113,7 +113,7 @@ def _gradient_hook(name: str, moments: dict[str, torch.Tensor]) -> Callable[...,
     def forward_hook(_module: nn.Module, _inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         def add(gradient: torch.Tensor) -> None:
             rows = gradient.detach().flatten(0, -2).float()
-            product = (rows.T @ rows).double()
+            product = gram_of(rows)
             moments[name] = moments[name] + product if name in moments else product
 
         output.register_hook(add)

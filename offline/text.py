@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,14 +27,16 @@ class Windows:
     """Token windows of equal length, cut from one text.
 
     Attributes:
-        ids: int64 [windows, length].
+        ids: int64 [windows, length], to calibrate on.
         name: where the text came from.
         sha256: of the token ids.
+        others: int64 [any, length], the text's remaining windows, in drawn order.
     """
 
     ids: torch.Tensor
     name: str
     sha256: str
+    others: torch.Tensor
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -84,12 +86,13 @@ def held_out_prose(limit: int = 400_000) -> str:
     return "\n\n".join(parts)
 
 
-def read_documents(dataset: str, wanted_tokens: int) -> list[str]:
+def read_documents(dataset: str, wanted_tokens: int, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """The documents of a data set, enough for `wanted_tokens`.
 
     Args:
-        dataset: `python-docs`, `wikitext2`, `c4`, or the path of a .jsonl file with a text field or
-            of a plain text file of any other extension.
+        dataset: `python-docs`, `wikitext2`, `c4`, or the path of a .jsonl file whose rows have a
+            `text` or chat `messages`, or of a plain text file of any other extension.
+        tokenizer: renders `messages` through the model's chat template.
         wanted_tokens: hub sets are read only this far.
 
     Raises:
@@ -110,10 +113,10 @@ def read_documents(dataset: str, wanted_tokens: int) -> list[str]:
         raise InputError(f"--dataset {dataset}: not UTF-8 text") from None
     except OSError as error:
         raise InputError(f"--dataset {dataset}: cannot be read ({error.strerror})") from None
-    return _jsonl_documents(path, text) if path.suffix == ".jsonl" else [text]
+    return _jsonl_documents(path, text, tokenizer) if path.suffix == ".jsonl" else [text]
 
 
-def _jsonl_documents(path: Path, text: str) -> list[str]:
+def _jsonl_documents(path: Path, text: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     documents = []
     # Not splitlines: a JSON string may hold U+2028 and its like.
     for number, line in enumerate(text.split("\n"), 1):
@@ -123,10 +126,22 @@ def _jsonl_documents(path: Path, text: str) -> list[str]:
             row = json.loads(line)
         except (ValueError, RecursionError):
             raise InputError(f"--dataset {path}: line {number} is not JSON") from None
-        if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-            raise InputError(f'--dataset {path}: line {number} has no "text" field')
-        documents.append(row["text"])
+        if isinstance(row, dict) and isinstance(row.get("text"), str):
+            documents.append(row["text"])
+        elif isinstance(row, dict) and isinstance(row.get("messages"), list):
+            documents.append(_rendered(path, number, row["messages"], tokenizer))
+        else:
+            raise InputError(f'--dataset {path}: line {number} has no "text" or "messages" field')
     return documents
+
+
+def _rendered(path: Path, number: int, messages: list[Any], tokenizer: PreTrainedTokenizerBase) -> str:
+    if not tokenizer.chat_template:
+        raise InputError(f'--dataset {path}: line {number} has "messages", but the model has no chat template')
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+    except Exception as error:  # templates raise what they like
+        raise InputError(f"--dataset {path}: line {number}: the model's chat template refuses it ({error})") from None
 
 
 def _hub_documents(dataset: str, wanted_chars: int) -> list[str]:
@@ -171,7 +186,9 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, documents: list[str]) -> torch.
     return torch.tensor(ids, dtype=torch.int64)
 
 
-def cut_windows(tokens: torch.Tensor, prefix: list[int], count: int, length: int, seed: int, name: str) -> Windows:
+def cut_windows(
+    tokens: torch.Tensor, prefix: list[int], count: int, length: int, seed: int, name: str, spare: int = 0
+) -> Windows:
     """Draw `count` windows that do not overlap; fewer where the text is short.
 
     Args:
@@ -181,19 +198,39 @@ def cut_windows(tokens: torch.Tensor, prefix: list[int], count: int, length: int
         length: tokens of a window, the prefix included.
         seed: of the draw.
         name: of the text.
+        spare: windows that must be left over.
 
     Raises:
-        InputError: the text does not fill one window.
+        InputError: the text does not fill one window and the spare ones.
     """
     body = length - len(prefix)
     available = len(tokens) // body
-    if available < 1:
+    if available < 1 + spare:
         raise InputError(
-            f"--dataset {name}: {len(tokens)} tokens are too little calibration text, one window of "
-            f"--max-seq-length {length} needs {body}; give more text or a smaller --max-seq-length"
+            f"--dataset {name}: {len(tokens)} tokens are too little calibration text: {1 + spare} x "
+            f"--max-seq-length {length} needs {(1 + spare) * body}; give more text or a smaller --max-seq-length"
         )
-    order = torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:count]
-    rows = [tokens[i * body : (i + 1) * body] for i in sorted(order.tolist())]
+    order = torch.randperm(available, generator=torch.Generator().manual_seed(seed)).tolist()
+    count = min(count, available - spare)
     head = torch.tensor(prefix, dtype=torch.int64)
-    ids = torch.stack([torch.cat([head, row]) for row in rows])
-    return Windows(ids, name, hashlib.sha256(ids.numpy().tobytes()).hexdigest())
+
+    def windows(chosen: list[int]) -> torch.Tensor:
+        rows = [torch.cat([head, tokens[i * body : (i + 1) * body]]) for i in chosen]
+        return torch.stack(rows) if rows else torch.empty(0, length, dtype=torch.int64)
+
+    return _windows(windows(sorted(order[:count])), windows(order[count:]), name)
+
+
+def mix_windows(parts: Sequence[Windows]) -> Windows:
+    """The windows of several texts as those of one."""
+    if len(parts) == 1:
+        return parts[0]
+    # In turns, so that the first ones hold some of every text.
+    longest = max(len(part.others) for part in parts)
+    others = [part.others[i] for i in range(longest) for part in parts if i < len(part.others)]
+    ids = torch.cat([part.ids for part in parts])
+    return _windows(ids, torch.stack(others) if others else ids[:0], " + ".join(part.name for part in parts))
+
+
+def _windows(ids: torch.Tensor, others: torch.Tensor, name: str) -> Windows:
+    return Windows(ids, name, hashlib.sha256(ids.numpy().tobytes()).hexdigest(), others)

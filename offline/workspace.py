@@ -1,8 +1,8 @@
 """The folder of a compression under way: what is finished survives an interruption.
 
 DIR.partial/ lies beside DIR: run.json says which run it belongs to, layers/ holds the calibration
-of every finished decoder layer, checkpoint/ the result while it is written. The last step renames
-checkpoint/ to DIR, so DIR appears complete or not at all.
+of every finished decoder layer, factors-*/ the factors for one choice of ranks, checkpoint/ the
+result while it is written. The last step renames checkpoint/ to DIR, so DIR appears complete or not at all.
 """
 
 import hashlib
@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 
 from pgsvd_vllm.errors import InputError
 from pgsvd_vllm.offline.plan import Plan
+from pgsvd_vllm.offline.report import ModuleReport
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,19 @@ class LayerSensitivity:
 
     moments: dict[str, torch.Tensor]
     energy: dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class LayerFactors:
+    """The result for one layer.
+
+    Attributes:
+        tensors: projection -> suffix -> tensor as it will be stored.
+        reports: projection -> its row of the report.
+    """
+
+    tensors: dict[str, dict[str, torch.Tensor]]
+    reports: dict[str, ModuleReport]
 
 
 def fingerprint(plan: Plan) -> dict[str, str]:
@@ -116,8 +130,8 @@ class Workspace:
 
     @property
     def used_bytes(self) -> int:
-        """Disk that the finished layers take."""
-        return sum(path.stat().st_size for path in self.layers.glob("*.safetensors"))
+        """Disk that the finished layers and factors take."""
+        return sum(path.stat().st_size for path in self.folder.glob("*/*.safetensors"))
 
     def save_layer(self, index: int, data: LayerCalibration) -> None:
         """Write one layer's calibration; the file appears complete or not at all."""
@@ -150,6 +164,43 @@ class Workspace:
         found, _ = _read(self._sensitivity_file(index), kinds)
         return LayerSensitivity(found.get("moment", {}), found["energy"])
 
+    def open_factors(self, choice: dict[str, Any]) -> None:
+        """Use the factors that belong to a choice of ranks, form and solver; others are deleted."""
+        self._open(f"factors-{_digest(choice)}")
+
+    def open_refined(self, choice: dict[str, Any]) -> None:
+        """Use what refining the current factors by a choice of time and seed gives; the current ones stay."""
+        self._open(f"{self._factors.name}-{_digest(choice)}")
+
+    def _open(self, name: str) -> None:
+        for folder in self.folder.glob("factors-*"):
+            if not (folder.name.startswith(name) or name.startswith(folder.name)):
+                shutil.rmtree(folder)
+        self._factors = self.folder / name
+        self._factors.mkdir(exist_ok=True)
+
+    def _factors_file(self, index: int) -> Path:
+        return self._factors / f"{index:05d}.safetensors"
+
+    def has_factors(self, index: int) -> bool:
+        """Whether a layer's factors are complete on disk."""
+        return self._factors_file(index).is_file()
+
+    def save_factors(self, index: int, data: LayerFactors) -> None:
+        """Write one layer's factors; the file appears complete or not at all."""
+        tensors = {f"factor:{n}.{suffix}": t for n, row in data.tensors.items() for suffix, t in row.items()}
+        reports = json.dumps([asdict(report) for report in data.reports.values()])
+        _write(self._factors_file(index), tensors, {"reports": reports})
+
+    def load_factors(self, index: int) -> LayerFactors:
+        """Read one layer's factors; raises InputError where the file is damaged."""
+        found, reports = _read(self._factors_file(index), ("factor",), "reports")
+        tensors: dict[str, dict[str, torch.Tensor]] = {}
+        for key, tensor in found["factor"].items():
+            name, _, suffix = key.rpartition(".")
+            tensors.setdefault(name, {})[suffix] = tensor
+        return LayerFactors(tensors, {row["name"]: ModuleReport(**row) for row in reports})
+
     def begin_checkpoint(self) -> Path:
         """An empty folder to write the result into."""
         self.checkpoint.mkdir()
@@ -170,6 +221,10 @@ class Workspace:
     def discard(self) -> None:
         """Delete the folder."""
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _digest(choice: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(choice, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _write(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:

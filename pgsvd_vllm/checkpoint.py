@@ -1,8 +1,12 @@
 """The checkpoint format, version 1: schema, reading, validation.
 
 A checkpoint is a Hugging Face model folder in which some projections P carry, in place of
-`P.weight` [out, in], two factors: `P.weight_v` [rank, in] and `P.weight_u` [out, rank], with
-`weight = weight_u @ weight_v`. `config.json` lists them under `quantization_config.modules`.
+`P.weight` [out, in], a matrix of low rank in one of two forms:
+  factors  `P.weight_v` [rank, in] and `P.weight_u` [out, rank], with weight = weight_u @ weight_v
+  pivot    `P.weight_p` [rank, in], `P.weight_c` [out - rank, rank] and `P.pivots` int32 [rank]: the
+           rows of the weight that `pivots` names are weight_p, the others are weight_c @ weight_p.
+           The same matrix in rank^2 - rank fewer numbers (PIFA, arXiv 2501.19090).
+`config.json` lists them under `quantization_config.modules`.
 
 The weight files are named `pgsvd-*.safetensors`, not `model-*.safetensors`: a library that does
 not know the format finds no weights and says so, where it would otherwise fill the missing
@@ -10,6 +14,7 @@ not know the format finds no weights and says so, where it would otherwise fill 
 """
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -31,8 +36,9 @@ INDEX_NAME = f"{WEIGHTS_STEM}.safetensors.index.json"
 LOAD_GUARD = "needs-import-pgsvd_vllm.hf.safetensors"
 REPORT_NAME = "pgsvd_report.json"
 
-FACTOR_SUFFIXES = ("weight_v", "weight_u")
-FORMS = ("factors",)
+# form -> its tensors; the first is the down factor [rank, in].
+FORMS = {"factors": ("weight_v", "weight_u"), "pivot": ("weight_p", "weight_c", "pivots")}
+FACTOR_SUFFIXES = tuple(suffix for suffixes in FORMS.values() for suffix in suffixes)
 FLOAT_DTYPES = ("F32", "F16", "BF16")
 
 
@@ -42,6 +48,34 @@ class FactoredModule:
 
     rank: int
     form: str = "factors"
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        """The names of its tensors."""
+        return FORMS[self.form]
+
+    def shapes(self, out_features: int, in_features: int) -> dict[str, tuple[int, ...]]:
+        """The shapes of its tensors for a weight [out, in]."""
+        return form_shapes(self.form, out_features, in_features, self.rank)
+
+
+def form_shapes(form: str, out_features: int, in_features: int, rank: int) -> dict[str, tuple[int, ...]]:
+    """Tensor suffix -> shape, of a weight [out, in] stored with a rank in a form."""
+    if form == "factors":
+        return {"weight_v": (rank, in_features), "weight_u": (out_features, rank)}
+    return {"weight_p": (rank, in_features), "weight_c": (out_features - rank, rank), "pivots": (rank,)}
+
+
+def stored_size(form: str, out_features: int, in_features: int, rank: int) -> int:
+    """Numbers stored for a weight [out, in] with a rank in a form, pivots counted as numbers."""
+    return sum(math.prod(shape) for shape in form_shapes(form, out_features, in_features, rank).values())
+
+
+def check_pivots(pivots: torch.Tensor, out_features: int, name: str) -> None:
+    """Raise CheckpointError unless `pivots` are ascending rows of a weight with `out_features` rows."""
+    rows = pivots.long()
+    if (rows < 0).any() or (rows >= out_features).any() or (rows.diff() <= 0).any():
+        raise CheckpointError(f"tensor {name}: not ascending row numbers from 0 to {out_features - 1}")
 
 
 @dataclass(frozen=True)
@@ -55,10 +89,7 @@ class TensorInfo:
     @property
     def numel(self) -> int:
         """Number of elements."""
-        n = 1
-        for size in self.shape:
-            n *= size
-        return n
+        return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
@@ -95,8 +126,8 @@ class Checkpoint:
 
     def shape(self, module: str) -> tuple[int, int, int]:
         """(out, in, rank) of a factored module."""
-        v = self.tensors[f"{module}.weight_v"].shape
-        return self.tensors[f"{module}.weight_u"].shape[0], v[1], v[0]
+        row = self.modules[module]
+        return *weight_shape(module, row, self.tensors), row.rank
 
 
 def parse_modules(section: Mapping[str, Any], where: str) -> dict[str, FactoredModule]:
@@ -128,7 +159,7 @@ def parse_modules(section: Mapping[str, Any], where: str) -> dict[str, FactoredM
         form = row.get("form") if isinstance(row, Mapping) else None
         if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
             raise CheckpointError(f"{where}: module {name!r} has rank {rank!r}, not a positive integer")
-        if form not in FORMS:
+        if not isinstance(form, str) or form not in FORMS:
             raise CheckpointError(f"{where}: module {name!r} has form {form!r}; known forms: {', '.join(FORMS)}")
         modules[name] = FactoredModule(rank=rank, form=form)
     return modules
@@ -222,25 +253,39 @@ def check_factors(modules: Mapping[str, FactoredModule], tensors: Mapping[str, T
     for name, module in modules.items():
         if f"{name}.weight" in tensors:
             raise CheckpointError(f"{where}: {name}.weight stands beside the factors of {name}")
-        for suffix in FACTOR_SUFFIXES:
+        for suffix in module.suffixes:
             info = tensors.get(f"{name}.{suffix}")
             if info is None:
                 raise CheckpointError(f"{where}: tensor {name}.{suffix} is missing")
-            if len(info.shape) != 2 or 0 in info.shape:
-                raise CheckpointError(f"{info.file}: {name}.{suffix} has shape {info.shape}, not two dimensions")
-            if info.dtype not in FLOAT_DTYPES:
-                raise CheckpointError(f"{info.file}: {name}.{suffix} has dtype {info.dtype}, not a float dtype")
-        v, u = tensors[f"{name}.weight_v"], tensors[f"{name}.weight_u"]
-        if v.shape[0] != module.rank or u.shape[1] != module.rank:
-            raise CheckpointError(
-                f"{v.file}: {name} has weight_v {v.shape} and weight_u {u.shape}, but the table says rank {module.rank}"
-            )
-        if v.dtype != u.dtype:
-            raise CheckpointError(f"{v.file}: {name} has weight_v in {v.dtype} and weight_u in {u.dtype}")
+            dimensions = 1 if suffix == "pivots" else 2
+            if len(info.shape) != dimensions or 0 in info.shape:
+                raise CheckpointError(
+                    f"{info.file}: {name}.{suffix} has shape {info.shape}, not {dimensions} dimensions"
+                )
+            allowed = ("I32",) if suffix == "pivots" else FLOAT_DTYPES
+            if info.dtype not in allowed:
+                raise CheckpointError(
+                    f"{info.file}: {name}.{suffix} has dtype {info.dtype}, not {' or '.join(allowed)}"
+                )
+        stored = {suffix: tensors[f"{name}.{suffix}"] for suffix in module.suffixes}
+        first = stored[module.suffixes[0]]
+        if {s: info.shape for s, info in stored.items()} != module.shapes(*weight_shape(name, module, tensors)):
+            found = " and ".join(f"{suffix} {info.shape}" for suffix, info in stored.items())
+            raise CheckpointError(f"{first.file}: {name} has {found}, but the table says rank {module.rank}")
+        kinds = {info.dtype for suffix, info in stored.items() if suffix != "pivots"}
+        if len(kinds) > 1:
+            found = " and ".join(f"{suffix} in {info.dtype}" for suffix, info in stored.items())
+            raise CheckpointError(f"{first.file}: {name} has {found}")
     for name, info in tensors.items():
         stem, _, suffix = name.rpartition(".")
-        if suffix in FACTOR_SUFFIXES and stem not in modules:
+        if suffix in FACTOR_SUFFIXES and (stem not in modules or suffix not in modules[stem].suffixes):
             raise CheckpointError(f"{info.file}: {name} belongs to no module of the table in config.json")
+
+
+def weight_shape(name: str, module: FactoredModule, tensors: Mapping[str, TensorInfo]) -> tuple[int, int]:
+    """(out, in) of the weight that a factored module stands for, from its tensors' headers."""
+    down, up = (tensors[f"{name}.{suffix}"].shape for suffix in module.suffixes[:2])
+    return up[0] + (module.rank if module.form == "pivot" else 0), down[1]
 
 
 def open_checkpoint(folder: str | Path) -> Checkpoint:
@@ -269,15 +314,17 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     return Checkpoint(folder, config, modules, tensors)
 
 
-def find_non_finite(checkpoint: Checkpoint) -> str | None:
-    """Read every tensor once; return the name of the first that holds NaN or infinity, if any."""
+def check_data(checkpoint: Checkpoint) -> None:
+    """Read every tensor once; raise CheckpointError for NaN, infinity, or pivots that are no rows."""
     for path in sorted({info.file for info in checkpoint.tensors.values()}):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118
                 tensor = file.get_tensor(name)
                 if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                    return name
-    return None
+                    raise CheckpointError(f"{path}: tensor {name} holds NaN or infinity")
+                module, _, suffix = name.rpartition(".")
+                if suffix == "pivots" and module in checkpoint.modules:
+                    check_pivots(tensor, checkpoint.shape(module)[0], f"{name} in {path}")
 
 
 class ShardWriter:

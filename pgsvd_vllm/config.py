@@ -66,7 +66,7 @@ class PgsvdConfig(QuantizationConfig):
         parent, _, leaf = prefix.rpartition(".")
         leaves = self.packed_modules_mapping.get(leaf, [leaf])
         names = [f"{parent}.{part}" if parent else part for part in leaves]
-        shards = [Shard(name, self.modules[name].rank if name in self.modules else None) for name in names]
-        if all(shard.rank is None for shard in shards):
+        shards = [Shard(name, self.modules.get(name)) for name in names]
+        if all(shard.module is None for shard in shards):
             return UnquantizedLinearMethod()
         return PgsvdLinearMethod(shards)

@@ -23,21 +23,26 @@ from pgsvd_vllm.checkpoint import (
     QUANT_METHOD,
     WEIGHTS_STEM,
     check_factors,
+    check_pivots,
+    form_shapes,
     parse_modules,
     read_config,
     read_headers,
+    weight_shape,
 )
 from pgsvd_vllm.errors import CheckpointError
-from pgsvd_vllm.kernels.reference import factored_linear
+from pgsvd_vllm.kernels.reference import factored_linear, pivot_linear
 
 
-class FactoredLinear(nn.Module):
-    """y = U (V x) + b.
+class LowRankLinear(nn.Module):
+    """A linear layer whose weight is stored in one of the format's forms.
 
     Args:
-        in_features, out_features, rank: sizes; weight_v is [rank, in], weight_u [out, rank].
+        in_features, out_features, rank: sizes; `form_shapes` has those of the tensors.
         bias: whether there is a bias [out].
     """
+
+    form: str
 
     def __init__(
         self,
@@ -50,18 +55,48 @@ class FactoredLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.in_features, self.out_features, self.rank = in_features, out_features, rank
-        options: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.weight_v = nn.Parameter(torch.empty(rank, in_features, **options), requires_grad=False)
-        self.weight_u = nn.Parameter(torch.empty(out_features, rank, **options), requires_grad=False)
-        self.bias = nn.Parameter(torch.empty(out_features, **options), requires_grad=False) if bias else None
+
+        def empty(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(*shape, device=device, dtype=dtype), requires_grad=False)
+
+        for suffix, shape in form_shapes(self.form, out_features, in_features, rank).items():
+            if suffix == "pivots":
+                self.register_buffer(suffix, torch.empty(*shape, dtype=torch.int32, device=device))
+            else:
+                self.register_parameter(suffix, empty(*shape))
+        self.bias = empty(out_features) if bias else None
+
+    def extra_repr(self) -> str:
+        """What print(model) shows."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
+
+
+class FactoredLinear(LowRankLinear):
+    """y = U (V x) + b."""
+
+    form = "factors"
+    weight_v: nn.Parameter
+    weight_u: nn.Parameter
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in] -> [..., out]."""
         return factored_linear(x, self.weight_v, [self.weight_u], self.bias)
 
-    def extra_repr(self) -> str:
-        """What print(model) shows."""
-        return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
+
+class PivotLinear(LowRankLinear):
+    """y[pivots] = z, y[others] = C z with z = P x, plus b."""
+
+    form = "pivot"
+    weight_p: nn.Parameter
+    weight_c: nn.Parameter
+    pivots: torch.Tensor
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., in] -> [..., out]."""
+        return pivot_linear(x, self.weight_p, self.weight_c, self.pivots, self.bias)
+
+
+MODULES: dict[str, type[LowRankLinear]] = {cls.form: cls for cls in (FactoredLinear, PivotLinear)}
 
 
 class PgsvdQuantizationConfig(QuantizationConfigMixin):
@@ -106,13 +141,13 @@ class PgsvdQuantizer(HfQuantizer):
             linear = modules.get(target)
             if not isinstance(linear, nn.Linear):
                 raise CheckpointError(f"config.json: {name} is not a linear layer of {type(model).__name__}")
-            rows, columns = tensors[f"{name}.weight_u"].shape[0], tensors[f"{name}.weight_v"].shape[1]
+            rows, columns = weight_shape(name, row, tensors)
             if (rows, columns) != (linear.out_features, linear.in_features):
                 raise CheckpointError(
                     f"{name}: the factors make a {rows} x {columns} matrix, {type(model).__name__} needs "
                     f"{linear.out_features} x {linear.in_features}"
                 )
-            factored = FactoredLinear(
+            factored = MODULES[row.form](
                 linear.in_features,
                 linear.out_features,
                 row.rank,
@@ -136,6 +171,9 @@ class PgsvdQuantizer(HfQuantizer):
         ]
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_kwargs: Any) -> PreTrainedModel:
+        for name, module in model.named_modules():
+            if isinstance(module, PivotLinear):
+                check_pivots(module.pivots, module.out_features, f"{name}.pivots")
         setattr(model, "save_pretrained", types.MethodType(_save_pretrained, model))  # noqa: B010  (mypy)
         return model
 

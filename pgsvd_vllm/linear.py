@@ -1,11 +1,13 @@
 """vLLM's linear method for factored layers: parameters, loading, one opaque op for every shape.
 
-A merged layer (QKV, gate and up) has shards of different rank, some of them dense. Parameters:
-  weight_v  [sum r_i, in]     the down factors of the low-rank shards, stacked
-  weight_u  [sum n_i r_i]     their up factors, each [n_i, r_i] row-major at its offset
-  weight    [sum n_i, in]     the dense shards, if any; exists only until the weights are loaded
+A merged layer (QKV, gate and up) has shards of different rank and form, some of them dense. Its
+parameters bear the checkpoint's names, each holding the tensors of all shards that have one:
+  weight_v, weight_p, weight    [sum of rows, in], stacked
+  weight_u, weight_c, pivots    flat, one row-major matrix after the other
+They exist until the weights are loaded; then the products are packed from them.
 """
 
+import math
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,10 +28,13 @@ from vllm.utils.torch_utils import (
     direct_register_custom_op,
 )
 
+from pgsvd_vllm.checkpoint import FactoredModule, check_pivots
 from pgsvd_vllm.errors import CheckpointError
-from pgsvd_vllm.sharding import copy_checked, input_columns, output_rows, take_rows
+from pgsvd_vllm.sharding import copy_checked, input_columns, output_rows, pivot_rows, take_rows
 
 SHARD_INDEX = {"q": 0, "k": 1, "v": 2}
+# The kinds of tensors that have the layer's inputs as columns.
+STACKED = ("weight_v", "weight_p", "weight")
 
 
 @dataclass(frozen=True)
@@ -38,11 +43,16 @@ class Shard:
 
     Attributes:
         name: module name in the checkpoint, for messages.
-        rank: its rank, or None where it is dense.
+        module: its rank and form, or None where it is dense.
     """
 
     name: str
-    rank: int | None
+    module: FactoredModule | None
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The names of its tensors."""
+        return ("weight",) if self.module is None else self.module.suffixes
 
 
 class Gemm(nn.Module):
@@ -66,23 +76,41 @@ class Gemm(nn.Module):
 
 
 class FactoredGemms:
-    """The matrix products of one loaded layer: one for all down factors, one per shard after it."""
+    """The matrix products of one loaded layer: one for all down factors, one per shard after it.
 
-    def __init__(self, down: Gemm, outputs: list[tuple[Gemm, slice | None]], sizes: list[int]) -> None:
+    Args:
+        down: V and P of all low-rank shards, stacked.
+        products: one a shard, with the slice of z it reads; None where it reads x (a dense shard).
+        sizes: rows of each product.
+        order: where the layer's outputs lie in cat([z, products...]); None where they are the
+            products one after the other, as without pivot shards.
+    """
+
+    def __init__(
+        self,
+        down: Gemm,
+        products: list[tuple[Gemm, slice | None]],
+        sizes: list[int],
+        order: torch.Tensor | None,
+    ) -> None:
         self.down = down
-        self.outputs = outputs  # the slice of z that feeds the shard; None: x itself (dense shard)
+        self.products = products
         self.sizes = sizes
+        self.order = order
 
     def __call__(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """x [tokens, in] -> [tokens, sum of sizes]."""
+        """x [tokens, in] -> [tokens, out]."""
         z = self.down(x)
-        biases = bias.split(self.sizes) if bias is not None else [None] * len(self.sizes)
+        biases = [None] * len(self.sizes) if bias is None or self.order is not None else bias.split(self.sizes)
         parts = []
-        for (gemm, columns), part_bias in zip(self.outputs, biases, strict=True):
+        for (gemm, columns), part_bias in zip(self.products, biases, strict=True):
             # The packed products need rows that follow each other in memory.
             source = x if columns is None else z[:, columns].contiguous()
             parts.append(gemm(source, part_bias))
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        if self.order is None:
+            return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        y = torch.cat([z, *parts], dim=-1).index_select(1, self.order)
+        return y if bias is None else y.add_(bias)
 
 
 class PgsvdLinearMethod(LinearMethodBase):
@@ -123,44 +151,73 @@ class PgsvdLinearMethod(LinearMethodBase):
         self.in_columns = input_columns(input_size, input_size_per_partition, layer.tp_rank)
         self.layer_name = layer.prefix
         self.loaded: set[str] = set()
+        # Column-parallel layers hold a share of each shard's rows.
+        cut_by_rows = sum(output_partition_sizes) < output_size
+        self.replicas = [getattr(layer, "num_kv_head_replicas", 1) if i else 1 for i in range(len(self.shards))]
+        self.full_sizes = [
+            size * (layer.tp_size // replicas if cut_by_rows else 1)
+            for size, replicas in zip(self.sizes, self.replicas, strict=True)
+        ]
+        self.in_here = input_size_per_partition
+        self.shapes = [self._shapes(index) for index in range(len(self.shards))]
 
-        rank = sum(shard.rank or 0 for shard in self.shards)
-        flat = sum(n * (shard.rank or 0) for n, shard in zip(self.sizes, self.shards, strict=True))
-        dense = sum(n for n, shard in zip(self.sizes, self.shards, strict=True) if shard.rank is None)
-        shapes: dict[str, tuple[int, ...]] = {
-            "weight_v": (rank, input_size_per_partition),
-            "weight_u": (flat,),
-        }
-        if dense:
-            shapes["weight"] = (dense, input_size_per_partition)
-        for name, shape in shapes.items():
-            parameter: Any = nn.Parameter(torch.empty(shape, dtype=params_dtype), requires_grad=False)
-            parameter.weight_loader = self._make_loader(layer, name)
-            layer.register_parameter(name, parameter)
+        for kind in dict.fromkeys(kind for shapes in self.shapes for kind in shapes):
+            shapes = [s[kind] for s in self.shapes if kind in s]
+            whole: tuple[int, ...] = (sum(math.prod(s) for s in shapes),)
+            if kind in STACKED:
+                whole = (sum(s[0] for s in shapes), input_size_per_partition)
+            dtype = torch.int32 if kind == "pivots" else params_dtype
+            # Dummy weights fill floats only: zeros are harmless pivots.
+            empty = torch.zeros(whole, dtype=dtype) if kind == "pivots" else torch.empty(whole, dtype=dtype)
+            parameter: Any = nn.Parameter(empty, requires_grad=False)
+            parameter.weight_loader = self._make_loader(layer, kind)
+            layer.register_parameter(kind, parameter)
 
         config = get_current_vllm_config()
         self.is_dummy = config.load_config.load_format == "dummy"
         config.compilation_config.static_forward_context[layer.prefix] = layer
         _layers_without_context[layer.prefix] = layer
 
+    def _shapes(self, index: int) -> dict[str, tuple[int, ...]]:
+        """The tensors of a shard as this rank keeps them until they are packed.
+
+        V, P and dense weights come cut to this rank's columns, U and dense weights to its rows;
+        C and the pivots come whole, since only both together tell which rows are this rank's.
+        """
+        shard, rows = self.shards[index], self.sizes[index]
+        if shard.module is None:
+            return {"weight": (rows, self.in_here)}
+        if shard.module.form == "pivot":
+            rows = self.full_sizes[index]
+            if rows <= shard.module.rank:
+                raise CheckpointError(
+                    f"layer {self.layer_name}: {shard.name} has {rows} outputs, too few for pivots of rank "
+                    f"{shard.module.rank}"
+                )
+        return shard.module.shapes(rows, self.in_here)
+
+    def _rows(self, layer: Any, index: int, rows: int) -> list[slice]:
+        """This rank's rows of a shard's matrix with `rows` rows in all."""
+        return output_rows(rows, self.partitions[index], layer.tp_rank, layer.tp_size, self.replicas[index])
+
     def _make_loader(self, layer: Any, kind: str) -> Callable[..., None]:
         """The function vLLM calls with each tensor of the checkpoint that belongs to a parameter."""
 
         def load(param: torch.Tensor, loaded_weight: torch.Tensor, shard_id: str | int | None = None) -> None:
             index = SHARD_INDEX[shard_id] if isinstance(shard_id, str) else (shard_id or 0)
-            shard, partition = self.shards[index], self.partitions[index]
+            shard = self.shards[index]
             name = f"{shard.name}.{kind}"
-            if (shard.rank is None) != (kind == "weight"):
-                form = "dense" if shard.rank is None else f"factored with rank {shard.rank}"
+            if kind not in shard.kinds:
+                module = shard.module
+                form = "dense" if module is None else f"factored with rank {module.rank}, form {module.form}"
                 raise CheckpointError(f"tensor {name}: config.json says {shard.name} is {form}")
-            if kind != "weight_v":
-                replicas = getattr(layer, "num_kv_head_replicas", 1) if index else 1
+            if kind in ("weight", "weight_u"):
                 try:
-                    cuts = output_rows(loaded_weight.shape[0], partition, layer.tp_rank, layer.tp_size, replicas)
+                    cuts = self._rows(layer, index, loaded_weight.shape[0])
                 except ValueError as error:
                     raise CheckpointError(f"tensor {name}: {error}") from None
                 loaded_weight = take_rows(loaded_weight, cuts)
-            if kind != "weight_u":
+            if kind in STACKED:
                 # Cutting would hide columns too many.
                 if loaded_weight.shape[-1] != self.in_features:
                     raise CheckpointError(
@@ -168,31 +225,28 @@ class PgsvdLinearMethod(LinearMethodBase):
                         f"{tuple(loaded_weight.shape)}"
                     )
                 loaded_weight = loaded_weight[:, self.in_columns]
-            copy_checked(self._views(param, kind)[index], loaded_weight, name)
+            if kind == "pivots":
+                check_pivots(loaded_weight, self.full_sizes[index], name)
+            copy_checked(self._view(layer, index, kind), loaded_weight, name)
             self.loaded.add(name)
 
         return load
 
-    def _views(self, parameter: torch.Tensor, kind: str) -> dict[int, torch.Tensor]:
-        """Shard index -> its part of a parameter, as a matrix."""
-        views, start = {}, 0
-        for index, (shard, size) in enumerate(zip(self.shards, self.sizes, strict=True)):
-            if (shard.rank is None) != (kind == "weight"):
-                continue
-            rank = shard.rank or 0
-            if kind == "weight_u":
-                views[index] = parameter.data[start : start + size * rank].view(size, rank)
-                start += size * rank
-            else:
-                rows = size if kind == "weight" else rank
-                views[index] = parameter.data[start : start + rows]
-                start += rows
-        return views
+    def _view(self, layer: Any, index: int, kind: str) -> torch.Tensor:
+        """A shard's part of a parameter, in its own shape."""
+        before = [shapes[kind] for shapes in self.shapes[:index] if kind in shapes]
+        shape = self.shapes[index][kind]
+        data = getattr(layer, kind).data
+        if kind in STACKED:
+            start = sum(s[0] for s in before)
+            return data[start : start + shape[0]]
+        start = sum(math.prod(s) for s in before)
+        return data[start : start + math.prod(shape)].view(shape)
 
     def check_complete(self) -> None:
         """Raise CheckpointError naming the first tensor of the layer that was not loaded."""
         for shard in self.shards:
-            for kind in ("weight",) if shard.rank is None else ("weight_v", "weight_u"):
+            for kind in shard.kinds:
                 if f"{shard.name}.{kind}" not in self.loaded:
                     raise CheckpointError(
                         f"tensor {shard.name}.{kind} is missing from the checkpoint (needed by layer {self.layer_name})"
@@ -202,23 +256,42 @@ class PgsvdLinearMethod(LinearMethodBase):
         """Check that every shard arrived, then pack the products; the originals are released."""
         if not self.is_dummy:
             self.check_complete()
-        ups = self._views(layer.weight_u, "weight_u")
-        dense = self._views(layer.weight, "weight") if hasattr(layer, "weight") else {}
-        outputs: list[tuple[Gemm, slice | None]] = []
-        start = 0
+        downs = [self._view(layer, i, s.kinds[0]) for i, s in enumerate(self.shards) if s.module is not None]
+        products: list[tuple[Gemm, slice | None]] = []
+        order: list[torch.Tensor] = []
+        z_start, y_start = 0, sum(len(down) for down in downs)
         for index, shard in enumerate(self.shards):
-            if shard.rank is None:
-                outputs.append((Gemm(dense[index]), None))
+            if shard.module is None:
+                matrix, columns = self._view(layer, index, "weight"), None
             else:
-                outputs.append((Gemm(ups[index]), slice(start, start + shard.rank)))
-                start += shard.rank
-        layer.pgsvd_gemms = FactoredGemms(Gemm(layer.weight_v.data), outputs, self.sizes)
-        if dense:
+                columns = slice(z_start, z_start + shard.module.rank)
+                z_start += shard.module.rank
+                if shard.module.form == "factors":
+                    matrix = self._view(layer, index, "weight_u")
+                else:
+                    pivots, c = self._view(layer, index, "pivots"), self._view(layer, index, "weight_c")
+                    if self.is_dummy:
+                        pivots.copy_(torch.arange(len(pivots)))
+                    matrix, places = pivot_rows(pivots, c, self._rows(layer, index, self.full_sizes[index]))
+                    order.append(torch.where(places < 0, columns.start - 1 - places, y_start + places))
+            if len(order) == index:  # no pivots: the outputs are the product itself
+                order.append(torch.arange(y_start, y_start + len(matrix), device=matrix.device))
+            y_start += len(matrix)
+            products.append((Gemm(matrix), columns))
+        pivoted = any("pivots" in shard.kinds for shard in self.shards)
+        layer.pgsvd_gemms = FactoredGemms(
+            Gemm(downs[0] if len(downs) == 1 else torch.cat(downs)),
+            products,
+            self.sizes,
+            torch.cat(order) if pivoted else None,
+        )
+        if hasattr(layer, "weight"):
             # Only some of the layer's rows: nothing may take it for the layer's weight.
             del layer.weight
         if current_platform.is_cpu():
-            for parameter in (layer.weight_v, layer.weight_u):
-                parameter.data = parameter.data.new_empty(0)
+            for parameter in layer.parameters(recurse=False):
+                if parameter is not layer.bias:
+                    parameter.data = parameter.data.new_empty(0)
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x [..., in] -> [..., out] of this rank."""

@@ -2,7 +2,8 @@
 
 Column-parallel layers cut `weight_u` by output rows and keep `weight_v` whole; row-parallel layers
 cut `weight_v` by input columns and keep `weight_u` whole, so that the layer's own all-reduce over
-the outputs sums the partial products. No collective is added to vLLM's.
+the outputs sums the partial products. No collective is added to vLLM's. The pivot form is cut in the
+same way, with P for V, and with C and the pivots together for U.
 """
 
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from pgsvd_vllm.errors import CheckpointError
+from pgsvd_vllm.kernels.reference import other_rows
 
 
 def input_columns(size: int, size_per_partition: int, tp_rank: int) -> slice:
@@ -48,6 +50,30 @@ def output_rows(rows: int, partitions: Sequence[int], tp_rank: int, tp_size: int
 def take_rows(weight: torch.Tensor, cuts: Sequence[slice]) -> torch.Tensor:
     """The rows of `cuts`, in order; a view where they are one piece."""
     return weight[cuts[0]] if len(cuts) == 1 else torch.cat([weight[cut] for cut in cuts])
+
+
+def pivot_rows(pivots: torch.Tensor, c: torch.Tensor, cuts: Sequence[slice]) -> tuple[torch.Tensor, torch.Tensor]:
+    """This rank's share of a pivot form.
+
+    Args:
+        pivots: int [r], ascending.
+        c: [out - r, r].
+        cuts: this rank's rows of the whole matrix.
+
+    Returns:
+        the rows of `c` that are this rank's, and for each of its output rows where it is found:
+        i >= 0 is row i of those, and -1 - j is component j of z.
+    """
+    rows = len(pivots) + len(c)
+    places = torch.empty(rows, dtype=torch.int64, device=c.device)
+    others = other_rows(pivots, rows)
+    places[pivots.long()] = -1 - torch.arange(len(pivots), device=c.device)
+    places[others] = torch.arange(len(others), device=c.device)
+    mine = take_rows(places, cuts)
+    kept = mine >= 0
+    own = c[mine[kept]]
+    mine[kept] = torch.arange(len(own), device=c.device)
+    return own, mine
 
 
 def copy_checked(target: torch.Tensor, source: torch.Tensor, name: str) -> None:

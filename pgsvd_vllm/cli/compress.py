@@ -36,13 +36,40 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="how much each projection matters: measured by loss gradients (default), or equally, as in the PGSVD "
         "paper: one tolerance and alternating least squares (default with --tolerance)",
     )
+    parser.add_argument(
+        "--baseline",
+        choices=["svd", "asvd", "svd-llm", "pifa"],
+        help="use a rival's method instead, to compare with: the same ratio for every projection",
+    )
+    parser.add_argument(
+        "--form",
+        choices=["pivot", "factors"],
+        help="how a matrix of low rank is stored: as some of its rows and the coefficients of the others (pivot: fewer "
+        "numbers for the same rank, the default), or as two factors (default with --sensitivity uniform)",
+    )
+    parser.add_argument(
+        "--sequential",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="fit each layer on what the compressed layers before it hand it, which takes a second pass over the "
+        "text (default; not with --sensitivity uniform)",
+    )
+    parser.add_argument(
+        "--refine",
+        type=float,
+        nargs="?",
+        const=20.0,
+        metavar="MINUTES",
+        help="afterwards train all factors towards the dense model's predictions, on the calibration text alone "
+        "(20 minutes if no number is given); keeps the whole model in memory",
+    )
     data = parser.add_argument_group("calibration")
     data.add_argument(
         "--dataset",
-        default="python-docs",
+        action="append",
         metavar="NAME|FILE",
-        help="wikitext2 or c4 (from the hub), a text file, a .jsonl file with a text field, or python-docs: "
-        "English prose that comes with Python and needs no network (default)",
+        help="wikitext2 or c4 (from the hub), a text file, a .jsonl file whose rows have a text or chat messages, or "
+        "python-docs: English prose that comes with Python and needs no network (default); repeat it to mix several",
     )
     data.add_argument(
         "--num-calibration-samples", type=int, default=128, metavar="N", help="windows of text (default 128)"
@@ -80,7 +107,11 @@ def run(arguments: argparse.Namespace) -> int:
         ratio=arguments.ratio,
         tolerance=arguments.tolerance,
         sensitivity=arguments.sensitivity,
-        dataset=arguments.dataset,
+        baseline=arguments.baseline,
+        form=arguments.form,
+        sequential=arguments.sequential,
+        refine=arguments.refine,
+        dataset=tuple(arguments.dataset or ["python-docs"]),
         num_calibration_samples=arguments.num_calibration_samples,
         max_seq_length=arguments.max_seq_length,
         seed=arguments.seed,

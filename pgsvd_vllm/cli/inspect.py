@@ -50,7 +50,8 @@ def table(checkpoint: Checkpoint, rows: list[dict[str, Any]]) -> list[str]:
     lines = [f"{'projection':{width}}  {'out':>6} {'in':>6} {'rank':>6} {'kept':>6} {'MB':>8} {'error':>7}"]
     for row in rows:
         dense = row["out_features"] * row["in_features"]
-        suffixes = ("weight",) if row["rank"] is None else ("weight_v", "weight_u")
+        module = checkpoint.modules.get(row["name"])
+        suffixes = ("weight",) if module is None else module.suffixes
         stored = [checkpoint.tensors.get(f"{row['name']}.{suffix}") for suffix in suffixes]
         numel = sum(info.numel for info in stored if info is not None)
         size = sum(info.nbytes for info in stored if info is not None)
@@ -66,7 +67,7 @@ def table(checkpoint: Checkpoint, rows: list[dict[str, Any]]) -> list[str]:
 def summary(checkpoint: Checkpoint) -> list[str]:
     """Totals and where the checkpoint comes from."""
     section = checkpoint.quantization_config
-    factored = {f"{name}.{suffix}" for name in checkpoint.modules for suffix in ("weight_v", "weight_u")}
+    factored = {f"{name}.{suffix}" for name, row in checkpoint.modules.items() for suffix in row.suffixes}
     total = sum(info.nbytes for info in checkpoint.tensors.values())
     part = sum(checkpoint.tensors[name].nbytes for name in factored)
     tolerance = ", ".join(f"{tower} {value:.4f}" for tower, value in section.get("tolerance", {}).items())
@@ -75,7 +76,7 @@ def summary(checkpoint: Checkpoint) -> list[str]:
         "",
         f"factored projections  {len(checkpoint.modules)}, {part / 1e6:.1f} MB of {total / 1e6:.1f} MB",
         f"method                {section.get('method')}, ranks by "
-        + (f"tolerance {tolerance}" if tolerance else "measured losses"),
+        + (section.get("baseline") or (f"tolerance {tolerance}" if tolerance else "measured losses")),
     ]
     if ratio:
         lines.append(

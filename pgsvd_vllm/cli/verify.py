@@ -6,8 +6,7 @@ Only `inspect` and `verify` read checkpoints; both work without vLLM.
 import argparse
 from pathlib import Path
 
-from pgsvd_vllm.checkpoint import find_non_finite, open_checkpoint
-from pgsvd_vllm.errors import CheckpointError
+from pgsvd_vllm.checkpoint import check_data, open_checkpoint
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -18,9 +17,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Print what was checked; raises CheckpointError at the first fault."""
     checkpoint = open_checkpoint(arguments.dir)
-    bad = find_non_finite(checkpoint)
-    if bad is not None:
-        raise CheckpointError(f"{checkpoint.tensors[bad].file}: tensor {bad} holds NaN or infinity")
+    check_data(checkpoint)
     files = {info.file for info in checkpoint.tensors.values()}
     print(
         f"{arguments.dir}: good: {len(checkpoint.tensors)} tensors in {len(files)} files, "

@@ -101,9 +101,9 @@ def test_inspect_adds_up(capsys: pytest.CaptureFixture[str], tiny_compressed: Pa
             assert rank == "dense"
             shape, numel = tensors[f"{row['name']}.weight"].shape, tensors[f"{row['name']}.weight"].numel()
         else:
-            v, u = tensors[f"{row['name']}.weight_v"], tensors[f"{row['name']}.weight_u"]
-            assert int(rank) == row["rank"] == v.shape[0] == u.shape[1]
-            shape, numel = torch.Size((u.shape[0], v.shape[1])), u.numel() + v.numel()
+            p, c, pivots = (tensors[f"{row['name']}.{suffix}"] for suffix in ("weight_p", "weight_c", "pivots"))
+            assert int(rank) == row["rank"] == len(p) == c.shape[1] == len(pivots)
+            shape, numel = torch.Size((len(p) + len(c), p.shape[1])), p.numel() + c.numel() + len(pivots)
             factor_bytes += 4 * numel
         assert (int(out), int(width)) == tuple(shape)
         # Each is printed to its last digit.
@@ -184,7 +184,7 @@ def test_verify_says_what_it_checked(capsys: pytest.CaptureFixture[str], tiny_co
 def test_verify_finds_one_bad_number(capsys: pytest.CaptureFixture[str], checkpoint: Path, value: float) -> None:
     path = weights(checkpoint)
     tensors = load_file(path)
-    name = sorted(n for n in tensors if n.endswith("weight_u"))[3]
+    name = sorted(n for n in tensors if n.endswith("weight_c"))[3]
     tensors[name][-1, -1] = value
     save_file(tensors, path, metadata={"format": "pt"})
     line = error_of(capsys, "verify", checkpoint)

@@ -1,6 +1,7 @@
 """The checkpoint format under attack: whatever is wrong is refused by name, before anything is loaded."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from pgsvd_vllm.checkpoint import (
     INDEX_NAME,
     ShardWriter,
-    find_non_finite,
+    check_data,
     open_checkpoint,
     parse_modules,
     read_config,
@@ -81,7 +82,7 @@ def test_a_good_checkpoint_opens(tmp_path: Path) -> None:
         info = checkpoint.tensors[name]
         assert (info.shape, info.dtype) == (tuple(tensor.shape), "BF16")
         assert (info.numel, info.nbytes) == (tensor.numel(), tensor.numel() * 2)
-    assert find_non_finite(checkpoint) is None
+    check_data(checkpoint)
 
 
 @pytest.mark.parametrize("max_bytes", [1, 50, 100, 250, 10**9])
@@ -381,12 +382,13 @@ def test_one_bad_number_is_found(tmp_path: Path, name: str, value: float) -> Non
     tensors = good_tensors()
     tensors[name].view(-1)[-1] = value
     checkpoint = open_checkpoint(write(tmp_path / "c", tensors))
-    assert find_non_finite(checkpoint) == name
+    with pytest.raises(CheckpointError, match=rf"tensor {re.escape(name)} holds NaN or infinity"):
+        check_data(checkpoint)
 
 
 def test_integers_are_finite(tmp_path: Path) -> None:
     folder = write(tmp_path / "c", {**good_tensors(), "model.table": torch.arange(5)})
-    assert find_non_finite(open_checkpoint(folder)) is None
+    check_data(open_checkpoint(folder))
 
 
 def test_fewer_tensors_than_promised(tmp_path: Path, tiny_compressed: Path) -> None:
@@ -401,3 +403,50 @@ def test_fewer_tensors_than_promised(tmp_path: Path, tiny_compressed: Path) -> N
     (folder / INDEX_NAME).write_text(json.dumps(index))
     with pytest.raises(CheckpointError, match=f"lists {len(tensors)} tensors, .* promises {len(tensors) + 1}"):
         open_checkpoint(folder)
+
+
+def pivot_checkpoint(folder: Path, **change: torch.Tensor | None) -> Path:
+    """One module of shape [7, 11], rank 3, in pivot form."""
+    tensors = {
+        "weight_p": torch.randn(3, 11),
+        "weight_c": torch.randn(4, 3),
+        "pivots": torch.tensor([0, 2, 6], dtype=torch.int32),
+    }
+    config = good_config()
+    config["quantization_config"]["modules"] = {"model.a": {"rank": 3, "form": "pivot"}}
+    chosen = {f"model.a.{name}": t for name, t in {**tensors, **change}.items() if t is not None}
+    return write(folder, chosen, config)
+
+
+def test_a_pivot_form_opens(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(pivot_checkpoint(tmp_path / "c"))
+    assert checkpoint.shape("model.a") == (7, 11, 3)
+    check_data(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("change", "culprit"),
+    [
+        ({"pivots": None}, "model.a.pivots is missing"),
+        ({"weight_c": None}, "model.a.weight_c is missing"),
+        ({"weight_c": torch.randn(4, 2)}, "the table says rank 3"),
+        ({"weight_p": torch.randn(2, 11)}, "the table says rank 3"),
+        ({"pivots": torch.tensor([0, 2], dtype=torch.int32)}, "the table says rank 3"),
+        ({"pivots": torch.tensor([0, 2, 6])}, "model.a.pivots has dtype I64, not I32"),
+        ({"pivots": torch.tensor([[0, 2, 6]], dtype=torch.int32)}, "not 1 dimension"),
+        ({"weight_c": torch.randn(4, 3).bfloat16()}, "weight_p in F32 and weight_c in BF16"),
+        ({"weight_u": torch.randn(7, 3)}, "model.a.weight_u belongs to no module"),
+        ({"weight": torch.randn(7, 11)}, "model.a.weight stands beside the factors"),
+    ],
+)
+def test_a_pivot_form_that_is_not_what_the_table_says(
+    tmp_path: Path, change: dict[str, torch.Tensor | None], culprit: str
+) -> None:
+    refused(pivot_checkpoint(tmp_path / "c", **change), "model.a", culprit)
+
+
+@pytest.mark.parametrize("rows", [[0, 2, 7], [-1, 2, 6], [2, 2, 6], [6, 2, 0]])
+def test_pivots_that_are_no_rows(tmp_path: Path, rows: list[int]) -> None:
+    checkpoint = open_checkpoint(pivot_checkpoint(tmp_path / "c", pivots=torch.tensor(rows, dtype=torch.int32)))
+    with pytest.raises(CheckpointError, match=r"model\.a\.pivots in \S+: not ascending row numbers from 0 to 6"):
+        check_data(checkpoint)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from pgsvd_vllm.kernels.reference import factored_linear
+from pgsvd_vllm.kernels.reference import factored_linear, pivot_linear, pivot_weight
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 17])
@@ -26,3 +26,22 @@ def test_reference_is_the_definition(tokens: int, shards: list[tuple[int, int]],
     )
     # Sums of at most 23 * 16 products of normal numbers, in float64.
     np.testing.assert_allclose(found.numpy(), expected, atol=1e-11)
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 17])
+@pytest.mark.parametrize(("rows", "rank"), [(13, 1), (29, 28), (31, 16)])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_pivot_reference_is_the_definition(tokens: int, rows: int, rank: int, with_bias: bool) -> None:
+    rng = np.random.default_rng(rows)
+    x, p = rng.normal(size=(2, tokens, 23)), rng.normal(size=(rank, 23))
+    c = rng.normal(size=(rows - rank, rank))
+    pivots = np.sort(rng.permutation(rows)[:rank])
+    bias = rng.normal(size=rows) if with_bias else None
+    weight = np.empty((rows, 23))
+    weight[pivots] = p
+    weight[[i for i in range(rows) if i not in pivots]] = c @ p
+    expected = x @ weight.T + (0 if bias is None else bias)
+    parts = [torch.from_numpy(a) for a in (p, c, pivots)]
+    found = pivot_linear(torch.from_numpy(x), *parts, None if bias is None else torch.from_numpy(bias))
+    np.testing.assert_allclose(found.numpy(), expected, atol=1e-11)
+    np.testing.assert_allclose(pivot_weight(*parts).numpy(), weight, atol=1e-12)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pgsvd_vllm.checkpoint import find_non_finite, open_checkpoint
+from pgsvd_vllm.checkpoint import check_data, open_checkpoint
 from pgsvd_vllm.cli import main
 from pgsvd_vllm.errors import InputError
 from pgsvd_vllm.offline.calibrate import LayerGrams, LayerStream
@@ -40,6 +40,18 @@ def digest(folder: Path) -> dict[str, str]:
     }
 
 
+def matrix_of(written: dict[str, torch.Tensor], name: str) -> np.ndarray:
+    """The matrix [out, in] behind a factored projection, by the format's own words."""
+    parts = {kind: t.double().numpy() for kind in "uvpc" if (t := written.get(f"{name}.weight_{kind}")) is not None}
+    if "u" in parts:
+        return parts["u"] @ parts["v"]
+    pivots = written[f"{name}.pivots"].tolist()
+    whole = np.empty((len(parts["p"]) + len(parts["c"]), parts["p"].shape[1]))
+    whole[pivots] = parts["p"]
+    whole[[i for i in range(len(whole)) if i not in pivots]] = parts["c"] @ parts["p"]
+    return whole
+
+
 def check_output(model: Path, output: Path) -> None:
     """Everything that must hold for any compressed folder, from its files alone."""
     dense, written = tensors_of(model), tensors_of(output)
@@ -51,11 +63,15 @@ def check_output(model: Path, output: Path) -> None:
     for name, tensor in dense.items():
         stem = name.removesuffix(".weight")
         if stem in modules:
-            u, v = written.pop(f"{stem}.weight_u"), written.pop(f"{stem}.weight_v")
-            rank = modules[stem]["rank"]
-            assert u.shape == (tensor.shape[0], rank)
-            assert v.shape == (rank, tensor.shape[1])
-            size = u.numel() + v.numel()
+            rank, form = modules[stem]["rank"], modules[stem]["form"]
+            (out, width), kinds = tensor.shape, {"factors": ("u", "v"), "pivot": ("p", "c")}[form]
+            parts = {kind: written.pop(f"{stem}.weight_{kind}") for kind in kinds}
+            shapes = {"u": (out, rank), "v": (rank, width), "p": (rank, width), "c": (out - rank, rank)}
+            for kind, part in parts.items():
+                assert part.shape == shapes[kind]
+            size = sum(part.numel() for part in parts.values())
+            if form == "pivot":
+                size += len(written.pop(f"{stem}.pivots"))
             assert size < tensor.numel(), f"{stem} grew"
         else:
             kept = written.pop(name)
@@ -72,7 +88,7 @@ def check_output(model: Path, output: Path) -> None:
     assert section_of(output)["ratio"]["linear"] == pytest.approx(1 - after / before, abs=1e-6)
     assert section_of(output)["ratio"]["total"] == pytest.approx(1 - total_after / total, abs=1e-6)
     assert report_of(output)["parameters"] == {"before": total, "after": total_after}
-    assert find_non_finite(open_checkpoint(output)) is None
+    check_data(open_checkpoint(output))
     assert not output.with_name(output.name + ".partial").exists()
 
 
@@ -139,7 +155,7 @@ def test_report_errors_are_those_of_the_written_factors(
     compress(options)
     check_output(half_model, output)
     written = tensors_of(output)
-    assert {t.dtype for t in written.values()} == {expected}
+    assert {t.dtype for name, t in written.items() if not name.endswith(".pivots")} == {expected}
     config = json.loads((output / "config.json").read_text())
     assert config["dtype"] == str(expected).removeprefix("torch.")
     source = ModelSource(half_model)
@@ -154,9 +170,7 @@ def test_report_errors_are_those_of_the_written_factors(
                 continue
             c = grams.grams[grams.leader[p.name]].numpy()
             w = source.read(f"{p.name}.weight").double().numpy()
-            residual = (
-                w - written[f"{p.name}.weight_u"].double().numpy() @ written[f"{p.name}.weight_v"].double().numpy()
-            )
+            residual = w - matrix_of(written, p.name)
             error = np.sqrt(np.trace(residual @ c @ residual.T) / np.trace(w @ c @ w.T))
             # Between the two lies the rounding of the Gram matrix to float32 on disk.
             assert rows[p.name]["error"] == pytest.approx(error, rel=c.shape[0] * 2.0**-24)
@@ -215,7 +229,7 @@ def test_calibration_text_is_named_by_its_tokens(tiny_model: Path, tmp_path: Pat
     text = tmp_path / "text.md"
     text.write_text("".join(f"Line {i} of a text about nothing in particular.\n" for i in range(200)))
     output = tmp_path / "out"
-    compress(CompressOptions(str(tiny_model), output, ratio=0.3, dataset=str(text), **SMALL))
+    compress(CompressOptions(str(tiny_model), output, ratio=0.3, dataset=(str(text),), **SMALL))
     calibration = section_of(output)["calibration"]
     assert calibration["name"] == str(text)
     assert calibration["tokens"] == 20 * 48

@@ -6,7 +6,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pgsvd_vllm.offline.factorize import ALS_TOLERANCE, als, closed_form, relative_error, round_factors
+from pgsvd_vllm.offline.factorize import (
+    ALS_TOLERANCE,
+    PIVOT_GROWTH,
+    als,
+    choose_pivots,
+    closed_form,
+    product,
+    relative_error,
+    stored_form,
+)
 
 EPS = float(np.finfo(np.float64).eps)
 # Squared relative errors near EPS are rounding; their root is what als calls "no more digits".
@@ -120,9 +129,9 @@ def test_als_of_nothing(what: str, m: int, n: int) -> None:
     assert factors.v.shape == (3, n)
     assert torch.isfinite(factors.u).all()
     assert torch.isfinite(factors.v).all()
-    u, v = round_factors(factors, torch.from_numpy(w), torch.bfloat16)
-    assert torch.isfinite(u).all()
-    assert torch.isfinite(v).all()
+    for form in ("factors", "pivot"):
+        for tensor in stored_form(factors, torch.from_numpy(w), gram(x), form, torch.bfloat16).values():
+            assert torch.isfinite(tensor).all()
 
 
 def test_als_u_is_orthonormal() -> None:
@@ -179,8 +188,8 @@ def test_relative_error_is_the_definition() -> None:
     w, x = problem("plain", 13, 21)
     rng = np.random.default_rng(3)
     u, v = torch.from_numpy(rng.standard_normal((13, 4))), torch.from_numpy(rng.standard_normal((4, 21)))
-    assert relative_error(torch.from_numpy(w), gram(x), u, v) == pytest.approx(error_of(w, x, u, v), rel=1e-12)
-    assert relative_error(torch.from_numpy(w), 0 * gram(x), u, v) == 0.0
+    assert relative_error(torch.from_numpy(w), gram(x), u @ v) == pytest.approx(error_of(w, x, u, v), rel=1e-12)
+    assert relative_error(torch.from_numpy(w), 0 * gram(x), u @ v) == 0.0
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -192,7 +201,8 @@ def test_refit_repairs_rounding(m: int, n: int, dtype: torch.dtype) -> None:
     x = problem("plain", m, n)[1]
     weight = torch.from_numpy(w)
     factors = closed_form(weight, gram(x), 16)
-    u, v = round_factors(factors, weight, dtype)
+    stored = stored_form(factors, weight, gram(x), "factors", dtype)
+    u, v = stored["weight_u"], stored["weight_v"]
     assert u.dtype == v.dtype == dtype
     assert u.is_contiguous()
     assert v.is_contiguous()
@@ -202,3 +212,49 @@ def test_refit_repairs_rounding(m: int, n: int, dtype: torch.dtype) -> None:
     exact = np.linalg.lstsq(u.double().numpy(), w, rcond=None)[0]
     ulp = torch.finfo(dtype).eps / 2 * np.abs(exact) + torch.finfo(dtype).smallest_normal
     assert np.all(np.abs(v.double().numpy() - exact) <= ulp * (1 + 1e-6))
+
+
+@pytest.mark.parametrize(("m", "n"), SHAPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_pivot_form_equals_its_parent(kind: str, m: int, n: int) -> None:
+    """In float64 the pivot form is the same matrix, with coefficients that do not amplify rounding."""
+    w, x = problem(kind, m, n)
+    weight = torch.from_numpy(w)
+    for rank in ranks_of(m, n):
+        if rank == m:
+            continue
+        factors = closed_form(weight, gram(x), rank)
+        pivots, c = choose_pivots(factors.u)
+        assert c.abs().max() <= PIVOT_GROWTH * (1 + 1e-9)
+        parent = factors.u @ factors.v
+        tensors = {"weight_p": parent[pivots], "weight_c": c, "pivots": pivots.int()}
+        torch.testing.assert_close(product(tensors), parent, atol=1e-10 * float(parent.abs().max()), rtol=0)
+        stored = stored_form(factors, weight, gram(x), "pivot", torch.float64)
+        assert stored["pivots"].tolist() == pivots.tolist()
+        # The refit may leave the parent only for something at least as good.
+        assert relative_error(weight, gram(x), product(stored)) <= relative_error(weight, gram(x), parent) + FLOOR
+
+
+@pytest.mark.parametrize("with_metric", [False, True])
+def test_the_refit_of_a_rounded_pivot_form_repairs_rounding(with_metric: bool) -> None:
+    w, x = problem("plain", 40, 56)
+    weight, c = torch.from_numpy(w), gram(x)
+    rng = np.random.default_rng(5)
+    metric = torch.linalg.cholesky(torch.from_numpy(np.cov(rng.standard_normal((40, 400))))) if with_metric else None
+
+    def loss(matrix: torch.Tensor) -> float:
+        change = weight - matrix
+        if metric is not None:
+            change = metric.T @ change
+        return float(torch.trace(change @ c @ change.T))
+
+    factors = closed_form(weight, c, 16, metric)
+    pivots, coefficients = choose_pivots(factors.u)
+    naive = {
+        "weight_p": (factors.u[pivots] @ factors.v).bfloat16(),
+        "weight_c": coefficients.bfloat16(),
+        "pivots": pivots.int(),
+    }
+    stored = stored_form(factors, weight, c, "pivot", torch.bfloat16, metric)
+    best = loss(factors.u @ factors.v)
+    assert best <= loss(product(stored)) <= loss(product(naive))

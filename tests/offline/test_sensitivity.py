@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from pgsvd_vllm.errors import InputError
 from pgsvd_vllm.offline.allocate import by_loss, saves
 from pgsvd_vllm.offline.calibrate import LayerStream
-from pgsvd_vllm.offline.factorize import closed_form, round_factors
+from pgsvd_vllm.offline.factorize import closed_form, product, stored_form
 from pgsvd_vllm.offline.model_source import ModelSource, Projection
 from pgsvd_vllm.offline.sensitivity import DAMPING, GradientPass, metric_root
 from pgsvd_vllm.offline.spectrum import gram_root, output_energy
@@ -90,12 +90,13 @@ def test_the_metric_predicts_the_loss_of_a_quadratic_model(m: int, n: int) -> No
             u = factors.u.numpy() + 0.01 * rng.normal(size=(m, rank))
             v = factors.v.numpy() + 0.01 * rng.normal(size=(rank, n))
             assert loss(u @ v) >= best
-        u, v = round_factors(factors, torch.from_numpy(w), torch.bfloat16, root)
+        stored = stored_form(factors, torch.from_numpy(w), gram, "factors", torch.bfloat16, root)
         naive = factors.u.bfloat16().double() @ factors.v.bfloat16().double()
-        assert best <= loss((u.double() @ v.double()).numpy()) <= loss(naive.numpy())
+        assert best <= loss(product(stored).numpy()) <= loss(naive.numpy())
 
 
-def test_ranks_by_loss_are_optimal_against_brute_force() -> None:
+@pytest.mark.parametrize("form", ["factors", "pivot"])
+def test_ranks_by_loss_are_optimal_against_brute_force(form: str) -> None:
     rng = np.random.default_rng(0)
     shapes = [(12, 9), (7, 14), (10, 10)]
     projections = [Projection(f"p{i}", m, n) for i, (m, n) in enumerate(shapes)]
@@ -109,17 +110,20 @@ def test_ranks_by_loss_are_optimal_against_brute_force() -> None:
         size, loss = 0, 0.0
         for p in projections:
             rank = ranks.get(p.name)
-            size += p.numel if rank is None else rank * (p.out_features + p.in_features)
+            plain = 0 if rank is None else rank * (p.out_features + p.in_features)
+            # A pivot form stores rank^2 numbers less, and says where its rank rows are.
+            stored = plain if form == "factors" or rank is None else plain - rank * rank + rank
+            size += p.numel if rank is None else stored
             loss += 0.0 if rank is None else 0.5 * float(energies[p.name][rank:].sum())
         return size, loss
 
-    options = [[None, *(r for r in range(1, 15) if saves(p, r))] for p in projections]
+    options = [[None, *(r for r in range(1, 15) if saves(p, r, form))] for p in projections]
     every = [
         outcome({p.name: r for p, r in zip(projections, combination, strict=True) if r is not None})
         for combination in itertools.product(*options)
     ]
     for ratio in (0.1, 0.2, 0.35, 0.5, 0.65):
-        allocation = by_loss(projections, energies, ratio)
+        allocation = by_loss(projections, energies, ratio, form=form)
         size, loss = outcome(allocation.ranks)
         assert allocation.removed == pytest.approx(1 - size / total)
         # A corner of the front: nothing as small is better.

@@ -15,6 +15,7 @@ from pgsvd_vllm.offline.text import (
     held_out_prose,
     leading_tokens,
     load_tokenizer,
+    mix_windows,
     read_documents,
     tokenize,
 )
@@ -26,7 +27,7 @@ def tokenizer(tiny_model: Path) -> PreTrainedTokenizerBase:
 
 
 def test_builtin_prose_is_long_english_text(tokenizer: PreTrainedTokenizerBase) -> None:
-    documents = read_documents(BUILTIN, 0)
+    documents = read_documents(BUILTIN, 0, tokenizer)
     assert documents == list(builtin_prose())
     text = "\n".join(documents)
     assert len(text) > 400_000
@@ -47,40 +48,72 @@ def test_held_out_prose_shares_nothing_with_the_calibration_text() -> None:
     assert not [p for p in paragraphs if p in calibration]
 
 
-def test_jsonl_and_plain_text(tmp_path: Path) -> None:
+def test_jsonl_and_plain_text(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     rows = ["one", "two\nlines", "", "separators \u2028 and \x85 are not line ends of JSON Lines", "ünï 漢字"]
     jsonl = tmp_path / "data.jsonl"
     lines = [json.dumps({"text": row, "id": i}, ensure_ascii=i == 0) for i, row in enumerate(rows)]
     jsonl.write_bytes(("\r\n".join(lines) + "\n\n").encode())
-    assert read_documents(str(jsonl), 0) == rows
+    assert read_documents(str(jsonl), 0, tokenizer) == rows
     for name in ("data.txt", "data.md", "data", "data.json", "data.csv"):
         path = tmp_path / name
         path.write_text("plain\ntext ü", encoding="utf-8")
-        assert read_documents(str(path), 0) == ["plain\ntext ü"]
+        assert read_documents(str(path), 0, tokenizer) == ["plain\ntext ü"]
 
 
-def test_bad_text_is_named(tmp_path: Path) -> None:
+def test_bad_text_is_named(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     def refused(name: str, content: bytes, message: str) -> None:
         path = tmp_path / name
         path.write_bytes(content)
         with pytest.raises(InputError, match=message) as caught:
-            read_documents(str(path), 0)
+            read_documents(str(path), 0, tokenizer)
         assert str(path) in str(caught.value)
 
     refused("latin.txt", b"caf\xe9", "not UTF-8")
     refused("bad.jsonl", b'{"text": "a"}\n{"text": \n', "line 2 is not JSON")
     refused("deep.jsonl", b"[" * 100_000, "line 1 is not JSON")
-    refused("none.jsonl", b'{"text": "a"}\n\n{"body": "b"}\n', 'line 3 has no "text" field')
-    refused("number.jsonl", b'{"text": 3}', 'line 1 has no "text" field')
-    refused("list.jsonl", b'["text"]', 'line 1 has no "text" field')
+    refused("none.jsonl", b'{"text": "a"}\n\n{"body": "b"}\n', 'line 3 has no "text" or "messages" field')
+    refused("number.jsonl", b'{"text": 3}', 'line 1 has no "text" or "messages" field')
+    refused("list.jsonl", b'["text"]', 'line 1 has no "text" or "messages" field')
     for name in (str(tmp_path / "absent.txt"), str(tmp_path), "wikitext-3", "x" * 300):
         with pytest.raises(InputError, match=f"--dataset {name}: no such file.*python-docs"):
-            read_documents(name, 0)
+            read_documents(name, 0, tokenizer)
 
 
-def test_without_a_network_hub_sets_name_the_builtin_text() -> None:
+def test_without_a_network_hub_sets_name_the_builtin_text(tokenizer: PreTrainedTokenizerBase) -> None:
     with pytest.raises(InputError, match="--dataset wikitext2: .*use --dataset python-docs"):
-        read_documents("wikitext2", 100)
+        read_documents("wikitext2", 100, tokenizer)
+
+
+def test_messages_go_through_the_chat_template(tmp_path: Path, tiny_model: Path) -> None:
+    path = tmp_path / "chat.jsonl"
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}]
+    path.write_text(json.dumps({"messages": messages}) + "\n" + json.dumps({"text": "plain"}), encoding="utf-8")
+    own = load_tokenizer(tiny_model)
+    with pytest.raises(InputError, match=r'line 1 has "messages", but the model has no chat template'):
+        read_documents(str(path), 0, own)
+    own.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    assert read_documents(str(path), 0, own) == ["<user>Hi<assistant>Yes?", "plain"]
+    own.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(InputError, match=r"line 1: the model's chat template refuses it \(roles must alternate\)"):
+        read_documents(str(path), 0, own)
+
+
+def test_spare_windows_are_left_over() -> None:
+    windows = cut_windows(torch.arange(100), [], 50, 10, 0, "t", spare=3)
+    assert windows.ids.shape == (7, 10)
+    assert windows.others.shape == (3, 10)
+    assert sorted(torch.cat([windows.ids, windows.others]).flatten().tolist()) == list(range(100))
+    with pytest.raises(InputError, match="29 tokens are too little calibration text: 3 x --max-seq-length 10 needs 30"):
+        cut_windows(torch.arange(29), [], 1, 10, 0, "t", spare=2)
+
+
+def test_mixed_texts_take_turns() -> None:
+    parts = [cut_windows(torch.arange(i * 100, i * 100 + 50), [], 2, 10, 0, f"t{i}") for i in (0, 1)]
+    mixed = mix_windows(parts)
+    assert mixed.name == "t0 + t1"
+    assert torch.equal(mixed.ids, torch.cat([part.ids for part in parts]))
+    assert [int(row[0]) // 100 for row in mixed.others] == [0, 1] * 3
+    assert mix_windows(parts[:1]) is parts[0]
 
 
 def test_documents_are_separated_and_in_order(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -56,15 +56,19 @@ def test_loaded_weights_are_the_stored_ones(checkpoint: Path) -> None:
     state = model.state_dict()
     for name, tensor in stored_tensors(checkpoint).items():
         assert torch.equal(state[name], tensor), name
-    factored = {name for name, m in model.named_modules() if isinstance(m, pgsvd_vllm.hf.FactoredLinear)}
-    assert factored == set(open_checkpoint(checkpoint).modules)
+    modules = dict(model.named_modules())
+    table = open_checkpoint(checkpoint).modules
+    for name, row in table.items():
+        assert type(modules[name]) is pgsvd_vllm.hf.MODULES[row.form]
+    classes = tuple(pgsvd_vllm.hf.MODULES.values())
+    assert {name for name, module in modules.items() if isinstance(module, classes)} == table.keys()
 
 
 def test_auto_model_has_the_same_weights(checkpoint: Path) -> None:
     whole = AutoModelForCausalLM.from_pretrained(checkpoint).model.state_dict()
     body = AutoModel.from_pretrained(checkpoint).state_dict()
     assert whole.keys() == body.keys()
-    assert any(name.endswith("weight_v") for name in body)
+    assert any(name.endswith(("weight_v", "weight_p")) for name in body)
     for name, tensor in body.items():
         assert torch.equal(tensor, whole[name]), name
 
@@ -156,9 +160,10 @@ def test_without_the_import_nothing_loads(auto_class: str, tiny_compressed: Path
 
 
 @pytest.mark.parametrize("auto_class", [AutoModelForCausalLM, AutoModel])
-@pytest.mark.parametrize("suffix", ["weight_v", "weight_u"])
-def test_a_missing_factor_is_named(auto_class: type, suffix: str, checkpoint: Path, tmp_path: Path) -> None:
-    module = sorted(open_checkpoint(checkpoint).modules)[3]
+@pytest.mark.parametrize("place", [0, 1, -1])
+def test_a_missing_factor_is_named(auto_class: type, place: int, checkpoint: Path, tmp_path: Path) -> None:
+    module, row = sorted(open_checkpoint(checkpoint).modules.items())[3]
+    suffix = row.suffixes[place]
     broken = remove_tensor(checkpoint, tmp_path / "broken", f"{module}.{suffix}")
     with pytest.raises(CheckpointError, match=rf"{module}\.{suffix} is missing"):
         auto_class.from_pretrained(broken)

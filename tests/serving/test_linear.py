@@ -30,7 +30,16 @@ LEAVES = {
     "gate": {"gate": 8},
 }
 SHARD_IDS: dict[str, str | int] = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "gate_proj": 0, "up_proj": 1}
-MIXES: list[tuple[str, tuple[int | None, ...]]] = [
+# A shard's rank; "p8" is rank 8 in pivot form, None is dense.
+Rank = int | str | None
+MIXES: list[tuple[str, tuple[Rank, ...]]] = [
+    ("qkv_proj", ("p24", "p8", "p16")),
+    ("qkv_proj", (None, "p8", 16)),
+    ("qkv_proj", ("p63", 3, None)),
+    ("gate_up_proj", ("p33", "p20")),
+    ("gate_up_proj", (12, "p60")),
+    ("down_proj", ("p30",)),
+    ("up_proj", ("p1",)),
     ("qkv_proj", (24, 8, 16)),
     ("qkv_proj", (24, None, 16)),
     ("qkv_proj", (None, 7, None)),
@@ -59,13 +68,19 @@ def vllm_world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         parallel_state.cleanup_dist_env_and_memory()
 
 
+def module_of(rank: Rank) -> FactoredModule | None:
+    if rank is None:
+        return None
+    return FactoredModule(int(rank[1:]), "pivot") if isinstance(rank, str) else FactoredModule(rank)
+
+
 class Case:
     """A layer, its tensors as a checkpoint holds them, and what it should compute."""
 
     def __init__(
         self,
         leaf: str,
-        ranks: tuple[int | None, ...],
+        ranks: tuple[Rank, ...],
         bias: bool = False,
         dtype: torch.dtype = torch.float32,
         seed: int = 0,
@@ -75,8 +90,8 @@ class Case:
         self.leaves, self.dtype = LEAVES[leaf], dtype
         self.columns = WIDE if leaf == "down_proj" else HIDDEN
         self.names = {part: f"{prefix}.{part}" for part in self.leaves}
-        self.ranks = dict(zip(self.leaves, ranks, strict=True))
-        config = PgsvdConfig({self.names[p]: FactoredModule(rank) for p, rank in self.ranks.items() if rank})
+        self.modules = dict(zip(self.leaves, map(module_of, ranks), strict=True))
+        config = PgsvdConfig({self.names[part]: module for part, module in self.modules.items() if module})
         config.packed_modules_mapping = {name: list(parts) for name, parts in LEAVES.items() if len(parts) > 1}
         common = {"bias": bias, "quant_config": config, "prefix": f"{prefix}.{leaf}", "params_dtype": dtype}
         self.layer: nn.Module
@@ -96,11 +111,12 @@ class Case:
 
         self.tensors: dict[str, dict[str, torch.Tensor]] = {}
         for part, rows in self.leaves.items():
-            rank = self.ranks[part]
-            if rank is None:
-                self.tensors[part] = {"weight": random(rows, self.columns)}
-            else:
-                self.tensors[part] = {"weight_v": random(rank, self.columns), "weight_u": random(rows, rank)}
+            module = self.modules[part]
+            shapes = {"weight": (rows, self.columns)} if module is None else module.shapes(rows, self.columns)
+            self.tensors[part] = {kind: random(*shape) for kind, shape in shapes.items()}
+            if "pivots" in shapes:
+                order = torch.randperm(rows, generator=generator)[: shapes["pivots"][0]]
+                self.tensors[part]["pivots"] = order.sort().values.int()
             if bias:
                 self.tensors[part]["bias"] = random(rows)
 
@@ -135,12 +151,22 @@ class Case:
         for part in self.leaves:
             wide = {kind: tensor.double() for kind, tensor in self.tensors[part].items()}
             bias = wide.get("bias", torch.zeros(()).double())
-            chain = [wide["weight"]] if "weight" in wide else [wide["weight_v"], wide["weight_u"]]
+            if "pivots" in wide:  # U: identity rows at the pivots, C elsewhere
+                p, c, pivots = wide["weight_p"], wide["weight_c"], wide["pivots"].long()
+                u = torch.empty(len(p) + len(c), len(p), dtype=torch.float64)
+                u[pivots] = torch.eye(len(p), dtype=torch.float64)
+                u[[i for i in range(len(u)) if i not in pivots]] = c
+                chain = [p, u]
+            elif "weight" in wide:
+                chain = [wide["weight"]]
+            else:
+                chain = [wide["weight_v"], wide["weight_u"]]
             value, size, terms = x.double(), x.double().abs(), 0
             for matrix in chain:
                 value, size, terms = value @ matrix.T, size @ matrix.abs().T, terms + matrix.shape[1]
             values.append(value + bias)
-            bounds.append((len(chain) * unit + terms * accumulate) * (size + bias.abs()))
+            roundings = len(chain) + (1 if "pivots" in wide else 0)  # there the bias is added afterwards
+            bounds.append((roundings * unit + terms * accumulate) * (size + bias.abs()))
         return torch.cat(values, -1), torch.cat(bounds, -1)
 
 
@@ -157,7 +183,7 @@ def check(case: Case, x: torch.Tensor) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
 @pytest.mark.parametrize(("leaf", "ranks"), MIXES)
-def test_output_equals_float64(leaf: str, ranks: tuple[int | None, ...], bias: bool, dtype: torch.dtype) -> None:
+def test_output_equals_float64(leaf: str, ranks: tuple[Rank, ...], bias: bool, dtype: torch.dtype) -> None:
     case = Case(leaf, ranks, bias, dtype).load().finish()
     assert isinstance(case.layer.quant_method, PgsvdLinearMethod)
     generator = torch.Generator().manual_seed(7)
@@ -193,9 +219,12 @@ def test_a_bias_works_in_the_kernel_that_wants_it_in_float32(monkeypatch: pytest
         ("gate_up_proj", (33, 20), "up_proj", "weight_v"),
         ("down_proj", (30,), "down_proj", "weight_u"),
         ("gate", (3,), "gate", "weight_v"),
+        ("qkv_proj", (24, "p8", 16), "k_proj", "weight_p"),
+        ("qkv_proj", (24, "p8", 16), "k_proj", "weight_c"),
+        ("qkv_proj", (24, "p8", 16), "k_proj", "pivots"),
     ],
 )
-def test_a_tensor_that_never_came_is_named(leaf: str, ranks: tuple[int | None, ...], part: str, kind: str) -> None:
+def test_a_tensor_that_never_came_is_named(leaf: str, ranks: tuple[Rank, ...], part: str, kind: str) -> None:
     case = Case(leaf, ranks).load(skip=(part, kind))
     with pytest.raises(CheckpointError, match=rf"tensor model\.layers\.0\.block\.{part}\.{kind} is missing"):
         case.finish()
@@ -206,11 +235,15 @@ def test_a_tensor_that_never_came_is_named(leaf: str, ranks: tuple[int | None, .
     [
         ("k_proj", "weight_v", "dense"),
         ("k_proj", "weight_u", "dense"),
-        ("q_proj", "weight", "factored with rank 24"),
+        ("q_proj", "weight", "factored with rank 24, form factors"),
+        ("q_proj", "weight_p", "factored with rank 24, form factors"),
+        ("v_proj", "weight_v", "factored with rank 16, form pivot"),
     ],
 )
 def test_a_tensor_that_the_table_does_not_promise_is_named(part: str, kind: str, form: str) -> None:
-    case = Case("qkv_proj", (24, None, 16))
+    case = Case("qkv_proj", (24, None, "p16"))
+    if not hasattr(case.layer, kind):
+        pytest.fail(f"the layer has no {kind}")
     with pytest.raises(CheckpointError, match=rf"tensor \S+\.{part}\.{kind}: config\.json says \S+\.{part} is {form}"):
         case.load_one(part, kind, torch.zeros(HIDDEN, HIDDEN))
 
@@ -229,6 +262,41 @@ def test_a_wrong_shape_is_named(leaf: str, change: str, kind: str) -> None:
         columns += step
     with pytest.raises(CheckpointError, match=rf"^tensor model\.layers\.0\.block\.{part}\.{kind}: "):
         case.load_one(part, kind, torch.zeros(rows, columns))
+
+
+@pytest.mark.parametrize("leaf", ["qkv_proj", "down_proj"])
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [
+        ("weight_p", (1, 0)),
+        ("weight_p", (0, -1)),
+        ("weight_c", (1, 0)),
+        ("weight_c", (-1, 0)),
+        ("weight_c", (0, 1)),
+        ("pivots", (-1,)),
+    ],
+)
+def test_a_wrong_shape_of_a_pivot_form_is_named(leaf: str, kind: str, change: tuple[int, ...]) -> None:
+    case = Case(leaf, {"qkv_proj": ("p24", None, 16)}.get(leaf, ("p6",)))
+    part = next(iter(case.leaves))
+    stored = case.tensors[part][kind]
+    wrong = torch.zeros([n + d for n, d in zip(stored.shape, change, strict=True)], dtype=stored.dtype)
+    if kind == "pivots":
+        wrong = torch.arange(len(wrong), dtype=torch.int32)
+    with pytest.raises(CheckpointError, match=rf"^tensor model\.layers\.0\.block\.{part}\.{kind}: "):
+        case.load_one(part, kind, wrong)
+
+
+@pytest.mark.parametrize("rows", [[0, 0], [1, 0], [-1, 3], [5, HIDDEN]])
+def test_pivots_that_are_no_rows_are_refused(rows: list[int]) -> None:
+    case = Case("down_proj", ("p2",))
+    with pytest.raises(CheckpointError, match=r"tensor \S+down_proj\.pivots: not ascending row numbers from 0 to 63"):
+        case.load_one("down_proj", "pivots", torch.tensor(rows, dtype=torch.int32))
+
+
+def test_a_pivot_rank_that_leaves_no_other_rows_is_refused() -> None:
+    with pytest.raises(CheckpointError, match=r"block\.down_proj has 64 outputs, too few for pivots of rank 64"):
+        Case("down_proj", ("p64",))
 
 
 def test_a_wrong_shape_of_a_dense_shard_is_named() -> None:
@@ -271,7 +339,7 @@ def test_no_weight_of_only_some_rows_is_left_behind() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_the_op_is_a_correct_custom_op(dtype: torch.dtype) -> None:
-    case = Case("qkv_proj", (24, None, 16), bias=True, dtype=dtype).load().finish()
+    case = Case("qkv_proj", (24, None, "p16"), bias=True, dtype=dtype).load().finish()
     x = torch.randn(5, HIDDEN).to(dtype)
     encoded = _encode_layer_name(case.layer.prefix)
     for bias in (None, case.layer.bias.data):
@@ -291,10 +359,14 @@ def test_dummy_weights_need_no_checkpoint(tmp_path: Path) -> None:
     config = vllm_config.VllmConfig()
     config.load_config.load_format = "dummy"
     with vllm_config.set_current_vllm_config(config):
-        case = Case("qkv_proj", (24, None, 16))
+        case = Case("qkv_proj", (24, None, "p16"))
     for parameter in case.layer.parameters():
-        parameter.data.fill_(0.5)
+        if parameter.is_floating_point():  # as vLLM does
+            parameter.data.fill_(0.5)
     case.finish()
     y = case.layer(torch.ones(2, HIDDEN))[0]
     torch.testing.assert_close(y[:, 0], torch.full((2,), 0.5 * 0.5 * HIDDEN * 24))
     torch.testing.assert_close(y[:, HEADS * HEAD], torch.full((2,), 0.5 * HIDDEN))
+    v = (HEADS + KV_HEADS) * HEAD
+    torch.testing.assert_close(y[:, v], torch.full((2,), 0.5 * HIDDEN))
+    torch.testing.assert_close(y[:, v + 16], torch.full((2,), 0.5 * 0.5 * HIDDEN * 16))

@@ -78,7 +78,7 @@ def refusals(
     folder = tmp_path_factory.mktemp("faults")
     extra = module.replace("up_proj", "side_proj")
     faults = {
-        "missing": without(f"{module}.weight_u"),
+        "missing": without(f"{module}.weight_c"),
         "extra": lambda tensors: tensors.update({f"{extra}.weight_v": torch.zeros(4, 128)}),
     }
     for fault, change in faults.items():
@@ -98,7 +98,7 @@ def test_a_missing_factor_is_named(
     refusals: dict[tuple[str, str], tuple[Path, str]], module: str, load_format: str
 ) -> None:
     folder, said = refusals["missing", load_format]
-    assert f"{folder}: tensor {module}.weight_u is missing" in said
+    assert f"{folder}: tensor {module}.weight_c is missing" in said
 
 
 @pytest.mark.parametrize("load_format", FORMATS)
@@ -114,11 +114,11 @@ def test_factors_that_do_not_fit_the_layer_are_named(copy: Path, module: str) ->
     """Factors consistent among themselves, but of a narrower layer than config.json describes."""
 
     def narrow(tensors: dict[str, torch.Tensor]) -> None:
-        tensors[f"{module}.weight_v"] = tensors[f"{module}.weight_v"][:, :-8].contiguous()
+        tensors[f"{module}.weight_p"] = tensors[f"{module}.weight_p"][:, :-8].contiguous()
 
     change_tensors(copy, narrow)
     log = engine_error(copy, "pgsvd")
-    assert f"tensor {module}.weight_v: this layer has 128 inputs" in log
+    assert f"tensor {module}.weight_p: this layer has 128 inputs" in log
 
 
 def test_a_missing_dense_tensor_is_named(copy: Path) -> None:
@@ -166,10 +166,10 @@ def test_the_loader_checks_for_itself(copy: Path, module: str) -> None:
         load_config=LoadConfig(load_format="pgsvd"),
         device_config=DeviceConfig("cpu"),
     )
-    change_tensors(copy, without(f"{module}.weight_v"))
+    change_tensors(copy, without(f"{module}.weight_p"))
     loader = get_model_loader(config.load_config)
     with (
         set_current_vllm_config(config),
-        pytest.raises(CheckpointError, match=rf"tensor {module}\.weight_v is missing"),
+        pytest.raises(CheckpointError, match=rf"tensor {module}\.weight_p is missing"),
     ):
         loader.load_model(vllm_config=config, model_config=config.model_config)

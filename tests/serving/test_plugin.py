@@ -118,7 +118,7 @@ def test_transformers_integration_works_without_vllm(tiny_compressed: Path) -> N
     code = (
         "import pgsvd_vllm.hf, transformers\n"
         "model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
-        "print(sum(type(m).__name__ == 'FactoredLinear' for m in model.modules()) > 0)"
+        "print(sum(type(m).__name__ in ('FactoredLinear', 'PivotLinear') for m in model.modules()) > 0)"
     )
     done = run_without_vllm(code, tiny_compressed)
     assert done.returncode == 0, done.stderr

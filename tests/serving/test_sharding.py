@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pgsvd_vllm.errors import CheckpointError
-from pgsvd_vllm.sharding import copy_checked, input_columns, output_rows, take_rows
+from pgsvd_vllm.sharding import copy_checked, input_columns, output_rows, pivot_rows, take_rows
 
 WORLDS = (1, 2, 4, 8)
 
@@ -86,3 +86,27 @@ def test_copy_checked_names_the_tensor_and_both_shapes() -> None:
     target = torch.zeros(2, 3, dtype=torch.bfloat16)
     copy_checked(target, torch.ones(2, 3), "a.b.weight_v")
     assert torch.equal(target, torch.ones(2, 3, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("rank", [1, 13, 39])
+def test_pivot_rows_reassemble(world: int, rank: int) -> None:
+    """Each rank computes its rows of the two fused partitions from the whole z and its own rows of C."""
+    generator = torch.Generator().manual_seed(rank)
+    sizes = (24, 16)
+    pivots = torch.randperm(sum(sizes), generator=generator)[:rank].sort().values
+    c, z = torch.randn(sum(sizes) - rank, rank, generator=generator), torch.randn(rank, generator=generator)
+    whole = torch.empty(sum(sizes))
+    whole[pivots] = z
+    whole[[i for i in range(sum(sizes)) if i not in pivots]] = c @ z
+    pieces, rows_of_c = [], 0
+    for tp_rank in range(world):
+        cuts = output_rows(sum(sizes), [size // world for size in sizes], tp_rank, world, 1)
+        own, places = pivot_rows(pivots.int(), c, cuts)
+        rows_of_c += len(own)
+        rest = own @ z
+        y = torch.stack([z[-1 - int(place)] if place < 0 else rest[place] for place in places])
+        pieces.append(y.split([size // world for size in sizes]))
+    found = torch.cat([torch.cat([piece[i] for piece in pieces]) for i in range(2)])
+    torch.testing.assert_close(found, whole)
+    assert rows_of_c == len(c), "a row of C is on no rank, or on two"

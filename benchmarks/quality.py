@@ -1,0 +1,201 @@
+"""Perplexity of compressed models, methods x removed shares x texts, as multiples of dense.
+
+    python benchmarks/quality.py --wikitext DIR [--c4 FILE] [--quick] [--json FILE] [--markdown FILE]
+
+DIR holds wiki.valid.raw, which is calibrated on, and wiki.test.raw, which is judged on; nothing is
+chosen by looking at the test text. The model is SmolLM2-135M-Instruct. Calibration is done once for
+all methods and shares, and it and every finished case are kept in the work folder, so that an
+interrupted run continues where it was. Every case is judged as a checkpoint read back by transformers.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import pgsvd_vllm.hf  # noqa: F401  (registers the format)
+from benchmarks import reference_model
+from pgsvd_vllm.errors import InputError
+from pgsvd_vllm.offline.compress import calibrate_layers, choose_ranks, write_checkpoint
+from pgsvd_vllm.offline.evaluate import perplexity
+from pgsvd_vllm.offline.factor_pass import factor_layers
+from pgsvd_vllm.offline.plan import CompressOptions, Plan, make_plan
+from pgsvd_vllm.offline.refine_pass import refine_layers
+from pgsvd_vllm.offline.text import leading_tokens, load_tokenizer, read_documents, tokenize
+from pgsvd_vllm.offline.workspace import Workspace
+
+RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
+QUICK_RATIOS = (0.2, 0.4, 0.6)
+# Method -> the options that select it, as on the command line.
+METHODS: dict[str, dict[str, Any]] = {
+    "svd": {"baseline": "svd"},
+    "asvd": {"baseline": "asvd"},
+    "svd-llm": {"baseline": "svd-llm"},
+    "pifa": {"baseline": "pifa"},
+    "pgsvd, uniform": {"sensitivity": "uniform"},
+    "measured, factors": {"form": "factors", "sequential": False},
+    "measured, pivot": {"sequential": False},
+    "default": {},
+    "default, refined": {"refine": 20.0},
+}
+# Multiples of dense that must be reached.
+BARS = {
+    ("default", "wikitext"): {0.2: 1.08, 0.4: 1.48, 0.6: 2.20},
+    ("default, refined", "wikitext"): {0.2: 1.05, 0.4: 1.28, 0.6: 1.75},
+    ("default", "c4"): {0.2: 1.15},
+}
+LENGTH = 1024
+WINDOWS = 128
+
+
+def paper_form(raw: str) -> str:
+    """WikiText as papers read it: its rows, joined by blank lines."""
+    return "\n\n".join(f"{line}\n" if line.strip() else "" for line in raw.split("\n"))
+
+
+def spread_windows(folder: Path, documents: list[str], count: int) -> torch.Tensor:
+    """`count` windows of LENGTH tokens at equal distances over a text, int64 [count, LENGTH].
+
+    Raises:
+        InputError: the text holds fewer.
+    """
+    tokenizer = load_tokenizer(folder)
+    head = torch.tensor(leading_tokens(tokenizer), dtype=torch.int64)
+    tokens = tokenize(tokenizer, documents)
+    body = LENGTH - len(head)
+    available = len(tokens) // body
+    if available < count:
+        raise InputError(f"the text fills {available} windows of {LENGTH} tokens, {count} are needed")
+    starts = [i * available // count * body for i in range(count)]
+    return torch.stack([torch.cat([head, tokens[s : s + body]]) for s in starts])
+
+
+def compressed(plan: Plan, workspace: Workspace, method: str, ratio: float) -> PreTrainedModel:
+    """The model of one case, in the dtype it is stored in."""
+    plan = replace(plan, options=replace(plan.options, ratio=ratio, **METHODS[method]))
+    allocation = choose_ranks(plan, workspace)
+    factor_layers(plan, workspace, allocation)
+    if plan.options.refine is not None:
+        refine_layers(plan, workspace, print)
+    write_checkpoint(plan, workspace, allocation)
+    # Weights are mapped from the files: these must stay until the model has been judged.
+    return AutoModelForCausalLM.from_pretrained(workspace.checkpoint, dtype="auto")
+
+
+def rows_of(found: dict[str, float], ratios: tuple[float, ...], texts: list[str]) -> Iterator[dict[str, object]]:
+    """Every finished case as a multiple of dense, with its bar where it has one."""
+    for method in METHODS:
+        for ratio in ratios:
+            for text in texts:
+                key = f"{method} {ratio} {text}"
+                if key not in found:
+                    continue
+                value = found[key] / found[f"dense {text}"]
+                bar = BARS.get((method, text), {}).get(ratio)
+                yield {"case": key, "value": value, "bar": bar, "ok": bar is None or value <= bar}
+
+
+def markdown(found: dict[str, float], ratios: tuple[float, ...], texts: list[str]) -> str:
+    """One table a text: a method a line, a removed share a column."""
+    lines: list[str] = []
+    for text in texts:
+        dense = found[f"dense {text}"]
+        lines += [f"{text}, dense {dense:.2f}; multiples of dense", ""]
+        lines += ["| method | " + " | ".join(f"{r:.0%}" for r in ratios) + " |", "|---" * (len(ratios) + 1) + "|"]
+        for method in METHODS:
+            values = [found.get(f"{method} {r} {text}") for r in ratios]
+            if any(v is not None for v in values):
+                cells = ["-" if v is None else f"{v / dense:.4g}" for v in values]
+                lines.append(f"| {method} | " + " | ".join(cells) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Measure, print the table, write JSON; the status is 0 where every bar is met."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--wikitext", type=Path, required=True, metavar="DIR", help="has wiki.valid.raw, wiki.test.raw")
+    parser.add_argument("--c4", type=Path, metavar="FILE", help=".jsonl with a text field, to judge on as well")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--ratios", nargs="+", type=float, choices=RATIOS)
+    parser.add_argument("--quick", action="store_true", help="only 20, 40 and 60 %%, a quarter of the windows")
+    parser.add_argument("--work", type=Path, help="kept between runs (default: in the user's cache)")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--markdown", type=Path, metavar="FILE")
+    arguments = parser.parse_args()
+    ratios = tuple(arguments.ratios or (QUICK_RATIOS if arguments.quick else RATIOS))
+    count = 15 if arguments.quick else 60
+    work = arguments.work or reference_model.cache_folder() / "quality"
+    work.mkdir(parents=True, exist_ok=True)
+
+    plan = make_plan(
+        CompressOptions(
+            str(reference_model.smollm2()),
+            work / "model",
+            dataset=(str(arguments.wikitext / "wiki.valid.raw"),),
+            num_calibration_samples=WINDOWS,
+            max_seq_length=LENGTH,
+            resume=True,
+        )
+    )
+    folder = plan.source.folder
+    texts = {"wikitext": [paper_form((arguments.wikitext / "wiki.test.raw").read_text(encoding="utf-8"))]}
+    if arguments.c4:
+        texts["c4"] = read_documents(str(arguments.c4), count * LENGTH, load_tokenizer(folder))
+    windows = {name: spread_windows(folder, documents, count) for name, documents in texts.items()}
+
+    results = work / f"results-{count}.json"
+    found: dict[str, float] = json.loads(results.read_text(encoding="utf-8")) if results.is_file() else {}
+
+    def judge(model: PreTrainedModel, case: str) -> None:
+        for name, ids in windows.items():
+            found[f"{case} {name}"] = perplexity(model.eval(), ids, desc=f"{case} {name}")
+        results.with_suffix(".writing").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        results.with_suffix(".writing").replace(results)
+
+    def missing(case: str) -> bool:
+        return any(f"{case} {name}" not in found for name in windows)
+
+    if missing("dense"):
+        judge(AutoModelForCausalLM.from_pretrained(folder, dtype="auto"), "dense")
+    workspace = Workspace(plan)
+    start = time.monotonic()
+    calibrate_layers(plan, workspace)
+    print(f"calibration: {time.monotonic() - start:.0f} s in this run", flush=True)
+    for method in arguments.methods:
+        for ratio in ratios:
+            if missing(f"{method} {ratio}"):
+                begun = time.monotonic()
+                model = compressed(plan, workspace, method, ratio)
+                print(f"{method} {ratio}: factored in {time.monotonic() - begun:.0f} s", flush=True)
+                judge(model, f"{method} {ratio}")
+                shutil.rmtree(workspace.checkpoint, ignore_errors=True)
+
+    table = list(rows_of(found, ratios, list(windows)))
+    text = markdown(found, ratios, list(windows))
+    print(text)
+    for row in table:
+        if row["bar"] is not None:
+            print(f"{row['case']:30} {row['value']:.3f}  bar {row['bar']}  {'ok' if row['ok'] else 'MISSED'}")
+    if arguments.markdown:
+        arguments.markdown.write_text(text, encoding="utf-8")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+    return 0 if all(row["ok"] for row in table) else 1
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except InputError as problem:
+        sys.exit(f"quality.py: error: {problem}")

@@ -1,0 +1,51 @@
+"""Heals the factors that the workspace holds, and keeps the result there."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from pgsvd_vllm.offline.factorize import product, relative_error
+from pgsvd_vllm.offline.plan import HELD_OUT, Plan
+from pgsvd_vllm.offline.refine import Healer, Tensors
+from pgsvd_vllm.offline.workspace import LayerFactors, Workspace
+
+
+def refine_layers(plan: Plan, workspace: Workspace, say: Callable[[str], None]) -> None:
+    """Train all factors together for `plan.options.refine` minutes; `workspace.load_factors` then gives the result.
+
+    Args:
+        plan: with `refine` set.
+        workspace: has the factors of every layer.
+        say: called with one line at the end.
+    """
+    layers = [workspace.load_factors(index) for index in range(len(plan.projections))]
+    assert plan.options.refine is not None
+    workspace.open_refined({"minutes": plan.options.refine, "seed": plan.options.seed})
+    if all(workspace.has_factors(index) for index in range(len(layers))):
+        return
+    tensors: Tensors = {}
+    for layer in layers:
+        tensors.update(layer.tensors)
+    windows = plan.windows
+    healer = Healer(_model(plan), _model(plan), plan.source.layers_name, tensors)
+    text = torch.cat([windows.ids, windows.others[HELD_OUT:]])
+    refined = healer.run(text, windows.others[:HELD_OUT], plan.options.refine, plan.options.seed, say)
+    for index, layer in enumerate(layers):
+        data = workspace.load_layer(index)
+        reports = dict(layer.reports)
+        for name in layer.tensors:
+            weight, gram = plan.source.read(f"{name}.weight"), data.grams[data.leader[name]]
+            error = relative_error(weight, gram, product(refined.tensors[name]))
+            reports[name] = replace(reports[name], error=error)
+        workspace.save_factors(index, LayerFactors({n: refined.tensors[n] for n in layer.tensors}, reports))
+
+
+def _model(plan: Plan) -> Any:
+    """The dense model, whole, where and how calibration computed."""
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        plan.source.folder, dtype=plan.compute_dtype, trust_remote_code=plan.options.trust_remote_code
+    )
+    return model.to(plan.device)

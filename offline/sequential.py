@@ -1,0 +1,246 @@
+"""Error-aware targets: layers are factored in order, each on what the factored ones before hand it.
+
+The factors of a projection W are fitted on the inputs x' that it will really see, and towards a
+matrix M that undoes part of the error which these inputs carry:
+
+    min ||M X' - ((1 - f) W X' + f W X)||^2 + lam ||M - W||^2
+    M = W ((1 - f) C' + f D + lam I) (C' + lam I)^-1,   C' = sum x' x'^T,  D = sum x x'^T,
+
+with x the dense model's inputs on the same tokens. A projection that writes to the residual stream
+is also asked to undo part of the error e = h - h' that the stream itself carries there, as far as
+its inputs tell: M gains g R (C' + lam I)^-1, R = sum e x'^T. Which projections do is not guessed from
+names: the layer's output must be its input plus theirs, on the calibration text.
+
+Memory holds one layer, both sets of hidden states, and the dense layer's inputs of its projections.
+(MPIFA, arXiv 2501.19090, mixes its targets likewise.)
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from pgsvd_vllm.errors import InputError
+from pgsvd_vllm.offline.calibrate import LayerStream, by_window, gram_of, token_scale
+from pgsvd_vllm.offline.model_source import Projection
+
+# Calibration tokens that take part: this pass runs every layer four times.
+SEQUENTIAL_TOKENS = 65536
+# f and g: the shares of the inputs' and of the stream's error that are corrected.
+CORRECTED = 0.5
+STREAM_CORRECTED = 0.5
+# lam, as a share of the mean of C's diagonal.
+RIDGE = 1e-3
+# How far a layer's output may be from its input plus what its writers add, relative to the latter.
+ADDITIVE = 0.02
+
+
+@dataclass(frozen=True)
+class Target:
+    """What the factors of a projection are fitted to: M = W change + shift, on inputs with Gram matrix C'.
+
+    Attributes:
+        change: float64 [in, in].
+        shift: float64 [out, in], or None where nothing is added.
+        gram: float64 [in, in].
+    """
+
+    change: torch.Tensor
+    shift: torch.Tensor | None
+    gram: torch.Tensor
+
+    def of(self, weight: torch.Tensor) -> torch.Tensor:
+        """M for the dense weight [out, in], float64."""
+        matrix = weight @ self.change
+        return matrix if self.shift is None else matrix + self.shift
+
+
+@dataclass
+class _Dense:
+    """What the dense layer did, a tensor a batch: its input, and its projections' inputs and outputs."""
+
+    hidden: list[torch.Tensor]
+    inputs: dict[str, list[torch.Tensor]]
+    outputs: dict[str, list[torch.Tensor]]
+
+
+class ErrorAwarePass:
+    """Walks a model's layers with dense and factored weights side by side.
+
+    Args:
+        stream: at its start, before any layer was run; its hidden states become the dense ones.
+    """
+
+    def __init__(self, stream: LayerStream) -> None:
+        self.stream = stream
+        self.dense = stream.hidden
+        self.factored = list(stream.hidden)
+
+    @torch.no_grad()
+    def advance(
+        self,
+        index: int,
+        groups: Sequence[Sequence[Projection]],
+        ranked: set[str],
+        fit: Callable[[Projection, Target], torch.Tensor],
+        known: dict[str, torch.Tensor],
+    ) -> Iterator[Projection]:
+        """Factor layer `index` and run both versions of it.
+
+        Args:
+            index: of the layer.
+            groups: its projections, those that read one input together, in the order the layer
+                calls them.
+            ranked: the names of those to factor.
+            fit: gives the factors' product [out, in] for a projection and its target.
+            known: the products, where the layer was factored before: nothing is fitted then.
+
+        Yields every projection once it is factored.
+
+        Raises:
+            InputError: the factored layer's output is not finite, or a projection sees other tokens
+                than the dense one.
+        """
+        prefix = f"{self.stream.source.layers_name}.{index}."
+        with self.stream.source.layer(index, self.stream.device, self.stream.dtype) as layer:
+            modules = {p.name: layer.get_submodule(p.name.removeprefix(prefix)) for row in groups for p in row}
+            single = [g[0] for g in groups if len(g) == 1 and g[0].out_features == self.dense[0].shape[-1]]
+            candidates = [] if known else [p.name for p in single]
+            leaders = [] if known else [g[0].name for g in groups if any(p.name in ranked for p in g)]
+            dense = self._run_dense(layer, index, modules, leaders, candidates)
+            writers = self._writers(dense, candidates)
+            for name, product in known.items():
+                _set_weight(modules[name], product)
+            for group in () if known else groups:
+                leader = group[0].name
+                if leader not in leaders:
+                    continue
+                before = writers[: writers.index(leader)] if leader in writers else None
+                target = self._target(layer, index, modules, leader, dense, before)
+                del dense.inputs[leader]
+                for p in group:
+                    if p.name in ranked:
+                        _set_weight(modules[p.name], fit(p, target))
+                        yield p
+            for i, hidden in enumerate(self.factored):
+                self.factored[i] = self.stream.run(layer, index, hidden)
+                if not torch.isfinite(self.factored[i]).all():
+                    raise self._overflow(prefix[:-1])
+
+    def _run_dense(
+        self, layer: nn.Module, index: int, modules: dict[str, Any], inputs: Sequence[str], outputs: Sequence[str]
+    ) -> _Dense:
+        """Advance the dense hidden states; remembers some projections' inputs and outputs, on the CPU."""
+        seen = _Dense(list(self.dense), {name: [] for name in inputs}, {name: [] for name in outputs})
+
+        def keep(store: list[torch.Tensor], what: int) -> Callable[..., None]:
+            return lambda _module, args, output: store.append((args[0], output)[what].cpu())
+
+        handles = [modules[name].register_forward_hook(keep(seen.inputs[name], 0)) for name in inputs]
+        handles += [modules[name].register_forward_hook(keep(seen.outputs[name], 1)) for name in outputs]
+        for i, hidden in enumerate(self.dense):
+            self.dense[i] = self.stream.run(layer, index, hidden)
+        for handle in handles:
+            handle.remove()
+        return seen
+
+    def _writers(self, dense: _Dense, candidates: Sequence[str]) -> list[str]:
+        """The candidates, if the layer's output is its input plus their outputs; else none."""
+        hidden, after = dense.hidden[0], self.dense[0]
+        parts = [dense.outputs[name][0].to(hidden.device) for name in candidates]
+        if not parts or any(part.shape != hidden.shape for part in parts):
+            return []
+        added = after.float() - hidden.float()
+        missing = added - sum(part.float() for part in parts)
+        return list(candidates) if missing.norm() <= ADDITIVE * added.norm() else []
+
+    def _target(
+        self,
+        layer: nn.Module,
+        index: int,
+        modules: dict[str, Any],
+        name: str,
+        dense: _Dense,
+        before: Sequence[str] | None,
+    ) -> Target:
+        """The target of a projection.
+
+        Args:
+            layer, index: the layer, its earlier projections factored already.
+            modules: its projections.
+            name: of the projection.
+            dense: what the dense layer did.
+            before: the projections that wrote to the residual stream before it; None if it does not.
+        """
+        width = modules[name].in_features
+        gram = torch.zeros(width, width, dtype=torch.float64, device=self.stream.device)
+        cross = torch.zeros_like(gram)
+        stream = None if before is None else gram.new_zeros(modules[name].out_features, width)
+        for i, hidden in enumerate(self.factored):
+            x, written = self._input(layer, index, modules[name], hidden, [modules[w] for w in before or ()])
+            seen, wanted = by_window(x), by_window(dense.inputs[name][i].to(x.device))
+            if wanted.shape != seen.shape:
+                raise InputError(
+                    f"{name}: its tokens depend on the weights before it (a router); "
+                    f"leave it dense with --ignore {name}, or use --no-sequential"
+                )
+            scale = token_scale(seen)
+            rows = (seen * scale).flatten(0, 1)
+            gram += gram_of(rows)
+            cross += ((wanted * scale).flatten(0, 1).T @ rows).double()
+            if stream is not None:
+                error = dense.hidden[i].float() - hidden.float()
+                for writer, output in zip(before or (), written, strict=True):
+                    error += dense.outputs[writer][i].to(x.device).float() - output.float()
+                stream += ((error * scale).flatten(0, 1).T @ rows).double()
+        if not torch.isfinite(gram).all():
+            raise self._overflow(name)
+        ridge = RIDGE * gram.diagonal().mean() * torch.eye(width, dtype=gram.dtype, device=gram.device)
+        root = torch.linalg.cholesky(gram + ridge)
+        mixed = (1 - CORRECTED) * gram + CORRECTED * cross + ridge
+        change = torch.cholesky_solve(mixed.T, root).T
+        shift = None if stream is None else STREAM_CORRECTED * torch.cholesky_solve(stream.T, root).T
+        return Target(change, shift, gram)
+
+    def _overflow(self, name: str) -> InputError:
+        return InputError(
+            f"{name}: the factored model overflows here in {self.stream.dtype}; "
+            "calibrate with --dtype float32 or bfloat16"
+        )
+
+    def _input(
+        self, layer: nn.Module, index: int, module: nn.Module, hidden: torch.Tensor, earlier: Sequence[nn.Module]
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """What a projection is given, and what earlier ones put out, while the layer runs up to it."""
+        outputs: dict[int, torch.Tensor] = {}
+
+        def stop(_module: nn.Module, args: tuple[Any, ...]) -> None:
+            raise _Reached(args[0])
+
+        def note(key: int) -> Callable[..., None]:
+            return lambda _module, _args, output: outputs.update({key: output})
+
+        handles = [module.register_forward_pre_hook(stop)]
+        handles += [writer.register_forward_hook(note(i)) for i, writer in enumerate(earlier)]
+        try:
+            self.stream.run(layer, index, hidden)
+        except _Reached as reached:
+            return reached.x, [outputs[i] for i in range(len(earlier))]
+        finally:
+            for handle in handles:
+                handle.remove()
+        raise AssertionError("the layer called the projection before")
+
+
+class _Reached(Exception):
+    """Ends a layer's forward at the projection whose input was wanted."""
+
+    def __init__(self, x: torch.Tensor) -> None:
+        self.x = x
+
+
+def _set_weight(module: Any, product: torch.Tensor) -> None:
+    """The layer is loaded anew for every visit, so its dense weight may be replaced."""
+    module.weight = nn.Parameter(product.to(module.weight.device, module.weight.dtype), requires_grad=False)

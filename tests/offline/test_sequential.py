@@ -1,0 +1,156 @@
+"""Error-aware targets against their definition, from the inputs of two whole models in float64."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from pgsvd_vllm.errors import InputError
+from pgsvd_vllm.offline.calibrate import LayerStream
+from pgsvd_vllm.offline.model_source import ModelSource, Projection
+from pgsvd_vllm.offline.sequential import CORRECTED, RIDGE, STREAM_CORRECTED, ErrorAwarePass, Target
+from tests.conftest import save_tiny_model
+from tests.offline.test_calibrate import CPU, clipped, reference_inputs, windows
+
+GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
+RANK = 20
+
+
+def groups_of(row: list[Projection]) -> list[list[Projection]]:
+    by_leaf = {p.name.rpartition(".")[2]: p for p in row}
+    return [[by_leaf[leaf] for leaf in group] for group in GROUPS]
+
+
+def truncated(weight: torch.Tensor) -> torch.Tensor:
+    u, s, vh = torch.linalg.svd(weight.double(), full_matrices=False)
+    return (u[:, :RANK] * s[:RANK]) @ vh[:RANK]
+
+
+def stream_before(folder: Path, ids: torch.Tensor) -> dict[str, np.ndarray]:
+    """The residual stream in front of every o_proj's and down_proj's addition, in float64."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    found: dict[str, np.ndarray] = {}
+    for i, layer in enumerate(model.model.layers):
+        name = f"model.layers.{i}"
+
+        def enter(_m: object, args: tuple[torch.Tensor, ...], name: str = name) -> None:
+            found[f"{name}.self_attn.o_proj"] = args[0].numpy().copy()
+
+        layer.register_forward_pre_hook(enter)
+
+        def middle(_m: object, args: tuple[torch.Tensor, ...], name: str = name) -> None:
+            found[f"{name}.mlp.down_proj"] = args[0].numpy().copy()
+
+        layer.post_attention_layernorm.register_forward_pre_hook(middle)
+    with torch.no_grad():
+        model(input_ids=ids)
+    return found
+
+
+def test_targets_are_those_of_the_definition(tmp_path: Path) -> None:
+    folder = save_tiny_model(tmp_path / "model", layers=2, bias=True, seed=5)
+    ids = windows(12, 40)
+    source = ModelSource(folder)
+    walk = ErrorAwarePass(LayerStream(source, ids, CPU, torch.float32))
+    seen: dict[str, Target] = {}
+    products: dict[str, torch.Tensor] = {}
+
+    def fit(p: Projection, target: Target) -> torch.Tensor:
+        seen[p.name] = target
+        products[p.name] = truncated(source.read(f"{p.name}.weight"))
+        return products[p.name]
+
+    for index, row in enumerate(source.projections()):
+        names = [p.name for group in groups_of(row) for p in group]
+        dense_one = names.pop(1)  # a projection that stays dense
+        found = [p.name for p in walk.advance(index, groups_of(row), set(names), fit, {})]
+        assert found == names
+        assert dense_one not in seen
+
+    # The inputs of a projection depend on the factors before it alone, so the finished model shows them.
+    factored = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    for name, value in products.items():
+        factored.get_submodule(name).weight.data.copy_(value)
+    factored.save_pretrained(tmp_path / "factored")
+    inputs = [reference_inputs(path, ids) for path in (folder, tmp_path / "factored")]
+    streams = [stream_before(path, ids) for path in (folder, tmp_path / "factored")]
+    moved, shifted = 0.0, 0
+    for name, target in seen.items():
+        x, y = inputs[0][name], inputs[1][name]
+        rows = clipped(y)
+        scale = np.linalg.norm(rows, axis=1) / np.linalg.norm(y.reshape(rows.shape), axis=1)
+        wanted = x.reshape(rows.shape) * scale[:, None]
+        np.testing.assert_allclose(target.gram.numpy(), rows.T @ rows, atol=2e-5 * np.abs(rows.T @ rows).max())
+        # The argmin as a least-squares problem: rows of mixed targets, and a ridge towards W itself.
+        lam = RIDGE * float(np.mean(np.diag(rows.T @ rows)))
+        weight = source.read(f"{name}.weight").double().numpy()
+        outputs = ((1 - CORRECTED) * rows + CORRECTED * wanted) @ weight.T
+        if name in streams[0]:
+            error = streams[0][name] - streams[1][name]
+            outputs += STREAM_CORRECTED * error.reshape(outputs.shape) * scale[:, None]
+            assert target.shift is not None
+            shifted += bool(target.shift.abs().max() > 1e-3)
+        else:
+            assert target.shift is None
+        a = np.vstack([rows, lam**0.5 * np.eye(rows.shape[1])])
+        b = np.vstack([outputs, lam**0.5 * weight.T])
+        best = np.linalg.lstsq(a, b, rcond=None)[0].T
+        found_target = target.of(torch.from_numpy(weight)).numpy()
+        assert np.linalg.norm(found_target - best) < 2e-3 * np.linalg.norm(best), name
+        moved = max(moved, float(np.linalg.norm(best - weight) / np.linalg.norm(weight)))
+    assert moved > 0.05, "the targets are the weights themselves: nothing was tested"
+    assert shifted >= 3, "the residual stream was never corrected"
+
+
+def test_a_projection_whose_output_is_not_added_as_it_is_gets_no_share_of_the_stream(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = ModelSource(save_tiny_model(tmp_path / "model", layers=1))
+    layer: Any = source.layers[0]
+    plain = layer.mlp.forward
+    # As models with a norm behind the projection do.
+    monkeypatch.setattr(layer.mlp, "forward", lambda x: plain(x) * 0.5)
+    walk = ErrorAwarePass(LayerStream(source, windows(4, 40), CPU, torch.float32))
+    targets: list[Target] = []
+
+    def fit(p: Projection, target: Target) -> torch.Tensor:
+        targets.append(target)
+        return truncated(source.read(f"{p.name}.weight"))
+
+    row = source.projections()[0]
+    list(walk.advance(0, groups_of(row), {p.name for p in row}, fit, {}))
+    assert len(targets) == 7
+    assert all(target.shift is None for target in targets)
+
+
+def test_a_layer_that_is_known_is_run_and_not_fitted(tmp_path: Path) -> None:
+    folder = save_tiny_model(tmp_path / "model", layers=2, seed=5)
+    ids = windows(4, 40)
+    source = ModelSource(folder)
+    row = source.projections()[0]
+    products = {p.name: truncated(source.read(f"{p.name}.weight")) for p in row}
+
+    def never(p: Projection, target: Target) -> torch.Tensor:
+        pytest.fail(f"{p.name} was fitted again")
+
+    walks = [ErrorAwarePass(LayerStream(source, ids, CPU, torch.float32)) for _ in range(2)]
+    list(walks[0].advance(0, groups_of(row), set(products), lambda p, _target: products[p.name], {}))
+    list(walks[1].advance(0, groups_of(row), set(products), never, products))
+    for first, second in zip(walks[0].factored, walks[1].factored, strict=True):
+        assert torch.equal(first, second)
+    assert not torch.equal(walks[1].factored[0], walks[1].dense[0])
+
+
+def test_overflow_is_named(tmp_path: Path) -> None:
+    source = ModelSource(save_tiny_model(tmp_path / "model", layers=2))
+    walk = ErrorAwarePass(LayerStream(source, windows(2, 20), CPU, torch.float32))
+    row = source.projections()[0]
+
+    def huge(p: Projection, _target: Target) -> torch.Tensor:
+        return torch.full((p.out_features, p.in_features), 1e38, dtype=torch.float64)
+
+    with pytest.raises(InputError, match=r"model\.layers\.0\S*: the factored model overflows here in torch\.float32"):
+        list(walk.advance(0, groups_of(row), {p.name for p in row}, huge, {}))
