@@ -36,6 +36,7 @@ from pgsvd_vllm.offline.workspace import Workspace
 
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
 QUICK_RATIOS = (0.2, 0.4, 0.6)
+REFINED = "default, refined"
 # Method -> the options that select it, as on the command line.
 METHODS: dict[str, dict[str, Any]] = {
     "svd": {"baseline": "svd"},
@@ -46,12 +47,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "measured, factors": {"form": "factors", "sequential": False},
     "measured, pivot": {"sequential": False},
     "default": {},
-    "default, refined": {"refine": 20.0},
+    REFINED: {},
 }
 # Multiples of dense that must be reached.
 BARS = {
     ("default", "wikitext"): {0.2: 1.08, 0.4: 1.48, 0.6: 2.20},
-    ("default, refined", "wikitext"): {0.2: 1.05, 0.4: 1.28, 0.6: 1.75},
+    (REFINED, "wikitext"): {0.2: 1.05, 0.4: 1.28, 0.6: 1.75},
     ("default", "c4"): {0.2: 1.15},
 }
 LENGTH = 1024
@@ -80,9 +81,10 @@ def spread_windows(folder: Path, documents: list[str], count: int) -> torch.Tens
     return torch.stack([torch.cat([head, tokens[s : s + body]]) for s in starts])
 
 
-def compressed(plan: Plan, workspace: Workspace, method: str, ratio: float) -> PreTrainedModel:
-    """The model of one case, in the dtype it is stored in."""
-    plan = replace(plan, options=replace(plan.options, ratio=ratio, **METHODS[method]))
+def compressed(plan: Plan, workspace: Workspace, method: str, ratio: float, minutes: float) -> PreTrainedModel:
+    """The model of one case, in the dtype it is stored in; `minutes` of training where the method trains."""
+    refine = minutes if method == REFINED else None
+    plan = replace(plan, options=replace(plan.options, ratio=ratio, refine=refine, **METHODS[method]))
     allocation = choose_ranks(plan, workspace)
     factor_layers(plan, workspace, allocation)
     if plan.options.refine is not None:
@@ -128,6 +130,7 @@ def main() -> int:
     parser.add_argument("--c4", type=Path, metavar="FILE", help=".jsonl with a text field, to judge on as well")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--ratios", nargs="+", type=float, choices=RATIOS)
+    parser.add_argument("--refine-minutes", type=float, default=20.0, metavar="M", help="of the trained case")
     parser.add_argument("--quick", action="store_true", help="only 20, 40 and 60 %%, a quarter of the windows")
     parser.add_argument("--work", type=Path, help="kept between runs (default: in the user's cache)")
     parser.add_argument("--json", type=Path, metavar="FILE")
@@ -176,7 +179,7 @@ def main() -> int:
         for ratio in ratios:
             if missing(f"{method} {ratio}"):
                 begun = time.monotonic()
-                model = compressed(plan, workspace, method, ratio)
+                model = compressed(plan, workspace, method, ratio, arguments.refine_minutes)
                 print(f"{method} {ratio}: factored in {time.monotonic() - begun:.0f} s", flush=True)
                 judge(model, f"{method} {ratio}")
                 shutil.rmtree(workspace.checkpoint, ignore_errors=True)

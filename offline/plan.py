@@ -263,7 +263,8 @@ def estimate(plan: Plan) -> Estimate:
     if plan.options.refine is not None:
         # Dense model, student, and float32 numbers with gradients and Adam's two moments.
         memory += 2 * plan.total_parameters * width + 16 * sum(p.numel for p in plan.flat)
-        memory += 3 * len(plan.projections) * _activation_bytes(plan, width)
+        length = plan.windows.ids.shape[1]
+        memory += 2 * len(plan.projections) * length * _features(plan) * width + 4 * length * plan.source.vocabulary * 4
 
     rates = {d: _flops_per_second(d, plan.device) for d in {plan.compute_dtype, torch.float32, torch.float64}}
     seconds = 2 * tokens * sum(p.numel for p in plan.flat) / rates[plan.compute_dtype]
@@ -298,8 +299,12 @@ def disk_bytes(plan: Plan) -> int:
 def _activation_bytes(plan: Plan, width: int) -> int:
     """The widest activations of one batch: logits of a window, or a layer's intermediate values."""
     batch = min(TOKENS_PER_BATCH, plan.windows.ids.numel())
-    layer = max(sum(p.out_features + p.in_features for p in row) for row in plan.projections)
-    return max(plan.windows.ids.shape[1] * plan.source.vocabulary * 4, batch * layer * width)
+    return max(plan.windows.ids.shape[1] * plan.source.vocabulary * 4, batch * _features(plan) * width)
+
+
+def _features(plan: Plan) -> int:
+    """Inputs and outputs of the widest layer's projections, numbers a token."""
+    return max(sum(p.out_features + p.in_features for p in row) for row in plan.projections)
 
 
 def _gram_sizes(row: list[Projection]) -> list[int]:

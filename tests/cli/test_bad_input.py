@@ -299,6 +299,10 @@ def test_share_out_of_range(refused: Refusal, tiny_model: Path, option: str, val
         (["--device", ""], "--device"),
         (["--ignore", "*.no_proj"], "--ignore *.no_proj"),
         (["--ignore", "*"], "--ignore"),
+        (["--refine", "0"], "--refine 0"),
+        (["--refine", "inf"], "--refine inf"),
+        (["--baseline", "svd", "--sensitivity", "uniform"], "--baseline"),
+        (["--baseline", "asvd", "--tolerance", "0.2"], "--baseline"),
     ],
 )
 def test_options_that_cannot_work(refused: Refusal, tiny_model: Path, options: list[str], culprit: str) -> None:
@@ -311,6 +315,9 @@ def test_options_that_cannot_work(refused: Refusal, tiny_model: Path, options: l
         (["--ratio", "abc"], "--ratio"),
         (["--ratio", "0.2", "--tolerance", "0.1"], "--tolerance"),
         (["--dtype", "int8"], "--dtype"),
+        (["--refine", "long"], "--refine"),
+        (["--baseline", "gptq"], "--baseline"),
+        (["--form", "cores"], "--form"),
         (["--frobnicate"], "--frobnicate"),
         (["--num-calibration-samples", "many"], "--num-calibration-samples"),
     ],
