@@ -19,6 +19,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from pgsvd_vllm.checkpoint import FORMS
 from pgsvd_vllm.kernels.reference import other_rows
 from pgsvd_vllm.offline.calibrate import logits_after
 
@@ -55,9 +56,9 @@ class TrainedProjection(nn.Module):
     def __init__(self, tensors: dict[str, torch.Tensor], bias: nn.Parameter | None, device: torch.device) -> None:
         super().__init__()
         pivots = tensors.get("pivots")
-        down, up = ("weight_v", "weight_u") if pivots is None else ("weight_p", "weight_c")
-        self.down = nn.Parameter(tensors[down].to(device, torch.float32, copy=True))
-        self.up = nn.Parameter(tensors[up].to(device, torch.float32, copy=True))
+        self.tensors = tensors
+        self.names = FORMS["factors" if pivots is None else "pivot"][:2]
+        self.down, self.up = (nn.Parameter(tensors[n].to(device, torch.float32, copy=True)) for n in self.names)
         self.bias = bias
         self.order: tuple[torch.Tensor, torch.Tensor] | None = None
         if pivots is not None:
@@ -72,6 +73,11 @@ class TrainedProjection(nn.Module):
         if self.order is not None:
             y = _Permute.apply(torch.cat([z, y], -1), *self.order)
         return y if self.bias is None else y + self.bias
+
+    def stored(self) -> dict[str, torch.Tensor]:
+        """The tensors as they are now, in the dtypes they came in, on the CPU."""
+        trained = zip(self.names, (self.down, self.up), strict=True)
+        return self.tensors | {n: t.detach().to("cpu", self.tensors[n].dtype, copy=True) for n, t in trained}
 
 
 class _Permute(torch.autograd.Function):
@@ -189,11 +195,4 @@ class Healer:
         found = self.judge(held_out)
         if found >= best:
             return best, kept
-        names = (("weight_v", "weight_u"), ("weight_p", "weight_c"))
-        current: Tensors = {}
-        for name, module in self.trained.items():
-            old = self.tensors[name]
-            down, up = names["pivots" in old]
-            new = {down: module.down, up: module.up}
-            current[name] = old | {s: t.detach().to("cpu", old[s].dtype, copy=True) for s, t in new.items()}
-        return found, current
+        return found, {name: module.stored() for name, module in self.trained.items()}
