@@ -5,7 +5,8 @@ error is optimal for the bi-objective problem of size and error, and yields diff
 measured sensitivities the same problem is: minimise the summed predicted loss for a given size.
 """
 
-import math
+import itertools
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -20,7 +21,7 @@ from pgsvd_vllm.offline.spectrum import rank_for, tail_energy
 RANK_MULTIPLE = 16
 ROUND_FROM = 256
 RATIO_SLACK = 0.005
-# Halvings that bring either rule's knob to the last bit.
+# Halvings that bring the tolerance to the last bit.
 BISECTIONS = 80
 
 
@@ -33,11 +34,13 @@ class Allocation:
             were measured.
         ranks: projection name -> rank; a projection that stays dense is absent.
         removed: share of the projections' parameters that is removed, ignored ones counted as kept.
+        loss: predicted, nats a token; None where sensitivities were not measured.
     """
 
     tolerance: float | None
     ranks: dict[str, int]
     removed: float
+    loss: float | None = None
 
 
 def size(projection: Projection, rank: int, form: str) -> int:
@@ -107,24 +110,22 @@ def at_ratio(
 
     best, above = _closest(at, 0.0, 1.0, ratio)
     if abs(best.removed - ratio) > RATIO_SLACK and not best.ranks:
-        raise _too_small(ratio, above)
+        raise _too_small(ratio, above.removed)
     return best
 
 
 def _closest(at: Callable[[float], Allocation], low: float, high: float, ratio: float) -> tuple[Allocation, Allocation]:
-    """Bisect a knob that removes more the larger it is.
+    """Bisect the tolerance, which removes more the larger it is.
 
     Returns:
         the allocation closest to `ratio`, and the next one that removes at least as much.
 
     Raises:
-        InputError: even the largest value of the knob does not remove that much.
+        InputError: even the largest value does not remove that much.
     """
     most = at(high)
     if most.removed < ratio - RATIO_SLACK:
-        raise InputError(
-            f"--ratio {ratio}: more than this model can give; the smallest factors remove {most.removed:.1%}"
-        )
+        raise _too_large(ratio, most.removed)
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
         if at(middle).removed < ratio:
@@ -135,70 +136,98 @@ def _closest(at: Callable[[float], Allocation], low: float, high: float, ratio: 
     return min((below, above), key=lambda a: abs(a.removed - ratio)), above
 
 
-def _too_small(ratio: float, above: Allocation) -> InputError:
-    return InputError(f"--ratio {ratio}: too small for this model; the next possible step is {above.removed:.1%}")
+def _too_large(ratio: float, most: float) -> InputError:
+    return InputError(f"--ratio {ratio}: more than this model can give; the smallest factors remove {most:.1%}")
+
+
+def _too_small(ratio: float, above: float) -> InputError:
+    return InputError(f"--ratio {ratio}: too small for this model; the next possible step is {above:.1%}")
 
 
 @dataclass(frozen=True)
-class _Choices:
-    """What one projection may become: its size and predicted loss at every rank, dense last."""
+class LossFront:
+    """Every size worth choosing, and its predicted loss: the corners of the front's lower convex hull.
 
-    name: str
-    ranks: list[int]
-    sizes: torch.Tensor
-    losses: torch.Tensor
+    Corner 0 is the dense model. Each step to the next one takes one projection to a smaller size of
+    its own hull, the cheapest step first: no other ranks of the same size lose less.
 
-    def best(self, price: float) -> int:
-        """Index of the choice with the least loss + price * size."""
-        return int((self.losses + price * self.sizes).argmin())
+    Attributes:
+        steps: (projection, its new rank), in order.
+        removed: share of all projections' parameters that each corner removes, ascending.
+        losses: predicted loss of each corner, nats a token.
+    """
+
+    steps: list[tuple[str, int]]
+    removed: list[float]
+    losses: list[float]
+
+    def corner(self, ratio: float) -> int:
+        """Index of the corner that removes the share closest to `ratio`."""
+        after = min(bisect_left(self.removed, ratio), len(self.steps))
+        return min((max(after - 1, 0), after), key=lambda i: abs(self.removed[i] - ratio))
+
+    def at(self, ratio: float) -> Allocation:
+        """The allocation whose removed share is closest to `ratio`.
+
+        Raises:
+            InputError: no corner removes that much, or so little.
+        """
+        if not self.steps or self.removed[-1] < ratio - RATIO_SLACK:
+            raise _too_large(ratio, self.removed[-1])
+        corner = self.corner(ratio)
+        if corner == 0:
+            raise _too_small(ratio, self.removed[1])
+        return Allocation(None, dict(self.steps[:corner]), self.removed[corner], self.losses[corner])
+
+    def summary(self, step: float) -> list[tuple[float, float]]:
+        """(removed share, predicted loss) at the corners closest to every `step` of the share."""
+        corners = sorted({self.corner(i * step) for i in range(1, int(self.removed[-1] / step) + 1)} - {0})
+        return [(self.removed[i], self.losses[i]) for i in corners]
 
 
-def _choices(projection: Projection, energy: torch.Tensor, form: str) -> _Choices:
+def _hull(projection: Projection, energy: torch.Tensor, form: str) -> list[tuple[int, int, float]]:
+    """(rank, size, predicted loss) of the projection's choices worth taking, from dense to the smallest.
+
+    Dense has rank 0 here. Losses per number saved rise from one to the next.
+    """
     step = hardware_rank(projection, 1)
-    ranks = [r for r in range(step, len(energy) + 1, step) if saves(projection, r, form)]
-    sizes = [size(projection, r, form) for r in ranks]
-    return _Choices(
-        projection.name,
-        ranks,
-        torch.tensor([*sizes, projection.numel], dtype=torch.float64),
-        torch.cat([0.5 * tail_energy(energy)[ranks], energy.new_zeros(1)]),
-    )
+    tail = (0.5 * tail_energy(energy)).tolist()
+    hull = [(0, projection.numel, 0.0)]
+
+    def price(a: tuple[int, int, float], b: tuple[int, int, float]) -> float:
+        return (b[2] - a[2]) / (a[1] - b[1])
+
+    for rank in range(len(energy) // step * step, 0, -step):
+        if not saves(projection, rank, form):
+            continue
+        point = (rank, size(projection, rank, form), tail[rank])
+        while len(hull) > 1 and price(hull[-2], hull[-1]) >= price(hull[-1], point):
+            hull.pop()
+        hull.append(point)
+    return hull
 
 
-def by_loss(
-    projections: Sequence[Projection],
-    energies: dict[str, torch.Tensor],
-    ratio: float,
-    ignored: int = 0,
-    form: str = "factors",
-) -> Allocation:
-    """The ranks with the least summed predicted loss that remove the share `ratio`.
-
-    Every projection takes the rank that minimises loss + price * size, and the price is found by
-    bisection: the solutions are the corners of the lower convex hull of the loss-size front.
+def loss_front(
+    projections: Sequence[Projection], energies: dict[str, torch.Tensor], ignored: int = 0, form: str = "factors"
+) -> LossFront:
+    """The front of size and summed predicted loss: ranks for every share that can be removed.
 
     Args:
         projections: those that may be factored.
         energies: projection -> eigenvalues of L^T W C W^T L, descending, in nats a token; cutting
             at rank r loses half of what lies beyond it.
-        ratio: share of all projections' parameters, ignored ones too.
         ignored: parameters of the projections that were told to stay dense.
         form: how low-rank matrices are stored.
-
-    Raises:
-        InputError: no ranks remove that much, or so little.
     """
-    choices = [_choices(p, energies[p.name], form) for p in projections]
+    # Losses add up, so the model's hull has the steps of all projections' hulls in the order of their price.
+    steps: list[tuple[float, str, int, int, float]] = []
+    for p in projections:
+        hull = _hull(p, energies[p.name], form)
+        for (_, larger, less), (rank, smaller, more) in itertools.pairwise(hull):
+            saved, lost = larger - smaller, more - less
+            steps.append((lost / saved, p.name, rank, saved, lost))
+    steps.sort(key=lambda step: step[0])
     total = ignored + sum(p.numel for p in projections)
-
-    def at(price: float) -> Allocation:
-        picked = [c.best(price) for c in choices]
-        kept = ignored + sum(float(c.sizes[i]) for c, i in zip(choices, picked, strict=True))
-        ranks = {c.name: c.ranks[i] for c, i in zip(choices, picked, strict=True) if i < len(c.ranks)}
-        return Allocation(None, ranks, 1 - kept / total)
-
-    # The knob is the logarithm of the price.
-    best, above = _closest(lambda knob: at(math.exp(knob)), -60.0, 60.0, ratio)
-    if not best.ranks:
-        raise _too_small(ratio, above)
-    return best
+    removed = [saved / total for saved in itertools.accumulate((step[3] for step in steps), initial=0)]
+    losses = list(itertools.accumulate((step[4] for step in steps), initial=0.0))
+    return LossFront([(name, rank) for _, name, rank, _, _ in steps], removed, losses)

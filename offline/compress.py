@@ -8,21 +8,19 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from tqdm.auto import tqdm
 
 from pgsvd_vllm.checkpoint import ShardWriter, open_checkpoint
 from pgsvd_vllm.errors import InputError, PgsvdError
-from pgsvd_vllm.offline.allocate import Allocation, at_ratio, at_tolerance, by_loss
+from pgsvd_vllm.offline.allocate import Allocation, at_ratio, at_tolerance
 from pgsvd_vllm.offline.baselines import at_equal_ratio
-from pgsvd_vllm.offline.calibrate import LayerGrams, LayerStream
+from pgsvd_vllm.offline.calibrate_pass import calibrate_layers, measured_front
+from pgsvd_vllm.offline.estimate import check_disk, disk_bytes, fit_into_memory
 from pgsvd_vllm.offline.factor_pass import factor_layers
-from pgsvd_vllm.offline.model_source import Projection
-from pgsvd_vllm.offline.plan import CompressOptions, Plan, check_disk, disk_bytes, make_plan
+from pgsvd_vllm.offline.plan import CompressOptions, Plan, make_plan
 from pgsvd_vllm.offline.refine_pass import refine_layers
-from pgsvd_vllm.offline.report import ModuleReport, rank_rule, write_config, write_description
-from pgsvd_vllm.offline.sensitivity import GradientPass, metric_root
-from pgsvd_vllm.offline.spectrum import error_profile, gram_root, output_energy
-from pgsvd_vllm.offline.workspace import LayerCalibration, LayerSensitivity, Workspace
+from pgsvd_vllm.offline.report import ModuleReport, front_line, rank_rule, write_config, write_description
+from pgsvd_vllm.offline.spectrum import error_profile
+from pgsvd_vllm.offline.workspace import Workspace
 
 COPIED_SUFFIXES = {".json", ".jinja", ".txt", ".model", ".tiktoken"}
 NOT_COPIED = {"config.json", "model.safetensors.index.json", "README.md"}
@@ -58,7 +56,7 @@ def compress(options: CompressOptions, say: Callable[[str], None] = lambda _line
         InputError: an option, the model or the text cannot be used, or the disk is full.
         CheckpointError: a file of the model is missing or damaged.
     """
-    plan = make_plan(options)
+    plan = fit_into_memory(make_plan(options), say)
     say(describe(plan))
     workspace = Workspace(plan)
     keep = workspace.has_any_layer  # of the run that is resumed
@@ -66,6 +64,8 @@ def compress(options: CompressOptions, say: Callable[[str], None] = lambda _line
         check_disk(plan, disk_bytes(plan) - workspace.used_bytes, workspace.folder)
         calibrate_layers(plan, workspace)
         keep = True  # another --ratio or --tolerance may do
+        if plan.measured:
+            say(front_line(plan, measured_front(plan, workspace)))
         allocation = choose_ranks(plan, workspace)
         say(
             f"ranks by {rank_rule(plan, allocation)}: {len(allocation.ranks)} of {len(plan.flat)} projections "
@@ -112,90 +112,13 @@ def describe(plan: Plan) -> str:
     )
 
 
-def calibrate_layers(plan: Plan, workspace: Workspace) -> None:
-    """Gram matrices and output spectra of every layer that the workspace does not have yet."""
-    layers = len(plan.projections)
-    done = all(workspace.has_layer(i) for i in range(layers))
-    if done and (not plan.measured or all(workspace.has_sensitivity(i) for i in range(layers))):
-        return
-    stream = LayerStream(plan.source, plan.windows.ids, plan.device, plan.compute_dtype)
-    gradients = GradientPass(stream, workspace.folder / "inputs") if plan.measured else None
-    with tqdm(total=layers * stream.tokens, unit="tok", unit_scale=True, desc="calibrate") as bar:
-        for index, row in enumerate(plan.projections):
-            collect = bool(row) and not workspace.has_layer(index)
-            bar.set_postfix_str(f"layer {index + 1}/{layers}")
-            if gradients is not None:
-                gradients.remember(index)
-            for step in stream.advance(index, row, collect):
-                if isinstance(step, LayerGrams):
-                    energy = _energies(plan, row, step.grams, step.leader, {}, tokens=1)
-                    workspace.save_layer(index, LayerCalibration(step.grams, step.leader, energy))
-                else:
-                    bar.update(step)
-            if not row and not workspace.has_layer(index):
-                workspace.save_layer(index, LayerCalibration({}, {}, {}))
-    if gradients is not None:
-        _measure_sensitivity(plan, workspace, gradients)
-
-
-def _measure_sensitivity(plan: Plan, workspace: Workspace, gradients: GradientPass) -> None:
-    """The backward pass: gradient moments and predicted losses of every layer."""
-    gradients.start(plan.options.seed)
-    layers = len(plan.projections)
-    with tqdm(total=layers * gradients.tokens, unit="tok", unit_scale=True, desc="gradients") as bar:
-        for index in reversed(range(layers)):
-            bar.set_postfix_str(f"layer {index + 1}/{layers}")
-            for step in gradients.retreat(index, plan.projections[index]):
-                if isinstance(step, int):
-                    bar.update(step)
-                else:
-                    workspace.save_sensitivity(index, _loss_spectra(plan, workspace, index, step))
-
-
-def _loss_spectra(plan: Plan, workspace: Workspace, index: int, moments: dict[str, torch.Tensor]) -> LayerSensitivity:
-    """Eigenvalues of L^T W C W^T L for a layer's projections: twice what cutting each one loses."""
-    data = workspace.load_layer(index)
-    tokens = plan.windows.ids.numel()
-    energy = _energies(plan, plan.projections[index], data.grams, data.leader, moments, tokens)
-    return LayerSensitivity(moments, energy)
-
-
-def _energies(
-    plan: Plan,
-    row: list[Projection],
-    grams: dict[str, torch.Tensor],
-    leader: dict[str, str],
-    moments: dict[str, torch.Tensor],
-    tokens: int,
-) -> dict[str, torch.Tensor]:
-    """The output energies per token of a layer's projections, in the metric of their gradients if any.
-
-    One projection's matrices at a time: those of a large layer do not fit beside each other.
-    """
-    roots: dict[str, torch.Tensor] = {}
-    energy = {}
-    for p in row:
-        name = leader[p.name]
-        gram = grams[name].to(plan.device).double() / tokens
-        if p.out_features > p.in_features and name not in roots:
-            roots[name] = gram_root(gram)
-        target = plan.source.read(f"{p.name}.weight").to(plan.device).double()
-        if p.name in moments:
-            target = metric_root(moments[p.name]).T @ target
-        energy[p.name] = output_energy(target, gram, roots.get(name)).cpu()
-    return energy
-
-
 def choose_ranks(plan: Plan, workspace: Workspace) -> Allocation:
     """The ranks that the plan's ratio or tolerance gives; reads calibration, computes next to nothing."""
     ratio = DEFAULT_RATIO if plan.options.ratio is None else plan.options.ratio
     if plan.options.baseline is not None:
         return at_equal_ratio(plan.flat, ratio, plan.form, plan.ignored_parameters)
     if plan.measured:
-        losses: dict[str, torch.Tensor] = {}
-        for index in range(len(plan.projections)):
-            losses.update(workspace.load_sensitivity(index, with_moments=False).energy)
-        return by_loss(plan.flat, losses, ratio, plan.ignored_parameters, plan.form)
+        return measured_front(plan, workspace).at(ratio)
     profiles: dict[str, torch.Tensor] = {}
     for index in range(len(plan.projections)):
         energy = workspace.load_layer(index, with_grams=False).energy
@@ -240,6 +163,7 @@ def write_checkpoint(plan: Plan, workspace: Workspace, allocation: Allocation) -
         if path.is_file() and path.suffix in COPIED_SUFFIXES and path.name not in NOT_COPIED:
             shutil.copyfile(path, folder / path.name)
     write_config(folder, plan, allocation, after, writer.count)
-    write_description(folder, plan, allocation, modules, after)
+    front = measured_front(plan, workspace) if plan.measured else None
+    write_description(folder, plan, allocation, front, modules, after)
     open_checkpoint(folder)
     return CompressResult(workspace.output, allocation, modules, plan.total_parameters, after)

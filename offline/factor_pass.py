@@ -30,7 +30,7 @@ def factor_layers(plan: Plan, workspace: Workspace, allocation: Allocation) -> N
             "ranks": allocation.ranks,
             "form": plan.form,
             "sequential": plan.sequential,
-            "measured": plan.measured,
+            "sensitivity": plan.sensitivity,
             "baseline": plan.options.baseline,
             "dtype": str(plan.store_dtype),
         }
@@ -78,7 +78,7 @@ class _Layer:
             stored = workspace.load_factors(index)
             self.tensors, self.reports = stored.tensors, stored.reports
         elif plan.measured and self.ranked:
-            self.moments = workspace.load_sensitivity(index).moments
+            self.moments = workspace.load_sensitivity(index, plan.sensitivity).moments
 
     def groups(self) -> list[list[Projection]]:
         """The projections that read one input together, in the order of their calls."""

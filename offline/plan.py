@@ -1,9 +1,7 @@
-"""What a compression will do and cost, worked out before anything is computed or written."""
+"""What a compression will do, worked out before anything is computed or written."""
 
 import math
 import os
-import shutil
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,10 +9,7 @@ import torch
 
 from pgsvd_vllm.checkpoint import FLOAT_DTYPES
 from pgsvd_vllm.errors import InputError
-from pgsvd_vllm.offline.calibrate import TOKENS_PER_BATCH
 from pgsvd_vllm.offline.model_source import ModelSource, Projection, resolve_folder
-from pgsvd_vllm.offline.sensitivity import GRADIENT_TOKENS
-from pgsvd_vllm.offline.sequential import SEQUENTIAL_TOKENS
 from pgsvd_vllm.offline.text import (
     BUILTIN,
     Windows,
@@ -27,8 +22,6 @@ from pgsvd_vllm.offline.text import (
 )
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# ALS sweeps a projection takes at the default tolerance, for the time estimate.
-TYPICAL_SWEEPS = 12
 # Windows of the text that `refine` never trains on, and judges its result by.
 HELD_OUT = 8
 
@@ -42,12 +35,14 @@ class CompressOptions:
         output: folder to write; must not exist.
         ratio: share of the projections' parameters to remove, or None.
         tolerance: uniform relative error to allow instead, or None.
-        sensitivity: `measured` or `uniform`; None is `uniform` with a tolerance, else `measured`.
+        sensitivity: `measured`, `forward` or `uniform`; None is `uniform` with a tolerance or a baseline,
+            else `measured`, or `forward` where gradients do not fit in memory.
         baseline: one of `BASELINES`, a rival's method in place of this one; None for none.
         form: `pivot` or `factors`; None is `pivot` where sensitivities are measured.
         sequential: whether the factors are fitted layer after layer (see `sequential`); None is
             yes where sensitivities are measured.
         refine: minutes to train the factors for (see `refine`); None for not at all.
+        calibration: folder that keeps what is measured, for other runs; None for the run's own.
         dtype: `auto` keeps each tensor's own.
         device: `auto` takes a GPU where there is one.
     """
@@ -66,6 +61,7 @@ class CompressOptions:
     max_seq_length: int = 1024
     seed: int = 0
     ignore: tuple[str, ...] = ()
+    calibration: Path | None = None
     dtype: str = "auto"
     device: str = "auto"
     resume: bool = False
@@ -100,12 +96,17 @@ class Plan:
         return [p for row in self.projections for p in row]
 
     @property
-    def measured(self) -> bool:
-        """Whether sensitivities are measured rather than taken as equal."""
+    def sensitivity(self) -> str:
+        """How much projections matter: `measured` by gradients, `forward` by forward passes, or `uniform`."""
         options = self.options
         if options.sensitivity is None:
-            return options.tolerance is None and options.baseline is None
-        return options.sensitivity == "measured"
+            return "measured" if options.tolerance is None and options.baseline is None else "uniform"
+        return options.sensitivity
+
+    @property
+    def measured(self) -> bool:
+        """Whether sensitivities are measured, in either way, rather than taken as equal."""
+        return self.sensitivity != "uniform"
 
     @property
     def form(self) -> str:
@@ -124,15 +125,6 @@ class Plan:
         return sum(info.numel for info in self.source.tensors.values())
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """Resources a plan needs; bytes and seconds."""
-
-    memory: int
-    disk: int
-    seconds: float
-
-
 def check_options(options: CompressOptions) -> None:
     """Refuse option values that cannot work; raises InputError naming the option."""
     if options.ratio is not None and options.tolerance is not None:
@@ -141,7 +133,7 @@ def check_options(options: CompressOptions) -> None:
         raise InputError(f"--ratio {options.ratio}: must lie between 0 and 1, it is the share of parameters removed")
     if options.tolerance is not None and not 0 < options.tolerance < 1:
         raise InputError(f"--tolerance {options.tolerance}: must lie between 0 and 1, it is a relative error")
-    if options.tolerance is not None and options.sensitivity == "measured":
+    if options.tolerance is not None and options.sensitivity not in (None, "uniform"):
         raise InputError("--tolerance: is a uniform error, it goes with --sensitivity uniform")
     if options.baseline is not None and (options.tolerance is not None or options.sensitivity is not None):
         raise InputError("--baseline: a rival's method gives every projection the same --ratio, nothing else")
@@ -238,99 +230,3 @@ def _windows(options: CompressOptions, source: ModelSource, length: int) -> Wind
             "the tokenizer belongs to another model"
         )
     return windows
-
-
-def estimate(plan: Plan) -> Estimate:
-    """Peak memory, disk and time, from the shapes and a short measurement of this machine's speed."""
-    tokens, hidden = plan.windows.ids.numel(), plan.source.config.get_text_config().hidden_size
-    width = plan.compute_dtype.itemsize
-    grams = [_gram_sizes(row) for row in plan.projections]
-    layer = max(sum(p.numel for p in row) for row in plan.projections) * width
-    embeddings = plan.source.vocabulary * hidden * width
-    widest = max(max(p.in_features, p.out_features) for p in plan.flat)
-    memory = (
-        layer + embeddings + tokens * hidden * width
-        + max(sum(n * n for n in sizes) for sizes in grams) * 8
-        + min(TOKENS_PER_BATCH, tokens) * widest * 8
-        + 4 * widest * min(widest, 4096) * 8
-        + 400 * 1024**2  # torch and transformers themselves
-    )  # fmt: skip
-    if plan.measured:
-        memory += max(sum(p.out_features**2 for p in row) for row in plan.projections) * 8
-        memory += 3 * _activation_bytes(plan, width)
-    walked = min(tokens, SEQUENTIAL_TOKENS) if plan.sequential else 0
-    memory += walked * (hidden + max(sum(sizes) for sizes in grams)) * width
-    if plan.options.refine is not None:
-        # Dense model, student, and float32 numbers with gradients and Adam's two moments.
-        memory += 2 * plan.total_parameters * width + 16 * sum(p.numel for p in plan.flat)
-        length = plan.windows.ids.shape[1]
-        memory += 2 * len(plan.projections) * length * _features(plan) * width + 4 * length * plan.source.vocabulary * 4
-
-    rates = {d: _flops_per_second(d, plan.device) for d in {plan.compute_dtype, torch.float32, torch.float64}}
-    seconds = 2 * tokens * sum(p.numel for p in plan.flat) / rates[plan.compute_dtype]
-    seconds += 2 * tokens * sum(n * n for sizes in grams for n in sizes) / rates[torch.float32]
-    if plan.measured:
-        backward = min(tokens, GRADIENT_TOKENS)
-        seconds += 4 * backward * sum(p.numel for p in plan.flat) / rates[plan.compute_dtype]
-        seconds += 2 * backward * sum(p.out_features**2 for p in plan.flat) / rates[torch.float32]
-    if plan.sequential:
-        # Two runs of every layer and one up to every input; C' and D of every input.
-        seconds += 4 * 2 * walked * sum(p.numel for p in plan.flat) / rates[plan.compute_dtype]
-        seconds += 4 * walked * sum(n * n for sizes in grams for n in sizes) / rates[torch.float32]
-    seconds += 60 * (plan.options.refine or 0)
-    for p in plan.flat:
-        small = min(p.out_features, p.in_features)
-        solve = 2 * p.in_features * p.numel + TYPICAL_SWEEPS * 4 * small**3 + 30 * small**3
-        seconds += solve / rates[torch.float64]
-    return Estimate(memory, disk_bytes(plan), seconds)
-
-
-def disk_bytes(plan: Plan) -> int:
-    """Peak disk: the finished layers, their inputs while gradients are measured, and the result."""
-    needed = sum(n * n for row in plan.projections for n in _gram_sizes(row)) * 4
-    if plan.measured:
-        tokens = min(plan.windows.ids.numel(), GRADIENT_TOKENS + TOKENS_PER_BATCH)
-        hidden = plan.source.config.get_text_config().hidden_size
-        needed += sum(p.out_features**2 for p in plan.flat) * 4
-        needed += tokens * hidden * plan.compute_dtype.itemsize * len(plan.projections)
-    return needed + sum(info.nbytes for info in plan.source.tensors.values())
-
-
-def _activation_bytes(plan: Plan, width: int) -> int:
-    """The widest activations of one batch: logits of a window, or a layer's intermediate values."""
-    batch = min(TOKENS_PER_BATCH, plan.windows.ids.numel())
-    return max(plan.windows.ids.shape[1] * plan.source.vocabulary * 4, batch * _features(plan) * width)
-
-
-def _features(plan: Plan) -> int:
-    """Inputs and outputs of the widest layer's projections, numbers a token."""
-    return max(sum(p.out_features + p.in_features for p in row) for row in plan.projections)
-
-
-def _gram_sizes(row: list[Projection]) -> list[int]:
-    """Sizes of the distinct inputs of a layer, taking neighbours of equal width to share one."""
-    sizes: list[int] = []
-    for p in row:
-        if not sizes or sizes[-1] != p.in_features:
-            sizes.append(p.in_features)
-    return sizes
-
-
-def _flops_per_second(dtype: torch.dtype, device: torch.device, size: int = 1024) -> float:
-    a = torch.randn(size, size, device=device).to(dtype)
-    a @ a
-    start = time.perf_counter()
-    for _ in range(3):
-        product = a @ a
-    product.sum().item()
-    return 3 * 2 * size**3 / (time.perf_counter() - start)
-
-
-def check_disk(plan: Plan, needed: int, folder: Path) -> None:
-    """Refuse to start where the disk cannot hold the result; raises InputError."""
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise InputError(
-            f"--output-dir {plan.options.output}: needs about {needed / 1e9:.1f} GB of disk while it works, "
-            f"{free / 1e9:.1f} GB are free"
-        )

@@ -8,7 +8,7 @@ from typing import Any
 
 import pgsvd_vllm
 from pgsvd_vllm.checkpoint import FORMAT_VERSION, LOAD_GUARD, QUANT_METHOD, REPORT_NAME
-from pgsvd_vllm.offline.allocate import Allocation
+from pgsvd_vllm.offline.allocate import Allocation, LossFront
 from pgsvd_vllm.offline.plan import Plan
 
 METHOD = "pgsvd"
@@ -53,7 +53,7 @@ def write_config(folder: Path, plan: Plan, allocation: Allocation, after: int, t
         "modules": {name: {"rank": rank, "form": plan.form} for name, rank in allocation.ranks.items()},
         "tensors": tensors,
         "method": METHOD,
-        "sensitivity": "measured" if plan.measured else "uniform",
+        "sensitivity": plan.sensitivity,
         "sequential": plan.sequential,
         "baseline": plan.options.baseline,
         "refine_minutes": plan.options.refine,
@@ -77,7 +77,9 @@ def rank_rule(plan: Plan, allocation: Allocation) -> str:
     if plan.options.baseline is not None:
         return f"one ratio for every projection, method {plan.options.baseline}"
     if allocation.tolerance is None:
-        return "measured losses"
+        if plan.sensitivity == "forward":
+            return f"responses of the residual stream ({allocation.loss:.4f} of its energy predicted)"
+        return f"measured losses ({allocation.loss:.3f} nats a token predicted)"
     return f"one relative output error for every projection, {allocation.tolerance:.4f}"
 
 
@@ -86,13 +88,25 @@ def _revision(folder: Path) -> str | None:
     return folder.name if folder.parent.name == "snapshots" else None
 
 
+def front_line(plan: Plan, front: LossFront) -> str:
+    """The loss that other sizes would cost, in words."""
+    what = "loss" if plan.sensitivity == "measured" else "relative error of the residual stream"
+    return f"predicted {what} by removed share: " + ", ".join(f"{r:.0%} {x:.4f}" for r, x in front.summary(0.1))
+
+
 def write_description(
-    folder: Path, plan: Plan, allocation: Allocation, modules: Sequence[ModuleReport], after: int
+    folder: Path,
+    plan: Plan,
+    allocation: Allocation,
+    front: LossFront | None,
+    modules: Sequence[ModuleReport],
+    after: int,
 ) -> None:
-    """The per-module report and the model card."""
+    """The per-module report, with the front of sizes and losses where it was measured, and the model card."""
     report = {
         "modules": [asdict(m) for m in modules],
         "parameters": {"before": plan.total_parameters, "after": after},
+        "front": [] if front is None else [{"removed": r, "loss": loss} for r, loss in front.summary(0.01)],
     }
     (folder / REPORT_NAME).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     removed = ratios(plan, allocation, after)

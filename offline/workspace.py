@@ -3,6 +3,7 @@
 DIR.partial/ lies beside DIR: run.json says which run it belongs to, layers/ holds the calibration
 of every finished decoder layer, factors-*/ the factors for one choice of ranks, checkpoint/ the
 result while it is written. The last step renames checkpoint/ to DIR, so DIR appears complete or not at all.
+With --calibration the layers lie in a folder of the user's instead, which other runs share and none deletes.
 """
 
 import hashlib
@@ -22,6 +23,8 @@ from pgsvd_vllm.errors import InputError
 from pgsvd_vllm.offline.plan import Plan
 from pgsvd_vllm.offline.report import ModuleReport
 
+RUN_FILE = "run.json"
+
 
 @dataclass(frozen=True)
 class LayerCalibration:
@@ -40,11 +43,12 @@ class LayerCalibration:
 
 @dataclass(frozen=True)
 class LayerSensitivity:
-    """What the gradient pass keeps of one layer.
+    """What the measurement of sensitivities keeps of one layer.
 
     Attributes:
-        moments: projection -> float32 [out, out], mean of g g^T.
-        energy: projection -> float64 eigenvalues of L^T W C W^T L, descending, nats a token.
+        moments: projection -> float32 [out, out], mean of g g^T; empty where no gradients were taken.
+        energy: projection -> float64, descending: twice what cutting each direction costs. Nats a token
+            (eigenvalues of L^T W C W^T L), or shares of the residual stream's energy without gradients.
     """
 
     moments: dict[str, torch.Tensor]
@@ -89,32 +93,22 @@ class Workspace:
     """
 
     def __init__(self, plan: Plan) -> None:
-        self.output = plan.options.output
+        options = plan.options
+        self.output = options.output
         self.folder = self.output.with_name(self.output.name + ".partial")
-        self.layers = self.folder / "layers"
+        self.layers = options.calibration or self.folder / "layers"
         self.checkpoint = self.folder / "checkpoint"
-        run, run_file = fingerprint(plan), self.folder / "run.json"
+        run = fingerprint(plan)
+        if options.calibration is not None:
+            _claim(options.calibration, run, f"--calibration {options.calibration}")
         if os.path.lexists(self.folder):
-            if not plan.options.resume:
+            if not options.resume:
                 raise InputError(f"{self.folder}: left by an interrupted run; continue it with --resume, or delete it")
-            try:
-                old = dict(json.loads(run_file.read_text(encoding="utf-8")))
-            except (OSError, ValueError, TypeError):
-                raise InputError(f"{run_file}: unreadable, this run cannot be resumed; delete {self.folder}") from None
-            changed = [key for key in run if old.get(key) != run[key]]
-            if changed:
-                raise InputError(
-                    f"--resume: {self.folder} belongs to a run with another {', '.join(changed)}; "
-                    "use the same options or delete it"
-                )
+            _check_owner(self.folder, run, f"--resume: {self.folder}")
             shutil.rmtree(self.checkpoint, ignore_errors=True)
         else:
-            try:
-                self.layers.mkdir(parents=True)
-                run_file.write_text(json.dumps(run, indent=2), encoding="utf-8")
-            except OSError as error:
-                self.discard()
-                raise InputError(f"--output-dir {self.output}: cannot be written ({error.strerror})") from None
+            _claim(self.folder, run, f"--output-dir {self.output}")
+        self.layers.mkdir(exist_ok=True)
 
     def _layer_file(self, index: int) -> Path:
         return self.layers / f"{index:05d}.safetensors"
@@ -131,7 +125,8 @@ class Workspace:
     @property
     def used_bytes(self) -> int:
         """Disk that the finished layers and factors take."""
-        return sum(path.stat().st_size for path in self.folder.glob("*/*.safetensors"))
+        files = {*self.folder.glob("*/*.safetensors"), *self.layers.glob("*.safetensors")}
+        return sum(path.stat().st_size for path in files)
 
     def save_layer(self, index: int, data: LayerCalibration) -> None:
         """Write one layer's calibration; the file appears complete or not at all."""
@@ -145,23 +140,23 @@ class Workspace:
         found, leader = _read(self._layer_file(index), kinds, "leader")
         return LayerCalibration(found.get("gram", {}), leader, found["energy"])
 
-    def _sensitivity_file(self, index: int) -> Path:
-        return self.layers / f"{index:05d}.sensitivity.safetensors"
+    def _sensitivity_file(self, index: int, kind: str) -> Path:
+        return self.layers / f"{index:05d}.{kind}.safetensors"
 
-    def has_sensitivity(self, index: int) -> bool:
-        """Whether a layer's gradients are complete on disk."""
-        return self._sensitivity_file(index).is_file()
+    def has_sensitivity(self, index: int, kind: str) -> bool:
+        """Whether a layer's sensitivities of a kind (`measured`, `forward`) are complete on disk."""
+        return self._sensitivity_file(index, kind).is_file()
 
-    def save_sensitivity(self, index: int, data: LayerSensitivity) -> None:
-        """Write one layer's gradients; the file appears complete or not at all."""
+    def save_sensitivity(self, index: int, kind: str, data: LayerSensitivity) -> None:
+        """Write one layer's sensitivities; the file appears complete or not at all."""
         tensors = {f"moment:{name}": moment.float() for name, moment in data.moments.items()}
         tensors.update({f"energy:{name}": energy for name, energy in data.energy.items()})
-        _write(self._sensitivity_file(index), tensors)
+        _write(self._sensitivity_file(index, kind), tensors)
 
-    def load_sensitivity(self, index: int, with_moments: bool = True) -> LayerSensitivity:
-        """Read one layer's gradients; raises InputError where the file is damaged."""
+    def load_sensitivity(self, index: int, kind: str, with_moments: bool = True) -> LayerSensitivity:
+        """Read one layer's sensitivities; raises InputError where the file is damaged."""
         kinds = ("moment", "energy") if with_moments else ("energy",)
-        found, _ = _read(self._sensitivity_file(index), kinds)
+        found, _ = _read(self._sensitivity_file(index, kind), kinds)
         return LayerSensitivity(found.get("moment", {}), found["energy"])
 
     def open_factors(self, choice: dict[str, Any]) -> None:
@@ -221,6 +216,39 @@ class Workspace:
     def discard(self) -> None:
         """Delete the folder."""
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _claim(folder: Path, run: dict[str, str], label: str) -> None:
+    """Make a folder for a run, or see that it belongs to this one.
+
+    Raises:
+        InputError: it cannot be made, or holds something else; starts with the label.
+    """
+    if (folder / RUN_FILE).is_file():
+        return _check_owner(folder, run, label)
+    try:
+        if os.path.lexists(folder) and (not folder.is_dir() or any(folder.iterdir())):
+            raise InputError(f"{label}: exists and holds something else; name another folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / RUN_FILE).write_text(json.dumps(run, indent=2), encoding="utf-8")
+    except OSError as error:
+        shutil.rmtree(folder, ignore_errors=True)  # there was nothing in it
+        raise InputError(f"{label}: cannot be written ({error.strerror})") from None
+    return None
+
+
+def _check_owner(folder: Path, run: dict[str, str], label: str) -> None:
+    """Refuse the folder of another run; raises InputError saying what differs."""
+    run_file = folder / RUN_FILE
+    try:
+        old = dict(json.loads(run_file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        raise InputError(f"{run_file}: unreadable, this run cannot be resumed; delete {folder}") from None
+    changed = [key for key in run if old.get(key) != run[key]]
+    if changed:
+        raise InputError(
+            f"{label} belongs to a run with another {', '.join(changed)}; use the same options or delete it"
+        )
 
 
 def _digest(choice: dict[str, Any]) -> str:

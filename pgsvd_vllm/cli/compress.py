@@ -32,9 +32,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--sensitivity",
-        choices=["measured", "uniform"],
-        help="how much each projection matters: measured by loss gradients (default), or equally, as in the PGSVD "
-        "paper: one tolerance and alternating least squares (default with --tolerance)",
+        choices=["measured", "forward", "uniform"],
+        help="how much each projection matters: measured by loss gradients (default), by forward passes alone (cruder; "
+        "taken by itself where gradients do not fit in memory), or equally, as in the PGSVD paper: one tolerance and "
+        "alternating least squares (default with --tolerance)",
     )
     parser.add_argument(
         "--baseline",
@@ -75,6 +76,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--num-calibration-samples", type=int, default=128, metavar="N", help="windows of text (default 128)"
     )
     data.add_argument("--max-seq-length", type=int, default=1024, metavar="L", help="tokens of a window (default 1024)")
+    data.add_argument(
+        "--calibration",
+        type=Path,
+        metavar="FOLDER",
+        help="keep what is measured there and use it again: other ratios, forms and baselines then cost no calibration",
+    )
     data.add_argument("--seed", type=int, default=0, help="of the draw of windows (default 0)")
     parser.add_argument(
         "--ignore",
@@ -99,7 +106,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Compress, or show the plan; raises PgsvdError."""
     from pgsvd_vllm.offline.compress import compress, describe
-    from pgsvd_vllm.offline.plan import CompressOptions, estimate, make_plan
+    from pgsvd_vllm.offline.estimate import estimate, fit_into_memory
+    from pgsvd_vllm.offline.plan import CompressOptions, make_plan
 
     options = CompressOptions(
         model=arguments.model,
@@ -116,6 +124,7 @@ def run(arguments: argparse.Namespace) -> int:
         max_seq_length=arguments.max_seq_length,
         seed=arguments.seed,
         ignore=tuple(arguments.ignore),
+        calibration=arguments.calibration,
         dtype=arguments.dtype,
         device=arguments.device,
         resume=arguments.resume,
@@ -123,7 +132,7 @@ def run(arguments: argparse.Namespace) -> int:
         command=shlex.join(["pgsvd-vllm", *sys.argv[1:]]),
     )
     if arguments.dry_run:
-        plan = make_plan(options)
+        plan = fit_into_memory(make_plan(options), print)
         print(describe(plan))
         need = estimate(plan)
         print(f"needs about: {need.memory / 1e9:.1f} GB memory, {need.disk / 1e9:.1f} GB disk while it works, "

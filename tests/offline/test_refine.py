@@ -13,8 +13,9 @@ from pgsvd_vllm.errors import InputError
 from pgsvd_vllm.kernels.reference import pivot_weight
 from pgsvd_vllm.offline import refine
 from pgsvd_vllm.offline.compress import compress
+from pgsvd_vllm.offline.estimate import estimate
 from pgsvd_vllm.offline.factorize import product
-from pgsvd_vllm.offline.plan import HELD_OUT, CompressOptions, estimate, make_plan
+from pgsvd_vllm.offline.plan import HELD_OUT, CompressOptions, make_plan
 from pgsvd_vllm.offline.refine import Healer, Tensors, TrainedProjection
 from tests.offline.test_calibrate import CPU, windows
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
 from pgsvd_vllm.errors import InputError
-from pgsvd_vllm.offline.allocate import by_loss, saves
+from pgsvd_vllm.offline.allocate import loss_front, saves
 from pgsvd_vllm.offline.calibrate import LayerStream
 from pgsvd_vllm.offline.factorize import closed_form, product, stored_form
 from pgsvd_vllm.offline.model_source import ModelSource, Projection
@@ -122,15 +122,32 @@ def test_ranks_by_loss_are_optimal_against_brute_force(form: str) -> None:
         outcome({p.name: r for p, r in zip(projections, combination, strict=True) if r is not None})
         for combination in itertools.product(*options)
     ]
-    for ratio in (0.1, 0.2, 0.35, 0.5, 0.65):
-        allocation = by_loss(projections, energies, ratio, form=form)
-        size, loss = outcome(allocation.ranks)
-        assert allocation.removed == pytest.approx(1 - size / total)
+    front = loss_front(projections, energies, form=form)
+    assert len(front.removed) == len(front.losses) == len(front.steps) + 1 > 5
+    prices = []
+    for i in range(1, len(front.removed)):
+        size, loss = outcome(dict(front.steps[:i]))
+        assert front.removed[i] == pytest.approx(1 - size / total)
+        assert front.losses[i] == pytest.approx(loss)
         # A corner of the front: nothing as small is better.
         assert loss <= min(other for s, other in every if s <= size) + 1e-12
+        prices.append((front.losses[i] - front.losses[i - 1]) / (front.removed[i] - front.removed[i - 1]))
+    assert prices == sorted(prices)
+    for size, loss in every:  # and nothing at all lies below the line between two corners
+        share = 1 - size / total
+        after = next((i for i, r in enumerate(front.removed) if r >= share), None)
+        if share > 0 and after is not None:
+            (r0, r1), (l0, l1) = front.removed[after - 1 : after + 1], front.losses[after - 1 : after + 1]
+            assert loss >= l0 + (l1 - l0) * (share - r0) / (r1 - r0) - 1e-12
+    for ratio in (0.1, 0.2, 0.35, 0.5, 0.65):
+        allocation = front.at(ratio)
+        closest = min(range(1, len(front.removed)), key=lambda i: abs(front.removed[i] - ratio))
+        assert allocation.removed == front.removed[closest]
+        assert allocation.loss == front.losses[closest]
+        assert outcome(allocation.ranks)[1] == pytest.approx(allocation.loss)
 
 
 def test_no_ranks_remove_more_than_everything() -> None:
     projection = Projection("p", 8, 8)
     with pytest.raises(InputError, match=r"--ratio 0\.9: more than this model can give"):
-        by_loss([projection], {"p": torch.ones(8, dtype=torch.float64)}, 0.9)
+        loss_front([projection], {"p": torch.ones(8, dtype=torch.float64)}).at(0.9)

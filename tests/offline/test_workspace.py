@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from pgsvd_vllm.errors import InputError
 from pgsvd_vllm.offline.compress import compress
-from pgsvd_vllm.offline.plan import CompressOptions, estimate, make_plan
+from pgsvd_vllm.offline.estimate import estimate
+from pgsvd_vllm.offline.plan import CompressOptions, make_plan
 from tests.conftest import run_cli, save_tiny_model
 
 SMALL: dict[str, Any] = {"num_calibration_samples": 20, "max_seq_length": 48}
@@ -275,3 +276,32 @@ def test_a_disk_that_is_full_from_the_start(tiny_model: Path, small_disk: Callab
     with pytest.raises(InputError, match="--output-dir"):
         compress(CompressOptions(str(tiny_model), disk / "out", ratio=0.3, **SMALL))
     assert list(disk.iterdir()) == [filler]
+
+
+def test_a_calibration_folder_serves_other_ratios_and_forms(tmp_path: Path) -> None:
+    model = save_tiny_model(tmp_path / "model", layers=3)
+    folder = tmp_path / "measured" / "here"
+
+    def compressed(name: str, **options: Any) -> dict[str, bytes]:
+        output = tmp_path / name
+        compress(CompressOptions(str(model), output, **SMALL, **options))
+        assert not output.with_name(f"{name}.partial").exists()
+        return {path.name: path.read_bytes() for path in output.glob("*.safetensors")}
+
+    first = compressed("first", ratio=0.3, calibration=folder)
+    stamps = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.safetensors")}
+    assert len(stamps) == 6
+    assert compressed("again", ratio=0.3, calibration=folder) == first == compressed("alone", ratio=0.3)
+    assert compressed("smaller", ratio=0.5, calibration=folder) == compressed("smaller-alone", ratio=0.5)
+    compressed("rival", ratio=0.3, calibration=folder, baseline="svd-llm")
+    for name, stamp in stamps.items():
+        assert (folder / name).stat().st_mtime_ns == stamp, "measured again"
+
+    with pytest.raises(InputError, match=r"--calibration .*here belongs to a run with another calibration text"):
+        compressed("other", ratio=0.3, calibration=folder, seed=1)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "note.txt").write_text("mine")
+    with pytest.raises(InputError, match=r"--calibration .*full: exists and holds something else"):
+        compressed("other", ratio=0.3, calibration=tmp_path / "full")
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["note.txt"]
+    assert not (tmp_path / "other.partial").exists()

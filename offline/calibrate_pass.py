@@ -1,0 +1,100 @@
+"""Measures every layer, and keeps the results in the workspace: Gram matrices, spectra, sensitivities."""
+
+import torch
+from tqdm.auto import tqdm
+
+from pgsvd_vllm.offline.allocate import LossFront, loss_front
+from pgsvd_vllm.offline.calibrate import LayerGrams, LayerStream
+from pgsvd_vllm.offline.model_source import Projection
+from pgsvd_vllm.offline.plan import Plan
+from pgsvd_vllm.offline.response import responses
+from pgsvd_vllm.offline.sensitivity import GradientPass, metric_root
+from pgsvd_vllm.offline.spectrum import gram_root, output_energy
+from pgsvd_vllm.offline.workspace import LayerCalibration, LayerSensitivity, Workspace
+
+
+def calibrate_layers(plan: Plan, workspace: Workspace) -> None:
+    """Gram matrices, output spectra and sensitivities of every layer that the workspace does not have yet."""
+    layers, kind = len(plan.projections), plan.sensitivity
+    done = all(workspace.has_layer(i) for i in range(layers))
+    if done and (not plan.measured or all(workspace.has_sensitivity(i, kind) for i in range(layers))):
+        return
+    stream = LayerStream(plan.source, plan.windows.ids, plan.device, plan.compute_dtype)
+    gradients = GradientPass(stream, workspace.folder / "inputs") if kind == "measured" else None
+    with tqdm(total=layers * stream.tokens, unit="tok", unit_scale=True, desc="calibrate") as bar:
+        for index, row in enumerate(plan.projections):
+            collect = bool(row) and not workspace.has_layer(index)
+            bar.set_postfix_str(f"layer {index + 1}/{layers}")
+            if gradients is not None:
+                gradients.remember(index)
+            moved = responses(stream, index, row, plan.options.seed) if kind == "forward" else {}
+            for step in stream.advance(index, row, collect):
+                if isinstance(step, LayerGrams):
+                    energy = _energies(plan, row, step.grams, step.leader, {}, tokens=1)
+                    workspace.save_layer(index, LayerCalibration(step.grams, step.leader, energy))
+                else:
+                    bar.update(step)
+            if not row and not workspace.has_layer(index):
+                workspace.save_layer(index, LayerCalibration({}, {}, {}))
+            if kind == "forward":
+                energy = workspace.load_layer(index, with_grams=False).energy
+                scaled = {name: energy[name] * (moved[name] / stream.tokens) for name in energy}
+                workspace.save_sensitivity(index, kind, LayerSensitivity({}, scaled))
+    if gradients is not None:
+        _measure_sensitivity(plan, workspace, gradients)
+
+
+def _measure_sensitivity(plan: Plan, workspace: Workspace, gradients: GradientPass) -> None:
+    """The backward pass: gradient moments and predicted losses of every layer."""
+    gradients.start(plan.options.seed)
+    layers = len(plan.projections)
+    with tqdm(total=layers * gradients.tokens, unit="tok", unit_scale=True, desc="gradients") as bar:
+        for index in reversed(range(layers)):
+            bar.set_postfix_str(f"layer {index + 1}/{layers}")
+            for step in gradients.retreat(index, plan.projections[index]):
+                if isinstance(step, int):
+                    bar.update(step)
+                else:
+                    workspace.save_sensitivity(index, plan.sensitivity, _loss_spectra(plan, workspace, index, step))
+
+
+def _loss_spectra(plan: Plan, workspace: Workspace, index: int, moments: dict[str, torch.Tensor]) -> LayerSensitivity:
+    """Eigenvalues of L^T W C W^T L for a layer's projections: twice what cutting each one loses."""
+    data = workspace.load_layer(index)
+    tokens = plan.windows.ids.numel()
+    energy = _energies(plan, plan.projections[index], data.grams, data.leader, moments, tokens)
+    return LayerSensitivity(moments, energy)
+
+
+def _energies(
+    plan: Plan,
+    row: list[Projection],
+    grams: dict[str, torch.Tensor],
+    leader: dict[str, str],
+    moments: dict[str, torch.Tensor],
+    tokens: int,
+) -> dict[str, torch.Tensor]:
+    """The output energies per token of a layer's projections, in the metric of their gradients if any.
+
+    One projection's matrices at a time: those of a large layer do not fit beside each other.
+    """
+    roots: dict[str, torch.Tensor] = {}
+    energy = {}
+    for p in row:
+        name = leader[p.name]
+        gram = grams[name].to(plan.device).double() / tokens
+        if p.out_features > p.in_features and name not in roots:
+            roots[name] = gram_root(gram)
+        target = plan.source.read(f"{p.name}.weight").to(plan.device).double()
+        if p.name in moments:
+            target = metric_root(moments[p.name]).T @ target
+        energy[p.name] = output_energy(target, gram, roots.get(name)).cpu()
+    return energy
+
+
+def measured_front(plan: Plan, workspace: Workspace) -> LossFront:
+    """Sizes and predicted losses, from the sensitivities that the workspace holds."""
+    losses: dict[str, torch.Tensor] = {}
+    for index in range(len(plan.projections)):
+        losses.update(workspace.load_sensitivity(index, plan.sensitivity, with_moments=False).energy)
+    return loss_front(plan.flat, losses, plan.ignored_parameters, plan.form)

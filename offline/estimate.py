@@ -1,0 +1,165 @@
+"""What a compression will cost, and what to do where that is too much."""
+
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from pgsvd_vllm.errors import InputError
+from pgsvd_vllm.offline.calibrate import TOKENS_PER_BATCH
+from pgsvd_vllm.offline.model_source import Projection
+from pgsvd_vllm.offline.plan import Plan
+from pgsvd_vllm.offline.sensitivity import GRADIENT_TOKENS
+from pgsvd_vllm.offline.sequential import SEQUENTIAL_TOKENS
+
+# ALS sweeps a projection takes at the default tolerance, for the time estimate.
+TYPICAL_SWEEPS = 12
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Resources a plan needs; bytes and seconds."""
+
+    memory: int
+    disk: int
+    seconds: float
+
+
+def memory_bytes(plan: Plan) -> int:
+    """Peak memory, from the shapes."""
+    tokens, hidden = plan.windows.ids.numel(), plan.source.config.get_text_config().hidden_size
+    width = plan.compute_dtype.itemsize
+    grams = [_gram_sizes(row) for row in plan.projections]
+    layer = max(sum(p.numel for p in row) for row in plan.projections) * width
+    embeddings = plan.source.vocabulary * hidden * width
+    widest = max(max(p.in_features, p.out_features) for p in plan.flat)
+    memory = (
+        layer + embeddings + tokens * hidden * width
+        + max(sum(n * n for n in sizes) for sizes in grams) * 8
+        + min(TOKENS_PER_BATCH, tokens) * widest * 8
+        + 4 * widest * min(widest, 4096) * 8
+        + 400 * 1024**2  # torch and transformers themselves
+    )  # fmt: skip
+    if plan.sensitivity == "measured":
+        memory += max(sum(p.out_features**2 for p in row) for row in plan.projections) * 8
+        memory += 3 * _activation_bytes(plan, width)
+    walked = min(tokens, SEQUENTIAL_TOKENS) if plan.sequential else 0
+    memory += walked * (hidden + max(sum(sizes) for sizes in grams)) * width
+    if plan.options.refine is not None:
+        # Dense model, student, and float32 numbers with gradients and Adam's two moments.
+        memory += 2 * plan.total_parameters * width + 16 * sum(p.numel for p in plan.flat)
+        length = plan.windows.ids.shape[1]
+        memory += 2 * len(plan.projections) * length * _features(plan) * width + 4 * length * plan.source.vocabulary * 4
+    return memory
+
+
+def estimate(plan: Plan) -> Estimate:
+    """Peak memory, disk and time; the time from a short measurement of this machine's speed."""
+    tokens = plan.windows.ids.numel()
+    grams = [_gram_sizes(row) for row in plan.projections]
+    walked = min(tokens, SEQUENTIAL_TOKENS) if plan.sequential else 0
+    rates = {d: _flops_per_second(d, plan.device) for d in {plan.compute_dtype, torch.float32, torch.float64}}
+    seconds = 2 * tokens * sum(p.numel for p in plan.flat) / rates[plan.compute_dtype]
+    seconds += 2 * tokens * sum(n * n for sizes in grams for n in sizes) / rates[torch.float32]
+    if plan.sensitivity == "measured":
+        backward = min(tokens, GRADIENT_TOKENS)
+        seconds += 4 * backward * sum(p.numel for p in plan.flat) / rates[plan.compute_dtype]
+        seconds += 2 * backward * sum(p.out_features**2 for p in plan.flat) / rates[torch.float32]
+    if plan.sequential:
+        # Two runs of every layer and one up to every input; C' and D of every input.
+        seconds += 4 * 2 * walked * sum(p.numel for p in plan.flat) / rates[plan.compute_dtype]
+        seconds += 4 * walked * sum(n * n for sizes in grams for n in sizes) / rates[torch.float32]
+    seconds += 60 * (plan.options.refine or 0)
+    for p in plan.flat:
+        small = min(p.out_features, p.in_features)
+        solve = 2 * p.in_features * p.numel + TYPICAL_SWEEPS * 4 * small**3 + 30 * small**3
+        seconds += solve / rates[torch.float64]
+    return Estimate(memory_bytes(plan), disk_bytes(plan), seconds)
+
+
+def disk_bytes(plan: Plan) -> int:
+    """Peak disk: the finished layers, their inputs while gradients are measured, and the result."""
+    needed = sum(n * n for row in plan.projections for n in _gram_sizes(row)) * 4
+    if plan.sensitivity == "measured":
+        tokens = min(plan.windows.ids.numel(), GRADIENT_TOKENS + TOKENS_PER_BATCH)
+        hidden = plan.source.config.get_text_config().hidden_size
+        needed += sum(p.out_features**2 for p in plan.flat) * 4
+        needed += tokens * hidden * plan.compute_dtype.itemsize * len(plan.projections)
+    return needed + sum(info.nbytes for info in plan.source.tensors.values())
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that can be taken on a device now; None where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    found = [line for line in lines if line.startswith("MemAvailable:")]
+    return int(found[0].split()[1]) * 1024 if found else None
+
+
+def fit_into_memory(plan: Plan, say: Callable[[str], None]) -> Plan:
+    """The plan, or one whose sensitivities come from forward passes alone where gradients do not fit.
+
+    Only the default gives way: what was asked for is tried.
+
+    Args:
+        plan: the request.
+        say: called with one line where it gives way.
+    """
+    free = free_memory(plan.device)
+    if free is None or plan.options.sensitivity is not None or plan.sensitivity != "measured":
+        return plan
+    needed = memory_bytes(plan)
+    if needed <= free:
+        return plan
+    say(
+        f"measuring loss gradients needs about {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free: "
+        "sensitivities come from forward passes alone, which is cruder (--sensitivity measured tries all the same)"
+    )
+    return replace(plan, options=replace(plan.options, sensitivity="forward"))
+
+
+def _activation_bytes(plan: Plan, width: int) -> int:
+    """The widest activations of one batch: logits of a window, or a layer's intermediate values."""
+    batch = min(TOKENS_PER_BATCH, plan.windows.ids.numel())
+    return max(plan.windows.ids.shape[1] * plan.source.vocabulary * 4, batch * _features(plan) * width)
+
+
+def _features(plan: Plan) -> int:
+    """Inputs and outputs of the widest layer's projections, numbers a token."""
+    return max(sum(p.out_features + p.in_features for p in row) for row in plan.projections)
+
+
+def _gram_sizes(row: list[Projection]) -> list[int]:
+    """Sizes of the distinct inputs of a layer, taking neighbours of equal width to share one."""
+    sizes: list[int] = []
+    for p in row:
+        if not sizes or sizes[-1] != p.in_features:
+            sizes.append(p.in_features)
+    return sizes
+
+
+def _flops_per_second(dtype: torch.dtype, device: torch.device, size: int = 1024) -> float:
+    a = torch.randn(size, size, device=device).to(dtype)
+    a @ a
+    start = time.perf_counter()
+    for _ in range(3):
+        product = a @ a
+    product.sum().item()
+    return 3 * 2 * size**3 / (time.perf_counter() - start)
+
+
+def check_disk(plan: Plan, needed: int, folder: Path) -> None:
+    """Refuse to start where the disk cannot hold the result; raises InputError."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise InputError(
+            f"--output-dir {plan.options.output}: needs about {needed / 1e9:.1f} GB of disk while it works, "
+            f"{free / 1e9:.1f} GB are free"
+        )
