@@ -133,6 +133,35 @@ def _replaced_forward(layers: Sequence[nn.Module], forward: Callable[..., Any]) 
             del layer.forward
 
 
+class _Hidden(Exception):
+    """Ends a model's forward behind its last layer."""
+
+    def __init__(self, states: torch.Tensor) -> None:
+        self.states = states
+
+
+def hidden_after(model: Any, layers: Sequence[nn.Module], ids: torch.Tensor) -> torch.Tensor:
+    """Hidden states [windows, length, hidden] after a model's last layer; its head does not run.
+
+    Args:
+        model: a causal language model.
+        layers: its decoder layers.
+        ids: int64 [windows, length].
+    """
+
+    def stop(_module: nn.Module, _args: Any, output: Any) -> None:
+        raise _Hidden(output[0] if isinstance(output, tuple) else output)
+
+    handle = layers[-1].register_forward_hook(stop)
+    try:
+        model(input_ids=ids, use_cache=False)
+    except _Hidden as reached:
+        return reached.states
+    finally:
+        handle.remove()
+    raise AssertionError("the model ended without its last layer")
+
+
 def logits_after(model: Any, layers: Sequence[nn.Module], ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
     """What a model makes of the hidden states after its last layer.
 
