@@ -224,7 +224,7 @@ def _claim(folder: Path, run: dict[str, str], label: str) -> None:
     Raises:
         InputError: it cannot be made, or holds something else; starts with the label.
     """
-    if (folder / RUN_FILE).is_file():
+    if os.path.isfile(folder / RUN_FILE):  # unlike Path.is_file, also for a name that is too long
         return _check_owner(folder, run, label)
     try:
         if os.path.lexists(folder) and (not folder.is_dir() or any(folder.iterdir())):

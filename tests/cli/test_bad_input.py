@@ -368,6 +368,10 @@ def test_output_that_cannot_be_written(capsys: pytest.CaptureFixture[str], tiny_
     for output in outputs:
         line = the_line(main(["compress", str(tiny_model), "-o", output, *FAST]), capsys.readouterr().err)
         assert f"--output-dir {output}: cannot be written" in line
+        folder = f"{output}{'x' * 6}"  # DIR.partial has a longer name than DIR
+        arguments = ["compress", str(tiny_model), "-o", str(tmp_path / "out"), "--calibration", folder, *FAST]
+        line = the_line(main(arguments), capsys.readouterr().err)
+        assert f"--calibration {folder}: cannot be written" in line
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
