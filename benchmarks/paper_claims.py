@@ -1,0 +1,208 @@
+"""What the PGSVD paper (arXiv 2510.05544) claims, checked on the reference model.
+
+    python benchmarks/paper_claims.py --wikitext DIR [--quick] [--json FILE] [--markdown FILE]
+
+Four questions: is one uniform tolerance on the front, first of the paper's own surrogate (the sum of
+squared relative errors) and then of the measured losses; what alternating least squares costs
+against the exact solution; how much attention and feed-forward projections matter; and, beyond the
+paper, whether projections that read one input should share a down factor.
+DIR and the calibration are those of quality.py.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.quality import RATIOS, quality_plan
+from pgsvd_vllm.errors import InputError
+from pgsvd_vllm.offline.allocate import LossFront, at_ratio, loss_front
+from pgsvd_vllm.offline.calibrate import LayerStream
+from pgsvd_vllm.offline.calibrate_pass import calibrate_layers, measured_front
+from pgsvd_vllm.offline.factorize import als, closed_form
+from pgsvd_vllm.offline.model_source import Projection
+from pgsvd_vllm.offline.plan import Plan
+from pgsvd_vllm.offline.response import responses
+from pgsvd_vllm.offline.sensitivity import metric_root
+from pgsvd_vllm.offline.spectrum import error_profile, gram_root, tail_energy
+from pgsvd_vllm.offline.workspace import Workspace
+
+Row = dict[str, object]
+FORM = "factors"  # the paper's
+SWEEPS = (1, 2, 4, 8, 16)
+# Size at which the last two questions are asked.
+RATIO = 0.4
+
+
+def fronts(plan: Plan, workspace: Workspace) -> list[Row]:
+    """What one tolerance loses at every size against the surrogate's front, and against the measured one."""
+    energies, losses = {}, {}
+    for index in range(len(plan.projections)):
+        energies.update(workspace.load_layer(index, with_grams=False).energy)
+        losses.update(workspace.load_sensitivity(index, plan.sensitivity, with_moments=False).energy)
+    profiles = {name: error_profile(energy) for name, energy in energies.items()}
+    # Half of the tail beyond r is then half the squared relative error.
+    relative = {name: energy / energy.sum() for name, energy in energies.items()}
+    surrogate, measured = (loss_front(plan.flat, e, form=FORM) for e in (relative, losses))
+    rows: list[Row] = []
+    for ratio in RATIOS:
+        uniform = at_ratio(plan.flat, profiles, ratio, form=FORM)
+        for what, front, values in (("squared errors", surrogate, relative), ("measured loss", measured, losses)):
+            paid = sum(0.5 * float(tail_energy(values[name])[rank]) for name, rank in uniform.ranks.items())
+            best = front.at(uniform.removed).loss
+            assert best is not None
+            rows.append({"case": f"one tolerance, {what}, {ratio:.0%}, multiple of the front", "value": paid / best})
+    return rows
+
+
+def without_gradients(plan: Plan, workspace: Workspace) -> list[Row]:
+    """Measured loss of the ranks that forward passes alone would choose, as a multiple of the front's."""
+    stream = LayerStream(plan.source, plan.windows.ids[::32], plan.device, plan.compute_dtype)
+    guessed, losses = {}, {}
+    for index, row in enumerate(plan.projections):
+        moved = responses(stream, index, row, plan.options.seed)
+        list(stream.advance(index, row, collect=False))
+        energies = workspace.load_layer(index, with_grams=False).energy
+        guessed.update({name: energy * moved[name] for name, energy in energies.items()})
+        losses.update(workspace.load_sensitivity(index, plan.sensitivity, with_moments=False).energy)
+    front, crude = loss_front(plan.flat, losses, form="pivot"), loss_front(plan.flat, guessed, form="pivot")
+    rows: list[Row] = []
+    for ratio in RATIOS:
+        allocation = crude.at(ratio)
+        paid = sum(0.5 * float(tail_energy(losses[name])[rank]) for name, rank in allocation.ranks.items())
+        best = front.losses[front.corner(allocation.removed)]
+        rows.append({"case": f"ranks by forward passes, {ratio:.0%}, multiple of the front", "value": paid / best})
+    return rows
+
+
+def solvers(plan: Plan, workspace: Workspace, every: int) -> list[Row]:
+    """Excess error and seconds of ALS after some sweeps, over every n-th projection, against the exact solution."""
+    profiles = {}
+    for index in range(len(plan.projections)):
+        energy = workspace.load_layer(index, with_grams=False).energy
+        profiles.update({name: error_profile(values) for name, values in energy.items()})
+    ranks = at_ratio(plan.flat, profiles, RATIO, form=FORM).ranks
+    picked = [p.name for p in plan.flat if p.name in ranks][::every]
+    excess: dict[int, list[float]] = {n: [] for n in SWEEPS}
+    exact_seconds = als_seconds = 0.0
+    for index, row in enumerate(plan.projections):
+        data = workspace.load_layer(index)
+        for p in row:
+            if p.name not in picked:
+                continue
+            weight = plan.source.read(f"{p.name}.weight").double()
+            gram, rank = data.grams[data.leader[p.name]].double(), ranks[p.name]
+            start = time.perf_counter()
+            optimum = closed_form(weight, gram, rank).errors[-1]
+            exact_seconds += time.perf_counter() - start
+            start = time.perf_counter()
+            errors = als(weight, gram, rank, optimum, tolerance=0.0, max_sweeps=max(SWEEPS)).errors
+            als_seconds += time.perf_counter() - start
+            for n in SWEEPS:
+                excess[n].append(errors[min(n, len(errors) - 1)] / optimum - 1)
+    rows: list[Row] = [
+        {"case": f"ALS, {n} sweeps, mean excess error over {len(picked)} projections", "value": sum(e) / len(e)}
+        for n, e in excess.items()
+    ]
+    rows.append({"case": "exact solution, seconds", "value": exact_seconds})
+    rows.append({"case": f"ALS, {max(SWEEPS)} sweeps, seconds", "value": als_seconds})
+    return rows
+
+
+def sensitivities(plan: Plan, workspace: Workspace, measured: LossFront) -> list[Row]:
+    """By kind of projection: the loss that a relative error of 10 % costs, and the error that the optimum allows."""
+    ranks = measured.at(RATIO).ranks
+    price: dict[str, list[float]] = {}
+    allowed: dict[str, list[float]] = {}
+    for index, row in enumerate(plan.projections):
+        losses = workspace.load_sensitivity(index, plan.sensitivity, with_moments=False).energy
+        energies = workspace.load_layer(index, with_grams=False).energy
+        for p in row:
+            kind = p.name.rsplit(".", 1)[-1]
+            price.setdefault(kind, []).append(0.5 * float(losses[p.name].sum()) * 0.01)
+            profile = error_profile(energies[p.name])
+            allowed.setdefault(kind, []).append(float(profile[ranks[p.name]]) if p.name in ranks else 0.0)
+    rows: list[Row] = []
+    for kind in price:
+        count = len(price[kind])
+        rows.append({"case": f"{kind}: nats for an error of 10 %, mean", "value": sum(price[kind]) / count})
+        rows.append({"case": f"{kind}: error at {RATIO:.0%} removed, mean", "value": sum(allowed[kind]) / count})
+    return rows
+
+
+def sharing(plan: Plan, workspace: Workspace) -> list[Row]:
+    """Predicted loss of the best ranks where q, k, v, or gate and up, share one down factor, as a multiple of apart."""
+    tokens = plan.windows.ids.numel()
+    apart: dict[str, torch.Tensor] = {}
+    together: dict[str, tuple[list[Projection], torch.Tensor]] = {}
+    for index, row in enumerate(plan.projections):
+        data = workspace.load_layer(index)
+        sensitivity = workspace.load_sensitivity(index, plan.sensitivity)
+        apart.update(sensitivity.energy)
+        for leader, gram in data.grams.items():
+            group = [p for p in row if data.leader[p.name] == leader]
+            if len(group) > 1:
+                root = gram_root(gram.double() / tokens)
+                stacked = torch.cat(
+                    [
+                        metric_root(sensitivity.moments[p.name]).T @ plan.source.read(f"{p.name}.weight").double()
+                        for p in group
+                    ]
+                )
+                half = stacked @ root
+                energy = torch.linalg.eigvalsh(half.T @ half).flip(0).clamp_min(0)
+                together[leader] = group, energy
+    rows: list[Row] = []
+    for form in ("factors", "pivot"):
+        shared = {p.name for group, _ in together.values() for p in group}
+        joint = [
+            Projection(name, sum(p.out_features for p in g), g[0].in_features) for name, (g, _) in together.items()
+        ]
+        energies = {name: energy for name, energy in apart.items() if name not in shared}
+        energies |= {name: energy for name, (_, energy) in together.items()}
+        separate = loss_front(plan.flat, apart, form=form)
+        joined = loss_front([p for p in plan.flat if p.name not in shared] + joint, energies, form=form)
+        for ratio in (0.2, RATIO):
+            pair = [front.losses[front.corner(ratio)] for front in (joined, separate)]
+            rows.append(
+                {"case": f"one down factor a group, {form}, {ratio:.0%}, multiple of apart", "value": pair[0] / pair[1]}
+            )
+    return rows
+
+
+def main() -> int:
+    """Measure, print, write JSON and Markdown; nothing here has a bar."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--wikitext", type=Path, required=True, metavar="DIR", help="has wiki.valid.raw")
+    parser.add_argument("--quick", action="store_true", help="solve every tenth projection instead of every second")
+    parser.add_argument("--work", type=Path, help="kept between runs (default: quality.py's)")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--markdown", type=Path, metavar="FILE")
+    arguments = parser.parse_args()
+    plan = quality_plan(arguments.wikitext, arguments.work)
+    workspace = Workspace(plan)
+    calibrate_layers(plan, workspace)
+    rows = fronts(plan, workspace) + without_gradients(plan, workspace)
+    rows += solvers(plan, workspace, 10 if arguments.quick else 2)
+    rows += sharing(plan, workspace)
+    rows += sensitivities(plan, workspace, measured_front(plan, workspace))
+    text = "| | |\n|---|---|\n" + "".join(f"| {row['case']} | {row['value']:.4g} |\n" for row in rows)
+    print(text)
+    if arguments.markdown:
+        arguments.markdown.write_text(text, encoding="utf-8")
+    if arguments.json:
+        table = [row | {"bar": None, "ok": True} for row in rows]
+        arguments.json.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except InputError as problem:
+        sys.exit(f"paper_claims.py: error: {problem}")
