@@ -23,7 +23,7 @@ from pgsvd_vllm.offline.calibrate import LayerStream, gram_of
 from pgsvd_vllm.offline.model_source import Projection
 
 # A backward pass costs twice a forward pass: no more tokens than this take part in it. On other text, factors
-# fitted with 16k tokens lose about 10 % more than with any number, with 64k about 3 % (docs/log.md).
+# fitted with 16k tokens lost 5 % more than with 32k; 64k should be within 3 % of any number (docs/log.md).
 GRADIENT_TOKENS = 65536
 # Added to the diagonal of G as a share of its mean, so that directions the few gradients never
 # showed still cost something (0.05 to 0.2 measured alike).
