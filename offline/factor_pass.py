@@ -40,8 +40,7 @@ def factor_layers(plan: Plan, workspace: Workspace, allocation: Allocation) -> N
         return
     walk = None
     if plan.sequential:
-        every = -(-plan.windows.ids.numel() // SEQUENTIAL_TOKENS)  # windows from all over the text
-        ids = plan.windows.ids[::every]
+        ids = plan.windows.ids[: max(1, SEQUENTIAL_TOKENS // plan.windows.ids.shape[1])]
         walk = ErrorAwarePass(LayerStream(plan.source, ids, plan.device, plan.compute_dtype))
     with tqdm(total=len(allocation.ranks), desc="factorize", unit="matrix") as bar:
         for index in layers:

@@ -30,7 +30,9 @@ class Windows:
         ids: int64 [windows, length], to calibrate on.
         name: where the text came from.
         sha256: of the token ids.
-        others: int64 [any, length], the text's remaining windows, in drawn order.
+        others: int64 [any, length], the text's remaining windows.
+
+    Both in drawn order: the first ones of either are from all over the text.
     """
 
     ids: torch.Tensor
@@ -218,18 +220,21 @@ def cut_windows(
         rows = [torch.cat([head, tokens[i * body : (i + 1) * body]]) for i in chosen]
         return torch.stack(rows) if rows else torch.empty(0, length, dtype=torch.int64)
 
-    return _windows(windows(sorted(order[:count])), windows(order[count:]), name)
+    return _windows(windows(order[:count]), windows(order[count:]), name)
 
 
 def mix_windows(parts: Sequence[Windows]) -> Windows:
     """The windows of several texts as those of one."""
     if len(parts) == 1:
         return parts[0]
-    # In turns, so that the first ones hold some of every text.
-    longest = max(len(part.others) for part in parts)
-    others = [part.others[i] for i in range(longest) for part in parts if i < len(part.others)]
-    ids = torch.cat([part.ids for part in parts])
-    return _windows(ids, torch.stack(others) if others else ids[:0], " + ".join(part.name for part in parts))
+
+    def in_turns(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        """So that the first ones hold some of every text."""
+        rows = [part[i] for i in range(max(map(len, parts))) for part in parts if i < len(part)]
+        return torch.stack(rows) if rows else parts[0]
+
+    name = " + ".join(part.name for part in parts)
+    return _windows(in_turns([part.ids for part in parts]), in_turns([part.others for part in parts]), name)
 
 
 def _windows(ids: torch.Tensor, others: torch.Tensor, name: str) -> Windows:

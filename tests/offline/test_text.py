@@ -103,6 +103,8 @@ def test_spare_windows_are_left_over() -> None:
     assert windows.ids.shape == (7, 10)
     assert windows.others.shape == (3, 10)
     assert sorted(torch.cat([windows.ids, windows.others]).flatten().tolist()) == list(range(100))
+    starts = windows.ids[:, 0].tolist()
+    assert starts != sorted(starts), "the first windows are the text's first ones"
     with pytest.raises(InputError, match="29 tokens are too little calibration text: 3 x --max-seq-length 10 needs 30"):
         cut_windows(torch.arange(29), [], 1, 10, 0, "t", spare=2)
 
@@ -111,7 +113,7 @@ def test_mixed_texts_take_turns() -> None:
     parts = [cut_windows(torch.arange(i * 100, i * 100 + 50), [], 2, 10, 0, f"t{i}") for i in (0, 1)]
     mixed = mix_windows(parts)
     assert mixed.name == "t0 + t1"
-    assert torch.equal(mixed.ids, torch.cat([part.ids for part in parts]))
+    assert [int(row[0]) // 100 for row in mixed.ids] == [0, 1] * 2
     assert [int(row[0]) // 100 for row in mixed.others] == [0, 1] * 3
     assert mix_windows(parts[:1]) is parts[0]
 
@@ -140,7 +142,7 @@ def test_windows_do_not_overlap_and_follow_the_seed() -> None:
 
 def test_a_short_text_gives_all_it_has() -> None:
     windows = cut_windows(torch.arange(100), [], 50, 33, 0, "t")
-    assert windows.ids.tolist() == torch.arange(99).view(3, 33).tolist()
+    assert sorted(windows.ids.tolist()) == torch.arange(99).view(3, 33).tolist()
     with pytest.raises(InputError, match="--dataset t: 32 tokens are too little .* needs 33"):
         cut_windows(torch.arange(32), [], 1, 33, 0, "t")
 
