@@ -2,10 +2,10 @@
 
     python benchmarks/paper_claims.py --wikitext DIR [--quick] [--json FILE] [--markdown FILE]
 
-Four questions: is one uniform tolerance on the front, first of the paper's own surrogate (the sum of
-squared relative errors) and then of the measured losses; what alternating least squares costs
-against the exact solution; how much attention and feed-forward projections matter; and, beyond the
-paper, whether projections that read one input should share a down factor.
+Is one uniform tolerance on the front, first of the paper's own surrogate (the sum of squared relative
+errors) and then of the measured losses; what alternating least squares costs against the exact
+solution; how much attention and feed-forward projections matter. And, beyond the paper: whether
+projections that read one input should share a down factor, and what ranks without gradients lose.
 DIR and the calibration are those of quality.py.
 """
 
@@ -21,9 +21,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.quality import RATIOS, quality_plan
 from pgsvd_vllm.errors import InputError
-from pgsvd_vllm.offline.allocate import LossFront, at_ratio, loss_front
+from pgsvd_vllm.offline.allocate import Allocation, LossFront, at_ratio, loss_front
 from pgsvd_vllm.offline.calibrate import LayerStream
-from pgsvd_vllm.offline.calibrate_pass import calibrate_layers, measured_front
+from pgsvd_vllm.offline.calibrate_pass import calibrate_layers, loss_energies, measured_front, output_energies
 from pgsvd_vllm.offline.factorize import als, closed_form
 from pgsvd_vllm.offline.model_source import Projection
 from pgsvd_vllm.offline.plan import Plan
@@ -35,16 +35,19 @@ from pgsvd_vllm.offline.workspace import Workspace
 Row = dict[str, object]
 FORM = "factors"  # the paper's
 SWEEPS = (1, 2, 4, 8, 16)
-# Size at which the last two questions are asked.
+# Size at which all but the fronts are looked at.
 RATIO = 0.4
+
+
+def multiple(allocation: Allocation, energies: dict[str, torch.Tensor], front: LossFront) -> float:
+    """Loss of an allocation's ranks, by the energies that the front is of, over the front's at that size."""
+    paid = sum(0.5 * float(tail_energy(energies[name])[rank]) for name, rank in allocation.ranks.items())
+    return paid / front.losses[front.corner(allocation.removed)]
 
 
 def fronts(plan: Plan, workspace: Workspace) -> list[Row]:
     """What one tolerance loses at every size against the surrogate's front, and against the measured one."""
-    energies, losses = {}, {}
-    for index in range(len(plan.projections)):
-        energies.update(workspace.load_layer(index, with_grams=False).energy)
-        losses.update(workspace.load_sensitivity(index, plan.sensitivity, with_moments=False).energy)
+    energies, losses = output_energies(plan, workspace), loss_energies(plan, workspace)
     profiles = {name: error_profile(energy) for name, energy in energies.items()}
     # Half of the tail beyond r is then half the squared relative error.
     relative = {name: energy / energy.sum() for name, energy in energies.items()}
@@ -53,39 +56,31 @@ def fronts(plan: Plan, workspace: Workspace) -> list[Row]:
     for ratio in RATIOS:
         uniform = at_ratio(plan.flat, profiles, ratio, form=FORM)
         for what, front, values in (("squared errors", surrogate, relative), ("measured loss", measured, losses)):
-            paid = sum(0.5 * float(tail_energy(values[name])[rank]) for name, rank in uniform.ranks.items())
-            best = front.at(uniform.removed).loss
-            assert best is not None
-            rows.append({"case": f"one tolerance, {what}, {ratio:.0%}, multiple of the front", "value": paid / best})
+            value = multiple(uniform, values, front)
+            rows.append({"case": f"one tolerance, {what}, {ratio:.0%}, multiple of the front", "value": value})
     return rows
 
 
 def without_gradients(plan: Plan, workspace: Workspace) -> list[Row]:
     """Measured loss of the ranks that forward passes alone would choose, as a multiple of the front's."""
     stream = LayerStream(plan.source, plan.windows.ids[::32], plan.device, plan.compute_dtype)
-    guessed, losses = {}, {}
+    energies, losses = output_energies(plan, workspace), loss_energies(plan, workspace)
+    guessed = {}
     for index, row in enumerate(plan.projections):
         moved = responses(stream, index, row, plan.options.seed)
         list(stream.advance(index, row, collect=False))
-        energies = workspace.load_layer(index, with_grams=False).energy
-        guessed.update({name: energy * moved[name] for name, energy in energies.items()})
-        losses.update(workspace.load_sensitivity(index, plan.sensitivity, with_moments=False).energy)
+        guessed.update({p.name: energies[p.name] * moved[p.name] for p in row})
     front, crude = loss_front(plan.flat, losses, form="pivot"), loss_front(plan.flat, guessed, form="pivot")
     rows: list[Row] = []
     for ratio in RATIOS:
-        allocation = crude.at(ratio)
-        paid = sum(0.5 * float(tail_energy(losses[name])[rank]) for name, rank in allocation.ranks.items())
-        best = front.losses[front.corner(allocation.removed)]
-        rows.append({"case": f"ranks by forward passes, {ratio:.0%}, multiple of the front", "value": paid / best})
+        value = multiple(crude.at(ratio), losses, front)
+        rows.append({"case": f"ranks by forward passes, {ratio:.0%}, multiple of the front", "value": value})
     return rows
 
 
 def solvers(plan: Plan, workspace: Workspace, every: int) -> list[Row]:
     """Excess error and seconds of ALS after some sweeps, over every n-th projection, against the exact solution."""
-    profiles = {}
-    for index in range(len(plan.projections)):
-        energy = workspace.load_layer(index, with_grams=False).energy
-        profiles.update({name: error_profile(values) for name, values in energy.items()})
+    profiles = {name: error_profile(values) for name, values in output_energies(plan, workspace).items()}
     ranks = at_ratio(plan.flat, profiles, RATIO, form=FORM).ranks
     picked = [p.name for p in plan.flat if p.name in ranks][::every]
     excess: dict[int, list[float]] = {n: [] for n in SWEEPS}
@@ -119,14 +114,12 @@ def sensitivities(plan: Plan, workspace: Workspace, measured: LossFront) -> list
     ranks = measured.at(RATIO).ranks
     price: dict[str, list[float]] = {}
     allowed: dict[str, list[float]] = {}
-    for index, row in enumerate(plan.projections):
-        losses = workspace.load_sensitivity(index, plan.sensitivity, with_moments=False).energy
-        energies = workspace.load_layer(index, with_grams=False).energy
-        for p in row:
-            kind = p.name.rsplit(".", 1)[-1]
-            price.setdefault(kind, []).append(0.5 * float(losses[p.name].sum()) * 0.01)
-            profile = error_profile(energies[p.name])
-            allowed.setdefault(kind, []).append(float(profile[ranks[p.name]]) if p.name in ranks else 0.0)
+    energies, losses = output_energies(plan, workspace), loss_energies(plan, workspace)
+    for p in plan.flat:
+        kind = p.name.rsplit(".", 1)[-1]
+        price.setdefault(kind, []).append(0.5 * float(losses[p.name].sum()) * 0.01)
+        profile = error_profile(energies[p.name])
+        allowed.setdefault(kind, []).append(float(profile[ranks[p.name]]) if p.name in ranks else 0.0)
     rows: list[Row] = []
     for kind in price:
         count = len(price[kind])

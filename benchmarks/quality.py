@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import pgsvd_vllm.hf  # noqa: F401  (registers the format)
 from benchmarks import reference_model
 from pgsvd_vllm.errors import InputError
-from pgsvd_vllm.offline.calibrate_pass import calibrate_layers
+from pgsvd_vllm.offline.calibrate_pass import calibrate_layers, measured_front
 from pgsvd_vllm.offline.compress import choose_ranks, write_checkpoint
 from pgsvd_vllm.offline.evaluate import perplexity
 from pgsvd_vllm.offline.factor_pass import factor_layers
@@ -105,11 +105,12 @@ def compressed(plan: Plan, workspace: Workspace, method: str, ratio: float, minu
     """The model of one case, in the dtype it is stored in; `minutes` of training where the method trains."""
     refine = minutes if method == REFINED else None
     plan = replace(plan, options=replace(plan.options, ratio=ratio, refine=refine, **METHODS[method]))
-    allocation = choose_ranks(plan, workspace)
+    front = measured_front(plan, workspace) if plan.measured else None
+    allocation = choose_ranks(plan, workspace, front)
     factor_layers(plan, workspace, allocation)
     if plan.options.refine is not None:
         refine_layers(plan, workspace, print)
-    write_checkpoint(plan, workspace, allocation)
+    write_checkpoint(plan, workspace, allocation, front)
     # Weights are mapped from the files: these must stay until the model has been judged.
     return AutoModelForCausalLM.from_pretrained(workspace.checkpoint, dtype="auto")
 

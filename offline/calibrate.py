@@ -117,8 +117,11 @@ class _GramHooks:
             handle.remove()
 
 
-class _Recorded(Exception):
-    """Raised after the last layer was reached: the head need not run."""
+class Reached(Exception):
+    """Raised by a hook to end a forward at the module whose input or output was wanted."""
+
+    def __init__(self, value: torch.Tensor) -> None:
+        self.value = value
 
 
 @contextlib.contextmanager
@@ -133,13 +136,6 @@ def _replaced_forward(layers: Sequence[nn.Module], forward: Callable[..., Any]) 
             del layer.forward
 
 
-class _Hidden(Exception):
-    """Ends a model's forward behind its last layer."""
-
-    def __init__(self, states: torch.Tensor) -> None:
-        self.states = states
-
-
 def hidden_after(model: Any, layers: Sequence[nn.Module], ids: torch.Tensor) -> torch.Tensor:
     """Hidden states [windows, length, hidden] after a model's last layer; its head does not run.
 
@@ -150,13 +146,13 @@ def hidden_after(model: Any, layers: Sequence[nn.Module], ids: torch.Tensor) -> 
     """
 
     def stop(_module: nn.Module, _args: Any, output: Any) -> None:
-        raise _Hidden(output[0] if isinstance(output, tuple) else output)
+        raise Reached(output[0] if isinstance(output, tuple) else output)
 
     handle = layers[-1].register_forward_hook(stop)
     try:
         model(input_ids=ids, use_cache=False)
-    except _Hidden as reached:
-        return reached.states
+    except Reached as reached:
+        return reached.value
     finally:
         handle.remove()
     raise AssertionError("the model ended without its last layer")
@@ -221,10 +217,10 @@ class LayerStream:
                 first.append(hidden)
             calls.append((args[1:], kwargs))
             if len(calls) == len(layers):
-                raise _Recorded
+                raise Reached(hidden)
             return hidden
 
-        with _replaced_forward(layers, record), contextlib.suppress(_Recorded):
+        with _replaced_forward(layers, record), contextlib.suppress(Reached):
             self.source.model(input_ids=ids.to(self.device), use_cache=False)
         if len(calls) != len(layers):
             raise InputError(

@@ -92,9 +92,22 @@ def _energies(
     return energy
 
 
+def output_energies(plan: Plan, workspace: Workspace) -> dict[str, torch.Tensor]:
+    """Projection -> eigenvalues of W C W^T, descending, of every layer in the workspace."""
+    found: dict[str, torch.Tensor] = {}
+    for index in range(len(plan.projections)):
+        found.update(workspace.load_layer(index, with_grams=False).energy)
+    return found
+
+
+def loss_energies(plan: Plan, workspace: Workspace) -> dict[str, torch.Tensor]:
+    """Projection -> twice what cutting each direction costs, descending, of every layer in the workspace."""
+    found: dict[str, torch.Tensor] = {}
+    for index in range(len(plan.projections)):
+        found.update(workspace.load_sensitivity(index, plan.sensitivity, with_moments=False).energy)
+    return found
+
+
 def measured_front(plan: Plan, workspace: Workspace) -> LossFront:
     """Sizes and predicted losses, from the sensitivities that the workspace holds."""
-    losses: dict[str, torch.Tensor] = {}
-    for index in range(len(plan.projections)):
-        losses.update(workspace.load_sensitivity(index, plan.sensitivity, with_moments=False).energy)
-    return loss_front(plan.flat, losses, plan.ignored_parameters, plan.form)
+    return loss_front(plan.flat, loss_energies(plan, workspace), plan.ignored_parameters, plan.form)

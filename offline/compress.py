@@ -6,14 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 
 from pgsvd_vllm.checkpoint import ShardWriter, open_checkpoint
 from pgsvd_vllm.errors import InputError, PgsvdError
-from pgsvd_vllm.offline.allocate import Allocation, at_ratio, at_tolerance
+from pgsvd_vllm.offline.allocate import Allocation, LossFront, at_ratio, at_tolerance
 from pgsvd_vllm.offline.baselines import at_equal_ratio
-from pgsvd_vllm.offline.calibrate_pass import calibrate_layers, measured_front
+from pgsvd_vllm.offline.calibrate_pass import calibrate_layers, measured_front, output_energies
 from pgsvd_vllm.offline.estimate import check_disk, disk_bytes, fit_into_memory
 from pgsvd_vllm.offline.factor_pass import factor_layers
 from pgsvd_vllm.offline.plan import CompressOptions, Plan, make_plan
@@ -64,9 +63,10 @@ def compress(options: CompressOptions, say: Callable[[str], None] = lambda _line
         check_disk(plan, disk_bytes(plan) - workspace.used_bytes, workspace.folder)
         calibrate_layers(plan, workspace)
         keep = True  # another --ratio or --tolerance may do
-        if plan.measured:
-            say(front_line(plan, measured_front(plan, workspace)))
-        allocation = choose_ranks(plan, workspace)
+        front = measured_front(plan, workspace) if plan.measured else None
+        if front is not None:
+            say(front_line(plan, front))
+        allocation = choose_ranks(plan, workspace, front)
         say(
             f"ranks by {rank_rule(plan, allocation)}: {len(allocation.ranks)} of {len(plan.flat)} projections "
             f"factored, {allocation.removed:.1%} of their parameters removed"
@@ -74,7 +74,7 @@ def compress(options: CompressOptions, say: Callable[[str], None] = lambda _line
         factor_layers(plan, workspace, allocation)
         if plan.options.refine is not None:
             refine_layers(plan, workspace, say)
-        result = write_checkpoint(plan, workspace, allocation)
+        result = write_checkpoint(plan, workspace, allocation, front)
         workspace.publish()
         return result
     except PgsvdError as error:
@@ -112,17 +112,19 @@ def describe(plan: Plan) -> str:
     )
 
 
-def choose_ranks(plan: Plan, workspace: Workspace) -> Allocation:
-    """The ranks that the plan's ratio or tolerance gives; reads calibration, computes next to nothing."""
+def choose_ranks(plan: Plan, workspace: Workspace, front: LossFront | None) -> Allocation:
+    """The ranks that the plan's ratio or tolerance gives; reads calibration, computes next to nothing.
+
+    Args:
+        plan, workspace: calibrated.
+        front: of sizes and losses; None where sensitivities are not measured.
+    """
     ratio = DEFAULT_RATIO if plan.options.ratio is None else plan.options.ratio
     if plan.options.baseline is not None:
         return at_equal_ratio(plan.flat, ratio, plan.form, plan.ignored_parameters)
-    if plan.measured:
-        return measured_front(plan, workspace).at(ratio)
-    profiles: dict[str, torch.Tensor] = {}
-    for index in range(len(plan.projections)):
-        energy = workspace.load_layer(index, with_grams=False).energy
-        profiles.update({name: error_profile(values) for name, values in energy.items()})
+    if front is not None:
+        return front.at(ratio)
+    profiles = {name: error_profile(values) for name, values in output_energies(plan, workspace).items()}
     if plan.options.tolerance is not None:
         allocation = at_tolerance(plan.flat, profiles, plan.options.tolerance, plan.ignored_parameters, plan.form)
         if not allocation.ranks:
@@ -133,7 +135,9 @@ def choose_ranks(plan: Plan, workspace: Workspace) -> Allocation:
     return at_ratio(plan.flat, profiles, ratio, plan.ignored_parameters, plan.form)
 
 
-def write_checkpoint(plan: Plan, workspace: Workspace, allocation: Allocation) -> CompressResult:
+def write_checkpoint(
+    plan: Plan, workspace: Workspace, allocation: Allocation, front: LossFront | None
+) -> CompressResult:
     """Write the factors and everything else, and describe the result."""
     folder = workspace.begin_checkpoint()
     writer = ShardWriter(folder)
@@ -163,7 +167,6 @@ def write_checkpoint(plan: Plan, workspace: Workspace, allocation: Allocation) -
         if path.is_file() and path.suffix in COPIED_SUFFIXES and path.name not in NOT_COPIED:
             shutil.copyfile(path, folder / path.name)
     write_config(folder, plan, allocation, after, writer.count)
-    front = measured_front(plan, workspace) if plan.measured else None
     write_description(folder, plan, allocation, front, modules, after)
     open_checkpoint(folder)
     return CompressResult(workspace.output, allocation, modules, plan.total_parameters, after)

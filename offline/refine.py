@@ -80,7 +80,8 @@ class TrainedProjection(nn.Module):
         up = self.up.to(x.dtype)
         if self.others is not None:
             # Whole rows of the small matrix are put in place: three times faster than columns of the outputs.
-            up = self.unit.to(x.dtype).index_copy(0, self.others, up)
+            self.unit = self.unit.to(x.dtype)
+            up = self.unit.index_copy(0, self.others, up)
         return F.linear(F.linear(x, self.down.to(x.dtype)), up, self.bias)
 
     def stored(self) -> dict[str, torch.Tensor]:

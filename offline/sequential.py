@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from pgsvd_vllm.errors import InputError
-from pgsvd_vllm.offline.calibrate import LayerStream, by_window, gram_of, token_scale
+from pgsvd_vllm.offline.calibrate import LayerStream, Reached, by_window, gram_of, token_scale
 from pgsvd_vllm.offline.model_source import Projection
 
 # Calibration tokens that take part: this pass runs every layer four times.
@@ -217,7 +217,7 @@ class ErrorAwarePass:
         outputs: dict[int, torch.Tensor] = {}
 
         def stop(_module: nn.Module, args: tuple[Any, ...]) -> None:
-            raise _Reached(args[0])
+            raise Reached(args[0])
 
         def note(key: int) -> Callable[..., None]:
             return lambda _module, _args, output: outputs.update({key: output})
@@ -226,19 +226,12 @@ class ErrorAwarePass:
         handles += [writer.register_forward_hook(note(i)) for i, writer in enumerate(earlier)]
         try:
             self.stream.run(layer, index, hidden)
-        except _Reached as reached:
-            return reached.x, [outputs[i] for i in range(len(earlier))]
+        except Reached as reached:
+            return reached.value, [outputs[i] for i in range(len(earlier))]
         finally:
             for handle in handles:
                 handle.remove()
         raise AssertionError("the layer called the projection before")
-
-
-class _Reached(Exception):
-    """Ends a layer's forward at the projection whose input was wanted."""
-
-    def __init__(self, x: torch.Tensor) -> None:
-        self.x = x
 
 
 def _set_weight(module: Any, product: torch.Tensor) -> None:
