@@ -1,11 +1,12 @@
 """Perplexity of compressed models, methods x removed shares x texts, as multiples of dense.
 
-    python benchmarks/quality.py --wikitext DIR [--c4 FILE] [--quick] [--json FILE] [--markdown FILE]
+    python benchmarks/quality.py --wikitext DIR [--c4 FILE] [--quick] [--json FILE] [--markdown FILE] [--plot FILE]
 
 DIR holds wiki.valid.raw, which is calibrated on, and wiki.test.raw, which is judged on; nothing is
-chosen by looking at the test text. The model is SmolLM2-135M-Instruct. Calibration is done once for
-all methods and shares, and it and every finished case are kept in the work folder, so that an
-interrupted run continues where it was. Every case is judged as a checkpoint read back by transformers.
+chosen by looking at the test text. Of FILE every second document is judged on; the others are mixed
+into the calibration text of the mixed case alone. The model is SmolLM2-135M-Instruct. Calibration is
+done once for all methods and shares, and it and every finished case are kept in the work folder, so
+that an interrupted run continues where it was. Every case is judged as a checkpoint read back by transformers.
 """
 
 import argparse
@@ -13,7 +14,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ from pgsvd_vllm.offline.workspace import Workspace
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
 QUICK_RATIOS = (0.2, 0.4, 0.6)
 REFINED = "default, refined"
+MIXED = "default, mixed calibration"
 # Method -> the options that select it, as on the command line.
 METHODS: dict[str, dict[str, Any]] = {
     "svd": {"baseline": "svd"},
@@ -49,12 +51,14 @@ METHODS: dict[str, dict[str, Any]] = {
     "measured, pivot": {"sequential": False},
     "default": {},
     REFINED: {},
+    MIXED: {},
 }
 # Multiples of dense that must be reached.
 BARS = {
     ("default", "wikitext"): {0.2: 1.08, 0.4: 1.48, 0.6: 2.20},
     (REFINED, "wikitext"): {0.2: 1.05, 0.4: 1.28, 0.6: 1.75},
     ("default", "c4"): {0.2: 1.15},
+    (MIXED, "c4"): {0.2: 1.10},
 }
 LENGTH = 1024
 WINDOWS = 128
@@ -82,18 +86,26 @@ def spread_windows(folder: Path, documents: list[str], count: int) -> torch.Tens
     return torch.stack([torch.cat([head, tokens[s : s + body]]) for s in starts])
 
 
-def quality_plan(wikitext: Path, work: Path | None) -> Plan:
-    """The reference model calibrated on WikiText-2's validation text; finished work is in the work folder."""
+def quality_plan(wikitext: Path, work: Path | None, documents: Sequence[str] = ()) -> Plan:
+    """The reference model calibrated on WikiText-2's validation text; finished work is in the work folder.
+
+    Args:
+        wikitext: folder of wiki.valid.raw.
+        work: folder, or None for one in the user's cache.
+        documents: mixed with that text, half and half.
+    """
     work = work or reference_model.cache_folder() / "quality"
     work.mkdir(parents=True, exist_ok=True)
     # In the form of the text that is judged: tokens of blank lines that were never seen cost 4 % of perplexity.
     text = work / "wiki.valid.txt"
     text.write_text(paper_form((wikitext / "wiki.valid.raw").read_text(encoding="utf-8")), encoding="utf-8")
+    others = work / "others.jsonl"
+    others.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents), encoding="utf-8")
     return make_plan(
         CompressOptions(
             str(reference_model.smollm2()),
-            work / "model",
-            dataset=(str(text),),
+            work / ("mixed" if documents else "model"),
+            dataset=(str(text), str(others)) if documents else (str(text),),
             num_calibration_samples=WINDOWS,
             max_seq_length=LENGTH,
             resume=True,
@@ -144,6 +156,27 @@ def markdown(found: dict[str, float], ratios: tuple[float, ...], texts: list[str
     return "\n".join(lines)
 
 
+def plot(found: dict[str, float], ratios: tuple[float, ...], texts: list[str], path: Path) -> None:
+    """One panel a text: multiples of dense over the removed share, a line a method."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, len(texts), figsize=(6 * len(texts), 4.5), squeeze=False)
+    for panel, text in zip(panels[0], texts, strict=True):
+        for method in METHODS:
+            done = [r for r in ratios if f"{method} {r} {text}" in found]
+            values = [found[f"{method} {r} {text}"] / found[f"dense {text}"] for r in done]
+            if done:
+                panel.plot([100 * r for r in done], values, marker="o", label=method)
+        panel.set(title=text, xlabel="parameters removed, %", ylabel="perplexity, multiple of dense", yscale="log")
+        panel.grid(alpha=0.3, which="both")
+    panels[0][0].legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
 def main() -> int:
     """Measure, print the table, write JSON; the status is 0 where every bar is met."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -156,14 +189,17 @@ def main() -> int:
     parser.add_argument("--work", type=Path, help="kept between runs (default: in the user's cache)")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--markdown", type=Path, metavar="FILE")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="needs matplotlib (the extra `plot`)")
     arguments = parser.parse_args()
     ratios = tuple(arguments.ratios or (QUICK_RATIOS if arguments.quick else RATIOS))
     count = 15 if arguments.quick else 60
     plan = quality_plan(arguments.wikitext, arguments.work)
     folder = plan.source.folder
     texts = {"wikitext": [paper_form((arguments.wikitext / "wiki.test.raw").read_text(encoding="utf-8"))]}
+    mixed_in: list[str] = []
     if arguments.c4:
-        texts["c4"] = read_documents(str(arguments.c4), count * LENGTH, load_tokenizer(folder))
+        documents = read_documents(str(arguments.c4), 4 * count * LENGTH, load_tokenizer(folder))
+        mixed_in, texts["c4"] = documents[::2], documents[1::2]
     windows = {name: spread_windows(folder, documents, count) for name, documents in texts.items()}
 
     results = plan.options.output.with_name(f"results-{count}.json")
@@ -180,18 +216,21 @@ def main() -> int:
 
     if missing("dense"):
         judge(AutoModelForCausalLM.from_pretrained(folder, dtype="auto"), "dense")
-    workspace = Workspace(plan)
-    start = time.monotonic()
-    calibrate_layers(plan, workspace)
-    print(f"calibration: {time.monotonic() - start:.0f} s in this run", flush=True)
     for method in arguments.methods:
-        for ratio in ratios:
-            if missing(f"{method} {ratio}"):
-                begun = time.monotonic()
-                model = compressed(plan, workspace, method, ratio, arguments.refine_minutes)
-                print(f"{method} {ratio}: factored in {time.monotonic() - begun:.0f} s", flush=True)
-                judge(model, f"{method} {ratio}")
-                shutil.rmtree(workspace.checkpoint, ignore_errors=True)
+        todo = [ratio for ratio in ratios if missing(f"{method} {ratio}")]
+        if not todo or (method == MIXED and not mixed_in):
+            continue
+        calibrated = quality_plan(arguments.wikitext, arguments.work, mixed_in) if method == MIXED else plan
+        workspace = Workspace(calibrated)
+        start = time.monotonic()
+        calibrate_layers(calibrated, workspace)
+        print(f"{method}: calibration {time.monotonic() - start:.0f} s in this run", flush=True)
+        for ratio in todo:
+            begun = time.monotonic()
+            model = compressed(calibrated, workspace, method, ratio, arguments.refine_minutes)
+            print(f"{method} {ratio}: factored in {time.monotonic() - begun:.0f} s", flush=True)
+            judge(model, f"{method} {ratio}")
+            shutil.rmtree(workspace.checkpoint, ignore_errors=True)
 
     table = list(rows_of(found, ratios, list(windows)))
     text = markdown(found, ratios, list(windows))
@@ -201,6 +240,8 @@ def main() -> int:
             print(f"{row['case']:30} {row['value']:.3f}  bar {row['bar']}  {'ok' if row['ok'] else 'MISSED'}")
     if arguments.markdown:
         arguments.markdown.write_text(text, encoding="utf-8")
+    if arguments.plot:
+        plot(found, ratios, list(windows), arguments.plot)
     if arguments.json:
         arguments.json.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
     return 0 if all(row["ok"] for row in table) else 1
