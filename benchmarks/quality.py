@@ -165,12 +165,15 @@ def plot(found: dict[str, float], ratios: tuple[float, ...], texts: list[str], p
 
     figure, panels = pyplot.subplots(1, len(texts), figsize=(6 * len(texts), 4.5), squeeze=False)
     for panel, text in zip(panels[0], texts, strict=True):
-        for method in METHODS:
+        for number, method in enumerate(METHODS):
             done = [r for r in ratios if f"{method} {r} {text}" in found]
             values = [found[f"{method} {r} {text}"] / found[f"dense {text}"] for r in done]
             if done:
-                panel.plot([100 * r for r in done], values, marker="o", label=method)
+                panel.plot([100 * r for r in done], values, marker="o", label=method, color=f"C{number}")
         panel.set(title=text, xlabel="parameters removed, %", ylabel="perplexity, multiple of dense", yscale="log")
+        for axis in (panel.yaxis.set_major_formatter, panel.yaxis.set_minor_formatter):
+            axis("{x:g}")
+        panel.set_xticks([100 * r for r in ratios])
         panel.grid(alpha=0.3, which="both")
     panels[0][0].legend()
     figure.tight_layout()
