@@ -23,7 +23,7 @@ from benchmarks.quality import RATIOS, quality_plan
 from pgsvd_vllm.errors import InputError
 from pgsvd_vllm.offline.allocate import Allocation, LossFront, at_ratio, loss_front
 from pgsvd_vllm.offline.calibrate import LayerStream
-from pgsvd_vllm.offline.calibrate_pass import calibrate_layers, loss_energies, measured_front, output_energies
+from pgsvd_vllm.offline.calibrate_pass import calibrate_layers, loss_energies, output_energies
 from pgsvd_vllm.offline.factorize import als, closed_form
 from pgsvd_vllm.offline.model_source import Projection
 from pgsvd_vllm.offline.plan import Plan
@@ -33,21 +33,21 @@ from pgsvd_vllm.offline.spectrum import error_profile, gram_root, tail_energy
 from pgsvd_vllm.offline.workspace import Workspace
 
 Row = dict[str, object]
+Energies = dict[str, torch.Tensor]  # of `output_energies` and `loss_energies`
 FORM = "factors"  # the paper's
 SWEEPS = (1, 2, 4, 8, 16)
 # Size at which all but the fronts are looked at.
 RATIO = 0.4
 
 
-def multiple(allocation: Allocation, energies: dict[str, torch.Tensor], front: LossFront) -> float:
+def multiple(allocation: Allocation, energies: Energies, front: LossFront) -> float:
     """Loss of an allocation's ranks, by the energies that the front is of, over the front's at that size."""
     paid = sum(0.5 * float(tail_energy(energies[name])[rank]) for name, rank in allocation.ranks.items())
     return paid / front.losses[front.corner(allocation.removed)]
 
 
-def fronts(plan: Plan, workspace: Workspace) -> list[Row]:
+def fronts(plan: Plan, energies: Energies, losses: Energies) -> list[Row]:
     """What one tolerance loses at every size against the surrogate's front, and against the measured one."""
-    energies, losses = output_energies(plan, workspace), loss_energies(plan, workspace)
     profiles = {name: error_profile(energy) for name, energy in energies.items()}
     # Half of the tail beyond r is then half the squared relative error.
     relative = {name: energy / energy.sum() for name, energy in energies.items()}
@@ -61,10 +61,9 @@ def fronts(plan: Plan, workspace: Workspace) -> list[Row]:
     return rows
 
 
-def without_gradients(plan: Plan, workspace: Workspace) -> list[Row]:
+def without_gradients(plan: Plan, energies: Energies, losses: Energies) -> list[Row]:
     """Measured loss of the ranks that forward passes alone would choose, as a multiple of the front's."""
     stream = LayerStream(plan.source, plan.windows.ids[::32], plan.device, plan.compute_dtype)
-    energies, losses = output_energies(plan, workspace), loss_energies(plan, workspace)
     guessed = {}
     for index, row in enumerate(plan.projections):
         moved = responses(stream, index, row, plan.options.seed)
@@ -78,9 +77,9 @@ def without_gradients(plan: Plan, workspace: Workspace) -> list[Row]:
     return rows
 
 
-def solvers(plan: Plan, workspace: Workspace, every: int) -> list[Row]:
+def solvers(plan: Plan, workspace: Workspace, energies: Energies, every: int) -> list[Row]:
     """Excess error and seconds of ALS after some sweeps, over every n-th projection, against the exact solution."""
-    profiles = {name: error_profile(values) for name, values in output_energies(plan, workspace).items()}
+    profiles = {name: error_profile(values) for name, values in energies.items()}
     ranks = at_ratio(plan.flat, profiles, RATIO, form=FORM).ranks
     picked = [p.name for p in plan.flat if p.name in ranks][::every]
     excess: dict[int, list[float]] = {n: [] for n in SWEEPS}
@@ -109,12 +108,11 @@ def solvers(plan: Plan, workspace: Workspace, every: int) -> list[Row]:
     return rows
 
 
-def sensitivities(plan: Plan, workspace: Workspace, measured: LossFront) -> list[Row]:
+def sensitivities(plan: Plan, energies: Energies, losses: Energies) -> list[Row]:
     """By kind of projection: the loss that a relative error of 10 % costs, and the error that the optimum allows."""
-    ranks = measured.at(RATIO).ranks
+    ranks = loss_front(plan.flat, losses, form=plan.form).at(RATIO).ranks
     price: dict[str, list[float]] = {}
     allowed: dict[str, list[float]] = {}
-    energies, losses = output_energies(plan, workspace), loss_energies(plan, workspace)
     for p in plan.flat:
         kind = p.name.rsplit(".", 1)[-1]
         price.setdefault(kind, []).append(0.5 * float(losses[p.name].sum()) * 0.01)
@@ -180,10 +178,11 @@ def main() -> int:
     plan = quality_plan(arguments.wikitext, arguments.work)
     workspace = Workspace(plan)
     calibrate_layers(plan, workspace)
-    rows = fronts(plan, workspace) + without_gradients(plan, workspace)
-    rows += solvers(plan, workspace, 10 if arguments.quick else 2)
+    energies, losses = output_energies(plan, workspace), loss_energies(plan, workspace)
+    rows = fronts(plan, energies, losses) + without_gradients(plan, energies, losses)
+    rows += solvers(plan, workspace, energies, 10 if arguments.quick else 2)
     rows += sharing(plan, workspace)
-    rows += sensitivities(plan, workspace, measured_front(plan, workspace))
+    rows += sensitivities(plan, energies, losses)
     text = "| | |\n|---|---|\n" + "".join(f"| {row['case']} | {row['value']:.4g} |\n" for row in rows)
     print(text)
     if arguments.markdown:

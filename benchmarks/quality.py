@@ -100,7 +100,8 @@ def quality_plan(wikitext: Path, work: Path | None, documents: Sequence[str] = (
     text = work / "wiki.valid.txt"
     text.write_text(paper_form((wikitext / "wiki.valid.raw").read_text(encoding="utf-8")), encoding="utf-8")
     others = work / "others.jsonl"
-    others.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents), encoding="utf-8")
+    if documents:
+        others.write_text("".join(json.dumps({"text": row}) + "\n" for row in documents), encoding="utf-8")
     return make_plan(
         CompressOptions(
             str(reference_model.smollm2()),
