@@ -28,8 +28,8 @@ from pgsvd_vllm.offline.factorize import als, closed_form
 from pgsvd_vllm.offline.model_source import Projection
 from pgsvd_vllm.offline.plan import Plan
 from pgsvd_vllm.offline.response import responses
-from pgsvd_vllm.offline.sensitivity import metric_root
-from pgsvd_vllm.offline.spectrum import error_profile, gram_root, tail_energy
+from pgsvd_vllm.offline.sensitivity import metric_root, weighed
+from pgsvd_vllm.offline.spectrum import error_profile, gram_root, output_energy, tail_energy
 from pgsvd_vllm.offline.workspace import Workspace
 
 Row = dict[str, object]
@@ -138,14 +138,15 @@ def sharing(plan: Plan, workspace: Workspace) -> list[Row]:
         for leader, gram in data.grams.items():
             group = [p for p in row if data.leader[p.name] == leader]
             if len(group) > 1:
-                root = gram_root(gram.double() / tokens)
-                stacked = torch.cat(
-                    [
-                        metric_root(sensitivity.moments[p.name]).T @ plan.source.read(f"{p.name}.weight").double()
-                        for p in group
-                    ]
-                )
-                half = stacked @ root
+                # One second moment of the shared inputs, for both sides of the comparison.
+                inputs = sum(weighed(gram, tokens, sensitivity.grams[p.name]) for p in group) / len(group)
+                root = gram_root(inputs)
+                targets = {
+                    p.name: metric_root(sensitivity.moments[p.name]).T @ plan.source.read(f"{p.name}.weight").double()
+                    for p in group
+                }
+                apart.update({name: output_energy(target, inputs, root) for name, target in targets.items()})
+                half = torch.cat(list(targets.values())) @ root
                 energy = torch.linalg.eigvalsh(half.T @ half).flip(0).clamp_min(0)
                 together[leader] = group, energy
     rows: list[Row] = []

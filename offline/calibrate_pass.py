@@ -8,7 +8,7 @@ from pgsvd_vllm.offline.calibrate import LayerGrams, LayerStream
 from pgsvd_vllm.offline.model_source import Projection
 from pgsvd_vllm.offline.plan import Plan
 from pgsvd_vllm.offline.response import responses
-from pgsvd_vllm.offline.sensitivity import GradientPass, metric_root
+from pgsvd_vllm.offline.sensitivity import GradientPass, LayerGradients, metric_root, weighed
 from pgsvd_vllm.offline.spectrum import gram_root, output_energy
 from pgsvd_vllm.offline.workspace import LayerCalibration, LayerSensitivity, Workspace
 
@@ -30,7 +30,7 @@ def calibrate_layers(plan: Plan, workspace: Workspace) -> None:
             moved = responses(stream, index, row, plan.options.seed) if kind == "forward" else {}
             for step in stream.advance(index, row, collect):
                 if isinstance(step, LayerGrams):
-                    energy = _energies(plan, row, step.grams, step.leader, {}, tokens=1)
+                    energy = _energies(plan, row, step.grams, step.leader)
                     workspace.save_layer(index, LayerCalibration(step.grams, step.leader, energy))
                 else:
                     bar.update(step)
@@ -39,7 +39,7 @@ def calibrate_layers(plan: Plan, workspace: Workspace) -> None:
             if kind == "forward":
                 energy = workspace.load_layer(index, with_grams=False).energy
                 scaled = {name: energy[name] * (moved[name] / stream.tokens) for name in energy}
-                workspace.save_sensitivity(index, kind, LayerSensitivity({}, scaled))
+                workspace.save_sensitivity(index, kind, LayerSensitivity({}, {}, scaled))
     if gradients is not None:
         _measure_sensitivity(plan, workspace, gradients)
 
@@ -58,37 +58,31 @@ def _measure_sensitivity(plan: Plan, workspace: Workspace, gradients: GradientPa
                     workspace.save_sensitivity(index, plan.sensitivity, _loss_spectra(plan, workspace, index, step))
 
 
-def _loss_spectra(plan: Plan, workspace: Workspace, index: int, moments: dict[str, torch.Tensor]) -> LayerSensitivity:
+def _loss_spectra(plan: Plan, workspace: Workspace, index: int, found: LayerGradients) -> LayerSensitivity:
     """Eigenvalues of L^T W C W^T L for a layer's projections: twice what cutting each one loses."""
     data = workspace.load_layer(index)
-    tokens = plan.windows.ids.numel()
-    energy = _energies(plan, plan.projections[index], data.grams, data.leader, moments, tokens)
-    return LayerSensitivity(moments, energy)
+    energy = {}
+    for p in plan.projections[index]:
+        gram = data.grams[data.leader[p.name]].to(plan.device)
+        gram = weighed(gram, plan.windows.ids.numel(), found.grams[p.name])
+        target = metric_root(found.moments[p.name]).T @ plan.source.read(f"{p.name}.weight").to(plan.device).double()
+        energy[p.name] = output_energy(target, gram).cpu()
+    return LayerSensitivity(found.moments, found.grams, energy)
 
 
 def _energies(
-    plan: Plan,
-    row: list[Projection],
-    grams: dict[str, torch.Tensor],
-    leader: dict[str, str],
-    moments: dict[str, torch.Tensor],
-    tokens: int,
+    plan: Plan, row: list[Projection], grams: dict[str, torch.Tensor], leader: dict[str, str]
 ) -> dict[str, torch.Tensor]:
-    """The output energies per token of a layer's projections, in the metric of their gradients if any.
-
-    One projection's matrices at a time: those of a large layer do not fit beside each other.
-    """
+    """The output energies of a layer's projections; one at a time, since those of a large layer do not fit together."""
     roots: dict[str, torch.Tensor] = {}
     energy = {}
     for p in row:
         name = leader[p.name]
-        gram = grams[name].to(plan.device).double() / tokens
+        gram = grams[name].to(plan.device).double()
         if p.out_features > p.in_features and name not in roots:
             roots[name] = gram_root(gram)
-        target = plan.source.read(f"{p.name}.weight").to(plan.device).double()
-        if p.name in moments:
-            target = metric_root(moments[p.name]).T @ target
-        energy[p.name] = output_energy(target, gram, roots.get(name)).cpu()
+        weight = plan.source.read(f"{p.name}.weight").to(plan.device)
+        energy[p.name] = output_energy(weight, gram, roots.get(name)).cpu()
     return energy
 
 
@@ -104,7 +98,7 @@ def loss_energies(plan: Plan, workspace: Workspace) -> dict[str, torch.Tensor]:
     """Projection -> twice what cutting each direction costs, descending, of every layer in the workspace."""
     found: dict[str, torch.Tensor] = {}
     for index in range(len(plan.projections)):
-        found.update(workspace.load_sensitivity(index, plan.sensitivity, with_moments=False).energy)
+        found.update(workspace.load_sensitivity(index, plan.sensitivity, with_matrices=False).energy)
     return found
 
 

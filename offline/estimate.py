@@ -44,7 +44,7 @@ def memory_bytes(plan: Plan) -> int:
         + 400 * 1024**2  # torch and transformers themselves
     )  # fmt: skip
     if plan.sensitivity == "measured":
-        memory += max(sum(p.out_features**2 for p in row) for row in plan.projections) * 8
+        memory += max(sum(p.out_features**2 + p.in_features**2 for p in row) for row in plan.projections) * 8
         memory += 3 * _activation_bytes(plan, width)
     walked = min(tokens, SEQUENTIAL_TOKENS) if plan.sequential else 0
     memory += walked * (hidden + max(sum(sizes) for sizes in grams)) * width
@@ -67,11 +67,11 @@ def estimate(plan: Plan) -> Estimate:
     if plan.sensitivity == "measured":
         backward = min(tokens, GRADIENT_TOKENS)
         seconds += 4 * backward * sum(p.numel for p in plan.flat) / rates[plan.compute_dtype]
-        seconds += 2 * backward * sum(p.out_features**2 for p in plan.flat) / rates[torch.float32]
+        seconds += 2 * backward * sum(p.out_features**2 + p.in_features**2 for p in plan.flat) / rates[torch.float32]
     if plan.sequential:
-        # Two runs of every layer and one up to every input; C' and D of every input.
+        # Two runs of every layer and one up to every input; C', C and D of every input.
         seconds += 4 * 2 * walked * sum(p.numel for p in plan.flat) / rates[plan.compute_dtype]
-        seconds += 4 * walked * sum(n * n for sizes in grams for n in sizes) / rates[torch.float32]
+        seconds += 6 * walked * sum(n * n for sizes in grams for n in sizes) / rates[torch.float32]
     seconds += 60 * (plan.options.refine or 0)
     for p in plan.flat:
         small = min(p.out_features, p.in_features)
@@ -86,7 +86,7 @@ def disk_bytes(plan: Plan) -> int:
     if plan.sensitivity == "measured":
         tokens = min(plan.windows.ids.numel(), GRADIENT_TOKENS + TOKENS_PER_BATCH)
         hidden = plan.source.config.get_text_config().hidden_size
-        needed += sum(p.out_features**2 for p in plan.flat) * 4
+        needed += sum(p.out_features**2 + p.in_features**2 for p in plan.flat) * 4
         needed += tokens * hidden * plan.compute_dtype.itemsize * len(plan.projections)
     return needed + sum(info.nbytes for info in plan.source.tensors.values())
 

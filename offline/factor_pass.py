@@ -13,7 +13,7 @@ from pgsvd_vllm.offline.factorize import als, closed_form, product, relative_err
 from pgsvd_vllm.offline.model_source import Projection
 from pgsvd_vllm.offline.plan import Plan
 from pgsvd_vllm.offline.report import ModuleReport
-from pgsvd_vllm.offline.sensitivity import metric_root
+from pgsvd_vllm.offline.sensitivity import metric_root, weighed
 from pgsvd_vllm.offline.sequential import SEQUENTIAL_TOKENS, ErrorAwarePass, Target
 from pgsvd_vllm.offline.spectrum import error_profile
 from pgsvd_vllm.offline.workspace import LayerCalibration, LayerFactors, Workspace
@@ -73,11 +73,13 @@ class _Layer:
         self.ranked = {p.name: p for p in self.row if p.name in self.ranks}
         self.data: LayerCalibration = workspace.load_layer(index)
         self.moments: dict[str, torch.Tensor] = {}
+        self.weighted: dict[str, torch.Tensor] = {}
         if workspace.has_factors(index):
             stored = workspace.load_factors(index)
             self.tensors, self.reports = stored.tensors, stored.reports
         elif plan.measured and self.ranked:
-            self.moments = workspace.load_sensitivity(index, plan.sensitivity).moments
+            found = workspace.load_sensitivity(index, plan.sensitivity)
+            self.moments, self.weighted = found.moments, found.grams
 
     def groups(self) -> list[list[Projection]]:
         """The projections that read one input together, in the order of their calls."""
@@ -101,7 +103,12 @@ class _Layer:
         rank, plan = self.ranks[p.name], self.plan
         stored = plan.source.read(f"{p.name}.weight")
         weight = stored.to(plan.device).double()
-        target, gram = (weight, self.gram(p)) if wanted is None else (wanted.of(weight), wanted.gram)
+        target, gram = weight, self.gram(p)
+        if wanted is not None:
+            # All of the calibration text, moved as far as the tokens that took part in the layer-by-layer pass were.
+            target, gram = wanted.of(weight), gram + (wanted.gram - wanted.dense)
+        if p.name in self.weighted:
+            gram = weighed(gram, plan.windows.ids.numel(), self.weighted[p.name].to(plan.device))
         optimum = float(error_profile(self.data.energy[p.name])[min(rank, len(self.data.energy[p.name]))])
         moment = self.moments.get(p.name)
         metric = None if moment is None else metric_root(moment.to(plan.device))

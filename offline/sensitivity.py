@@ -6,11 +6,17 @@ drawn from the model itself (the Kronecker-factored Fisher information, Martens 
 This makes the errors of different projections comparable, which the uniform tolerance assumes and
 which is not so.
 
+The product of the two averages takes gradients and inputs as independent, which they are not: errors
+matter most where gradients are large. So half of C is C_w = E[w x x^T], w = ||g||^2 / E||g||^2, with the tokens
+weighed by their gradients. Only half, since gradients are blind to what is not small: a layer that feeds the token
+which all others attend to shows none there, yet must not lose that token (docs/log.md).
+
 The gradients come from a layer-wise backward pass: every layer is loaded once more, run forward
 again from its stored inputs, and run backward. Memory holds one layer, as in calibration.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from pgsvd_vllm.errors import InputError
-from pgsvd_vllm.offline.calibrate import LayerStream, gram_of
+from pgsvd_vllm.offline.calibrate import LayerStream, gram_of, robust_rows
 from pgsvd_vllm.offline.model_source import Projection
 
 # A backward pass costs twice a forward pass: no more tokens than this take part in it. On other text, factors
@@ -28,6 +34,20 @@ GRADIENT_TOKENS = 65536
 # Added to the diagonal of G as a share of its mean, so that directions the few gradients never
 # showed still cost something (0.05 to 0.2 measured alike).
 DAMPING = 0.1
+
+
+@dataclass(frozen=True)
+class LayerGradients:
+    """What the backward pass finds of one layer.
+
+    Attributes:
+        moments: projection -> G float64 [out, out], the mean over the tokens that reach it.
+        grams: projection -> C_w float64 [in, in], x scaled by its `token_scale`; the mean over all
+            tokens, of which those that do not reach it count as 0.
+    """
+
+    moments: dict[str, torch.Tensor]
+    grams: dict[str, torch.Tensor]
 
 
 class GradientPass:
@@ -81,21 +101,19 @@ class GradientPass:
                 parts.append(leaf.grad)
             self._gradients.append(torch.cat(parts))
 
-    def retreat(self, index: int, projections: Sequence[Projection]) -> Iterator[int | dict[str, torch.Tensor]]:
+    def retreat(self, index: int, projections: Sequence[Projection]) -> Iterator[int | LayerGradients]:
         """Run layer `index` backward over all batches.
 
-        Yields the tokens done after every batch, and at the end projection -> float64 [out, out],
-        the mean over tokens of g g^T.
+        Yields the tokens done after every batch, and the layer's gradients at the end.
+
+        Raises:
+            InputError: no token reaches one of the projections.
         """
-        moments: dict[str, torch.Tensor] = {}
         path = self.folder / f"{index:05d}.safetensors"
         inputs = load_file(path)
         prefix = f"{self.stream.source.layers_name}.{index}."
         with self.stream.source.layer(index, self.stream.device, self.stream.dtype) as layer:
-            handles = [
-                layer.get_submodule(p.name.removeprefix(prefix)).register_forward_hook(_gradient_hook(p.name, moments))
-                for p in projections
-            ]
+            hooks = _GradientHooks({p.name: layer.get_submodule(p.name.removeprefix(prefix)) for p in projections})
             try:
                 for i in range(self.batches):
                     leaf = inputs[str(i)].to(self.stream.device).requires_grad_()
@@ -104,22 +122,72 @@ class GradientPass:
                     self._gradients[i] = leaf.grad
                     yield leaf.shape[0] * leaf.shape[1]
             finally:
-                for handle in handles:
-                    handle.remove()
+                hooks.remove()
         path.unlink()
-        yield {name: moment / self.tokens for name, moment in moments.items()}
+        yield hooks.result(self.tokens)
 
 
-def _gradient_hook(name: str, moments: dict[str, torch.Tensor]) -> Callable[..., None]:
-    def forward_hook(_module: nn.Module, _inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        def add(gradient: torch.Tensor) -> None:
-            rows = gradient.detach().flatten(0, -2).float()
-            product = gram_of(rows)
-            moments[name] = moments[name] + product if name in moments else product
+@dataclass
+class _Sums:
+    """Of one projection: its tokens, sum ||g||^2, sum g g^T, sum ||g||^2 x x^T."""
 
-        output.register_hook(add)
+    tokens: int
+    energy: float
+    moment: torch.Tensor
+    gram: torch.Tensor
 
-    return forward_hook
+
+class _GradientHooks:
+    """Hooks on a layer's projections that sum what `LayerGradients` holds."""
+
+    def __init__(self, modules: dict[str, nn.Module]) -> None:
+        self._sums = {name: _Sums(0, 0.0, torch.zeros(()), torch.zeros(())) for name in modules}
+        self._handles = [module.register_forward_hook(self._hook(name)) for name, module in modules.items()]
+
+    def _hook(self, name: str) -> Callable[..., None]:
+        def forward_hook(_module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+            x, sums = args[0].detach(), self._sums[name]
+
+            def add(gradient: torch.Tensor) -> None:
+                rows = gradient.detach().flatten(0, -2).float()
+                norms = rows.norm(dim=1, keepdim=True)
+                sums.tokens += len(rows)
+                sums.energy += float(norms.double().square().sum())
+                sums.moment = gram_of(rows) + sums.moment.to(rows.device)
+                sums.gram = gram_of(robust_rows(x) * norms) + sums.gram.to(rows.device)
+
+            output.register_hook(add)
+
+        return forward_hook
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def result(self, tokens: int) -> LayerGradients:
+        """The means, of a pass over `tokens` tokens."""
+        moments, grams = {}, {}
+        for name, sums in self._sums.items():
+            if not sums.tokens:
+                raise InputError(
+                    f"{name}: none of the calibration text's first {tokens} tokens reaches it; "
+                    f"leave it dense with --ignore {name}, or use --sensitivity forward"
+                )
+            moments[name] = sums.moment / sums.tokens
+            # Without any gradient all weights are 0: nothing of it matters.
+            grams[name] = sums.gram * (sums.tokens / tokens / sums.energy if sums.energy > 0 else 0.0)
+        return LayerGradients(moments, grams)
+
+
+def weighed(gram: torch.Tensor, tokens: int, weighted: torch.Tensor) -> torch.Tensor:
+    """The second moments of a projection's input that its losses are reckoned with: (C + C_w) / 2, float64 [in, in].
+
+    Args:
+        gram: sum of x x^T over the calibration text.
+        tokens: of that text.
+        weighted: C_w, from `LayerGradients.grams`.
+    """
+    return (gram.double() / tokens + weighted.double()) / 2
 
 
 def metric_root(moment: torch.Tensor) -> torch.Tensor:

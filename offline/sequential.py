@@ -11,6 +11,9 @@ is also asked to undo part of the error e = h - h' that the stream itself carrie
 its inputs tell: M gains g R (C' + lam I)^-1, R = sum e x'^T. Which projections do is not guessed from
 names: the layer's output must be its input plus theirs, on the calibration text.
 
+Such targets learn the tokens of this pass by heart, so the norm in which M is then cut to its rank is not theirs: it is
+that of all calibration text, moved by C' - C, with C = sum x x^T of the same tokens (docs/log.md).
+
 Memory holds one layer, both sets of hidden states, and the dense layer's inputs of its projections.
 (MPIFA, arXiv 2501.19090, mixes its targets likewise.)
 """
@@ -44,12 +47,14 @@ class Target:
     Attributes:
         change: float64 [in, in].
         shift: float64 [out, in], or None where nothing is added.
-        gram: float64 [in, in].
+        gram: C', float64 [in, in].
+        dense: C = sum x x^T of the same tokens, float64 [in, in].
     """
 
     change: torch.Tensor
     shift: torch.Tensor | None
     gram: torch.Tensor
+    dense: torch.Tensor
 
     def of(self, weight: torch.Tensor) -> torch.Tensor:
         """M for the dense weight [out, in], float64."""
@@ -176,7 +181,7 @@ class ErrorAwarePass:
         """
         width = modules[name].in_features
         gram = torch.zeros(width, width, dtype=torch.float64, device=self.stream.device)
-        cross = torch.zeros_like(gram)
+        cross, plain = torch.zeros_like(gram), torch.zeros_like(gram)
         stream = None if before is None else gram.new_zeros(modules[name].out_features, width)
         for i, hidden in enumerate(self.factored):
             x, written = self._input(layer, index, modules[name], hidden, [modules[w] for w in before or ()])
@@ -189,6 +194,7 @@ class ErrorAwarePass:
             scale = token_scale(seen)
             rows = (seen * scale).flatten(0, 1)
             gram += gram_of(rows)
+            plain += gram_of((wanted * token_scale(wanted)).flatten(0, 1))
             cross += ((wanted * scale).flatten(0, 1).T @ rows).double()
             if stream is not None:
                 error = dense.hidden[i].float() - hidden.float()
@@ -202,7 +208,7 @@ class ErrorAwarePass:
         mixed = (1 - CORRECTED) * gram + CORRECTED * cross + ridge
         change = torch.cholesky_solve(mixed.T, root).T
         shift = None if stream is None else STREAM_CORRECTED * torch.cholesky_solve(stream.T, root).T
-        return Target(change, shift, gram)
+        return Target(change, shift, gram, plain)
 
     def _overflow(self, name: str) -> InputError:
         return InputError(

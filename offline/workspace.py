@@ -23,6 +23,8 @@ from pgsvd_vllm.errors import InputError
 from pgsvd_vllm.offline.plan import Plan
 from pgsvd_vllm.offline.report import ModuleReport
 
+# Raised whenever other things are kept of a layer: what an older program left cannot be continued.
+CALIBRATION = "2"
 RUN_FILE = "run.json"
 
 
@@ -46,12 +48,14 @@ class LayerSensitivity:
     """What the measurement of sensitivities keeps of one layer.
 
     Attributes:
-        moments: projection -> float32 [out, out], mean of g g^T; empty where no gradients were taken.
+        moments: projection -> G float32 [out, out]; empty where no gradients were taken, as grams then are.
+        grams: projection -> C_w float32 [in, in].
         energy: projection -> float64, descending: twice what cutting each direction costs. Nats a token
             (eigenvalues of L^T W C W^T L), or shares of the residual stream's energy without gradients.
     """
 
     moments: dict[str, torch.Tensor]
+    grams: dict[str, torch.Tensor]
     energy: dict[str, torch.Tensor]
 
 
@@ -79,6 +83,7 @@ def fingerprint(plan: Plan) -> dict[str, str]:
         "calibration text": plan.windows.sha256,
         "dtype": str(plan.compute_dtype),
         "ignore": " ".join(plan.options.ignore),
+        "program version": CALIBRATION,
     }
 
 
@@ -150,14 +155,15 @@ class Workspace:
     def save_sensitivity(self, index: int, kind: str, data: LayerSensitivity) -> None:
         """Write one layer's sensitivities; the file appears complete or not at all."""
         tensors = {f"moment:{name}": moment.float() for name, moment in data.moments.items()}
+        tensors.update({f"gram:{name}": gram.float() for name, gram in data.grams.items()})
         tensors.update({f"energy:{name}": energy for name, energy in data.energy.items()})
         _write(self._sensitivity_file(index, kind), tensors)
 
-    def load_sensitivity(self, index: int, kind: str, with_moments: bool = True) -> LayerSensitivity:
+    def load_sensitivity(self, index: int, kind: str, with_matrices: bool = True) -> LayerSensitivity:
         """Read one layer's sensitivities; raises InputError where the file is damaged."""
-        kinds = ("moment", "energy") if with_moments else ("energy",)
+        kinds = ("moment", "gram", "energy") if with_matrices else ("energy",)
         found, _ = _read(self._sensitivity_file(index, kind), kinds)
-        return LayerSensitivity(found.get("moment", {}), found["energy"])
+        return LayerSensitivity(found.get("moment", {}), found.get("gram", {}), found["energy"])
 
     def open_factors(self, choice: dict[str, Any]) -> None:
         """Use the factors that belong to a choice of ranks, form and solver; others are deleted."""

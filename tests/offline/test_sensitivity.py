@@ -14,9 +14,17 @@ from pgsvd_vllm.offline.allocate import loss_front, saves
 from pgsvd_vllm.offline.calibrate import LayerStream
 from pgsvd_vllm.offline.factorize import closed_form, product, stored_form
 from pgsvd_vllm.offline.model_source import ModelSource, Projection
-from pgsvd_vllm.offline.sensitivity import DAMPING, GradientPass, metric_root
+from pgsvd_vllm.offline.sensitivity import (
+    DAMPING,
+    GradientPass,
+    LayerGradients,
+    _GradientHooks,
+    metric_root,
+    weighed,
+)
 from pgsvd_vllm.offline.spectrum import gram_root, output_energy
 from tests.conftest import save_tiny_model
+from tests.offline.test_calibrate import clipped, reference_inputs
 
 
 @pytest.mark.parametrize("tie", [True, False])
@@ -31,12 +39,14 @@ def test_streamed_gradients_are_those_of_the_whole_model(tmp_path: Path, tie: bo
         gradients.remember(index)
         list(stream.advance(index, rows[index], collect=False))
     gradients.start(seed=7)
-    found: dict[str, torch.Tensor] = {}
+    moments: dict[str, torch.Tensor] = {}
+    grams: dict[str, torch.Tensor] = {}
     for index in reversed(range(3)):
-        *steps, moments = gradients.retreat(index, rows[index])
+        *steps, found = gradients.retreat(index, rows[index])
         assert sum(step for step in steps if isinstance(step, int)) == ids.numel()
-        assert isinstance(moments, dict)
-        found.update(moments)
+        assert isinstance(found, LayerGradients)
+        moments |= found.moments
+        grams |= found.grams
 
     model = AutoModelForCausalLM.from_pretrained(folder)
     outputs: dict[str, torch.Tensor] = {}
@@ -49,20 +59,59 @@ def test_streamed_gradients_are_those_of_the_whole_model(tmp_path: Path, tie: bo
 
             model.get_submodule(p.name).register_forward_hook(keep)
     generator = torch.Generator().manual_seed(7)
-    expected = {p.name: np.zeros((p.out_features,) * 2) for row in rows for p in row}
+    gradient: dict[str, list[np.ndarray]] = {p.name: [] for row in rows for p in row}
     for window in ids:
         logits = model(input_ids=window[None]).logits[0].float()
         labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
         F.cross_entropy(logits, labels, reduction="sum").backward()
         for name, output in outputs.items():
             assert output.grad is not None
-            g = output.grad[0].double().numpy()
-            expected[name] += g.T @ g / ids.numel()
-    assert found.keys() == expected.keys()
-    for name, moment in found.items():
+            gradient[name].append(output.grad[0].double().numpy())
+    inputs = reference_inputs(folder, ids)
+    assert moments.keys() == grams.keys() == gradient.keys()
+    for name, parts in gradient.items():
+        g, x = np.concatenate(parts), clipped(inputs[name])
+        weights = np.square(g).sum(1, keepdims=True) / np.square(g).sum(1).mean()
+        assert weights.max() > 1.5 > 0.7 > weights.min(), "all tokens weigh alike: nothing was tested"
         # Two float32 passes in another order of sums: rounding, relative to the largest entry.
-        np.testing.assert_allclose(moment.numpy(), expected[name], atol=1e-4 * np.abs(expected[name]).max())
+        for found_one, sums in ((moments[name], g.T @ g), (grams[name], x.T @ (x * weights))):
+            expected = sums / ids.numel()
+            np.testing.assert_allclose(found_one.numpy(), expected, atol=1e-4 * np.abs(expected).max())
     assert not list((tmp_path / "inputs").iterdir())
+
+
+def test_a_projection_that_few_tokens_reach_counts_by_their_share() -> None:
+    module = torch.nn.Linear(5, 3)
+    hooks = _GradientHooks({"expert": module})
+    x, g = torch.randn(6, 5), torch.randn(6, 3)
+    module(x.requires_grad_()).backward(g)
+    found = hooks.result(tokens=24)
+    hooks.remove()
+    x, g = clipped(x.detach().double().numpy()[None]), g.double().numpy()
+    weights = np.square(g).sum(1, keepdims=True) / np.square(g).sum(1).mean()
+    np.testing.assert_allclose(found.moments["expert"].numpy(), g.T @ g / 6, atol=1e-5)
+    np.testing.assert_allclose(found.grams["expert"].numpy(), x.T @ (x * weights) / 24, atol=1e-5)
+
+
+def test_a_projection_that_no_token_reaches_is_named() -> None:
+    hooks = _GradientHooks({"experts.3.up_proj": torch.nn.Linear(5, 3)})
+    with pytest.raises(InputError, match=r"experts\.3\.up_proj: none of the calibration text's first 24 tokens"):
+        hooks.result(tokens=24)
+
+
+def test_without_any_gradient_no_token_weighs_anything() -> None:
+    module = torch.nn.Linear(5, 3)
+    hooks = _GradientHooks({"p": module})
+    module(torch.randn(6, 5, requires_grad=True)).backward(torch.zeros(6, 3))
+    found = hooks.result(tokens=6)
+    assert not found.moments["p"].any()
+    assert not found.grams["p"].any()
+
+
+def test_half_of_the_inputs_moments_is_weighed() -> None:
+    a, b = (torch.diag(torch.tensor([2.0, 4.0])) * f for f in (10, 1))
+    assert torch.equal(weighed(a, 10, b), torch.diag(torch.tensor([2.0, 4.0], dtype=torch.float64)))
+    assert torch.equal(weighed(a, 5, 0 * b), torch.diag(torch.tensor([2.0, 4.0], dtype=torch.float64)))
 
 
 @pytest.mark.parametrize(("m", "n"), [(23, 31), (31, 23), (17, 17)])

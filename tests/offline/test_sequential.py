@@ -84,6 +84,8 @@ def test_targets_are_those_of_the_definition(tmp_path: Path) -> None:
         scale = np.linalg.norm(rows, axis=1) / np.linalg.norm(y.reshape(rows.shape), axis=1)
         wanted = x.reshape(rows.shape) * scale[:, None]
         np.testing.assert_allclose(target.gram.numpy(), rows.T @ rows, atol=2e-5 * np.abs(rows.T @ rows).max())
+        plain = clipped(x)
+        np.testing.assert_allclose(target.dense.numpy(), plain.T @ plain, atol=2e-5 * np.abs(plain.T @ plain).max())
         # The argmin as a least-squares problem: rows of mixed targets, and a ridge towards W itself.
         lam = RIDGE * float(np.mean(np.diag(rows.T @ rows)))
         weight = source.read(f"{name}.weight").double().numpy()
