@@ -129,10 +129,9 @@ class GradientPass:
 
 @dataclass
 class _Sums:
-    """Of one projection: its tokens, sum ||g||^2, sum g g^T, sum ||g||^2 x x^T."""
+    """Of one projection: its tokens, sum g g^T, sum ||g||^2 x x^T."""
 
     tokens: int
-    energy: float
     moment: torch.Tensor
     gram: torch.Tensor
 
@@ -141,7 +140,7 @@ class _GradientHooks:
     """Hooks on a layer's projections that sum what `LayerGradients` holds."""
 
     def __init__(self, modules: dict[str, nn.Module]) -> None:
-        self._sums = {name: _Sums(0, 0.0, torch.zeros(()), torch.zeros(())) for name in modules}
+        self._sums = {name: _Sums(0, torch.zeros(()), torch.zeros(())) for name in modules}
         self._handles = [module.register_forward_hook(self._hook(name)) for name, module in modules.items()]
 
     def _hook(self, name: str) -> Callable[..., None]:
@@ -152,7 +151,6 @@ class _GradientHooks:
                 rows = gradient.detach().flatten(0, -2).float()
                 norms = rows.norm(dim=1, keepdim=True)
                 sums.tokens += len(rows)
-                sums.energy += float(norms.double().square().sum())
                 sums.moment = gram_of(rows) + sums.moment.to(rows.device)
                 sums.gram = gram_of(robust_rows(x) * norms) + sums.gram.to(rows.device)
 
@@ -174,8 +172,9 @@ class _GradientHooks:
                     f"leave it dense with --ignore {name}, or use --sensitivity forward"
                 )
             moments[name] = sums.moment / sums.tokens
+            energy = float(sums.moment.trace())  # sum ||g||^2
             # Without any gradient all weights are 0: nothing of it matters.
-            grams[name] = sums.gram * (sums.tokens / tokens / sums.energy if sums.energy > 0 else 0.0)
+            grams[name] = sums.gram * (sums.tokens / tokens / energy if energy > 0 else 0.0)
         return LayerGradients(moments, grams)
 
 
