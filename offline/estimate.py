@@ -47,7 +47,8 @@ def memory_bytes(plan: Plan) -> int:
         memory += max(sum(p.out_features**2 + p.in_features**2 for p in row) for row in plan.projections) * 8
         memory += 3 * _activation_bytes(plan, width)
     walked = min(tokens, SEQUENTIAL_TOKENS) if plan.sequential else 0
-    memory += walked * (hidden + max(sum(sizes) for sizes in grams)) * width
+    # The factored hidden states, the dense layer's inputs of its projections, and what the paused runs hold: as much.
+    memory += walked * (hidden + 2 * max(sum(sizes) for sizes in grams)) * width
     if plan.options.refine is not None:
         # Dense model, student, and float32 numbers with gradients and Adam's two moments.
         memory += 2 * plan.total_parameters * width + 16 * sum(p.numel for p in plan.flat)
@@ -69,9 +70,10 @@ def estimate(plan: Plan) -> Estimate:
         seconds += 4 * backward * sum(p.numel for p in plan.flat) / rates[plan.compute_dtype]
         seconds += 2 * backward * sum(p.out_features**2 + p.in_features**2 for p in plan.flat) / rates[torch.float32]
     if plan.sequential:
-        # Two runs of every layer and one up to every input; C', C and D of every input.
-        seconds += 4 * 2 * walked * sum(p.numel for p in plan.flat) / rates[plan.compute_dtype]
-        seconds += 6 * walked * sum(n * n for sizes in grams for n in sizes) / rates[torch.float32]
+        # Every layer dense and factored; of every input C', D and, unless all tokens take part, C, all but D by half.
+        seconds += 2 * 2 * walked * sum(p.numel for p in plan.flat) / rates[plan.compute_dtype]
+        square = sum(n * n for sizes in grams for n in sizes)
+        seconds += (3 if walked == tokens else 4) * walked * square / rates[torch.float32]
     seconds += 60 * (plan.options.refine or 0)
     for p in plan.flat:
         small = min(p.out_features, p.in_features)

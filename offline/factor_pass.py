@@ -40,8 +40,9 @@ def factor_layers(plan: Plan, workspace: Workspace, allocation: Allocation) -> N
         return
     walk = None
     if plan.sequential:
-        ids = plan.windows.ids[: max(1, SEQUENTIAL_TOKENS // plan.windows.ids.shape[1])]
-        walk = ErrorAwarePass(LayerStream(plan.source, ids, plan.device, plan.compute_dtype))
+        count = max(1, SEQUENTIAL_TOKENS // plan.windows.ids.shape[1])
+        stream = LayerStream(plan.source, plan.windows.ids[:count], plan.device, plan.compute_dtype)
+        walk = ErrorAwarePass(stream, whole=count >= len(plan.windows.ids))
     with tqdm(total=len(allocation.ranks), desc="factorize", unit="matrix") as bar:
         for index in layers:
             bar.set_postfix_str(f"layer {index + 1}/{len(layers)}")
@@ -105,8 +106,9 @@ class _Layer:
         weight = stored.to(plan.device).double()
         target, gram = weight, self.gram(p)
         if wanted is not None:
+            target = wanted.of(weight)
             # All of the calibration text, moved as far as the tokens that took part in the layer-by-layer pass were.
-            target, gram = wanted.of(weight), gram + (wanted.gram - wanted.dense)
+            gram = wanted.gram if wanted.dense is None else gram + (wanted.gram - wanted.dense)
         if p.name in self.weighted:
             gram = weighed(gram, plan.windows.ids.numel(), self.weighted[p.name].to(plan.device))
         optimum = float(error_profile(self.data.energy[p.name])[min(rank, len(self.data.energy[p.name]))])

@@ -23,10 +23,11 @@ from pgsvd_vllm.checkpoint import FORMS
 from pgsvd_vllm.kernels.reference import other_rows
 from pgsvd_vllm.offline.calibrate import hidden_after, logits_after
 
-# Of Adam, a step a window, per nat of divergence at the start: what the noise of the steps costs grows with the rate,
-# and must stay small against what there is to gain. 1e-4 helped at 0.57 nats and harmed at 0.11 (docs/log.md).
-LEARNING_RATE = 1.75e-4
-HIGHEST_RATE = 1e-4
+# Of Adam, a step a window, times the root of the divergence at the start, in nats: what the noise of the steps costs
+# grows with the rate, and must stay small against what there is to gain. 4e-5 is good at 0.40 nats and 2e-5 at 0.10;
+# 1e-4 does harm at 0.40 (docs/log.md).
+LEARNING_RATE = 6e-5
+HIGHEST_RATE = 6e-5
 # Of Adam; short memories, since a run takes a hundred steps, not a million.
 BETAS = (0.9, 0.95)
 # Share of the time in which the learning rate rises; then it falls linearly to 0.
@@ -175,19 +176,19 @@ class Healer:
         """Train for some minutes.
 
         Args:
-            windows: int64 [count, length], to train on, again and again if time is left.
+            windows: int64 [count, length], to train on: in this order, then in others as long as time is left.
             held_out: int64 [any, length], never trained on.
             minutes: of training, the evaluations included; the learning rate follows the clock.
-            seed: of the order of the windows.
+            seed: of the later orders.
             say: called with a line when it ends.
         """
         start, budget = time.monotonic(), minutes * 60
         generator = torch.Generator().manual_seed(seed)
         before = best = self.judge(held_out)
-        rate = min(LEARNING_RATE * before, HIGHEST_RATE)
+        rate = min(LEARNING_RATE * before**0.5, HIGHEST_RATE)
         optimiser = torch.optim.Adam(self.parameters, lr=rate, betas=BETAS)
         kept, steps, judged = self.tensors, 0, 0
-        order: list[int] = []
+        order = list(reversed(range(len(windows))))
         with tqdm(total=round(budget), unit="s", desc="refine", bar_format="{l_bar}{bar}| {elapsed}{postfix}") as bar:
             while (share := (time.monotonic() - start) / budget) < 1:
                 optimiser.param_groups[0]["lr"] = rate * min(1.0, (share + 0.01) / WARM_UP, 1 - share)

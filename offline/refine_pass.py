@@ -31,7 +31,8 @@ def refine_layers(plan: Plan, workspace: Workspace, say: Callable[[str], None]) 
         tensors.update(layer.tensors)
     windows = plan.windows
     healer = Healer(_model(plan), _model(plan), plan.source.layers_name, tensors)
-    text = torch.cat([windows.ids, windows.others[HELD_OUT:]])
+    # The factors know the windows they were fitted on by heart: others teach them more.
+    text = torch.cat([windows.others[HELD_OUT:], windows.ids])
     refined = healer.run(text, windows.others[:HELD_OUT], plan.options.refine, plan.options.seed, say)
     for index, layer in enumerate(layers):
         data = workspace.load_layer(index)

@@ -14,23 +14,26 @@ names: the layer's output must be its input plus theirs, on the calibration text
 Such targets learn the tokens of this pass by heart, so the norm in which M is then cut to its rank is not theirs: it is
 that of all calibration text, moved by C' - C, with C = sum x x^T of the same tokens (docs/log.md).
 
-Memory holds one layer, both sets of hidden states, and the dense layer's inputs of its projections.
+A layer runs once with its factors: every batch's run pauses in front of each projection until that one is factored.
+Memory holds one layer, both sets of hidden states, the dense layer's inputs of its projections, and the paused runs.
 (MPIFA, arXiv 2501.19090, mixes its targets likewise.)
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+from greenlet import getcurrent, greenlet
 from torch import nn
 
 from pgsvd_vllm.errors import InputError
-from pgsvd_vllm.offline.calibrate import LayerStream, Reached, by_window, gram_of, token_scale
+from pgsvd_vllm.offline.calibrate import LayerStream, by_window, gram_of, token_scale
 from pgsvd_vllm.offline.model_source import Projection
 
-# Calibration tokens that take part: this pass runs every layer four times.
-SEQUENTIAL_TOKENS = 65536
+# Calibration tokens that take part; twice as many gained what half as many lost (docs/log.md).
+SEQUENTIAL_TOKENS = 131072
 # f and g: the shares of the inputs' and of the stream's error that are corrected.
 CORRECTED = 0.5
 STREAM_CORRECTED = 0.5
@@ -48,13 +51,13 @@ class Target:
         change: float64 [in, in].
         shift: float64 [out, in], or None where nothing is added.
         gram: C', float64 [in, in].
-        dense: C = sum x x^T of the same tokens, float64 [in, in].
+        dense: C = sum x x^T of the same tokens, float64 [in, in]; None where these are all calibration tokens.
     """
 
     change: torch.Tensor
     shift: torch.Tensor | None
     gram: torch.Tensor
-    dense: torch.Tensor
+    dense: torch.Tensor | None
 
     def of(self, weight: torch.Tensor) -> torch.Tensor:
         """M for the dense weight [out, in], float64."""
@@ -64,7 +67,7 @@ class Target:
 
 @dataclass
 class _Dense:
-    """What the dense layer did, a tensor a batch: its input, and its projections' inputs and outputs."""
+    """What the dense layer did, a tensor a batch: its input, its projections' inputs, and writers' outputs."""
 
     hidden: list[torch.Tensor]
     inputs: dict[str, list[torch.Tensor]]
@@ -76,10 +79,12 @@ class ErrorAwarePass:
 
     Args:
         stream: at its start, before any layer was run; its hidden states become the dense ones.
+        whole: whether its tokens are all calibration tokens, so that nobody needs their C.
     """
 
-    def __init__(self, stream: LayerStream) -> None:
+    def __init__(self, stream: LayerStream, whole: bool = False) -> None:
         self.stream = stream
+        self.whole = whole
         self.dense = stream.hidden
         self.factored = list(stream.hidden)
 
@@ -118,21 +123,28 @@ class ErrorAwarePass:
             writers = self._writers(dense, candidates)
             for name, product in known.items():
                 _set_weight(modules[name], product)
-            for group in () if known else groups:
-                leader = group[0].name
-                if leader not in leaders:
-                    continue
-                before = writers[: writers.index(leader)] if leader in writers else None
-                target = self._target(layer, index, modules, leader, dense, before)
-                del dense.inputs[leader]
-                for p in group:
-                    if p.name in ranked:
-                        _set_weight(modules[p.name], fit(p, target))
-                        yield p
-            for i, hidden in enumerate(self.factored):
-                self.factored[i] = self.stream.run(layer, index, hidden)
-                if not torch.isfinite(self.factored[i]).all():
-                    raise self._overflow(prefix[:-1])
+            runs = [_Run(partial(self.stream.run, layer, index, hidden)) for hidden in self.factored]
+            handles = [modules[name].register_forward_pre_hook(_pause(name)) for name in leaders]
+            handles += [modules[name].register_forward_hook(_note(name)) for name in writers]
+            try:
+                for group in groups:
+                    leader = group[0].name
+                    if leader not in leaders:
+                        continue
+                    before = writers[: writers.index(leader)] if leader in writers else None
+                    target = self._target(modules[leader], leader, dense, runs, before)
+                    del dense.inputs[leader]
+                    for p in group:
+                        if p.name in ranked:
+                            _set_weight(modules[p.name], fit(p, target))
+                            yield p
+                for i, run in enumerate(runs):
+                    self.factored[i] = run.end()
+                    if not torch.isfinite(self.factored[i]).all():
+                        raise self._overflow(prefix[:-1])
+            finally:
+                for handle in handles:
+                    handle.remove()
 
     def _run_dense(
         self, layer: nn.Module, index: int, modules: dict[str, Any], inputs: Sequence[str], outputs: Sequence[str]
@@ -162,44 +174,35 @@ class ErrorAwarePass:
         return list(candidates) if missing.norm() <= ADDITIVE * added.norm() else []
 
     def _target(
-        self,
-        layer: nn.Module,
-        index: int,
-        modules: dict[str, Any],
-        name: str,
-        dense: _Dense,
-        before: Sequence[str] | None,
+        self, module: Any, name: str, dense: _Dense, runs: Sequence["_Run"], before: Sequence[str] | None
     ) -> Target:
         """The target of a projection.
 
         Args:
-            layer, index: the layer, its earlier projections factored already.
-            modules: its projections.
-            name: of the projection.
+            module, name: the projection.
             dense: what the dense layer did.
+            runs: of the layer, the projections before this one factored; they are taken up to it.
             before: the projections that wrote to the residual stream before it; None if it does not.
         """
-        width = modules[name].in_features
+        width = module.in_features
         gram = torch.zeros(width, width, dtype=torch.float64, device=self.stream.device)
-        cross, plain = torch.zeros_like(gram), torch.zeros_like(gram)
-        stream = None if before is None else gram.new_zeros(modules[name].out_features, width)
-        for i, hidden in enumerate(self.factored):
-            x, written = self._input(layer, index, modules[name], hidden, [modules[w] for w in before or ()])
+        cross, plain = torch.zeros_like(gram), None if self.whole else torch.zeros_like(gram)
+        stream = None if before is None else gram.new_zeros(module.out_features, width)
+        for i, run in enumerate(runs):
+            x = run.up_to(name)
             seen, wanted = by_window(x), by_window(dense.inputs[name][i].to(x.device))
             if wanted.shape != seen.shape:
-                raise InputError(
-                    f"{name}: its tokens depend on the weights before it (a router); "
-                    f"leave it dense with --ignore {name}, or use --no-sequential"
-                )
+                raise _other_tokens(name)
             scale = token_scale(seen)
             rows = (seen * scale).flatten(0, 1)
             gram += gram_of(rows)
-            plain += gram_of((wanted * token_scale(wanted)).flatten(0, 1))
             cross += ((wanted * scale).flatten(0, 1).T @ rows).double()
+            if plain is not None:
+                plain += gram_of((wanted * token_scale(wanted)).flatten(0, 1))
             if stream is not None:
-                error = dense.hidden[i].float() - hidden.float()
-                for writer, output in zip(before or (), written, strict=True):
-                    error += dense.outputs[writer][i].to(x.device).float() - output.float()
+                error = dense.hidden[i].float() - self.factored[i].float()
+                for writer in before or ():
+                    error += dense.outputs[writer][i].to(x.device).float() - run.outputs[writer].float()
                 stream += ((error * scale).flatten(0, 1).T @ rows).double()
         if not torch.isfinite(gram).all():
             raise self._overflow(name)
@@ -216,28 +219,58 @@ class ErrorAwarePass:
             "calibrate with --dtype float32 or bfloat16"
         )
 
-    def _input(
-        self, layer: nn.Module, index: int, module: nn.Module, hidden: torch.Tensor, earlier: Sequence[nn.Module]
-    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """What a projection is given, and what earlier ones put out, while the layer runs up to it."""
-        outputs: dict[int, torch.Tensor] = {}
 
-        def stop(_module: nn.Module, args: tuple[Any, ...]) -> None:
-            raise Reached(args[0])
+class _Run(greenlet):
+    """A layer's run of one batch, which pauses in front of some projections.
 
-        def note(key: int) -> Callable[..., None]:
-            return lambda _module, _args, output: outputs.update({key: output})
+    Attributes:
+        outputs: of the projections behind it that are noted.
+    """
 
-        handles = [module.register_forward_pre_hook(stop)]
-        handles += [writer.register_forward_hook(note(i)) for i, writer in enumerate(earlier)]
-        try:
-            self.stream.run(layer, index, hidden)
-        except Reached as reached:
-            return reached.value, [outputs[i] for i in range(len(earlier))]
-        finally:
-            for handle in handles:
-                handle.remove()
-        raise AssertionError("the layer called the projection before")
+    def __init__(self, forward: Callable[[], torch.Tensor]) -> None:
+        super().__init__(lambda: (None, forward()))
+        self.outputs: dict[str, torch.Tensor] = {}
+
+    def up_to(self, name: str) -> torch.Tensor:
+        """Go on until a projection is called; returns its input."""
+        if self.dead:
+            raise _other_tokens(name)
+        reached, value = self.switch()
+        if reached != name:
+            raise _other_tokens(name)
+        return value
+
+    def end(self) -> torch.Tensor:
+        """Go on to the end; returns the layer's output."""
+        name, value = self.switch()
+        if name is not None:
+            raise _other_tokens(name)
+        return value
+
+
+def _pause(name: str) -> Callable[..., None]:
+    """A hook that hands a projection's name and input to whom waits for its run."""
+
+    def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
+        getcurrent().parent.switch((name, args[0]))
+
+    return hook
+
+
+def _note(name: str) -> Callable[..., None]:
+    """A hook that keeps a projection's output with its run."""
+
+    def hook(_module: nn.Module, _args: tuple[Any, ...], output: torch.Tensor) -> None:
+        getcurrent().outputs[name] = output
+
+    return hook
+
+
+def _other_tokens(name: str) -> InputError:
+    return InputError(
+        f"{name}: its tokens depend on the weights before it (a router); "
+        f"leave it dense with --ignore {name}, or use --no-sequential"
+    )
 
 
 def _set_weight(module: Any, product: torch.Tensor) -> None:

@@ -101,6 +101,48 @@ def test_healing_brings_the_predictions_back(tiny_model: Path, form: str, one_th
             assert torch.equal(new, tensor) == (suffix == "pivots"), f"{name}.{suffix}"
 
 
+def test_windows_are_taken_in_order_and_then_shuffled(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
+) -> None:
+    keys: list[int] = []
+    learn = Healer.learn
+
+    def spied(self: Healer, key: int, row: torch.Tensor) -> None:
+        assert torch.equal(row, text[key])
+        keys.append(key)
+        learn(self, key, row)
+
+    monkeypatch.setattr(Healer, "learn", spied)
+    text = windows(7, 32)
+    healer(tiny_model, factors_of(tiny_model, "factors")).run(text, windows(2, 32, seed=9), minutes=0.1)
+    assert len(keys) > 21
+    assert keys[:7] == list(range(7))
+    epochs = [keys[i : i + 7] for i in range(7, len(keys) - 6, 7)]
+    assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
+    assert any(epoch != list(range(7)) for epoch in epochs)
+
+
+def test_text_that_no_fit_has_seen_is_learned_first_and_the_judge_s_never(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
+) -> None:
+    given: list[torch.Tensor] = []
+    run = Healer.run
+
+    def spied(self: Healer, text: torch.Tensor, held_out: torch.Tensor, *rest: Any) -> Any:
+        given.extend((text, held_out))
+        return run(self, text, held_out, *rest)
+
+    monkeypatch.setattr(Healer, "run", spied)
+    options = CompressOptions(str(tiny_model), tmp_path / "out", refine=0.02, **OPTIONS)
+    fitted = make_plan(options).windows.ids
+    compress(options)
+    text, held_out = (set(map(tuple, part.tolist())) for part in given)
+    assert len(held_out) == HELD_OUT
+    assert not held_out & (text | set(map(tuple, fitted.tolist())))
+    assert torch.equal(given[0][-len(fitted) :], fitted)
+    assert len(given[0]) > len(fitted)
+
+
 @pytest.mark.parametrize("rate", [30.0, 1e30])
 def test_healing_that_fails_gives_back_what_it_got(
     tiny_model: Path, rate: float, monkeypatch: pytest.MonkeyPatch, one_thread: None

@@ -85,6 +85,7 @@ def test_targets_are_those_of_the_definition(tmp_path: Path) -> None:
         wanted = x.reshape(rows.shape) * scale[:, None]
         np.testing.assert_allclose(target.gram.numpy(), rows.T @ rows, atol=2e-5 * np.abs(rows.T @ rows).max())
         plain = clipped(x)
+        assert target.dense is not None
         np.testing.assert_allclose(target.dense.numpy(), plain.T @ plain, atol=2e-5 * np.abs(plain.T @ plain).max())
         # The argmin as a least-squares problem: rows of mixed targets, and a ridge towards W itself.
         lam = RIDGE * float(np.mean(np.diag(rows.T @ rows)))
@@ -126,6 +127,52 @@ def test_a_projection_whose_output_is_not_added_as_it_is_gets_no_share_of_the_st
     list(walk.advance(0, groups_of(row), {p.name for p in row}, fit, {}))
     assert len(targets) == 7
     assert all(target.shift is None for target in targets)
+
+
+def test_the_dense_gram_matrix_is_not_summed_where_all_text_takes_part(tmp_path: Path) -> None:
+    source = ModelSource(save_tiny_model(tmp_path / "model", layers=1))
+    row = source.projections()[0]
+    seen: list[list[Target]] = [[], []]
+    for whole in (False, True):
+        walk = ErrorAwarePass(LayerStream(source, windows(4, 40), CPU, torch.float32), whole)
+
+        def fit(p: Projection, target: Target, whole: bool = whole) -> torch.Tensor:
+            seen[whole].append(target)
+            return truncated(source.read(f"{p.name}.weight"))
+
+        list(walk.advance(0, groups_of(row), {p.name for p in row}, fit, {}))
+    for plain, all_text in zip(*seen, strict=True):
+        assert plain.dense is not None
+        assert all_text.dense is None
+        assert torch.equal(plain.gram, all_text.gram)
+        assert torch.equal(plain.change, all_text.change)
+
+
+@pytest.mark.parametrize("skipped", ["mlp", "down_proj"])
+def test_a_projection_that_the_factored_layer_does_not_call_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, skipped: str
+) -> None:
+    source = ModelSource(save_tiny_model(tmp_path / "model", layers=1))
+    mlp: Any = source.layers[0].get_submodule("mlp")
+    plain, calls = mlp.forward, []
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        calls.append(x)
+        if len(calls) == 1:  # the dense layer's
+            return plain(x)
+        return x if skipped == "mlp" else mlp.gate_proj(x)[..., : x.shape[-1]]
+
+    monkeypatch.setattr(mlp, "forward", forward)
+    walk = ErrorAwarePass(LayerStream(source, windows(4, 40), CPU, torch.float32))
+    row = source.projections()[0]
+    name = "down_proj" if skipped == "down_proj" else "gate_proj"
+    with pytest.raises(InputError, match=rf"mlp\.{name}: its tokens depend on the weights before it \(a router\)"):
+        list(
+            walk.advance(
+                0, groups_of(row), {p.name for p in row}, lambda p, _t: truncated(source.read(f"{p.name}.weight")), {}
+            )
+        )
+    assert len(calls) == 2
 
 
 def test_a_layer_that_is_known_is_run_and_not_fitted(tmp_path: Path) -> None:
