@@ -23,11 +23,10 @@ from pgsvd_vllm.checkpoint import FORMS
 from pgsvd_vllm.kernels.reference import other_rows
 from pgsvd_vllm.offline.calibrate import hidden_after, logits_after
 
-# Of Adam, a step a window, times the root of the divergence at the start, in nats: what the noise of the steps costs
-# grows with the rate, and must stay small against what there is to gain. 4e-5 is good at 0.40 nats and 2e-5 at 0.10;
-# 1e-4 does harm at 0.40 (docs/log.md).
+# Of Adam, a step a window, times the root of the divergence at the start, in nats and at most 1: what the noise of the
+# steps costs grows with the rate, and must stay small against what there is to gain. 4e-5 is good at 0.40 nats and 2e-5
+# at 0.10; 1e-4 does harm at 0.40 (docs/log.md).
 LEARNING_RATE = 6e-5
-HIGHEST_RATE = 6e-5
 # Of Adam; short memories, since a run takes a hundred steps, not a million.
 BETAS = (0.9, 0.95)
 # Share of the time in which the learning rate rises; then it falls linearly to 0.
@@ -185,7 +184,7 @@ class Healer:
         start, budget = time.monotonic(), minutes * 60
         generator = torch.Generator().manual_seed(seed)
         before = best = self.judge(held_out)
-        rate = min(LEARNING_RATE * before**0.5, HIGHEST_RATE)
+        rate = LEARNING_RATE * min(before, 1.0) ** 0.5
         optimiser = torch.optim.Adam(self.parameters, lr=rate, betas=BETAS)
         kept, steps, judged = self.tensors, 0, 0
         order = list(reversed(range(len(windows))))

@@ -148,7 +148,6 @@ def test_healing_that_fails_gives_back_what_it_got(
     tiny_model: Path, rate: float, monkeypatch: pytest.MonkeyPatch, one_thread: None
 ) -> None:
     monkeypatch.setattr(refine, "LEARNING_RATE", rate)
-    monkeypatch.setattr(refine, "HIGHEST_RATE", rate)
     tensors = factors_of(tiny_model, "factors")
     refined = healer(tiny_model, tensors).run(windows(8, 32), windows(2, 32, seed=9), minutes=0.03)
     assert refined.steps > 0
