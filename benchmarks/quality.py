@@ -1,12 +1,14 @@
 """Perplexity of compressed models, methods x removed shares x texts, as multiples of dense.
 
-    python benchmarks/quality.py --wikitext DIR [--c4 FILE] [--quick] [--json FILE] [--markdown FILE] [--plot FILE]
+    python benchmarks/quality.py --wikitext DIR [--c4 FILE] [--model NAME] [--seed N] [--quick]
+        [--json FILE] [--markdown FILE] [--plot FILE]
 
 DIR holds wiki.valid.raw, which is calibrated on, and wiki.test.raw, which is judged on; nothing is
 chosen by looking at the test text. Of FILE every second document is judged on; the others are mixed
-into the calibration text of the mixed case alone. The model is SmolLM2-135M-Instruct. Calibration is
-done once for all methods and shares, and it and every finished case are kept in the work folder, so
-that an interrupted run continues where it was. Every case is judged as a checkpoint read back by transformers.
+into the calibration text of the mixed case alone. Calibration is done once for all methods and shares,
+and it and every finished case are kept in the work folder, for every model and seed apart, so that an
+interrupted run continues where it was. Every case is judged as a checkpoint read back by transformers.
+The bars are SmolLM2's.
 """
 
 import argparse
@@ -14,7 +16,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -60,6 +62,7 @@ BARS = {
     ("default", "c4"): {0.2: 1.15},
     (MIXED, "c4"): {0.2: 1.10},
 }
+MODELS = {"smollm2": reference_model.smollm2, "gemma3": reference_model.gemma3}
 LENGTH = 1024
 WINDOWS = 128
 
@@ -86,13 +89,17 @@ def spread_windows(folder: Path, documents: list[str], count: int) -> torch.Tens
     return torch.stack([torch.cat([head, tokens[s : s + body]]) for s in starts])
 
 
-def quality_plan(wikitext: Path, work: Path | None, documents: Sequence[str] = ()) -> Plan:
-    """The reference model calibrated on WikiText-2's validation text; finished work is in the work folder.
+def quality_plan(
+    wikitext: Path, work: Path | None, documents: Sequence[str] = (), model: str = "smollm2", seed: int = 0
+) -> Plan:
+    """A model calibrated on WikiText-2's validation text; finished work is in the work folder.
 
     Args:
         wikitext: folder of wiki.valid.raw.
         work: folder, or None for one in the user's cache.
         documents: mixed with that text, half and half.
+        model: one of MODELS.
+        seed: of the windows that are drawn from the text, and of the labels that gradients are taken for.
     """
     work = work or reference_model.cache_folder() / "quality"
     work.mkdir(parents=True, exist_ok=True)
@@ -104,11 +111,12 @@ def quality_plan(wikitext: Path, work: Path | None, documents: Sequence[str] = (
         others.write_text("".join(json.dumps({"text": row}) + "\n" for row in documents), encoding="utf-8")
     return make_plan(
         CompressOptions(
-            str(reference_model.smollm2()),
-            work / ("mixed" if documents else "model"),
+            str(MODELS[model]()),
+            work / (f"{model}-{seed}-mixed" if documents else f"{model}-{seed}"),
             dataset=(str(text), str(others)) if documents else (str(text),),
             num_calibration_samples=WINDOWS,
             max_seq_length=LENGTH,
+            seed=seed,
             resume=True,
         )
     )
@@ -128,7 +136,12 @@ def compressed(plan: Plan, workspace: Workspace, method: str, ratio: float, minu
     return AutoModelForCausalLM.from_pretrained(workspace.checkpoint, dtype="auto")
 
 
-def rows_of(found: dict[str, float], ratios: tuple[float, ...], texts: list[str]) -> Iterator[dict[str, object]]:
+def rows_of(
+    found: dict[str, float],
+    ratios: tuple[float, ...],
+    texts: list[str],
+    bars: Mapping[tuple[str, str], dict[float, float]],
+) -> Iterator[dict[str, object]]:
     """Every finished case as a multiple of dense, with its bar where it has one."""
     for method in METHODS:
         for ratio in ratios:
@@ -137,7 +150,7 @@ def rows_of(found: dict[str, float], ratios: tuple[float, ...], texts: list[str]
                 if key not in found:
                     continue
                 value = found[key] / found[f"dense {text}"]
-                bar = BARS.get((method, text), {}).get(ratio)
+                bar = bars.get((method, text), {}).get(ratio)
                 yield {"case": key, "value": value, "bar": bar, "ok": bar is None or value <= bar}
 
 
@@ -186,6 +199,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--wikitext", type=Path, required=True, metavar="DIR", help="has wiki.valid.raw, wiki.test.raw")
     parser.add_argument("--c4", type=Path, metavar="FILE", help=".jsonl with a text field, to judge on as well")
+    parser.add_argument("--model", choices=MODELS, default="smollm2")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the calibration; 0 unless given")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--ratios", nargs="+", type=float, choices=RATIOS)
     parser.add_argument("--refine-minutes", type=float, default=20.0, metavar="M", help="of the trained case")
@@ -197,7 +212,11 @@ def main() -> int:
     arguments = parser.parse_args()
     ratios = tuple(arguments.ratios or (QUICK_RATIOS if arguments.quick else RATIOS))
     count = 15 if arguments.quick else 60
-    plan = quality_plan(arguments.wikitext, arguments.work)
+
+    def planned(documents: Sequence[str] = ()) -> Plan:
+        return quality_plan(arguments.wikitext, arguments.work, documents, arguments.model, arguments.seed)
+
+    plan = planned()
     folder = plan.source.folder
     texts = {"wikitext": [paper_form((arguments.wikitext / "wiki.test.raw").read_text(encoding="utf-8"))]}
     mixed_in: list[str] = []
@@ -206,7 +225,7 @@ def main() -> int:
         mixed_in, texts["c4"] = documents[::2], documents[1::2]
     windows = {name: spread_windows(folder, documents, count) for name, documents in texts.items()}
 
-    results = plan.options.output.with_name(f"results-{count}.json")
+    results = plan.options.output.with_name(f"results-{plan.options.output.name}-{count}.json")
     found: dict[str, float] = json.loads(results.read_text(encoding="utf-8")) if results.is_file() else {}
 
     def judge(model: PreTrainedModel, case: str) -> None:
@@ -224,7 +243,7 @@ def main() -> int:
         todo = [ratio for ratio in ratios if missing(f"{method} {ratio}")]
         if not todo or (method == MIXED and not mixed_in):
             continue
-        calibrated = quality_plan(arguments.wikitext, arguments.work, mixed_in) if method == MIXED else plan
+        calibrated = planned(mixed_in) if method == MIXED else plan
         workspace = Workspace(calibrated)
         start = time.monotonic()
         calibrate_layers(calibrated, workspace)
@@ -236,7 +255,7 @@ def main() -> int:
             judge(model, f"{method} {ratio}")
             shutil.rmtree(workspace.checkpoint, ignore_errors=True)
 
-    table = list(rows_of(found, ratios, list(windows)))
+    table = list(rows_of(found, ratios, list(windows), BARS if arguments.model == "smollm2" else {}))
     text = markdown(found, ratios, list(windows))
     print(text)
     for row in table:
