@@ -1,4 +1,4 @@
-"""vLLM's linear method for factored layers: parameters, loading, one opaque op for every shape.
+"""vLLM's linear method for factored layers: parameters, loading, and one opaque op for every shape.
 
 A merged layer (QKV, gate and up) has shards of different rank and form, some of them dense. Its
 parameters bear the checkpoint's names, each holding the tensors of all shards that have one:
@@ -7,6 +7,7 @@ parameters bear the checkpoint's names, each holding the tensors of all shards t
 They exist until the weights are loaded; then the products are packed from them.
 """
 
+import itertools
 import math
 import weakref
 from collections.abc import Callable
@@ -14,12 +15,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
-from vllm.config import get_current_vllm_config
+from vllm.config import CompilationMode, get_current_vllm_config
 from vllm.forward_context import get_forward_context, is_forward_context_available
 from vllm.model_executor.layers.linear import LinearMethodBase
-from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import (
     LayerNameType,
@@ -30,6 +29,7 @@ from vllm.utils.torch_utils import (
 
 from pgsvd_vllm.checkpoint import FactoredModule, check_pivots
 from pgsvd_vllm.errors import CheckpointError
+from pgsvd_vllm.products import FactoredGemms, Gemm
 from pgsvd_vllm.sharding import copy_checked, input_columns, output_rows, pivot_rows, take_rows
 
 SHARD_INDEX = {"q": 0, "k": 1, "v": 2}
@@ -53,64 +53,6 @@ class Shard:
     def kinds(self) -> tuple[str, ...]:
         """The names of its tensors."""
         return ("weight",) if self.module is None else self.module.suffixes
-
-
-class Gemm(nn.Module):
-    """x @ weight.T (+ bias), prepacked by vLLM's own dispatch on CPU."""
-
-    def __init__(self, weight: torch.Tensor) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        self.cpu_linear: Callable[..., torch.Tensor] | None = None
-        # The dispatch turns the `bias` of a layer into float32 where the kernel it picks wants that
-        # (AMX). The bias belongs to the whole layer, not to this product: an empty one shows the dtype.
-        self.bias = nn.Parameter(weight.new_empty(0), requires_grad=False)
-        if current_platform.is_cpu():
-            dispatch_cpu_unquantized_gemm(self, remove_weight=True)
-
-    def forward(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """x [tokens, in] -> [tokens, out]."""
-        if self.cpu_linear is not None:
-            return self.cpu_linear(x, self.weight, None if bias is None else bias.to(self.bias.dtype))
-        return F.linear(x, self.weight, bias)
-
-
-class FactoredGemms:
-    """The matrix products of one loaded layer: one for all down factors, one per shard after it.
-
-    Args:
-        down: V and P of all low-rank shards, stacked.
-        products: one a shard, with the slice of z it reads; None where it reads x (a dense shard).
-        sizes: rows of each product.
-        order: where the layer's outputs lie in cat([z, products...]); None where they are the
-            products one after the other, as without pivot shards.
-    """
-
-    def __init__(
-        self,
-        down: Gemm,
-        products: list[tuple[Gemm, slice | None]],
-        sizes: list[int],
-        order: torch.Tensor | None,
-    ) -> None:
-        self.down = down
-        self.products = products
-        self.sizes = sizes
-        self.order = order
-
-    def __call__(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """x [tokens, in] -> [tokens, out]."""
-        z = self.down(x)
-        biases = [None] * len(self.sizes) if bias is None or self.order is not None else bias.split(self.sizes)
-        parts = []
-        for (gemm, columns), part_bias in zip(self.products, biases, strict=True):
-            # The packed products need rows that follow each other in memory.
-            source = x if columns is None else z[:, columns].contiguous()
-            parts.append(gemm(source, part_bias))
-        if self.order is None:
-            return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
-        y = torch.cat([z, *parts], dim=-1).index_select(1, self.order)
-        return y if bias is None else y.add_(bias)
 
 
 class PgsvdLinearMethod(LinearMethodBase):
@@ -175,6 +117,9 @@ class PgsvdLinearMethod(LinearMethodBase):
 
         config = get_current_vllm_config()
         self.is_dummy = config.load_config.load_format == "dummy"
+        # vLLM's own compilation shares graphs between layers: there ranks must not be part of them. Where the
+        # model is traced as one graph (CPU) or not at all, the products are called directly, which costs less.
+        self.opaque = config.compilation_config.mode == CompilationMode.VLLM_COMPILE
         config.compilation_config.static_forward_context[layer.prefix] = layer
         _layers_without_context[layer.prefix] = layer
 
@@ -256,35 +201,7 @@ class PgsvdLinearMethod(LinearMethodBase):
         """Check that every shard arrived, then pack the products; the originals are released."""
         if not self.is_dummy:
             self.check_complete()
-        downs = [self._view(layer, i, s.kinds[0]) for i, s in enumerate(self.shards) if s.module is not None]
-        products: list[tuple[Gemm, slice | None]] = []
-        order: list[torch.Tensor] = []
-        z_start, y_start = 0, sum(len(down) for down in downs)
-        for index, shard in enumerate(self.shards):
-            if shard.module is None:
-                matrix, columns = self._view(layer, index, "weight"), None
-            else:
-                columns = slice(z_start, z_start + shard.module.rank)
-                z_start += shard.module.rank
-                if shard.module.form == "factors":
-                    matrix = self._view(layer, index, "weight_u")
-                else:
-                    pivots, c = self._view(layer, index, "pivots"), self._view(layer, index, "weight_c")
-                    if self.is_dummy:
-                        pivots.copy_(torch.arange(len(pivots)))
-                    matrix, places = pivot_rows(pivots, c, self._rows(layer, index, self.full_sizes[index]))
-                    order.append(torch.where(places < 0, columns.start - 1 - places, y_start + places))
-            if len(order) == index:  # no pivots: the outputs are the product itself
-                order.append(torch.arange(y_start, y_start + len(matrix), device=matrix.device))
-            y_start += len(matrix)
-            products.append((Gemm(matrix), columns))
-        pivoted = any("pivots" in shard.kinds for shard in self.shards)
-        layer.pgsvd_gemms = FactoredGemms(
-            Gemm(downs[0] if len(downs) == 1 else torch.cat(downs)),
-            products,
-            self.sizes,
-            torch.cat(order) if pivoted else None,
-        )
+        layer.pgsvd_gemms = self._pack(layer)
         if hasattr(layer, "weight"):
             # Only some of the layer's rows: nothing may take it for the layer's weight.
             del layer.weight
@@ -293,8 +210,42 @@ class PgsvdLinearMethod(LinearMethodBase):
                 if parameter is not layer.bias:
                     parameter.data = parameter.data.new_empty(0)
 
+    def _pack(self, layer: Any) -> FactoredGemms:
+        """The products of the loaded layer."""
+        # What reads x, one under the other; a shard's rows of it.
+        first = [self._view(layer, i, shard.kinds[0]) for i, shard in enumerate(self.shards)]
+        ends = list(itertools.accumulate(len(matrix) for matrix in first))
+        rows = [slice(end - len(matrix), end) for end, matrix in zip(ends, first, strict=True)]
+        ups: list[tuple[Gemm, slice]] = []
+        pieces: list[tuple[int, slice]] = []
+        order: list[torch.Tensor] = []
+        start = ends[-1]  # of the next up product's outputs
+        for index, shard in enumerate(self.shards):
+            module = shard.module
+            if module is None:
+                pieces.append((0, rows[index]))
+                order.append(torch.arange(rows[index].start, rows[index].stop, device=first[index].device))
+                continue
+            if module.form == "factors":
+                up = self._view(layer, index, "weight_u")
+                places = torch.arange(len(up), device=up.device)
+            else:
+                pivots, c = self._view(layer, index, "pivots"), self._view(layer, index, "weight_c")
+                if self.is_dummy:
+                    pivots.copy_(torch.arange(len(pivots)))
+                up, places = pivot_rows(pivots, c, self._rows(layer, index, self.full_sizes[index]))
+            pieces.append((len(ups) + 1, slice(0, len(up))))
+            order.append(torch.where(places < 0, rows[index].start - 1 - places, start + places))
+            ups.append((Gemm(up), rows[index]))
+            start += len(up)
+        pivoted = any("pivots" in shard.kinds for shard in self.shards)
+        stacked = Gemm(first[0] if len(first) == 1 else torch.cat(first))
+        return FactoredGemms(stacked, ups, pieces, torch.cat(order) if pivoted else None)
+
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x [..., in] -> [..., out] of this rank."""
+        if not self.opaque:
+            return layer.pgsvd_gemms(x.reshape(-1, x.shape[-1]), bias).view(*x.shape[:-1], sum(self.sizes))
         return torch.ops.pgsvd.linear(x, bias, sum(self.sizes), _encode_layer_name(layer.prefix))
 
 
@@ -323,6 +274,6 @@ def _linear_fake(
 
 
 # One opaque op for every factored layer, looked up by name: ranks are not part of the traced graph,
-# so layers of different rank share one compiled graph.
+# so layers of different rank share one compiled graph where vLLM compiles layer by layer.
 _library = torch.library.Library("pgsvd", "FRAGMENT")
 direct_register_custom_op("linear", _linear, fake_impl=_linear_fake, target_lib=_library)

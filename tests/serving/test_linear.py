@@ -19,7 +19,8 @@ from vllm.utils.torch_utils import _encode_layer_name  # noqa: E402
 from pgsvd_vllm.checkpoint import FactoredModule  # noqa: E402
 from pgsvd_vllm.config import PgsvdConfig  # noqa: E402
 from pgsvd_vllm.errors import CheckpointError  # noqa: E402
-from pgsvd_vllm.linear import Gemm, PgsvdLinearMethod  # noqa: E402
+from pgsvd_vllm.linear import PgsvdLinearMethod  # noqa: E402
+from pgsvd_vllm.products import Gemm  # noqa: E402
 
 HIDDEN, HEAD, HEADS, KV_HEADS, WIDE = 64, 16, 4, 2, 96
 LEAVES = {
@@ -165,7 +166,8 @@ class Case:
             for matrix in chain:
                 value, size, terms = value @ matrix.T, size @ matrix.abs().T, terms + matrix.shape[1]
             values.append(value + bias)
-            roundings = len(chain) + (1 if "pivots" in wide else 0)  # there the bias is added afterwards
+            # The bias is added afterwards except to the only product of a plain factored layer.
+            roundings = len(chain) + (1 if "pivots" in wide or len(self.leaves) > 1 else 0)
             bounds.append((roundings * unit + terms * accumulate) * (size + bias.abs()))
         return torch.cat(values, -1), torch.cat(bounds, -1)
 
@@ -335,6 +337,34 @@ def test_no_weight_of_only_some_rows_is_left_behind() -> None:
     assert not hasattr(case.layer, "weight")
     if current_platform.is_cpu():
         assert sum(parameter.numel() for parameter in case.layer.parameters()) == 0
+
+
+@pytest.mark.parametrize("traced", [False, True], ids=["opaque", "traced"])
+def test_only_vllms_own_compilation_sees_one_op(traced: bool) -> None:
+    """Opaque, layers of different ranks are one graph; traced, the products are in it."""
+    config = vllm_config.VllmConfig()
+    modes = vllm_config.CompilationMode
+    config.compilation_config.mode = modes.DYNAMO_TRACE_ONCE if traced else modes.VLLM_COMPILE
+    with vllm_config.set_current_vllm_config(config):
+        mixes: list[tuple[Rank, ...]] = [(24, None, "p16"), ("p40", None, None)]
+        cases = [Case("qkv_proj", ranks, bias=True, prefix=f"layers.{i}.block") for i, ranks in enumerate(mixes)]
+    x = torch.randn(5, HIDDEN)
+    graphs: list[torch.fx.GraphModule] = []
+
+    def keep(graph: torch.fx.GraphModule, _inputs: object) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    for case in cases:
+        case.load().finish()
+        check(case, x)
+        torch.compiler.reset()
+        compiled = torch.compile(case.layer.forward, backend=keep, fullgraph=True)
+        torch.testing.assert_close(compiled(x)[0], case.layer(x)[0])
+    called = [[str(node.target) for node in graph.graph.nodes if node.op == "call_function"] for graph in graphs]
+    assert len(called) == 2
+    assert all(("pgsvd.linear" in " ".join(names)) != traced for names in called)
+    assert (called[0] == called[1]) != traced
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

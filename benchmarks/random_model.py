@@ -1,0 +1,132 @@
+"""Models with random weights in the shape of TinyLlama-1.1B, dense and factored, to measure speed with.
+
+    python benchmarks/random_model.py [FORM RATIO]    e.g. pivot 0.4
+
+Random weights have no structure that could decide on ranks, so the ranks are those of a real model:
+kept_shares.json holds the percentage of parameters that the planner keeps of every projection of
+SmolLM2-135M-Instruct, calibrated on WikiText-2. Here each projection gets the rank that keeps the share of the
+one at the same relative depth. Folders are made in the user's cache, once.
+"""
+
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import LlamaConfig, PreTrainedTokenizerFast
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import pgsvd_vllm
+from benchmarks.reference_model import cache_folder
+from pgsvd_vllm.checkpoint import FORMAT_VERSION, LOAD_GUARD, QUANT_METHOD, FactoredModule, ShardWriter, stored_size
+
+CONFIG = {
+    "vocab_size": 32000,
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_hidden_layers": 22,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 2048,
+}
+SHARES = Path(__file__).with_name("kept_shares.json")
+RANK_MULTIPLE = 16
+
+
+def projections() -> Iterator[tuple[str, str, float, int, int]]:
+    """Name, kind, relative depth, outputs and inputs of every projection."""
+    hidden, wide, layers = CONFIG["hidden_size"], CONFIG["intermediate_size"], CONFIG["num_hidden_layers"]
+    key = hidden // CONFIG["num_attention_heads"] * CONFIG["num_key_value_heads"]
+    shapes = {"q_proj": (hidden, hidden), "k_proj": (key, hidden), "v_proj": (key, hidden), "o_proj": (hidden, hidden)}
+    shapes |= {"gate_proj": (wide, hidden), "up_proj": (wide, hidden), "down_proj": (hidden, wide)}
+    for layer in range(layers):
+        for kind, (rows, columns) in shapes.items():
+            block = "mlp" if kind in ("gate_proj", "up_proj", "down_proj") else "self_attn"
+            yield f"model.layers.{layer}.{block}.{kind}", kind, layer / (layers - 1), rows, columns
+
+
+def modules(form: str, ratio: float) -> dict[str, FactoredModule]:
+    """The module table: ranks that keep the shares of SHARES."""
+    shares = json.loads(SHARES.read_text(encoding="utf-8"))[form][str(ratio)]
+    table = {}
+    for name, kind, depth, rows, columns in projections():
+        share = shares[kind][round(depth * (len(shares[kind]) - 1))] / 100
+        ranks = range(RANK_MULTIPLE, min(rows, columns), RANK_MULTIPLE)
+        fitting = [rank for rank in ranks if stored_size(form, rows, columns, rank) <= share * rows * columns]
+        if share < 1 and fitting:
+            table[name] = FactoredModule(fitting[-1], form)
+    return table
+
+
+def tensors(table: dict[str, FactoredModule]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor of the model, bf16, of a size that keeps activations near 1."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        spread = (3 / shape[1]) ** 0.5
+        return torch.empty(shape, dtype=torch.bfloat16).uniform_(-spread, spread, generator=generator)
+
+    hidden, vocabulary = CONFIG["hidden_size"], CONFIG["vocab_size"]
+    yield "model.embed_tokens.weight", random(vocabulary, hidden)
+    yield "lm_head.weight", random(vocabulary, hidden)
+    for name, _, _, rows, columns in projections():
+        module = table.get(name)
+        shapes = {"weight": (rows, columns)} if module is None else module.shapes(rows, columns)
+        for suffix, shape in shapes.items():
+            if suffix == "pivots":
+                yield f"{name}.pivots", torch.randperm(rows, generator=generator)[: shape[0]].sort().values.int()
+            else:
+                yield f"{name}.{suffix}", random(*shape)
+    for layer in range(CONFIG["num_hidden_layers"]):
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            yield f"model.layers.{layer}.{norm}.weight", torch.ones(hidden, dtype=torch.bfloat16)
+    yield "model.norm.weight", torch.ones(hidden, dtype=torch.bfloat16)
+
+
+def folder(form: str = "dense", ratio: float = 0.0) -> Path:
+    """The model in a form, made on the first call."""
+    target = cache_folder() / f"tinyllama-{form}-{ratio}"
+    if target.is_dir():
+        return target
+    unfinished = target.with_name(f"{target.name}.writing")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    config = LlamaConfig(**CONFIG, dtype="bfloat16", architectures=["LlamaForCausalLM"]).to_dict()
+    table = {} if form == "dense" else modules(form, ratio)
+    if table:
+        writer = ShardWriter(unfinished)
+        for name, tensor in tensors(table):
+            writer.add(name, tensor)
+        writer.close()
+        config["transformers_weights"] = LOAD_GUARD
+        config["quantization_config"] = {
+            "quant_method": QUANT_METHOD,
+            "version": FORMAT_VERSION,
+            "modules": {name: {"rank": m.rank, "form": m.form} for name, m in table.items()},
+            "tensors": writer.count,
+            "method": "random",
+            "tolerance": {},
+            "base_model": "random",
+            "calibration": {"name": "none", "tokens": 0},
+            "tool_version": pgsvd_vllm.__version__,
+            "command": "benchmarks/random_model.py",
+        }
+    else:
+        save_file(dict(tensors({})), unfinished / "model.safetensors", metadata={"format": "pt"})
+    (unfinished / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    words = Tokenizer(WordLevel({f"t{i}": i for i in range(CONFIG["vocab_size"])}, unk_token="t0"))
+    words.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="t0", eos_token="t2").save_pretrained(unfinished)
+    unfinished.rename(target)
+    return target
+
+
+if __name__ == "__main__":
+    print(folder(sys.argv[1], float(sys.argv[2])) if len(sys.argv) > 2 else folder())

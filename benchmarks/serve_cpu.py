@@ -1,0 +1,309 @@
+"""Decode and prefill speed of factored models in vLLM on CPU, beside the dense one.
+
+    python benchmarks/serve_cpu.py [--quick] [--http] [--json FILE] [--markdown FILE]
+
+The models are those of random_model.py: TinyLlama-1.1B's shape, ranks as the planner chooses them. One engine
+a model lives in a process of its own; they are asked in turn, dense, factored, dense, factored, so that
+whatever else the machine does hits both. A speed-up is the median of dense times over the median of factored
+ones; its bar is 0.9 of what the smaller number of bytes (decode) or FLOPs (prefill) promises, and 1.0 where 20 %
+are removed. Nothing is printed of a model whose log-probabilities are not those of transformers.
+"""
+
+import argparse
+import ctypes
+import gc
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+from benchmarks import random_model, reference_model
+
+FORMS = ("factors", "pivot")
+RATIOS = (0.2, 0.4, 0.6)
+BATCHES = (1, 8)
+DECODE_PROMPT, DECODE_STEPS = 32, 48
+PREFILL = 512
+# Log-probabilities in bf16, of a model of this size: 0.01 apart on average; another function is 1 off.
+GATE = 0.1
+SHARE_OF_IDEAL = 0.9
+
+
+class Engine:
+    """An offline vLLM engine in a process of its own, which answers requests of how long something takes."""
+
+    def __init__(self, folder: Path, log: Path, options: dict[str, Any]) -> None:
+        self.folder = folder
+        environment = {
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            # All cores: there is no server beside the engine.
+            "VLLM_CPU_OMP_THREADS_BIND": f"0-{(os.cpu_count() or 1) - 1}",
+            "VLLM_NO_USAGE_STATS": "1",
+            "HF_HUB_OFFLINE": "1",
+            **os.environ,
+        }
+        self.log = log
+        self.output = log.open("wb")
+        command = [sys.executable, __file__, "--engine", json.dumps({"model": str(folder), **options})]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.output, env=environment, text=True
+        )
+
+    def __enter__(self) -> "Engine":
+        self.start = self.read()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        try:
+            self.process.wait(timeout=60)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self.output.close()
+
+    def read(self) -> dict[str, Any]:
+        """The next answer; raises RuntimeError with the end of the log where the process ended."""
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.startswith("{"):  # anything else is vLLM's
+                return json.loads(line)
+        raise RuntimeError(f"the engine of {self.folder.name} ended:\n{self.log.read_text(errors='replace')[-4000:]}")
+
+    def ask(self, batch: int, length: int, new: int, checked: bool = False) -> dict[str, Any]:
+        """Generate `new` tokens to `batch` prompts of `length` tokens; seconds, and what was generated if `checked`."""
+        assert self.process.stdin is not None
+        request = {"batch": batch, "length": length, "new": new, "checked": checked}
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        return self.read()
+
+
+def engine_main(options: dict[str, Any]) -> None:
+    """The engine's side: one answer a line of standard input."""
+    import psutil
+    from vllm import LLM, SamplingParams
+
+    begin = time.perf_counter()
+    llm = LLM(load_format="pgsvd" if "dense" not in options["model"] else "auto", **options)
+    gc.collect()
+    # What compilation and the warm-up run have freed is no part of the model; glibc keeps it.
+    ctypes.CDLL(None).malloc_trim(0)
+    loaded = psutil.Process().memory_info().rss
+    print(json.dumps({"seconds": time.perf_counter() - begin, "resident": loaded}), flush=True)
+    generator = torch.Generator().manual_seed(1)
+    for line in sys.stdin:
+        request = json.loads(line)
+        ids = torch.randint(3, 32000, (request["batch"], request["length"]), generator=generator).tolist()
+        checked = {"logprobs": 0} if request["checked"] else {}
+        sampling = SamplingParams(
+            temperature=0, max_tokens=request["new"], ignore_eos=True, detokenize=False, **checked
+        )
+        begin = time.perf_counter()
+        outputs = llm.generate([{"prompt_token_ids": row} for row in ids], sampling, use_tqdm=False)
+        seconds = time.perf_counter() - begin
+        answer: dict[str, Any] = {"seconds": seconds}
+        if checked:
+            first = outputs[0].outputs[0]
+            logprobs = [next(iter(step.values())).logprob for step in first.logprobs]
+            answer |= {"prompt": ids[0], "tokens": list(first.token_ids), "logprobs": logprobs}
+        print(json.dumps(answer), flush=True)
+
+
+def engine_options() -> dict[str, Any]:
+    """The same for every engine."""
+    return {"dtype": "bfloat16", "max_model_len": 1024, "max_num_seqs": 8, "enable_prefix_caching": False}
+
+
+@torch.inference_mode()
+def check(engine: Engine) -> float:
+    """Mean distance of an engine's log-probabilities from transformers'; raises RuntimeError above GATE."""
+    from transformers import AutoModelForCausalLM
+
+    import pgsvd_vllm.hf  # noqa: F401  (registers the format)
+
+    answer = engine.ask(1, DECODE_PROMPT, 16, checked=True)
+    model = AutoModelForCausalLM.from_pretrained(engine.folder, dtype="auto").eval()
+    ids = torch.tensor([answer["prompt"] + answer["tokens"]])
+    expected = model(ids).logits[0, DECODE_PROMPT - 1 : -1].float().log_softmax(-1)
+    chosen = expected.gather(1, torch.tensor(answer["tokens"])[:, None])[:, 0]
+    gap = float((chosen - torch.tensor(answer["logprobs"])).abs().mean())
+    if not gap < GATE:
+        raise RuntimeError(f"{engine.folder.name}: log-probabilities are {gap:.2f} off those of transformers")
+    return gap
+
+
+def in_turn(engines: Sequence[Engine], rounds: int, batch: int, length: int, steps: int) -> list[list[float]]:
+    """Seconds a decode step where `steps` > 0, else of a prefill; one list an engine."""
+    found: list[list[float]] = [[] for _ in engines]
+    for _ in range(rounds):
+        for engine, times in zip(engines, found, strict=True):
+            first = engine.ask(batch, length, 1)["seconds"]
+            if steps:
+                first = (engine.ask(batch, length, steps + 1)["seconds"] - first) / steps
+            times.append(first)
+    return found
+
+
+def sizes(form: str, ratio: float) -> tuple[float, float]:
+    """What is left, beside dense: of the bytes read a decode step, and of a prefill's FLOPs."""
+    config = random_model.CONFIG
+    table = random_model.modules(form, ratio)
+    shapes = {name: (rows, columns) for name, _, _, rows, columns in random_model.projections()}
+    dense = sum(rows * columns for rows, columns in shapes.values())
+    saved = sum(
+        shapes[name][0] * shapes[name][1] - random_model.stored_size(module.form, *shapes[name], module.rank)
+        for name, module in table.items()
+    )
+    head = config["vocab_size"] * config["hidden_size"]
+    # Scores and values, over half of the square: causal.
+    attention = config["num_hidden_layers"] * config["hidden_size"] * PREFILL
+    return 1 - saved / (dense + head), 1 - saved / (dense + attention)
+
+
+def measure(form: str, ratio: float, rounds: int, log: Path) -> Iterator[dict[str, Any]]:
+    """One row a batch size of decode, one of prefill, one of memory."""
+    byte_ratio, flop_ratio = sizes(form, ratio)
+    with ExitStack() as stack:
+        engines = []
+        for folder in (random_model.folder(), random_model.folder(form, ratio)):
+            file = log.with_name(f"{log.stem}-{folder.name}.log")
+            engines.append(stack.enter_context(Engine(folder, file, engine_options())))
+        for engine in engines:
+            check(engine)
+        name = f"{form} {ratio:.0%}"
+
+        def row(case: str, times: list[list[float]], ideal: float, tokens: int) -> dict[str, Any]:
+            dense, factored = map(statistics.median, times)
+            bar = 1.0 if ratio == RATIOS[0] else SHARE_OF_IDEAL * ideal
+            spread = [f"{tokens / max(t):.1f} to {tokens / min(t):.1f}" for t in times]
+            return {
+                "case": f"{name} {case}",
+                "value": dense / factored,
+                "bar": bar,
+                "ok": dense / factored >= bar,
+                "ideal": ideal,
+                "dense tokens/s": tokens / dense,
+                "factored tokens/s": tokens / factored,
+                "dense spread": spread[0],
+                "factored spread": spread[1],
+            }
+
+        for batch in BATCHES:
+            times = in_turn(engines, rounds, batch, DECODE_PROMPT, DECODE_STEPS)
+            yield row(f"decode batch {batch}", times, 1 / byte_ratio, batch)
+        yield row(f"prefill {PREFILL}", in_turn(engines, 2 * rounds, 1, PREFILL, 0), 1 / flop_ratio, PREFILL)
+        files = [sum(f.stat().st_size for f in e.folder.glob("*.safetensors")) for e in engines]
+        implied = engines[0].start["resident"] - files[0] + files[1]
+        value = engines[1].start["resident"] / implied
+        yield {"case": f"{name} resident memory", "value": value, "bar": 1.05, "ok": value <= 1.05}
+
+
+def http_speed(form: str, ratio: float, rounds: int, log: Path) -> Iterator[dict[str, Any]]:
+    """Generated tokens per second through `vllm serve`, both servers up, asked in turn."""
+    from openai import OpenAI
+
+    from benchmarks.server import serve
+
+    options = ("--dtype", "bfloat16", "--max-model-len", "1024", "--max-num-seqs", "8", "--no-enable-prefix-caching")
+    with ExitStack() as stack:
+        clients = []
+        for folder in (random_model.folder(), random_model.folder(form, ratio)):
+            file = log.with_name(f"{log.stem}-{folder.name}-http.log")
+            more = () if folder.name.startswith("tinyllama-dense") else ("--load-format", "pgsvd")
+            server = stack.enter_context(serve(folder, file, *options, *more))
+            clients.append((OpenAI(base_url=f"{server.url}/v1", api_key="none"), str(folder)))
+
+        def one(client: OpenAI, model: str, number: int) -> None:
+            prompt = [3 + (7919 * (number + i)) % 31000 for i in range(DECODE_PROMPT)]
+            client.completions.create(
+                model=model, prompt=prompt, max_tokens=DECODE_STEPS, temperature=0, extra_body={"ignore_eos": True}
+            )
+
+        for batch in BATCHES:
+            found: list[list[float]] = [[], []]
+            with ThreadPoolExecutor(batch) as pool:
+                for turn in range(rounds + 1):
+                    for (client, model), rates in zip(clients, found, strict=True):
+                        begin = time.perf_counter()
+                        list(pool.map(lambda n, c=client, m=model: one(c, m, n), range(batch)))
+                        if turn:  # the first warms up
+                            rates.append(batch * DECODE_STEPS / (time.perf_counter() - begin))
+            dense, factored = map(statistics.median, found)
+            yield {
+                "case": f"{form} {ratio:.0%} HTTP batch {batch}",
+                "value": factored / dense,
+                "bar": None,
+                "ok": True,
+                "dense tokens/s": dense,
+                "factored tokens/s": factored,
+            }
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """A line a row."""
+    versions = ", ".join(f"{name} {version(name)}" for name in ("vllm", "torch"))
+    lines = [f"{platform.machine()}, {os.cpu_count()} cores, {versions}", ""]
+    lines += ["| case | dense tokens/s | factored tokens/s | speed-up | ideal | bar |", "|---" * 6 + "|"]
+    for row in rows:
+        numbers = [row.get(key) for key in ("dense tokens/s", "factored tokens/s", "value", "ideal", "bar")]
+        cells = ["" if n is None else f"{n:.1f}" if i < 2 else f"{n:.2f}" for i, n in enumerate(numbers)]
+        lines.append(f"| {row['case']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    """Measure, print, write; the status is 0 where every bar is met."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="3 rounds instead of 7")
+    parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS))
+    parser.add_argument("--ratios", nargs="+", type=float, choices=RATIOS, default=list(RATIOS))
+    parser.add_argument("--http", action="store_true", help="through the HTTP server as well")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--markdown", type=Path, metavar="FILE")
+    parser.add_argument("--engine", type=json.loads, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.engine is not None:
+        engine_main(arguments.engine)
+        return 0
+    log = reference_model.cache_folder() / "serve-cpu"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    rounds = 3 if arguments.quick else 7
+    rows: list[dict[str, Any]] = []
+    for form in arguments.forms:
+        for ratio in arguments.ratios:
+            found = [measure(form, ratio, rounds, log)]
+            if arguments.http:
+                found.append(http_speed(form, ratio, rounds, log))
+            for part in found:
+                for row in part:
+                    rows.append(row)
+                    bar = "" if row["bar"] is None else f", bar {row['bar']:.2f} {'ok' if row['ok'] else 'MISSED'}"
+                    speed = ""
+                    if "dense tokens/s" in row:
+                        speed = f" ({row['dense tokens/s']:.1f} -> {row['factored tokens/s']:.1f} tokens/s)"
+                    print(f"{row['case']:32} {row['value']:.2f}{speed}{bar}", flush=True)
+    if arguments.markdown:
+        arguments.markdown.write_text(markdown(rows), encoding="utf-8")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    return 0 if all(row["ok"] for row in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
