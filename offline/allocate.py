@@ -2,17 +2,19 @@
 
 PGSVD (arXiv 2510.05544, section 4): with equal sensitivities, giving every layer the same relative
 error is optimal for the bi-objective problem of size and error, and yields different ranks. With
-measured sensitivities the same problem is: minimise the summed predicted loss for a given size.
+measured sensitivities the same problem is: minimise the summed predicted loss for a given size, or for a
+given time where it is known what each product costs.
 """
 
 import itertools
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from pgsvd_vllm.checkpoint import stored_size
+from pgsvd_vllm.costs import CostTable
 from pgsvd_vllm.errors import InputError
 from pgsvd_vllm.offline.model_source import Projection
 from pgsvd_vllm.offline.spectrum import rank_for, tail_energy
@@ -35,12 +37,14 @@ class Allocation:
         ranks: projection name -> rank; a projection that stays dense is absent.
         removed: share of the projections' parameters that is removed, ignored ones counted as kept.
         loss: predicted, nats a token; None where sensitivities were not measured.
+        time: share of the projections' time that is removed; None where ranks were chosen by size.
     """
 
     tolerance: float | None
     ranks: dict[str, int]
     removed: float
     loss: float | None = None
+    time: float | None = None
 
 
 def size(projection: Projection, rank: int, form: str) -> int:
@@ -149,17 +153,22 @@ class LossFront:
     """Every size worth choosing, and its predicted loss: the corners of the front's lower convex hull.
 
     Corner 0 is the dense model. Each step to the next one takes one projection to a smaller size of
-    its own hull, the cheapest step first: no other ranks of the same size lose less.
+    its own hull, the cheapest step first: no other ranks of the same size lose less. Where times are
+    known, time takes the place of size.
 
     Attributes:
         steps: (projection, its new rank), in order.
-        removed: share of all projections' parameters that each corner removes, ascending.
+        removed: share of all projections' parameters, or of their time, that each corner removes, ascending.
         losses: predicted loss of each corner, nats a token.
+        parameters: share of all projections' parameters that each corner removes.
+        by_time: whether `removed` are shares of time.
     """
 
     steps: list[tuple[str, int]]
     removed: list[float]
     losses: list[float]
+    parameters: list[float]
+    by_time: bool = False
 
     def corner(self, ratio: float) -> int:
         """Index of the corner that removes the share closest to `ratio`."""
@@ -172,12 +181,20 @@ class LossFront:
         Raises:
             InputError: no corner removes that much, or so little.
         """
+        if not self.steps and self.by_time:
+            raise InputError("--costs: no product of low rank is faster than the dense one on that machine")
         if not self.steps or self.removed[-1] < ratio - RATIO_SLACK:
             raise _too_large(ratio, self.removed[-1])
         corner = self.corner(ratio)
         if corner == 0:
             raise _too_small(ratio, self.removed[1])
-        return Allocation(None, dict(self.steps[:corner]), self.removed[corner], self.losses[corner])
+        return Allocation(
+            None,
+            dict(self.steps[:corner]),
+            self.parameters[corner],
+            self.losses[corner],
+            self.removed[corner] if self.by_time else None,
+        )
 
     def summary(self, step: float) -> list[tuple[float, float]]:
         """(removed share, predicted loss) at the corners closest to every `step` of the share."""
@@ -185,22 +202,41 @@ class LossFront:
         return [(self.removed[i], self.losses[i]) for i in corners]
 
 
-def _hull(projection: Projection, energy: torch.Tensor, form: str) -> list[tuple[int, int, float]]:
-    """(rank, size, predicted loss) of the projection's choices worth taking, from dense to the smallest.
+@dataclass(frozen=True)
+class _Choice:
+    """One way to store a projection: rank 0 is dense."""
 
-    Dense has rank 0 here. Losses per number saved rise from one to the next.
+    rank: int
+    size: int
+    cost: float
+    loss: float
+
+
+def _hull(projection: Projection, energy: torch.Tensor, form: str, costs: CostTable | None) -> list[_Choice]:
+    """The projection's choices worth taking, from dense to the cheapest.
+
+    The loss for each unit of cost saved rises from one to the next.
     """
+
+    def cost(rank: int | None, stored: int) -> float:
+        shape = projection.out_features, projection.in_features
+        return stored if costs is None else costs.time(*shape, form, rank)
+
     step = hardware_rank(projection, 1)
     tail = (0.5 * tail_energy(energy)).tolist()
-    hull = [(0, projection.numel, 0.0)]
+    hull = [_Choice(0, projection.numel, cost(None, projection.numel), 0.0)]
 
-    def price(a: tuple[int, int, float], b: tuple[int, int, float]) -> float:
-        return (b[2] - a[2]) / (a[1] - b[1])
+    def price(a: _Choice, b: _Choice) -> float:
+        return (b.loss - a.loss) / (a.cost - b.cost)
 
     for rank in range(len(energy) // step * step, 0, -step):
         if not saves(projection, rank, form):
             continue
-        point = (rank, size(projection, rank, form), tail[rank])
+        stored = size(projection, rank, form)
+        point = _Choice(rank, stored, cost(rank, stored), tail[rank])
+        # Measured times need not fall with the rank, nor below the dense product's.
+        if point.cost >= hull[-1].cost:
+            continue
         while len(hull) > 1 and price(hull[-2], hull[-1]) >= price(hull[-1], point):
             hull.pop()
         hull.append(point)
@@ -208,26 +244,43 @@ def _hull(projection: Projection, energy: torch.Tensor, form: str) -> list[tuple
 
 
 def loss_front(
-    projections: Sequence[Projection], energies: dict[str, torch.Tensor], ignored: int = 0, form: str = "factors"
+    projections: Sequence[Projection],
+    energies: dict[str, torch.Tensor],
+    ignored: int = 0,
+    form: str = "factors",
+    costs: CostTable | None = None,
 ) -> LossFront:
-    """The front of size and summed predicted loss: ranks for every share that can be removed.
+    """The front of size, or time, and summed predicted loss: ranks for every share that can be removed.
 
     Args:
         projections: those that may be factored.
         energies: projection -> eigenvalues of L^T W C W^T L, descending, in nats a token; cutting
             at rank r loses half of what lies beyond it.
-        ignored: parameters of the projections that were told to stay dense.
+        ignored: parameters of the projections that were told to stay dense; their time is not counted.
         form: how low-rank matrices are stored.
+        costs: what products take; None for the front of sizes.
+
+    Raises:
+        InputError: the table lacks a shape.
     """
     # Losses add up, so the model's hull has the steps of all projections' hulls in the order of their price.
-    steps: list[tuple[float, str, int, int, float]] = []
+    steps: list[tuple[float, str, _Choice, _Choice]] = []
+    total = 0.0 if costs is not None else float(ignored)
     for p in projections:
-        hull = _hull(p, energies[p.name], form)
-        for (_, larger, less), (rank, smaller, more) in itertools.pairwise(hull):
-            saved, lost = larger - smaller, more - less
-            steps.append((lost / saved, p.name, rank, saved, lost))
+        hull = _hull(p, energies[p.name], form, costs)
+        total += hull[0].cost
+        for a, b in itertools.pairwise(hull):
+            steps.append(((b.loss - a.loss) / (a.cost - b.cost), p.name, a, b))
     steps.sort(key=lambda step: step[0])
-    total = ignored + sum(p.numel for p in projections)
-    removed = [saved / total for saved in itertools.accumulate((step[3] for step in steps), initial=0)]
-    losses = list(itertools.accumulate((step[4] for step in steps), initial=0.0))
-    return LossFront([(name, rank) for _, name, rank, _, _ in steps], removed, losses)
+    numbers = ignored + sum(p.numel for p in projections)
+
+    def sums(values: Iterable[float]) -> list[float]:
+        return list(itertools.accumulate(values, initial=0.0))
+
+    return LossFront(
+        [(name, b.rank) for _, name, _, b in steps],
+        [saved / total for saved in sums(a.cost - b.cost for _, _, a, b in steps)],
+        sums(b.loss - a.loss for _, _, a, b in steps),
+        [saved / numbers for saved in sums(a.size - b.size for _, _, a, b in steps)],
+        costs is not None,
+    )

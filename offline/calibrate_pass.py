@@ -103,5 +103,5 @@ def loss_energies(plan: Plan, workspace: Workspace) -> dict[str, torch.Tensor]:
 
 
 def measured_front(plan: Plan, workspace: Workspace) -> LossFront:
-    """Sizes and predicted losses, from the sensitivities that the workspace holds."""
-    return loss_front(plan.flat, loss_energies(plan, workspace), plan.ignored_parameters, plan.form)
+    """Sizes, or times, and predicted losses, from the sensitivities that the workspace holds."""
+    return loss_front(plan.flat, loss_energies(plan, workspace), plan.ignored_parameters, plan.form, plan.costs)

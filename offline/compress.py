@@ -69,7 +69,7 @@ def compress(options: CompressOptions, say: Callable[[str], None] = lambda _line
         allocation = choose_ranks(plan, workspace, front)
         say(
             f"ranks by {rank_rule(plan, allocation)}: {len(allocation.ranks)} of {len(plan.flat)} projections "
-            f"factored, {allocation.removed:.1%} of their parameters removed"
+            f"factored, {allocation.removed:.1%} of their parameters removed{_time_line(plan, allocation)}"
         )
         factor_layers(plan, workspace, allocation)
         if plan.options.refine is not None:
@@ -110,6 +110,13 @@ def describe(plan: Plan) -> str:
         f"calibration: {len(ids)} windows{short} of {ids.shape[1]} tokens from {plan.windows.name}, "
         f"on {plan.device} in {str(plan.compute_dtype).removeprefix('torch.')}"
     )
+
+
+def _time_line(plan: Plan, allocation: Allocation) -> str:
+    if plan.costs is None or allocation.time is None:
+        return ""
+    tokens = f"{plan.costs.tokens} token" + ("s" if plan.costs.tokens > 1 else "")
+    return f", {allocation.time:.1%} of their time for {tokens} (measured on {plan.costs.machine})"
 
 
 def choose_ranks(plan: Plan, workspace: Workspace, front: LossFront | None) -> Allocation:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from pgsvd_vllm.checkpoint import FLOAT_DTYPES
+from pgsvd_vllm.costs import CostTable, read_costs
 from pgsvd_vllm.errors import InputError
 from pgsvd_vllm.offline.model_source import ModelSource, Projection, resolve_folder
 from pgsvd_vllm.offline.text import (
@@ -42,6 +43,7 @@ class CompressOptions:
         sequential: whether the factors are fitted layer after layer (see `sequential`); None is
             yes where sensitivities are measured.
         refine: minutes to train the factors for (see `refine`); None for not at all.
+        costs: table of times (see `pgsvd_vllm.costs`) to choose ranks by, instead of by size; None for size.
         calibration: folder that keeps what is measured, for other runs; None for the run's own.
         dtype: `auto` keeps each tensor's own.
         device: `auto` takes a GPU where there is one.
@@ -56,6 +58,7 @@ class CompressOptions:
     form: str | None = None
     sequential: bool | None = None
     refine: float | None = None
+    costs: Path | None = None
     dataset: tuple[str, ...] = (BUILTIN,)
     num_calibration_samples: int = 128
     max_seq_length: int = 1024
@@ -77,6 +80,7 @@ class Plan:
         projections: one list a decoder layer.
         ignored_parameters: of the projections that --ignore keeps dense.
         windows: the calibration windows.
+        costs: what products take on the serving machine, or None.
         compute_dtype: of the calibration forward.
         store_dtype: of the written tensors, or None to keep each tensor's own.
     """
@@ -86,6 +90,7 @@ class Plan:
     projections: list[list[Projection]]
     ignored_parameters: int
     windows: Windows
+    costs: CostTable | None
     device: torch.device
     compute_dtype: torch.dtype
     store_dtype: torch.dtype | None
@@ -137,6 +142,10 @@ def check_options(options: CompressOptions) -> None:
         raise InputError("--tolerance: is a uniform error, it goes with --sensitivity uniform")
     if options.baseline is not None and (options.tolerance is not None or options.sensitivity is not None):
         raise InputError("--baseline: a rival's method gives every projection the same --ratio, nothing else")
+    if options.costs is not None and (options.tolerance is not None or options.baseline is not None):
+        raise InputError("--objective latency: chooses ranks by measured losses; it goes with --ratio alone")
+    if options.costs is not None and options.sensitivity == "uniform":
+        raise InputError("--objective latency: needs measured losses, not --sensitivity uniform")
     if options.refine is not None and not 0 < options.refine < math.inf:
         raise InputError(f"--refine {options.refine}: must be a number of minutes above 0")
     if options.num_calibration_samples < 1:
@@ -180,7 +189,10 @@ def make_plan(options: CompressOptions) -> Plan:
     source = ModelSource(resolve_folder(options.model), options.trust_remote_code)
     projections = source.projections(options.ignore)
     flat = [p for row in projections for p in row]
+    costs = None if options.costs is None else read_costs(options.costs)
     for p in flat:
+        if costs is not None:
+            costs.time(p.out_features, p.in_features, "factors", None)
         info = source.header(f"{p.name}.weight")
         if info.dtype not in FLOAT_DTYPES and options.dtype == "auto":
             raise InputError(f"{info.file}: {p.name}.weight is stored as {info.dtype}; choose a --dtype to write")
@@ -201,7 +213,7 @@ def make_plan(options: CompressOptions) -> Plan:
     compute_dtype = store_dtype or source.weight_dtype
     if device.type == "cpu" and not _multiplies_on_cpu(compute_dtype):
         compute_dtype = torch.float32
-    return Plan(options, source, projections, ignored, windows, device, compute_dtype, store_dtype)
+    return Plan(options, source, projections, ignored, windows, costs, device, compute_dtype, store_dtype)
 
 
 def _multiplies_on_cpu(dtype: torch.dtype) -> bool:

@@ -59,6 +59,7 @@ def write_config(folder: Path, plan: Plan, allocation: Allocation, after: int, t
         "refine_minutes": plan.options.refine,
         "tolerance": {} if allocation.tolerance is None else {TOWER: allocation.tolerance},
         "ratio": ratios(plan, allocation, after),
+        "time_removed": None if allocation.time is None else round(allocation.time, 6),
         "base_model": plan.options.model,
         "base_revision": _revision(plan.source.folder),
         "calibration": {
@@ -91,7 +92,8 @@ def _revision(folder: Path) -> str | None:
 def front_line(plan: Plan, front: LossFront) -> str:
     """The loss that other sizes would cost, in words."""
     what = "loss" if plan.sensitivity == "measured" else "relative error of the residual stream"
-    return f"predicted {what} by removed share: " + ", ".join(f"{r:.0%} {x:.4f}" for r, x in front.summary(0.1))
+    share = "removed share of the time" if front.by_time else "removed share"
+    return f"predicted {what} by {share}: " + ", ".join(f"{r:.0%} {x:.4f}" for r, x in front.summary(0.1))
 
 
 def write_description(

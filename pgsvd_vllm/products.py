@@ -63,7 +63,7 @@ class FactoredGemms:
         self.pieces = pieces
         self.order = order
 
-    def __call__(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x [tokens, in] -> [tokens, out]."""
         s = self.first(x)
         if len(self.pieces) == 1 and self.order is None:

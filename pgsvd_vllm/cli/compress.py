@@ -10,6 +10,8 @@ import sys
 import time
 from pathlib import Path
 
+from pgsvd_vllm.errors import InputError
+
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
@@ -29,6 +31,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
         type=float,
         metavar="E",
         help="instead of --ratio: relative output error allowed in every projection",
+    )
+    parser.add_argument(
+        "--objective",
+        choices=["size", "latency"],
+        default="size",
+        help="what --ratio is a share of, and ranks are chosen for: parameters (default), or the time that the "
+        "projections take on the serving machine, as --costs says; what would not be faster then stays dense",
+    )
+    parser.add_argument(
+        "--costs", type=Path, metavar="FILE", help="the times, from pgsvd-vllm profile on the serving machine"
     )
     parser.add_argument(
         "--sensitivity",
@@ -109,6 +121,11 @@ def run(arguments: argparse.Namespace) -> int:
     from pgsvd_vllm.offline.estimate import estimate, fit_into_memory
     from pgsvd_vllm.offline.plan import CompressOptions, make_plan
 
+    if (arguments.objective == "latency") != (arguments.costs is not None):
+        raise InputError(
+            "--objective latency and --costs FILE go together; make the file on the serving machine with: "
+            f"pgsvd-vllm profile {arguments.model} -o FILE"
+        )
     options = CompressOptions(
         model=arguments.model,
         output=arguments.output_dir,
@@ -119,6 +136,7 @@ def run(arguments: argparse.Namespace) -> int:
         form=arguments.form,
         sequential=arguments.sequential,
         refine=arguments.refine,
+        costs=arguments.costs,
         dataset=tuple(arguments.dataset or ["python-docs"]),
         num_calibration_samples=arguments.num_calibration_samples,
         max_seq_length=arguments.max_seq_length,

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
+from pgsvd_vllm.costs import CostTable, ShapeCosts
 from pgsvd_vllm.errors import InputError
 from pgsvd_vllm.offline.allocate import loss_front, saves
 from pgsvd_vllm.offline.calibrate import LayerStream
@@ -144,8 +145,21 @@ def test_the_metric_predicts_the_loss_of_a_quadratic_model(m: int, n: int) -> No
         assert best <= loss(product(stored).numpy()) <= loss(naive.numpy())
 
 
+def times_of(projections: list[Projection], rng: np.random.Generator) -> CostTable:
+    """Times that jump up and down over the ranks and are often above the dense one."""
+    shapes = {}
+    for p in projections:
+        forms = {
+            form: [(rank, float(rng.uniform(0.2, 1.6)) * p.numel) for rank in range(1, 15)]
+            for form in ("factors", "pivot")
+        }
+        shapes[p.out_features, p.in_features] = ShapeCosts(float(p.numel), forms)
+    return CostTable(shapes, 1, "a machine of the test's")
+
+
+@pytest.mark.parametrize("by_time", [False, True], ids=["size", "time"])
 @pytest.mark.parametrize("form", ["factors", "pivot"])
-def test_ranks_by_loss_are_optimal_against_brute_force(form: str) -> None:
+def test_ranks_by_loss_are_optimal_against_brute_force(form: str, by_time: bool) -> None:
     rng = np.random.default_rng(0)
     shapes = [(12, 9), (7, 14), (10, 10)]
     projections = [Projection(f"p{i}", m, n) for i, (m, n) in enumerate(shapes)]
@@ -153,45 +167,55 @@ def test_ranks_by_loss_are_optimal_against_brute_force(form: str) -> None:
         p.name: torch.from_numpy(np.sort(rng.exponential(size=min(m, n)) ** 3 * 10 ** rng.uniform(-1, 1))[::-1].copy())
         for p, (m, n) in zip(projections, shapes, strict=True)
     }
+    table = times_of(projections, rng) if by_time else None
     total = sum(p.numel for p in projections)
 
-    def outcome(ranks: dict[str, int]) -> tuple[int, float]:
-        size, loss = 0, 0.0
+    def outcome(ranks: dict[str, int]) -> tuple[float, float, int]:
+        """Cost, loss and numbers stored."""
+        cost, loss, numbers = 0.0, 0.0, 0
         for p in projections:
             rank = ranks.get(p.name)
             plain = 0 if rank is None else rank * (p.out_features + p.in_features)
             # A pivot form stores rank^2 numbers less, and says where its rank rows are.
             stored = plain if form == "factors" or rank is None else plain - rank * rank + rank
-            size += p.numel if rank is None else stored
+            stored = p.numel if rank is None else stored
+            numbers += stored
+            if table is None:
+                cost += stored
+            else:
+                times = table.shapes[p.out_features, p.in_features]
+                cost += times.dense if rank is None else dict(times.forms[form])[rank]
             loss += 0.0 if rank is None else 0.5 * float(energies[p.name][rank:].sum())
-        return size, loss
+        return cost, loss, numbers
 
     options = [[None, *(r for r in range(1, 15) if saves(p, r, form))] for p in projections]
     every = [
-        outcome({p.name: r for p, r in zip(projections, combination, strict=True) if r is not None})
+        outcome({p.name: r for p, r in zip(projections, combination, strict=True) if r is not None})[:2]
         for combination in itertools.product(*options)
     ]
-    front = loss_front(projections, energies, form=form)
-    assert len(front.removed) == len(front.losses) == len(front.steps) + 1 > 5
+    front = loss_front(projections, energies, form=form, costs=table)
+    assert len(front.removed) == len(front.losses) == len(front.parameters) == len(front.steps) + 1 > 5
     prices = []
     for i in range(1, len(front.removed)):
-        size, loss = outcome(dict(front.steps[:i]))
-        assert front.removed[i] == pytest.approx(1 - size / total)
+        cost, loss, numbers = outcome(dict(front.steps[:i]))
+        assert front.removed[i] == pytest.approx(1 - cost / total)
         assert front.losses[i] == pytest.approx(loss)
-        # A corner of the front: nothing as small is better.
-        assert loss <= min(other for s, other in every if s <= size) + 1e-12
+        assert front.parameters[i] == pytest.approx(1 - numbers / total)
+        # A corner of the front: nothing as cheap is better.
+        assert loss <= min(other for c, other in every if c <= cost + 1e-9) + 1e-12
         prices.append((front.losses[i] - front.losses[i - 1]) / (front.removed[i] - front.removed[i - 1]))
     assert prices == sorted(prices)
-    for size, loss in every:  # and nothing at all lies below the line between two corners
-        share = 1 - size / total
+    for cost, loss in every:  # and nothing at all lies below the line between two corners
+        share = 1 - cost / total
         after = next((i for i, r in enumerate(front.removed) if r >= share), None)
         if share > 0 and after is not None:
             (r0, r1), (l0, l1) = front.removed[after - 1 : after + 1], front.losses[after - 1 : after + 1]
-            assert loss >= l0 + (l1 - l0) * (share - r0) / (r1 - r0) - 1e-12
-    for ratio in (0.1, 0.2, 0.35, 0.5, 0.65):
+            assert loss >= l0 + (l1 - l0) * (share - r0) / (r1 - r0) - 1e-9
+    for ratio in (0.1, 0.2, 0.35, 0.5, 0.65)[1 if by_time else 0 : 3 if by_time else 5]:
         allocation = front.at(ratio)
         closest = min(range(1, len(front.removed)), key=lambda i: abs(front.removed[i] - ratio))
-        assert allocation.removed == front.removed[closest]
+        assert allocation.removed == front.parameters[closest]
+        assert allocation.time == (front.removed[closest] if by_time else None)
         assert allocation.loss == front.losses[closest]
         assert outcome(allocation.ranks)[1] == pytest.approx(allocation.loss)
 
