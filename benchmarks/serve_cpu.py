@@ -22,6 +22,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,9 @@ SHARE_OF_IDEAL = 0.9
 class Engine:
     """An offline vLLM engine in a process of its own, which answers requests of how long something takes."""
 
-    def __init__(self, folder: Path, log: Path, options: dict[str, Any]) -> None:
+    def __init__(
+        self, folder: Path, log: Path, options: dict[str, Any], environment: dict[str, str] | None = None
+    ) -> None:
         self.folder = folder
         environment = {
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -55,6 +58,7 @@ class Engine:
             "VLLM_NO_USAGE_STATS": "1",
             "HF_HUB_OFFLINE": "1",
             **os.environ,
+            **(environment or {}),
         }
         self.log = log
         self.output = log.open("wb")
@@ -98,14 +102,19 @@ def engine_main(options: dict[str, Any]) -> None:
     """The engine's side: one answer a line of standard input."""
     import psutil
     from vllm import LLM, SamplingParams
+    from vllm.compilation.counter import compilation_counter
 
+    if options.pop("piecewise", False):
+        compile_layer_by_layer()
     begin = time.perf_counter()
     llm = LLM(load_format="pgsvd" if "dense" not in options["model"] else "auto", **options)
+    seconds = time.perf_counter() - begin
     gc.collect()
     # What compilation and the warm-up run have freed is no part of the model; glibc keeps it.
     ctypes.CDLL(None).malloc_trim(0)
     loaded = psutil.Process().memory_info().rss
-    print(json.dumps({"seconds": time.perf_counter() - begin, "resident": loaded}), flush=True)
+    start = {"seconds": seconds, "resident": loaded, "compiled": asdict(compilation_counter)}
+    print(json.dumps(start), flush=True)
     generator = torch.Generator().manual_seed(1)
     for line in sys.stdin:
         request = json.loads(line)
@@ -123,6 +132,25 @@ def engine_main(options: dict[str, Any]) -> None:
             logprobs = [next(iter(step.values())).logprob for step in first.logprobs]
             answer |= {"prompt": ids[0], "tokens": list(first.token_ids), "logprobs": logprobs}
         print(json.dumps(answer), flush=True)
+
+
+def compile_layer_by_layer() -> None:
+    """Make vLLM compile as it does on GPUs: on CPU it traces the model as one graph."""
+    from vllm.compilation.passes.utility.fix_functionalization import FixFunctionalizationPass
+    from vllm.config import CompilationMode
+    from vllm.platforms import current_platform
+
+    platform_class = type(current_platform)
+    original = platform_class.check_and_update_config
+
+    def keep(vllm_config: Any) -> None:
+        original(vllm_config)
+        vllm_config.compilation_config.mode = CompilationMode.VLLM_COMPILE
+        vllm_config.compilation_config.compile_sizes = []
+
+    platform_class.check_and_update_config = staticmethod(keep)
+    # A pass that undoes what only GPU kernels need; it asks for kernels that the CPU build lacks.
+    FixFunctionalizationPass.__call__ = lambda _self, _graph: None
 
 
 def engine_options() -> dict[str, Any]:
