@@ -4,10 +4,12 @@
 
 Random weights have no structure that could decide on ranks, so the ranks are those of a real model:
 kept_shares.json holds the percentage of parameters that the planner keeps of every projection of
-SmolLM2-135M-Instruct, calibrated on WikiText-2. Here each projection gets the rank that keeps the share of the
-one at the same relative depth. Folders are made in the user's cache, once.
+SmolLM2-135M-Instruct, calibrated as benchmarks/quality.py does (25 November 2026). Here each projection
+gets the rank that keeps the share of the one at the same relative depth. Folders are made in the user's
+cache, once.
 """
 
+import hashlib
 import json
 import shutil
 import sys
@@ -92,14 +94,17 @@ def tensors(table: dict[str, FactoredModule]) -> Iterator[tuple[str, torch.Tenso
 
 def folder(form: str = "dense", ratio: float = 0.0) -> Path:
     """The model in a form, made on the first call."""
-    target = cache_folder() / f"tinyllama-{form}-{ratio}"
+    table = {} if form == "dense" else modules(form, ratio)
+    # Other ranks or another shape are another folder.
+    content = json.dumps([CONFIG, {name: module.rank for name, module in table.items()}])
+    digest = hashlib.sha256(content.encode()).hexdigest()[:8]
+    target = cache_folder() / f"tinyllama-{form}-{ratio}-{digest}"
     if target.is_dir():
         return target
     unfinished = target.with_name(f"{target.name}.writing")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     config = LlamaConfig(**CONFIG, dtype="bfloat16", architectures=["LlamaForCausalLM"]).to_dict()
-    table = {} if form == "dense" else modules(form, ratio)
     if table:
         writer = ShardWriter(unfinished)
         for name, tensor in tensors(table):

@@ -54,7 +54,7 @@ class Engine:
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "VLLM_CPU_KVCACHE_SPACE": "1",
             # All cores: there is no server beside the engine.
-            "VLLM_CPU_OMP_THREADS_BIND": f"0-{(os.cpu_count() or 1) - 1}",
+            "OMP_NUM_THREADS": str(os.cpu_count() or 1),
             "VLLM_NO_USAGE_STATS": "1",
             "HF_HUB_OFFLINE": "1",
             **os.environ,
@@ -107,7 +107,7 @@ def engine_main(options: dict[str, Any]) -> None:
     if options.pop("piecewise", False):
         compile_layer_by_layer()
     begin = time.perf_counter()
-    llm = LLM(load_format="pgsvd" if "dense" not in options["model"] else "auto", **options)
+    llm = LLM(load_format="auto" if Path(options["model"]) == random_model.folder() else "pgsvd", **options)
     seconds = time.perf_counter() - begin
     gc.collect()
     # What compilation and the warm-up run have freed is no part of the model; glibc keeps it.
@@ -237,9 +237,10 @@ def measure(form: str, ratio: float, rounds: int, log: Path) -> Iterator[dict[st
             yield row(f"decode batch {batch}", times, 1 / byte_ratio, batch)
         yield row(f"prefill {PREFILL}", in_turn(engines, 2 * rounds, 1, PREFILL, 0), 1 / flop_ratio, PREFILL)
         files = [sum(f.stat().st_size for f in e.folder.glob("*.safetensors")) for e in engines]
-        implied = engines[0].start["resident"] - files[0] + files[1]
-        value = engines[1].start["resident"] / implied
-        yield {"case": f"{name} resident memory", "value": value, "bar": 1.05, "ok": value <= 1.05}
+        # What the factored engine holds beyond the dense one's overhead, over what it should: its weights.
+        overhead = engines[0].start["resident"] - files[0]
+        value = (engines[1].start["resident"] - overhead) / files[1]
+        yield {"case": f"{name} resident memory of the weights", "value": value, "bar": 1.05, "ok": value <= 1.05}
 
 
 def http_speed(form: str, ratio: float, rounds: int, log: Path) -> Iterator[dict[str, Any]]:
@@ -284,14 +285,16 @@ def http_speed(form: str, ratio: float, rounds: int, log: Path) -> Iterator[dict
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    """A line a row."""
+    """A line a row; memory and whatever else has no speed below."""
     versions = ", ".join(f"{name} {version(name)}" for name in ("vllm", "torch"))
     lines = [f"{platform.machine()}, {os.cpu_count()} cores, {versions}", ""]
     lines += ["| case | dense tokens/s | factored tokens/s | speed-up | ideal | bar |", "|---" * 6 + "|"]
     for row in rows:
-        numbers = [row.get(key) for key in ("dense tokens/s", "factored tokens/s", "value", "ideal", "bar")]
-        cells = ["" if n is None else f"{n:.1f}" if i < 2 else f"{n:.2f}" for i, n in enumerate(numbers)]
-        lines.append(f"| {row['case']} | " + " | ".join(cells) + " |")
+        if "dense tokens/s" in row:
+            numbers = [row.get(key) for key in ("dense tokens/s", "factored tokens/s", "value", "ideal", "bar")]
+            cells = ["" if n is None else f"{n:.1f}" if i < 2 else f"{n:.2f}" for i, n in enumerate(numbers)]
+            lines.append(f"| {row['case']} | " + " | ".join(cells) + " |")
+    lines += ["", *(f"{row['case']}: {row['value']:.3f}" for row in rows if "dense tokens/s" not in row)]
     return "\n".join(lines) + "\n"
 
 

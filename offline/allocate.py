@@ -140,8 +140,8 @@ def _closest(at: Callable[[float], Allocation], low: float, high: float, ratio: 
     return min((below, above), key=lambda a: abs(a.removed - ratio)), above
 
 
-def _too_large(ratio: float, most: float) -> InputError:
-    return InputError(f"--ratio {ratio}: more than this model can give; the smallest factors remove {most:.1%}")
+def _too_large(ratio: float, most: float, what: str = "") -> InputError:
+    return InputError(f"--ratio {ratio}: more than this model can give; the smallest factors remove {most:.1%}{what}")
 
 
 def _too_small(ratio: float, above: float) -> InputError:
@@ -184,7 +184,7 @@ class LossFront:
         if not self.steps and self.by_time:
             raise InputError("--costs: no product of low rank is faster than the dense one on that machine")
         if not self.steps or self.removed[-1] < ratio - RATIO_SLACK:
-            raise _too_large(ratio, self.removed[-1])
+            raise _too_large(ratio, self.removed[-1], " of the projections' time" if self.by_time else "")
         corner = self.corner(ratio)
         if corner == 0:
             raise _too_small(ratio, self.removed[1])
@@ -249,6 +249,7 @@ def loss_front(
     ignored: int = 0,
     form: str = "factors",
     costs: CostTable | None = None,
+    ignored_time: float = 0.0,
 ) -> LossFront:
     """The front of size, or time, and summed predicted loss: ranks for every share that can be removed.
 
@@ -256,16 +257,17 @@ def loss_front(
         projections: those that may be factored.
         energies: projection -> eigenvalues of L^T W C W^T L, descending, in nats a token; cutting
             at rank r loses half of what lies beyond it.
-        ignored: parameters of the projections that were told to stay dense; their time is not counted.
+        ignored: parameters of the projections that were told to stay dense.
         form: how low-rank matrices are stored.
         costs: what products take; None for the front of sizes.
+        ignored_time: of the projections that were told to stay dense, where `costs` is given.
 
     Raises:
         InputError: the table lacks a shape.
     """
     # Losses add up, so the model's hull has the steps of all projections' hulls in the order of their price.
     steps: list[tuple[float, str, _Choice, _Choice]] = []
-    total = 0.0 if costs is not None else float(ignored)
+    total = float(ignored) if costs is None else ignored_time
     for p in projections:
         hull = _hull(p, energies[p.name], form, costs)
         total += hull[0].cost

@@ -104,4 +104,8 @@ def loss_energies(plan: Plan, workspace: Workspace) -> dict[str, torch.Tensor]:
 
 def measured_front(plan: Plan, workspace: Workspace) -> LossFront:
     """Sizes, or times, and predicted losses, from the sensitivities that the workspace holds."""
-    return loss_front(plan.flat, loss_energies(plan, workspace), plan.ignored_parameters, plan.form, plan.costs)
+    energies, costs = loss_energies(plan, workspace), plan.costs
+    time = (
+        0.0 if costs is None else sum(costs.time(p.out_features, p.in_features, plan.form, None) for p in plan.ignored)
+    )
+    return loss_front(plan.flat, energies, plan.ignored_parameters, plan.form, costs, time)

@@ -34,7 +34,7 @@ class CompressOptions:
     Attributes:
         model: local folder or hub id.
         output: folder to write; must not exist.
-        ratio: share of the projections' parameters to remove, or None.
+        ratio: share of the projections' parameters to remove, of their time where `costs` is given, or None.
         tolerance: uniform relative error to allow instead, or None.
         sensitivity: `measured`, `forward` or `uniform`; None is `uniform` with a tolerance or a baseline,
             else `measured`, or `forward` where gradients do not fit in memory.
@@ -78,7 +78,7 @@ class Plan:
 
     Attributes:
         projections: one list a decoder layer.
-        ignored_parameters: of the projections that --ignore keeps dense.
+        ignored: the projections that --ignore keeps dense.
         windows: the calibration windows.
         costs: what products take on the serving machine, or None.
         compute_dtype: of the calibration forward.
@@ -88,7 +88,7 @@ class Plan:
     options: CompressOptions
     source: ModelSource
     projections: list[list[Projection]]
-    ignored_parameters: int
+    ignored: list[Projection]
     windows: Windows
     costs: CostTable | None
     device: torch.device
@@ -99,6 +99,11 @@ class Plan:
     def flat(self) -> list[Projection]:
         """All projections in order."""
         return [p for row in self.projections for p in row]
+
+    @property
+    def ignored_parameters(self) -> int:
+        """Of the projections that --ignore keeps dense."""
+        return sum(p.numel for p in self.ignored)
 
     @property
     def sensitivity(self) -> str:
@@ -135,7 +140,7 @@ def check_options(options: CompressOptions) -> None:
     if options.ratio is not None and options.tolerance is not None:
         raise InputError("--ratio and --tolerance: give one of them, each follows from the other")
     if options.ratio is not None and not 0 < options.ratio < 1:
-        raise InputError(f"--ratio {options.ratio}: must lie between 0 and 1, it is the share of parameters removed")
+        raise InputError(f"--ratio {options.ratio}: must lie between 0 and 1, it is the share that is removed")
     if options.tolerance is not None and not 0 < options.tolerance < 1:
         raise InputError(f"--tolerance {options.tolerance}: must lie between 0 and 1, it is a relative error")
     if options.tolerance is not None and options.sensitivity not in (None, "uniform"):
@@ -189,15 +194,15 @@ def make_plan(options: CompressOptions) -> Plan:
     source = ModelSource(resolve_folder(options.model), options.trust_remote_code)
     projections = source.projections(options.ignore)
     flat = [p for row in projections for p in row]
-    costs = None if options.costs is None else read_costs(options.costs)
     for p in flat:
-        if costs is not None:
-            costs.time(p.out_features, p.in_features, "factors", None)
         info = source.header(f"{p.name}.weight")
         if info.dtype not in FLOAT_DTYPES and options.dtype == "auto":
             raise InputError(f"{info.file}: {p.name}.weight is stored as {info.dtype}; choose a --dtype to write")
     everything = source.projections() if options.ignore else projections
-    ignored = sum(p.numel for row in everything for p in row) - sum(p.numel for p in flat)
+    factored = {p.name for p in flat}
+    ignored = [p for row in everything for p in row if p.name not in factored]
+
+    costs = None if options.costs is None else _costs(options, [*flat, *ignored])
 
     limit = getattr(source.config, "max_position_embeddings", None) or options.max_seq_length
     length = min(options.max_seq_length, limit)
@@ -214,6 +219,21 @@ def make_plan(options: CompressOptions) -> Plan:
     if device.type == "cpu" and not _multiplies_on_cpu(compute_dtype):
         compute_dtype = torch.float32
     return Plan(options, source, projections, ignored, windows, costs, device, compute_dtype, store_dtype)
+
+
+def _costs(options: CompressOptions, projections: list[Projection]) -> CostTable:
+    """The table of times, known to have what the model needs and to allow the ratio."""
+    assert options.costs is not None
+    table = read_costs(options.costs)
+    wanted = "bfloat16" if options.dtype == "auto" else options.dtype
+    if table.dtype != wanted:
+        raise InputError(
+            f"--costs {options.costs}: times of {table.dtype}; make it with pgsvd-vllm profile --dtype {wanted}, or "
+            f"choose --dtype {table.dtype}"
+        )
+    for p in projections:
+        table.time(p.out_features, p.in_features, "factors", None)
+    return table
 
 
 def _multiplies_on_cpu(dtype: torch.dtype) -> bool:

@@ -105,10 +105,11 @@ def write_description(
     after: int,
 ) -> None:
     """The per-module report, with the front of sizes and losses where it was measured, and the model card."""
+    share = "time_removed" if front is not None and front.by_time else "removed"
     report = {
         "modules": [asdict(m) for m in modules],
         "parameters": {"before": plan.total_parameters, "after": after},
-        "front": [] if front is None else [{"removed": r, "loss": loss} for r, loss in front.summary(0.01)],
+        "front": [] if front is None else [{share: r, "loss": loss} for r, loss in front.summary(0.01)],
     }
     (folder / REPORT_NAME).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     removed = ratios(plan, allocation, after)

@@ -24,16 +24,18 @@ class ShapeCosts:
 
     Attributes:
         dense: of the plain product.
-        forms: form -> (rank, time), ranks ascending, at least two.
+        forms: form -> (rank, time), ranks ascending; none where no rank saves numbers.
     """
 
     dense: float
     forms: dict[str, list[tuple[int, float]]]
 
     def of(self, form: str, rank: int) -> float:
-        """The time at a rank: on the line between the two measured ranks around it, or through the two nearest."""
+        """The time at a rank: on the line between the two measured ranks around it, outside that of the nearest one."""
         points = self.forms[form]
-        after = min(max(bisect_left(points, rank, key=lambda point: point[0]), 1), len(points) - 1)
+        after = bisect_left(points, rank, key=lambda point: point[0])
+        if after in (0, len(points)):
+            return points[min(after, len(points) - 1)][1]
         (r0, t0), (r1, t1) = points[after - 1], points[after]
         return t0 + (t1 - t0) * (rank - r0) / (r1 - r0)
 
@@ -45,11 +47,13 @@ class CostTable:
     Attributes:
         shapes: (out, in) -> its times.
         tokens: that were multiplied at once.
+        dtype: of weights and inputs, such as bfloat16.
         machine: where it was measured, in words.
     """
 
     shapes: dict[tuple[int, int], ShapeCosts]
     tokens: int
+    dtype: str
     machine: str
 
     def time(self, out_features: int, in_features: int, form: str, rank: int | None) -> float:
@@ -71,10 +75,14 @@ def write_costs(table: CostTable, path: Path) -> None:
     rows = [
         {"out": out, "in": width, "dense": costs.dense, **costs.forms} for (out, width), costs in table.shapes.items()
     ]
-    content = {"version": COSTS_VERSION, "machine": table.machine, "tokens": table.tokens, "shapes": rows}
+    content = {"version": COSTS_VERSION, "machine": table.machine, "tokens": table.tokens, "dtype": table.dtype}
     unfinished = path.with_name(f"{path.name}.writing")
-    unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    unfinished.replace(path)
+    try:
+        unfinished.write_text(json.dumps({**content, "shapes": rows}, indent=1) + "\n", encoding="utf-8")
+        unfinished.replace(path)
+    except OSError:
+        unfinished.unlink(missing_ok=True)
+        raise
 
 
 def read_costs(path: Path) -> CostTable:
@@ -91,8 +99,8 @@ def read_costs(path: Path) -> CostTable:
         if content["version"] != COSTS_VERSION:
             raise InputError(f"--costs {path}: version {content['version']}, this program reads {COSTS_VERSION}")
         shapes = {(_whole(row["out"]), _whole(row["in"])): _shape(row) for row in content["shapes"]}
-        return CostTable(shapes, _whole(content["tokens"]), str(content["machine"]))
-    except (KeyError, TypeError, ValueError) as error:
+        return CostTable(shapes, _whole(content["tokens"]), str(content["dtype"]), str(content["machine"]))
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(
@@ -103,8 +111,8 @@ def read_costs(path: Path) -> CostTable:
 def _shape(row: dict[str, Any]) -> ShapeCosts:
     forms = {form: [(_whole(rank), _time(time)) for rank, time in row[form]] for form in FORMS}
     for form, points in forms.items():
-        if len(points) < 2 or any(a[0] >= b[0] for a, b in pairwise(points)):
-            raise ValueError(f"{form}: needs two ranks or more, ascending")
+        if any(a[0] >= b[0] for a, b in pairwise(points)):
+            raise ValueError(f"{form}: ranks must ascend")
     return ShapeCosts(_time(row["dense"]), forms)
 
 
@@ -115,6 +123,6 @@ def _whole(value: Any) -> int:
 
 
 def _time(value: Any) -> float:
-    if not isinstance(value, int | float) or not 0 < value < math.inf:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
         raise ValueError(f"{value!r} is no time")
     return float(value)

@@ -19,7 +19,6 @@ from torch import nn
 from vllm.config import CompilationMode, get_current_vllm_config
 from vllm.forward_context import get_forward_context, is_forward_context_available
 from vllm.model_executor.layers.linear import LinearMethodBase
-from vllm.platforms import current_platform
 from vllm.utils.torch_utils import (
     LayerNameType,
     _encode_layer_name,
@@ -205,10 +204,10 @@ class PgsvdLinearMethod(LinearMethodBase):
         if hasattr(layer, "weight"):
             # Only some of the layer's rows: nothing may take it for the layer's weight.
             del layer.weight
-        if current_platform.is_cpu():
-            for parameter in layer.parameters(recurse=False):
-                if parameter is not layer.bias:
-                    parameter.data = parameter.data.new_empty(0)
+        # The products hold what they need; on CPU that is packed, elsewhere it may be these tensors themselves.
+        for parameter in layer.parameters(recurse=False):
+            if parameter is not layer.bias:
+                parameter.data = parameter.data.new_empty(0)
 
     def _pack(self, layer: Any) -> FactoredGemms:
         """The products of the loaded layer."""

@@ -1,7 +1,8 @@
 """Times dense and low-rank products of given shapes with the code that serves them, on this machine's CPU.
 
-Every time is that of many copies of the weights one after the other, more bytes than caches hold, as in
-a decode step, where each weight is read once. Dense products and those of every rank take turns.
+Every time is that of many copies of the weights one after the other, more bytes than most caches hold, as in
+a decode step, where each weight is read once. Dense products and those of every rank take turns. Each projection
+is timed on its own: vLLM serves some of them in one product, which costs a few microseconds less.
 """
 
 import platform
@@ -16,8 +17,10 @@ from pgsvd_vllm.costs import CostTable, ShapeCosts
 from pgsvd_vllm.products import FactoredGemms, Gemm
 
 COPY_BYTES = 96e6
-# Of the largest rank that saves anything.
-RANK_FRACTIONS = (0.125, 0.25, 0.5, 0.75, 1.0)
+# Small matrices have fewer bytes than caches hold then, and are timed as faster than they are.
+MOST_COPIES = 256
+# Of the largest rank that saves anything; 0 is the smallest rank there is.
+RANK_FRACTIONS = (0.0, 0.125, 0.25, 0.5, 0.75, 1.0)
 RANK_MULTIPLE = 16
 SECONDS_A_SHAPE = 4.0
 
@@ -41,24 +44,27 @@ def measure(
         variants: list[tuple[str, int]] = [("dense", 0), *((form, r) for form, many in ranks.items() for r in many)]
         stacks = [list(_copies(kind, out, width, rank, dtype)) for kind, rank in variants]
         times = dict(zip(variants, in_turn(stacks, torch.randn(tokens, width, dtype=dtype)), strict=True))
+        del stacks
         forms = {form: [(r, round(times[form, r], 2)) for r in many] for form, many in ranks.items()}
         found[out, width] = ShapeCosts(round(times["dense", 0], 2), forms)
-        middle = {form: points[len(points) // 2] for form, points in forms.items()}
+        middle = {form: points[len(points) // 2] for form, points in forms.items() if points}
         say(
-            f"{out} x {width}: dense {times['dense', 0]:.1f} us, "
-            + ", ".join(f"{form} of rank {rank} {time_taken:.1f} us" for form, (rank, time_taken) in middle.items())
+            f"{out} x {width}: dense {times['dense', 0]:.1f} us"
+            + "".join(f", {form} of rank {rank} {time_taken:.1f} us" for form, (rank, time_taken) in middle.items())
         )
     machine = (
         f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     )
-    return CostTable(found, tokens, machine)
+    return CostTable(found, tokens, str(dtype).removeprefix("torch."), machine)
 
 
 def ranks_to_time(form: str, out: int, width: int) -> list[int]:
-    """Some ranks up to the largest that saves numbers, multiples of RANK_MULTIPLE where the matrix is large enough."""
-    most = max(rank for rank in range(1, min(out, width)) if stored_size(form, out, width, rank) < out * width)
-    step = RANK_MULTIPLE if most >= 8 * RANK_MULTIPLE else 1
-    return sorted({max(step, int(fraction * most) // step * step) for fraction in RANK_FRACTIONS})
+    """Some ranks from the smallest to the largest that saves numbers; none where no rank does."""
+    saving = [rank for rank in range(1, min(out, width)) if stored_size(form, out, width, rank) < out * width]
+    if not saving:
+        return []
+    step = RANK_MULTIPLE if saving[-1] >= 8 * RANK_MULTIPLE else 1
+    return sorted({max(step, int(fraction * saving[-1]) // step * step) for fraction in RANK_FRACTIONS})
 
 
 def in_turn(stacks: Sequence[Sequence[Product]], x: torch.Tensor) -> list[float]:
@@ -82,7 +88,7 @@ def _copies(kind: str, out: int, width: int, rank: int, dtype: torch.dtype) -> I
         return Gemm(torch.empty(rows, columns, dtype=dtype).uniform_(-1, 1))
 
     numbers = out * width if kind == "dense" else stored_size(kind, out, width, rank)
-    for _ in range(2 + int(COPY_BYTES / dtype.itemsize / numbers)):
+    for _ in range(min(MOST_COPIES, 2 + int(COPY_BYTES / dtype.itemsize / numbers))):
         if kind == "dense":
             yield gemm(out, width)
         elif kind == "factors":

@@ -24,7 +24,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--ratio",
         type=float,
         metavar="R",
-        help="share of the projections' parameters to REMOVE, 0 to 1 (default 0.2: four fifths are kept)",
+        help="share of the projections' parameters to REMOVE, 0 to 1 (default 0.2: four fifths are kept); with "
+        "--objective latency of their time",
     )
     size.add_argument(
         "--tolerance",

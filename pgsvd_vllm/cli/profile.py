@@ -1,6 +1,6 @@
 """Time dense and low-rank products of a model's shapes on this machine, for compress --objective latency.
 
-Run it where the model will be served; it needs vLLM, the model's config.json and the headers of its weights.
+Run it where the model will be served, with vLLM installed there; the weights' values do not matter.
 """
 
 import argparse
@@ -20,6 +20,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="multiplied at once: 1 for the latency of one request (default), more for a server with many",
     )
+    parser.add_argument(
+        "--dtype",
+        default="bfloat16",
+        choices=["bfloat16", "float16", "float32"],
+        help="as the model will be served (default bfloat16)",
+    )
     parser.add_argument("--trust-remote-code", action="store_true", help="run modelling code that comes with the model")
 
 
@@ -33,19 +39,24 @@ def run(arguments: argparse.Namespace) -> int:
         raise InputError(f"profile: times products as vLLM serves them, and vLLM is not installed ({error})") from None
     if not current_platform.is_cpu():
         raise InputError("profile: times CPUs only so far; on a GPU leave --objective out")
+    import torch
+
     from pgsvd_vllm.costs import write_costs
     from pgsvd_vllm.offline.model_source import ModelSource, resolve_folder
     from pgsvd_vllm.profile import measure
 
     if not arguments.output.resolve().parent.is_dir():
         raise InputError(f"--output {arguments.output}: cannot be written (no such folder)")
+    if arguments.output.is_dir():
+        raise InputError(f"--output {arguments.output}: is a folder; name a file to write")
     source = ModelSource(resolve_folder(arguments.model), arguments.trust_remote_code)
     shapes = sorted({(p.out_features, p.in_features) for row in source.projections() for p in row})
     current_platform.import_kernels()
-    table = measure(shapes, arguments.tokens, source.weight_dtype, lambda line: print(line, flush=True))
+    dtype = getattr(torch, arguments.dtype)
+    table = measure(shapes, arguments.tokens, dtype, lambda line: print(line, flush=True))
     try:
         write_costs(table, arguments.output)
     except OSError as error:
         raise InputError(f"--output {arguments.output}: cannot be written ({error.strerror})") from None
-    print(f"wrote {arguments.output}: {len(shapes)} shapes, {arguments.tokens} tokens, {table.machine}")
+    print(f"wrote {arguments.output}: {len(shapes)} shapes, {arguments.tokens} tokens, {table.dtype}, {table.machine}")
     return 0

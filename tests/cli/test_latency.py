@@ -9,13 +9,16 @@ from pgsvd_vllm.cli import main
 from pgsvd_vllm.costs import CostTable, ShapeCosts, read_costs, write_costs
 from tests.conftest import run_cli
 
-pytest.importorskip("vllm", reason="vLLM is not installed")
-from vllm.platforms import current_platform
-
 # Of the tiny model: outputs, inputs.
 SHAPES = {(128, 128), (64, 128), (320, 128), (128, 320)}
-FAST = ("--num-calibration-samples", "32", "--max-seq-length", "64")
-needs_cpu = pytest.mark.skipif(not current_platform.is_cpu(), reason="profile times CPUs only so far")
+FAST = ("--num-calibration-samples", "32", "--max-seq-length", "64", "--dtype", "float32")
+
+
+@pytest.fixture
+def cpu_vllm() -> None:
+    platforms = pytest.importorskip("vllm.platforms", reason="vLLM is not installed")
+    if not platforms.current_platform.is_cpu():
+        pytest.skip("profile times CPUs only so far")
 
 
 def fast_when_low(fast: set[tuple[int, int]]) -> CostTable:
@@ -25,21 +28,25 @@ def fast_when_low(fast: set[tuple[int, int]]) -> CostTable:
         step = 0.5 / min(out, width) if (out, width) in fast else 2.0
         points = [(1, 100 * step), (min(out, width) - 1, 100 * step * (min(out, width) - 1))]
         shapes[out, width] = ShapeCosts(100.0, {"factors": points, "pivot": points})
-    return CostTable(shapes, 1, "a machine")
+    return CostTable(shapes, 1, "float32", "a machine")
 
 
-@needs_cpu
+@pytest.mark.usefixtures("cpu_vllm")
 def test_profile_times_every_shape(tiny_model: Path, tmp_path: Path) -> None:
     done = run_cli("profile", tiny_model, "-o", tmp_path / "costs.json", "--tokens", "3")
     assert done.returncode == 0, done.stderr
     table = read_costs(tmp_path / "costs.json")
-    assert table.tokens == 3
+    assert (table.tokens, table.dtype) == (3, "bfloat16")
     assert set(table.shapes) == SHAPES
-    for costs in table.shapes.values():
-        for points in costs.forms.values():
-            times = [costs.dense, *(time for _, time in points)]
-            # A product of two calls, no more than a hundred times as long as one.
-            assert max(times) < 100 * min(times)
+    for (out, width), costs in table.shapes.items():
+        pivot = [r for r in range(1, min(out, width)) if r * width + (out - r) * r + r < out * width]
+        most = {"factors": (out * width - 1) // (out + width), "pivot": pivot[-1]}
+        for form, points in costs.forms.items():
+            ranks = [rank for rank, _ in points]
+            assert ranks[0] == 1
+            assert ranks[-1] == most[form]
+            # Two calls and what joins them, of matrices this small: more than the one call of the dense product.
+            assert all(costs.dense < time < 100 * costs.dense for _, time in points)
     assert f"wrote {tmp_path / 'costs.json'}: 4 shapes, 3 tokens" in done.stdout
 
 
@@ -60,6 +67,19 @@ def test_what_would_not_be_faster_stays_dense(tiny_model: Path, tmp_path: Path) 
     assert main(["verify", str(tmp_path / "out")]) == 0
 
 
+def test_ignored_projections_count_as_kept_time(tiny_model: Path, tmp_path: Path) -> None:
+    write_costs(fast_when_low({(320, 128)}), tmp_path / "costs.json")
+    done = run_cli(
+        *("compress", tiny_model, "-o", tmp_path / "out", "--ratio", "0.1", "--ignore", "*.gate_proj", *FAST),
+        *("--objective", "latency", "--costs", tmp_path / "costs.json", "--sensitivity", "forward"),
+    )
+    assert done.returncode == 0, done.stderr
+    section = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert {name.rpartition(".")[2] for name in section["modules"]} == {"up_proj"}
+    removed = sum(1 - 0.5 * row["rank"] / 128 for row in section["modules"].values()) / 21
+    assert section["time_removed"] == pytest.approx(removed, abs=1e-6)
+
+
 def test_by_size_no_time_is_told(tiny_compressed: Path) -> None:
     section = json.loads((tiny_compressed / "config.json").read_text())["quantization_config"]
     assert section["time_removed"] is None
@@ -72,6 +92,7 @@ def test_by_size_no_time_is_told(tiny_compressed: Path) -> None:
         (["--costs", "COSTS"], "--objective latency and --costs FILE go together"),
         (["--objective", "latency", "--costs", "absent.json"], "--costs absent.json: no such file"),
         (["--objective", "latency", "--costs", "OTHER"], "--costs: no times for weights of 128 x 128"),
+        (["--objective", "latency", "--costs", "COSTS", "--dtype", "bfloat16"], "times of float32; make it with"),
         (["--objective", "latency", "--costs", "COSTS", "--baseline", "svd"], "--objective latency"),
         (["--objective", "latency", "--costs", "COSTS", "--tolerance", "0.2"], "--objective latency"),
         (["--objective", "latency", "--costs", "COSTS", "--sensitivity", "uniform"], "not --sensitivity uniform"),
@@ -82,28 +103,40 @@ def test_what_does_not_fit_is_refused(
 ) -> None:
     table = fast_when_low(set())
     write_costs(table, tmp_path / "COSTS")
-    write_costs(CostTable({(3, 5): ShapeCosts(1.0, table.shapes[128, 128].forms)}, 1, "m"), tmp_path / "OTHER")
+    write_costs(
+        CostTable({(3, 5): ShapeCosts(1.0, table.shapes[128, 128].forms)}, 1, "float32", "m"), tmp_path / "OTHER"
+    )
     options = [str(tmp_path / text) if text in ("COSTS", "OTHER") else text for text in options]
     assert main(["compress", str(tiny_model), "-o", str(tmp_path / "out"), *FAST, *options]) == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.glob("out*"))
 
 
-def test_more_than_the_times_allow_is_refused(tiny_model: Path, tmp_path: Path) -> None:
-    write_costs(fast_when_low(set()), tmp_path / "costs.json")
+@pytest.mark.parametrize(
+    ("fast", "message"),
+    [
+        (set(), "no product of low rank is faster than the dense one"),
+        ({(320, 128)}, "--ratio 0.3: more than this model can give; the smallest factors remove 28.5% of the proj"),
+    ],
+)
+def test_more_than_the_times_allow_is_refused(
+    fast: set[tuple[int, int]], message: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    write_costs(fast_when_low(fast), tmp_path / "costs.json")
     done = run_cli(
         *("compress", tiny_model, "-o", tmp_path / "out", "--ratio", "0.3", *FAST),
         *("--objective", "latency", "--costs", tmp_path / "costs.json"),
     )
     assert done.returncode == 2
-    assert "no product of low rank is faster than the dense one" in done.stderr
+    assert message in done.stderr
 
 
-@needs_cpu
+@pytest.mark.usefixtures("cpu_vllm")
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--tokens", "0"], "--tokens 0: must be a number of tokens from 1"),
+        (["-o", "/"], "--output /: is a folder"),
         (["-o", "absent/costs.json"], "--output absent/costs.json: cannot be written"),
     ],
 )

@@ -154,7 +154,7 @@ def times_of(projections: list[Projection], rng: np.random.Generator) -> CostTab
             for form in ("factors", "pivot")
         }
         shapes[p.out_features, p.in_features] = ShapeCosts(float(p.numel), forms)
-    return CostTable(shapes, 1, "a machine of the test's")
+    return CostTable(shapes, 1, "bfloat16", "a machine of the test's")
 
 
 @pytest.mark.parametrize("by_time", [False, True], ids=["size", "time"])
