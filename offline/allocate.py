@@ -148,6 +148,36 @@ def _too_small(ratio: float, above: float) -> InputError:
     return InputError(f"--ratio {ratio}: too small for this model; the next possible step is {above:.1%}")
 
 
+def check_times(
+    ratio: float, projections: Sequence[Projection], ignored: Sequence[Projection], form: str, costs: CostTable
+) -> None:
+    """Refuse, before anything is calibrated, a share of the time that no ranks remove.
+
+    Args:
+        ratio: share of all projections' time.
+        projections: those that may be factored.
+        ignored: those that were told to stay dense.
+        form: how low-rank matrices are stored.
+        costs: what products take.
+
+    Raises:
+        InputError: the table lacks a shape, or the fastest products do not remove that much.
+    """
+    total = saved = 0.0
+    for p in (*projections, *ignored):
+        total += costs.time(p.out_features, p.in_features, form, None)
+    for p in projections:
+        dense = costs.time(p.out_features, p.in_features, form, None)
+        step = hardware_rank(p, 1)
+        ranks = [r for r in range(step, min(p.out_features, p.in_features) + 1, step) if saves(p, r, form)]
+        fastest = min((costs.time(p.out_features, p.in_features, form, r) for r in ranks), default=dense)
+        saved += max(0.0, dense - fastest)
+    if saved <= 0:
+        raise InputError("--costs: no product of low rank is faster than the dense one on that machine")
+    if saved / total < ratio - RATIO_SLACK:
+        raise _too_large(ratio, saved / total, " of the projections' time")
+
+
 @dataclass(frozen=True)
 class LossFront:
     """Every size worth choosing, and its predicted loss: the corners of the front's lower convex hull.
@@ -181,10 +211,8 @@ class LossFront:
         Raises:
             InputError: no corner removes that much, or so little.
         """
-        if not self.steps and self.by_time:
-            raise InputError("--costs: no product of low rank is faster than the dense one on that machine")
         if not self.steps or self.removed[-1] < ratio - RATIO_SLACK:
-            raise _too_large(ratio, self.removed[-1], " of the projections' time" if self.by_time else "")
+            raise _too_large(ratio, self.removed[-1])
         corner = self.corner(ratio)
         if corner == 0:
             raise _too_small(ratio, self.removed[1])

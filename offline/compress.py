@@ -15,7 +15,7 @@ from pgsvd_vllm.offline.baselines import at_equal_ratio
 from pgsvd_vllm.offline.calibrate_pass import calibrate_layers, measured_front, output_energies
 from pgsvd_vllm.offline.estimate import check_disk, disk_bytes, fit_into_memory
 from pgsvd_vllm.offline.factor_pass import factor_layers
-from pgsvd_vllm.offline.plan import CompressOptions, Plan, make_plan
+from pgsvd_vllm.offline.plan import DEFAULT_RATIO, CompressOptions, Plan, make_plan
 from pgsvd_vllm.offline.refine_pass import refine_layers
 from pgsvd_vllm.offline.report import ModuleReport, front_line, rank_rule, write_config, write_description
 from pgsvd_vllm.offline.spectrum import error_profile
@@ -23,7 +23,6 @@ from pgsvd_vllm.offline.workspace import Workspace
 
 COPIED_SUFFIXES = {".json", ".jinja", ".txt", ".model", ".tiktoken"}
 NOT_COPIED = {"config.json", "model.safetensors.index.json", "README.md"}
-DEFAULT_RATIO = 0.2
 
 
 @dataclass(frozen=True)

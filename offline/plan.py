@@ -10,6 +10,7 @@ import torch
 from pgsvd_vllm.checkpoint import FLOAT_DTYPES
 from pgsvd_vllm.costs import CostTable, read_costs
 from pgsvd_vllm.errors import InputError
+from pgsvd_vllm.offline.allocate import check_times
 from pgsvd_vllm.offline.model_source import ModelSource, Projection, resolve_folder
 from pgsvd_vllm.offline.text import (
     BUILTIN,
@@ -23,6 +24,7 @@ from pgsvd_vllm.offline.text import (
 )
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DEFAULT_RATIO = 0.2
 # Windows of the text that `refine` never trains on, and judges its result by.
 HELD_OUT = 8
 
@@ -202,8 +204,6 @@ def make_plan(options: CompressOptions) -> Plan:
     factored = {p.name for p in flat}
     ignored = [p for row in everything for p in row if p.name not in factored]
 
-    costs = None if options.costs is None else _costs(options, [*flat, *ignored])
-
     limit = getattr(source.config, "max_position_embeddings", None) or options.max_seq_length
     length = min(options.max_seq_length, limit)
     windows = _windows(options, source, length)
@@ -218,11 +218,15 @@ def make_plan(options: CompressOptions) -> Plan:
     compute_dtype = store_dtype or source.weight_dtype
     if device.type == "cpu" and not _multiplies_on_cpu(compute_dtype):
         compute_dtype = torch.float32
-    return Plan(options, source, projections, ignored, windows, costs, device, compute_dtype, store_dtype)
+    costs = None if options.costs is None else _costs(options)
+    plan = Plan(options, source, projections, ignored, windows, costs, device, compute_dtype, store_dtype)
+    if costs is not None:
+        check_times(options.ratio or DEFAULT_RATIO, flat, ignored, plan.form, costs)
+    return plan
 
 
-def _costs(options: CompressOptions, projections: list[Projection]) -> CostTable:
-    """The table of times, known to have what the model needs and to allow the ratio."""
+def _costs(options: CompressOptions) -> CostTable:
+    """The table of times, of the dtype that will be served."""
     assert options.costs is not None
     table = read_costs(options.costs)
     wanted = "bfloat16" if options.dtype == "auto" else options.dtype
@@ -231,8 +235,6 @@ def _costs(options: CompressOptions, projections: list[Projection]) -> CostTable
             f"--costs {options.costs}: times of {table.dtype}; make it with pgsvd-vllm profile --dtype {wanted}, or "
             f"choose --dtype {table.dtype}"
         )
-    for p in projections:
-        table.time(p.out_features, p.in_features, "factors", None)
     return table
 
 
