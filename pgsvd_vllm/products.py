@@ -6,6 +6,7 @@ of s. The outputs are then put together in one pass. On CPU the products are pac
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,7 @@ class Gemm:
     """
 
     def __init__(self, weight: torch.Tensor) -> None:
-        layer = nn.Module()
+        layer: Any = nn.Module()
         layer.weight = nn.Parameter(weight, requires_grad=False)
         # The dispatch turns the `bias` of a layer into float32 where the kernel it picks wants that
         # (AMX). The bias belongs to the whole layer, not to this product: an empty one shows the dtype.
