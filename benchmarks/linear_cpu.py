@@ -36,6 +36,7 @@ from vllm.platforms import current_platform
 
 from pgsvd_vllm.checkpoint import FactoredModule, stored_size
 from pgsvd_vllm.config import PgsvdConfig
+from pgsvd_vllm.offline.allocate import RANK_MULTIPLE
 
 # name -> hidden size, heads, key/value heads, feed-forward size.
 MODELS = {"TinyLlama-1.1B": (2048, 32, 4, 5632), "Llama-2-7B": (4096, 32, 32, 11008)}
@@ -53,7 +54,6 @@ TOKENS = (1, 8, 64, 512)
 BARS = {1: 1.10, 8: 1.10, 512: 1.15}
 # Over all copies of a layer: more than the caches of most machines hold.
 COPY_BYTES = 160e6
-RANK_MULTIPLE = 16
 
 
 @contextmanager

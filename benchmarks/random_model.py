@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import pgsvd_vllm
 from benchmarks.reference_model import cache_folder
 from pgsvd_vllm.checkpoint import FORMAT_VERSION, LOAD_GUARD, QUANT_METHOD, FactoredModule, ShardWriter, stored_size
+from pgsvd_vllm.offline.allocate import RANK_MULTIPLE
 
 CONFIG = {
     "vocab_size": 32000,
@@ -39,7 +40,6 @@ CONFIG = {
     "max_position_embeddings": 2048,
 }
 SHARES = Path(__file__).with_name("kept_shares.json")
-RANK_MULTIPLE = 16
 
 
 def projections() -> Iterator[tuple[str, str, float, int, int]]:

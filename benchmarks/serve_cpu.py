@@ -32,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from benchmarks import random_model, reference_model
+from pgsvd_vllm.checkpoint import stored_size
 
 FORMS = ("factors", "pivot")
 RATIOS = (0.2, 0.4, 0.6)
@@ -195,7 +196,7 @@ def sizes(form: str, ratio: float) -> tuple[float, float]:
     shapes = {name: (rows, columns) for name, _, _, rows, columns in random_model.projections()}
     dense = sum(rows * columns for rows, columns in shapes.values())
     saved = sum(
-        shapes[name][0] * shapes[name][1] - random_model.stored_size(module.form, *shapes[name], module.rank)
+        shapes[name][0] * shapes[name][1] - stored_size(module.form, *shapes[name], module.rank)
         for name, module in table.items()
     )
     head = config["vocab_size"] * config["hidden_size"]
