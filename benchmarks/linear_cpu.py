@@ -34,9 +34,10 @@ from vllm.distributed import parallel_state
 from vllm.model_executor.layers import linear
 from vllm.platforms import current_platform
 
-from pgsvd_vllm.checkpoint import FactoredModule, stored_size
+from benchmarks.random_model import largest_rank
+from pgsvd_vllm.checkpoint import FactoredModule
 from pgsvd_vllm.config import PgsvdConfig
-from pgsvd_vllm.offline.allocate import RANK_MULTIPLE
+from pgsvd_vllm.kernels.reference import factored_linear, pivot_linear
 
 # name -> hidden size, heads, key/value heads, feed-forward size.
 MODELS = {"TinyLlama-1.1B": (2048, 32, 4, 5632), "Llama-2-7B": (4096, 32, 32, 11008)}
@@ -79,17 +80,11 @@ def rows_of(model: str, leaf: str) -> tuple[dict[str, int], int]:
     return {name: rows.get(name, hidden) for name in LAYERS[leaf]}, wide if leaf == "down_proj" else hidden
 
 
-def rank_for(form: str, rows: int, columns: int, ratio: float) -> int:
-    """The largest rank, a multiple of RANK_MULTIPLE, that removes at least a share of a matrix."""
-    ranks = range(RANK_MULTIPLE, min(rows, columns), RANK_MULTIPLE)
-    return max(rank for rank in ranks if stored_size(form, rows, columns, rank) <= (1 - ratio) * rows * columns)
-
-
 class Layer:
     """One vLLM layer with random weights, dense or factored.
 
     Attributes:
-        products: matrices in the order they are multiplied by, per shard, float64, for the check.
+        tensors: of every shard, for the check; empty in all copies but the first.
         size: numbers stored; a token costs two FLOPs for each.
     """
 
@@ -153,13 +148,8 @@ def _plain(tensors: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
     if "weight" in wide:
         return x.double() @ wide["weight"].T
     if "weight_u" in wide:
-        return x.double() @ wide["weight_v"].T @ wide["weight_u"].T
-    z = x.double() @ wide["weight_p"].T
-    y = z.new_empty(len(x), z.shape[1] + len(wide["weight_c"]))
-    is_pivot = torch.zeros(y.shape[1], dtype=torch.bool)
-    is_pivot[tensors["pivots"].long()] = True
-    y[:, is_pivot], y[:, ~is_pivot] = z, z @ wide["weight_c"].T
-    return y
+        return factored_linear(x.double(), wide["weight_v"], [wide["weight_u"]])
+    return pivot_linear(x.double(), wide["weight_p"], wide["weight_c"], tensors["pivots"])
 
 
 def compiled(layers: list[Layer]) -> Callable[[torch.Tensor], list[torch.Tensor]]:
@@ -211,7 +201,7 @@ def measure(model: str, leaf: str, ratios: tuple[float, ...], seconds: float) ->
     run_dense = compiled(dense)
     for form in FORMS:
         for ratio in ratios:
-            ranks = {name: rank_for(form, count, columns, ratio) for name, count in rows.items()}
+            ranks = {name: largest_rank(form, count, columns, 1 - ratio) for name, count in rows.items()}
             factored = copies({name: FactoredModule(rank, form) for name, rank in ranks.items()})
             kept.append(factored)
             run_factored = compiled(factored)

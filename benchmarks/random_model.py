@@ -60,11 +60,17 @@ def modules(form: str, ratio: float) -> dict[str, FactoredModule]:
     table = {}
     for name, kind, depth, rows, columns in projections():
         share = shares[kind][round(depth * (len(shares[kind]) - 1))] / 100
-        ranks = range(RANK_MULTIPLE, min(rows, columns), RANK_MULTIPLE)
-        fitting = [rank for rank in ranks if stored_size(form, rows, columns, rank) <= share * rows * columns]
-        if share < 1 and fitting:
-            table[name] = FactoredModule(fitting[-1], form)
+        rank = largest_rank(form, rows, columns, share)
+        if share < 1 and rank:
+            table[name] = FactoredModule(rank, form)
     return table
+
+
+def largest_rank(form: str, rows: int, columns: int, share: float) -> int:
+    """The largest multiple of RANK_MULTIPLE that keeps at most a share of a matrix's numbers; 0 if none does."""
+    ranks = range(RANK_MULTIPLE, min(rows, columns), RANK_MULTIPLE)
+    fitting = (rank for rank in ranks if stored_size(form, rows, columns, rank) <= share * rows * columns)
+    return max(fitting, default=0)
 
 
 def tensors(table: dict[str, FactoredModule]) -> Iterator[tuple[str, torch.Tensor]]:
