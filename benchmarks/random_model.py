@@ -4,7 +4,7 @@
 
 Random weights have no structure that could decide on ranks, so the ranks are those of a real model:
 kept_shares.json holds the percentage of parameters that the planner keeps of every projection of
-SmolLM2-135M-Instruct, calibrated as benchmarks/quality.py does (25 November 2026). Here each projection
+SmolLM2-135M-Instruct, calibrated as benchmarks/quality.py does (26 November 2026). Here each projection
 gets the rank that keeps the share of the one at the same relative depth. Folders are made in the user's
 cache, once.
 """

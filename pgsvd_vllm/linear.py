@@ -7,7 +7,6 @@ parameters bear the checkpoint's names, each holding the tensors of all shards t
 They exist until the weights are loaded; then the products are packed from them.
 """
 
-import itertools
 import math
 import weakref
 from collections.abc import Callable
@@ -28,7 +27,7 @@ from vllm.utils.torch_utils import (
 
 from pgsvd_vllm.checkpoint import FactoredModule, check_pivots
 from pgsvd_vllm.errors import CheckpointError
-from pgsvd_vllm.products import FactoredGemms, Gemm
+from pgsvd_vllm.products import FactoredGemms
 from pgsvd_vllm.sharding import copy_checked, input_columns, output_rows, pivot_rows, take_rows
 
 SHARD_INDEX = {"q": 0, "k": 1, "v": 2}
@@ -211,35 +210,21 @@ class PgsvdLinearMethod(LinearMethodBase):
 
     def _pack(self, layer: Any) -> FactoredGemms:
         """The products of the loaded layer."""
-        # What reads x, one under the other; a shard's rows of it.
-        first = [self._view(layer, i, shard.kinds[0]) for i, shard in enumerate(self.shards)]
-        ends = list(itertools.accumulate(len(matrix) for matrix in first))
-        rows = [slice(end - len(matrix), end) for end, matrix in zip(ends, first, strict=True)]
-        ups: list[tuple[Gemm, slice]] = []
-        pieces: list[tuple[int, slice]] = []
-        order: list[torch.Tensor] = []
-        start = ends[-1]  # of the next up product's outputs
+        readers = [self._view(layer, i, shard.kinds[0]) for i, shard in enumerate(self.shards)]
+        ups: list[torch.Tensor | None] = []
+        places: list[torch.Tensor | None] = []
         for index, shard in enumerate(self.shards):
-            module = shard.module
-            if module is None:
-                pieces.append((0, rows[index]))
-                order.append(torch.arange(rows[index].start, rows[index].stop, device=first[index].device))
-                continue
-            if module.form == "factors":
+            up = place = None
+            if shard.module is not None and shard.module.form == "factors":
                 up = self._view(layer, index, "weight_u")
-                places = torch.arange(len(up), device=up.device)
-            else:
+            elif shard.module is not None:
                 pivots, c = self._view(layer, index, "pivots"), self._view(layer, index, "weight_c")
                 if self.is_dummy:
                     pivots.copy_(torch.arange(len(pivots)))
-                up, places = pivot_rows(pivots, c, self._rows(layer, index, self.full_sizes[index]))
-            pieces.append((len(ups) + 1, slice(0, len(up))))
-            order.append(torch.where(places < 0, rows[index].start - 1 - places, start + places))
-            ups.append((Gemm(up), rows[index]))
-            start += len(up)
-        pivoted = any("pivots" in shard.kinds for shard in self.shards)
-        stacked = Gemm(first[0] if len(first) == 1 else torch.cat(first))
-        return FactoredGemms(stacked, ups, pieces, torch.cat(order) if pivoted else None)
+                up, place = pivot_rows(pivots, c, self._rows(layer, index, self.full_sizes[index]))
+            ups.append(up)
+            places.append(place)
+        return FactoredGemms(readers, ups, places)
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x [..., in] -> [..., out] of this rank."""

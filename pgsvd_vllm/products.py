@@ -2,75 +2,159 @@
 
 All that reads the layer's input is one product: s = x [V_1; P_2; W_3; ...]^T, over the down factors of
 the low-rank shards and the weights of the dense ones. Every low-rank shard has one more, of its part
-of s. The outputs are then put together in one pass. On CPU the products are packed by vLLM's own dispatch.
+of s. The outputs are then put together in one pass.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from vllm import _custom_ops as vllm_ops
 from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 from vllm.platforms import current_platform
 
+# vLLM's dispatch compiles a kernel for every shape and number of tokens, half a millisecond each. That is
+# little for a dense model, whose layers share their shapes, and much for one whose ranks all differ. vLLM's
+# packed kernel compiles next to nothing and is the faster for few tokens; with many inputs it is the slower
+# for many tokens: 1.03 times the other's time at 2048 inputs and 512 tokens, 1.24 at 4096, 2.9 at 11008.
+PACKED_INPUTS = 2048
+# It takes inputs and outputs by these multiples.
+PACKED_IN, PACKED_OUT = 32, 16
 
-class Gemm:
-    """x @ weight.T (+ bias), prepacked by vLLM's own dispatch on CPU.
+Run = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
+
+
+def can_pack(dtype: torch.dtype) -> bool:
+    """Whether this machine and dtype have the packed kernel."""
+    return (
+        current_platform.is_cpu()
+        and dtype == torch.bfloat16
+        and torch.cpu._is_avx512_bf16_supported()
+        and hasattr(torch.ops._C, "convert_weight_packed")
+    )
+
+
+def packed_gemm(weight: torch.Tensor) -> Run:
+    """x @ weight.T (+ bias) by vLLM's packed CPU kernel; bf16, x has rows at any distance.
+
+    Args:
+        weight: [out, in], `in` a multiple of PACKED_IN; not kept.
+    """
+    out = len(weight)
+    missing = -out % PACKED_OUT
+    packed = torch.ops._C.convert_weight_packed(F.pad(weight, (0, 0, 0, missing)))
+
+    def run(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        wide = None if bias is None else F.pad(bias.float(), (0, missing))
+        return vllm_ops.weight_packed_linear_cpu(x, packed, out + missing, wide)[:, :out]
+
+    return run
+
+
+def vllm_gemm(weight: torch.Tensor) -> Run:
+    """x @ weight.T (+ bias) as vLLM's dense layers compute it.
 
     Args:
         weight: [out, in]; not kept where it is packed.
     """
+    if not current_platform.is_cpu():
+        return lambda x, bias: F.linear(x, weight, bias)
+    layer: Any = nn.Module()
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    # The dispatch turns the `bias` of a layer into float32 where the kernel it picks wants that.
+    # The bias belongs to the whole layer, not to this product: an empty one shows the dtype.
+    layer.bias = nn.Parameter(weight.new_empty(0), requires_grad=False)
+    dispatch_cpu_unquantized_gemm(layer, remove_weight=True)
+    kept, bias_dtype, linear = layer.weight.data, layer.bias.dtype, layer.cpu_linear
+    # Of fewer outputs its kernel on AMX machines reads x as if its rows had no gaps.
+    narrow = len(weight) < PACKED_OUT
 
-    def __init__(self, weight: torch.Tensor) -> None:
-        layer: Any = nn.Module()
-        layer.weight = nn.Parameter(weight, requires_grad=False)
-        # The dispatch turns the `bias` of a layer into float32 where the kernel it picks wants that
-        # (AMX). The bias belongs to the whole layer, not to this product: an empty one shows the dtype.
-        layer.bias = nn.Parameter(weight.new_empty(0), requires_grad=False)
-        self.run: Callable[..., torch.Tensor] = F.linear
-        if current_platform.is_cpu():
-            dispatch_cpu_unquantized_gemm(layer, remove_weight=True)
-            self.run = layer.cpu_linear
-        self.weight = layer.weight.data
-        self.bias_dtype = layer.bias.dtype
+    def run(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return linear(x.contiguous() if narrow else x, kept, None if bias is None else bias.to(bias_dtype))
 
-    def __call__(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """x [tokens, in], rows at any distance -> [tokens, out]."""
-        return self.run(x, self.weight, None if bias is None else bias.to(self.bias_dtype))
+    return run
+
+
+def gemm(weight: torch.Tensor) -> Run:
+    """x [tokens, in], bias [out] or None -> x @ weight.T (+ bias) [tokens, out], by what suits a factor.
+
+    Args:
+        weight: [out, in]; not kept where it is packed.
+    """
+    inputs = weight.shape[1]
+    suits = inputs <= PACKED_INPUTS and inputs % PACKED_IN == 0 and can_pack(weight.dtype)
+    return packed_gemm(weight) if suits else vllm_gemm(weight)
 
 
 class FactoredGemms:
     """The products of a layer, and how its outputs are put together from them.
 
-    Args:
-        first: the product of everything that reads x.
-        ups: one product a low-rank shard, with the slice of the first product's output that it reads.
-        pieces: the layer's outputs in order, each a product (0 is the first) and a slice of its output.
-            Used where no shard has pivots.
-        order: int64 [out], where the layer's outputs lie in the products' outputs, one product after
-            the other; None where no shard has pivots.
+    Args, one entry a shard, in the order of the layer's outputs:
+        readers: what reads x: a down factor [r, in], or a dense weight [out, in].
+        ups: what reads the down factor's output, [rows, r]; None for a dense shard.
+        places: of the pivot form int64 [out], where each output is found: i >= 0 is row i of the up
+            product, -1 - j is component j of the down product. None for other shards.
     """
 
     def __init__(
         self,
-        first: Gemm,
-        ups: list[tuple[Gemm, slice]],
-        pieces: list[tuple[int, slice]],
-        order: torch.Tensor | None,
+        readers: Sequence[torch.Tensor],
+        ups: Sequence[torch.Tensor | None],
+        places: Sequence[torch.Tensor | None],
     ) -> None:
-        self.first = first
-        self.ups = ups
-        self.pieces = pieces
-        self.order = order
+        stacked: list[torch.Tensor] = []
+        # One product each, with the columns of s that it reads.
+        self.ups: list[tuple[Run, slice]] = []
+        # The outputs in order: a product (0 is the first) and its columns.
+        self.pieces: list[tuple[int, slice]] = []
+        total = 0
+        for reader, up in zip(readers, ups, strict=True):
+            start, rank = total, len(reader)
+            # Zero rows there and zero columns here, where the up product wants a multiple.
+            missing = -rank % PACKED_IN if up is not None and can_pack(reader.dtype) else 0
+            stacked.append(F.pad(reader, (0, 0, 0, missing)) if missing else reader)
+            total += rank + missing
+            if up is None:
+                self.pieces.append((0, slice(start, total)))
+            else:
+                self.ups.append((gemm(F.pad(up, (0, missing)) if missing else up), slice(start, total)))
+                self.pieces.append((len(self.ups), slice(0, len(up))))
+        self.first = gemm(stacked[0] if len(stacked) == 1 else torch.cat(stacked))
+        self.order = self._order(readers, ups, places, total) if any(p is not None for p in places) else None
+        self.out = sum(p.stop - p.start for _, p in self.pieces) if self.order is None else len(self.order)
+
+    def _order(
+        self,
+        readers: Sequence[torch.Tensor],
+        ups: Sequence[torch.Tensor | None],
+        places: Sequence[torch.Tensor | None],
+        start: int,
+    ) -> torch.Tensor:
+        """int64 [out], where the layer's outputs lie in all products' outputs, one after the other."""
+        order = []
+        columns = iter(self.ups)
+        for reader, up, place, (_, piece) in zip(readers, ups, places, self.pieces, strict=True):
+            if up is None:
+                order.append(torch.arange(piece.start, piece.stop, device=reader.device))
+                continue
+            _, read = next(columns)
+            where = torch.arange(len(up), device=reader.device) if place is None else place
+            order.append(torch.where(where < 0, read.start - 1 - where, start + where))
+            start += len(up)
+        return torch.cat(order)
 
     def __call__(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x [tokens, in] -> [tokens, out]."""
-        s = self.first(x)
+        # The packed kernel divides by the number of tokens. No graph is ever run, or should be traced, for none.
+        if not torch.compiler.is_compiling() and len(x) == 0:
+            return x.new_empty(0, self.out)
+        s = self.first(x, None)
         if len(self.pieces) == 1 and self.order is None:
-            gemm, _ = self.ups[0]
-            return gemm(s, bias)
-        outputs = [s, *(gemm(s[:, columns]) for gemm, columns in self.ups)]
+            up, columns = self.ups[0]
+            return up(s[:, columns], bias).contiguous()
+        outputs = [s, *(up(s[:, columns], None) for up, columns in self.ups)]
         if self.order is None:
             y = torch.cat([outputs[index][:, columns] for index, columns in self.pieces], dim=-1)
         else:

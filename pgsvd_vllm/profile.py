@@ -14,7 +14,7 @@ import torch
 
 from pgsvd_vllm.checkpoint import FORMS, stored_size
 from pgsvd_vllm.costs import CostTable, ShapeCosts
-from pgsvd_vllm.products import FactoredGemms, Gemm
+from pgsvd_vllm.products import FactoredGemms, vllm_gemm
 
 COPY_BYTES = 96e6
 # Small matrices have fewer bytes than caches hold then, and are timed as faster than they are.
@@ -84,16 +84,20 @@ def in_turn(stacks: Sequence[Sequence[Product]], x: torch.Tensor) -> list[float]
 def _copies(kind: str, out: int, width: int, rank: int, dtype: torch.dtype) -> Iterator[Product]:
     """The products of one kind, each with weights of its own."""
 
-    def gemm(rows: int, columns: int) -> Gemm:
-        return Gemm(torch.empty(rows, columns, dtype=dtype).uniform_(-1, 1))
+    def weight(rows: int, columns: int) -> torch.Tensor:
+        return torch.empty(rows, columns, dtype=dtype).uniform_(-1, 1)
 
     numbers = out * width if kind == "dense" else stored_size(kind, out, width, rank)
     for _ in range(min(MOST_COPIES, 2 + int(COPY_BYTES / dtype.itemsize / numbers))):
         if kind == "dense":
-            yield gemm(out, width)
+            yield _dense(weight(out, width))
         elif kind == "factors":
-            up = gemm(out, rank)
-            yield FactoredGemms(gemm(rank, width), [(up, slice(0, rank))], [(1, slice(0, out))], None)
+            yield FactoredGemms([weight(rank, width)], [weight(out, rank)], [None])
         else:
-            up = gemm(out - rank, rank)
-            yield FactoredGemms(gemm(rank, width), [(up, slice(0, rank))], [], torch.randperm(out))
+            places = torch.cat([torch.arange(out - rank), -1 - torch.arange(rank)])[torch.randperm(out)]
+            yield FactoredGemms([weight(rank, width)], [weight(out - rank, rank)], [places])
+
+
+def _dense(weight: torch.Tensor) -> Product:
+    run = vllm_gemm(weight)
+    return lambda x: run(x, None)

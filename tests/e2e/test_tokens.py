@@ -37,14 +37,40 @@ def smollm2_identity(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) ->
     return write_checkpoint(smollm2, tmp_path_factory.mktemp("identity") / "out", identity, max_bytes=2**28)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_identity_factors_give_the_dense_models_tokens(
-    smollm2: Path, smollm2_identity: Path, prompts: list[list[int]], dtype: str
+    smollm2: Path, smollm2_identity: Path, prompts: list[list[int]]
 ) -> None:
-    dense = run_engine(smollm2, [(prompts, greedy())], load_format="auto", dtype=dtype)
-    factored = run_engine(smollm2_identity, [(prompts, greedy())], dtype=dtype)
+    dense = run_engine(smollm2, [(prompts, greedy())], load_format="auto")
+    factored = run_engine(smollm2_identity, [(prompts, greedy())])
     assert tokens(factored[0]) == tokens(dense[0])
     assert {len(answer) for answer in tokens(dense[0])} == {NEW_TOKENS}
+
+
+# The first choices' logits lie between 16 and 42 here, where neighbouring bf16 numbers are 1/8 or 1/4
+# apart: a choice between tokens two of the wider steps apart is a near tie, which rounding may decide.
+BF16_STEP = 1 / 4
+
+
+def check_until_near_ties(exact: torch.Tensor, answers: list[list[int]]) -> None:
+    """Every token is the first choice, or as good as that but for the rounding of logits; most are it.
+
+    Args:
+        exact: log probabilities in fp32 after each token of `answers` [prompts, steps, vocabulary].
+    """
+    best = exact.topk(2).values
+    behind = best[..., 0] - exact.gather(-1, torch.tensor(answers)[..., None])[..., 0]
+    assert behind.max() < 2 * BF16_STEP
+    ties = (best[..., 0] - best[..., 1] < BF16_STEP).sum()
+    assert (behind > 0).sum() <= ties / 2
+
+
+def test_identity_factors_in_bf16_agree_with_the_dense_model_until_a_near_tie(
+    smollm2: Path, smollm2_identity: Path, prompts: list[list[int]]
+) -> None:
+    """Their products are summed in another order than the dense model's, which now and then rounds otherwise."""
+    answers = tokens(run_engine(smollm2_identity, [(prompts, greedy())], dtype="bfloat16")[0])
+    assert {len(answer) for answer in answers} == {NEW_TOKENS}
+    check_until_near_ties(transformers_logprobs(smollm2, prompts, answers), answers)
 
 
 @pytest.fixture(scope="module")
@@ -67,35 +93,27 @@ def test_compressed_fp32_tokens_are_those_of_transformers(
     assert compressed_fp32 == exact.argmax(-1).tolist()
 
 
-# The first choices' logits lie between 16 and 42 here, where neighbouring bf16 numbers are 1/8 or 1/4
-# apart: a choice between tokens two of the wider steps apart is a near tie, which rounding may decide.
-NEAR_TIE = 2 / 4
-
-
 def test_compressed_bf16_agrees_with_fp32_in_the_top_logprobs_until_a_near_tie(
     smollm2_compressed: Path, prompts: list[list[int]], compressed_bf16: list[Answer]
 ) -> None:
     """Teacher forced on vLLM's bf16 tokens, so every step is compared, those after a flip too."""
     answers = tokens(compressed_bf16)
     exact = transformers_logprobs(smollm2_compressed, prompts, answers)
-    shared, same = [], 0
+    check_until_near_ties(exact, answers)
+    shared = []
     for i, answer in enumerate(compressed_bf16):
         assert len(answer.logprobs) == NEW_TOKENS
         for step, (chosen, top) in enumerate(zip(answer.tokens, answer.logprobs, strict=True)):
             where = f"prompt {i}, step {step}"
-            best = exact[i, step].topk(TOP)
-            five = best.indices.tolist()
+            five = exact[i, step].topk(TOP).indices.tolist()
             assert chosen in five, where
             assert five[0] in top, where
-            assert (best.values[0] - exact[i, step, chosen]).item() < NEAR_TIE, where
             shared.append(len(top.keys() & set(five)))
-            same += chosen == five[0]
     steps = len(answers) * NEW_TOKENS
     assert len(shared) == steps
     # Places four and five are often near ties themselves.
     assert min(shared) >= 2
     assert sum(shared) / steps > 4.5
-    assert same / steps > 0.97
 
 
 def pattern(module: str, weight: torch.Tensor) -> Factors | None:

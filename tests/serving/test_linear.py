@@ -20,7 +20,7 @@ from pgsvd_vllm.checkpoint import FactoredModule  # noqa: E402
 from pgsvd_vllm.config import PgsvdConfig  # noqa: E402
 from pgsvd_vllm.errors import CheckpointError  # noqa: E402
 from pgsvd_vllm.linear import PgsvdLinearMethod  # noqa: E402
-from pgsvd_vllm.products import Gemm  # noqa: E402
+from pgsvd_vllm.products import Run, can_pack, gemm, vllm_gemm  # noqa: E402
 
 HIDDEN, HEAD, HEADS, KV_HEADS, WIDE = 64, 16, 4, 2, 96
 LEAVES = {
@@ -202,16 +202,6 @@ def test_a_layer_without_factored_shards_is_vllms_own() -> None:
     assert isinstance(case.layer.quant_method, vllm_linear.UnquantizedLinearMethod)
 
 
-def test_a_bias_works_in_the_kernel_that_wants_it_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """vLLM sends small bf16 products to a kernel for AMX, which refuses a bf16 bias; here it runs on any CPU."""
-    if not current_platform.is_cpu() or not hasattr(torch.ops._C, "weight_packed_linear"):
-        pytest.skip("only vLLM's x86 CPU build has this kernel")
-    # vLLM's own rule for small products, less its question for the AMX instructions.
-    monkeypatch.setattr(vllm_utils, "check_cpu_sgl_kernel", lambda n, k, dtype: k % 32 == 0 and n % 16 == 0)
-    case = Case("qkv_proj", (32, None, 16), bias=True, dtype=torch.bfloat16).load().finish()
-    check(case, torch.randn(5, HIDDEN).bfloat16())
-
-
 @pytest.mark.parametrize(
     ("leaf", "ranks", "part", "kind"),
     [
@@ -376,11 +366,58 @@ def test_the_op_is_a_correct_custom_op(dtype: torch.dtype) -> None:
         assert set(results.values()) == {"SUCCESS"}, results
 
 
-@pytest.mark.parametrize(("rows", "columns"), [(1, 32), (48, 64), (33, 7)])
-def test_gemm_alone(rows: int, columns: int) -> None:
-    weight, x, bias = torch.randn(rows, columns), torch.randn(9, columns), torch.randn(rows)
-    expected = (x.double() @ weight.double().T + bias.double()).float()
-    torch.testing.assert_close(Gemm(weight.clone())(x, bias), expected, rtol=1e-5, atol=1e-4)
+def check_product(run: Run, weight: torch.Tensor, tokens: int, gap: int) -> None:
+    """x whose rows lie `gap` numbers apart, with and without a bias, against float64."""
+    rows, columns = weight.shape
+    x, bias = torch.randn(tokens, columns + gap).to(weight.dtype)[:, gap:], torch.randn(rows).to(weight.dtype)
+    bound = torch.finfo(weight.dtype).eps + columns * torch.finfo(torch.float32).eps
+    for added in (None, bias):
+        wide = torch.zeros(rows).double() if added is None else bias.double()
+        expected = x.double() @ weight.double().T + wide
+        size = x.double().abs() @ weight.double().abs().T + wide.abs()
+        y = run(x, added)
+        assert (y.shape, y.dtype) == ((tokens, rows), weight.dtype)
+        assert ((y.double() - expected).abs() <= bound * size).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 32), (8, 192), (48, 64), (33, 7), (100, 96), (16, 2080)])
+def test_a_product_alone(rows: int, columns: int, dtype: torch.dtype) -> None:
+    weight = torch.randn(rows, columns).to(dtype)
+    run = gemm(weight.clone())
+    for tokens in (1, 3, 17, 300):
+        for gap in (0, 64):
+            check_product(run, weight, tokens, gap)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(8, 192), (48, 64)])
+def test_vllms_kernel_for_amx(rows: int, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It refuses a bias in bf16, and of fewer than 16 outputs it misreads rows with gaps; here it runs on any CPU."""
+    if not current_platform.is_cpu() or not hasattr(torch.ops._C, "weight_packed_linear"):
+        pytest.skip("only vLLM's x86 CPU build has this kernel")
+    # vLLM's own rule for small products, less its question for the AMX instructions.
+    monkeypatch.setattr(vllm_utils, "check_cpu_sgl_kernel", lambda n, k, dtype: n < 16 or k % 32 == n % 16 == 0)
+    weight = torch.randn(rows, columns).bfloat16()
+    run = vllm_gemm(weight.clone())
+    for tokens in (1, 3, 17):
+        for gap in (0, 64):
+            check_product(run, weight, tokens, gap)
+
+
+@pytest.mark.parametrize(
+    ("leaf", "ranks"), [("qkv_proj", (24, "p8", None)), ("gate_up_proj", (33, 20)), ("down_proj", (30,))]
+)
+def test_bf16_factors_are_packed(leaf: str, ranks: tuple[Rank, ...]) -> None:
+    """Otherwise oneDNN compiles a kernel for every shape and number of tokens: too many where ranks differ."""
+    if not can_pack(torch.bfloat16):
+        pytest.skip("this machine has no packed kernel for bf16")
+    case = Case(leaf, ranks, dtype=torch.bfloat16).load().finish()
+    x = torch.randn(100, case.columns).bfloat16()
+    with torch.profiler.profile() as profile:
+        for tokens in range(1, 100):
+            case.layer(x[:tokens])
+    called = {event.key for event in profile.key_averages() if event.key.startswith("_C::")}
+    assert called == {"_C::weight_packed_linear"}
 
 
 def test_dummy_weights_need_no_checkpoint(tmp_path: Path) -> None:
