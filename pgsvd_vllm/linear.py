@@ -18,6 +18,7 @@ from torch import nn
 from vllm.config import CompilationMode, get_current_vllm_config
 from vllm.forward_context import get_forward_context, is_forward_context_available
 from vllm.model_executor.layers.linear import LinearMethodBase
+from vllm.platforms import current_platform
 from vllm.utils.torch_utils import (
     LayerNameType,
     _encode_layer_name,
@@ -115,9 +116,12 @@ class PgsvdLinearMethod(LinearMethodBase):
 
         config = get_current_vllm_config()
         self.is_dummy = config.load_config.load_format == "dummy"
-        # vLLM's own compilation shares graphs between layers: there ranks must not be part of them. Where the
-        # model is traced as one graph (CPU) or not at all, the products are called directly, which costs less.
-        self.opaque = config.compilation_config.mode == CompilationMode.VLLM_COMPILE
+        # vLLM's own compilation shares graphs between layers: there ranks must not be part of them, and what GPUs
+        # launch depends on the number of tokens. Where the model is traced as one graph (CPU) or not at all, the
+        # products are called directly, which costs less.
+        mode = config.compilation_config.mode
+        on_gpu = current_platform.is_cuda_alike()
+        self.opaque = mode == CompilationMode.VLLM_COMPILE or (on_gpu and mode != CompilationMode.NONE)
         config.compilation_config.static_forward_context[layer.prefix] = layer
         _layers_without_context[layer.prefix] = layer
 
@@ -208,7 +212,7 @@ class PgsvdLinearMethod(LinearMethodBase):
             if parameter is not layer.bias:
                 parameter.data = parameter.data.new_empty(0)
 
-    def _pack(self, layer: Any) -> FactoredGemms:
+    def _pack(self, layer: Any) -> Callable[..., torch.Tensor]:
         """The products of the loaded layer."""
         readers = [self._view(layer, i, shard.kinds[0]) for i, shard in enumerate(self.shards)]
         ups: list[torch.Tensor | None] = []
@@ -224,6 +228,12 @@ class PgsvdLinearMethod(LinearMethodBase):
                 up, place = pivot_rows(pivots, c, self._rows(layer, index, self.full_sizes[index]))
             ups.append(up)
             places.append(place)
+        if current_platform.is_cuda_alike():
+            # Not above: without a GPU Triton need not be installed.
+            from pgsvd_vllm.triton_products import MOST_SHARDS, TritonProducts
+
+            if sum(up is not None for up in ups) <= MOST_SHARDS:
+                return TritonProducts(readers, ups, places)
         return FactoredGemms(readers, ups, places)
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

@@ -1,0 +1,106 @@
+"""The down product of a layer: everything that reads x, in one launch.
+
+z = x V^T for the low-rank shards' down factors, stacked. Rows that are outputs of the layer by themselves
+(a dense shard's rows, the pivot rows of a pivot form) are written into y as well, at `places`.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def down_kernel(
+    x,
+    v,
+    z,
+    y,
+    places,
+    bias,
+    partials,
+    counters,
+    tokens,
+    rows,
+    columns,
+    z_rows,
+    x_stride,
+    z_stride,
+    y_stride,
+    BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    SWAP: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    HAS_PLACES: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """One tile of tokens and rows, or one of SPLIT_K parts of its sum over columns.
+
+    Args:
+        x: [tokens, columns], rows `x_stride` apart.
+        v: [rows, columns], without gaps.
+        z: [tokens, z_rows], rows `z_stride` apart; gets the first `z_rows` rows of v.
+        y: the layer's outputs; `places` int32 [rows] tells which of its columns a row of v is, -1 for none.
+        bias: of the layer's outputs, added to those columns.
+        partials: float32 [SPLIT_K, tokens, rows].
+        counters: int32, zero, one a tile; zero again afterwards.
+
+    The parts of a sum are added in their order by whichever program ends last, so that the result does not depend
+    on which that is. Sums are float32.
+    """
+    pid_r = tl.program_id(0)
+    pid_k = tl.program_id(1)
+    pid_m = tl.program_id(2)
+    m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    r = pid_r * BLOCK_R + tl.arange(0, BLOCK_R)
+    each = tl.cdiv(tl.cdiv(columns, BLOCK_K), SPLIT_K) * BLOCK_K
+    begin = pid_k * each
+    end = tl.minimum(columns, begin + each)
+    x_row = x + m.to(tl.int64)[:, None] * x_stride
+    in_tokens = m[:, None] < tokens
+    # Rows past the last are read as the last and never stored: no mask in the loop.
+    v_row = v + tl.minimum(r, rows - 1).to(tl.int64)[:, None] * columns
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    acc = tl.zeros((BLOCK_R, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_R), dtype=tl.float32)
+    for k in range(begin, end, BLOCK_K):
+        c = k + tl.arange(0, BLOCK_K)
+        if EVEN_K:
+            a = tl.load(x_row + c[None, :], mask=in_tokens, other=0.0)
+            b = tl.load(v_row + c[None, :], eviction_policy="evict_first")
+        else:
+            a = tl.load(x_row + c[None, :], mask=in_tokens & (c[None, :] < columns), other=0.0)
+            b = tl.load(v_row + c[None, :], mask=c[None, :] < columns, other=0.0, eviction_policy="evict_first")
+        if SWAP:
+            acc = tl.dot(b, tl.trans(a), acc, input_precision="ieee")
+        else:
+            acc = tl.dot(a, tl.trans(b), acc, input_precision="ieee")
+    if SWAP:
+        m2 = m[None, :]
+        r2 = r[:, None]
+    else:
+        m2 = m[:, None]
+        r2 = r[None, :]
+    inside = (m2 < tokens) & (r2 < rows)
+    if SPLIT_K > 1:
+        part = m2.to(tl.int64) * rows + r2
+        size = tl.cast(tokens, tl.int64) * rows
+        tl.store(partials + pid_k * size + part, acc, mask=inside)
+        tl.debug_barrier()
+        tile = pid_m * tl.num_programs(0) + pid_r
+        ended = tl.atomic_add(counters + tile, 1, sem="acq_rel", scope="gpu")
+        if ended < SPLIT_K - 1:
+            return
+        acc = tl.zeros((BLOCK_R, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_R), dtype=tl.float32)
+        for i in range(SPLIT_K):
+            acc += tl.load(partials + i * size + part, mask=inside, other=0.0, cache_modifier=".cg")
+        tl.store(counters + tile, 0)
+    tl.store(z + m2.to(tl.int64) * z_stride + r2, acc.to(z.dtype.element_ty), mask=inside & (r2 < z_rows))
+    if HAS_PLACES:
+        place = tl.load(places + r2, mask=r2 < rows, other=-1)
+        known = place >= 0
+        if HAS_BIAS:
+            acc += tl.load(bias + place, mask=known, other=0.0).to(tl.float32)
+        tl.store(y + m2.to(tl.int64) * y_stride + place, acc.to(y.dtype.element_ty), mask=inside & known)

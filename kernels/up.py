@@ -1,0 +1,110 @@
+"""The up products of a layer's low-rank shards, block by block, in one launch."""
+
+import triton
+import triton.language as tl
+
+
+# Sizes are not specialised: one compiled kernel serves every rank and number of outputs.
+@triton.jit(do_not_specialize=["tokens", "n0", "n1", "n2", "r0", "r1", "r2", "y0", "y1", "y2"])
+def up_kernel(
+    z,
+    u,
+    y,
+    places,
+    bias,
+    tokens,
+    z_stride,
+    y_stride,
+    n0,
+    n1,
+    n2,
+    r0,
+    r1,
+    r2,
+    y0,
+    y1,
+    y2,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SHARDS: tl.constexpr,
+    SWAP: tl.constexpr,
+    HAS_PLACES: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """One tile of tokens and of one shard's outputs.
+
+    Args:
+        z: [tokens, r0 + r1 + r2], rows `z_stride` apart.
+        u: the shards' up factors [n_i, r_i], one after the other without gaps; the r_i are multiples of 16.
+        y: [tokens, out], rows `y_stride` apart; shard i begins at column y_i, or
+        places: int32 [n0 + n1 + n2], the column of y of every row of every shard.
+        bias: of the layer's outputs.
+
+    Sums are float32, and rounded once, with the bias.
+    """
+    pid_n = tl.program_id(0)
+    pid_m = tl.program_id(1)
+    # Which shard this tile is of: its sizes, and where its parts of z, u, y and places begin. Selected, not branched
+    # over: alignment is not known of what comes out of branches.
+    n, r, tile, y_at = n0, r0, pid_n, y0
+    z_at, u_at, p_at = 0, tl.cast(0, tl.int64), 0
+    if SHARDS > 1:
+        tiles = tl.cdiv(n0, BLOCK_N)
+        second = pid_n >= tiles
+        n, r, y_at = tl.where(second, n1, n), tl.where(second, r1, r), tl.where(second, y1, y_at)
+        tile = tl.where(second, pid_n - tiles, tile)
+        u_end = n0.to(tl.int64) * r0
+        z_at, u_at, p_at = tl.where(second, r0, 0), tl.where(second, u_end, 0), tl.where(second, n0, 0)
+        if SHARDS > 2:
+            tiles += tl.cdiv(n1, BLOCK_N)
+            third = pid_n >= tiles
+            n, r, y_at = tl.where(third, n2, n), tl.where(third, r2, r), tl.where(third, y2, y_at)
+            tile = tl.where(third, pid_n - tiles, tile)
+            u_end += n1.to(tl.int64) * r1
+            z_at, u_at = tl.where(third, r0 + r1, z_at), tl.where(third, u_end, u_at)
+            p_at = tl.where(third, n0 + n1, p_at)
+    # Without these, loads are as narrow as the least aligned shard could be.
+    r = tl.multiple_of(r, 16)
+    z_at = tl.multiple_of(z_at, 16)
+    u_at = tl.multiple_of(u_at, 16)
+    m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    o = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    z_row = z + z_at + m.to(tl.int64)[:, None] * z_stride
+    in_tokens = m[:, None] < tokens
+    # Rows past the last are read as the last and never stored.
+    u_row = u + u_at + tl.minimum(o, n - 1).to(tl.int64)[:, None] * r
+    c = tl.arange(0, BLOCK_K)
+    # Weights before the wait: they do not depend on the launch before.
+    b = tl.load(u_row + c[None, :], mask=c[None, :] < r, other=0.0)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    a = tl.load(z_row + c[None, :], mask=in_tokens & (c[None, :] < r), other=0.0)
+    acc = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), dtype=tl.float32)
+    if SWAP:
+        acc = tl.dot(b, tl.trans(a), acc, input_precision="ieee")
+    else:
+        acc = tl.dot(a, tl.trans(b), acc, input_precision="ieee")
+    for k in range(BLOCK_K, r, BLOCK_K):
+        c = k + tl.arange(0, BLOCK_K)
+        a = tl.load(z_row + c[None, :], mask=in_tokens & (c[None, :] < r), other=0.0)
+        b = tl.load(u_row + c[None, :], mask=c[None, :] < r, other=0.0)
+        if SWAP:
+            acc = tl.dot(b, tl.trans(a), acc, input_precision="ieee")
+        else:
+            acc = tl.dot(a, tl.trans(b), acc, input_precision="ieee")
+    if SWAP:
+        m2 = m[None, :]
+        o2 = o[:, None]
+    else:
+        m2 = m[:, None]
+        o2 = o[None, :]
+    place = y_at + o2
+    if HAS_PLACES:
+        place = tl.load(places + p_at + o2, mask=o2 < n, other=0)
+    if HAS_BIAS:
+        acc += tl.load(bias + place, mask=o2 < n, other=0.0).to(tl.float32)
+    inside = (m2 < tokens) & (o2 < n)
+    tl.store(y + m2.to(tl.int64) * y_stride + place, acc.to(y.dtype.element_ty), mask=inside)

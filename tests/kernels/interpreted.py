@@ -1,0 +1,159 @@
+"""Random layers through the Triton kernels in Triton's interpreter, against float64.
+
+    TRITON_INTERPRET=1 python tests/kernels/interpreted.py SEED CASES [FOLDER]
+
+FOLDER holds down.py and up.py to take instead of the project's. Ends with an error at the first wrong number.
+"""
+
+import importlib.util
+import random
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+
+from tests.kernels.interpreter import prepare
+
+TOKENS = (0, 1, 2, 3, 5, 8, 16, 17, 33, 67)
+COLUMNS = (16, 24, 40, 64, 96, 100, 129, 256, 300)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def replace_kernels(folder: Path) -> None:
+    for name in ("down", "up"):
+        module = f"pgsvd_vllm.kernels.{name}"
+        spec = importlib.util.spec_from_file_location(module, folder / f"{name}.py")
+        assert spec is not None
+        assert spec.loader is not None
+        sys.modules[module] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[module])
+
+
+def poisoned(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.full(shape, float("nan"), dtype=dtype)
+
+
+class Layer:
+    """A random layer and what it computes, in float64.
+
+    Attributes:
+        readers, ups, places: as PackedLayer takes them.
+    """
+
+    def __init__(self, rng: random.Random, dtype: torch.dtype, columns: int) -> None:
+        forms = ["dense", "factors", "pivot"]
+        kinds = [rng.choice(forms) for _ in range(rng.choice([1, 1, 2, 3]))]
+        if "factors" not in kinds and "pivot" not in kinds:
+            kinds[rng.randrange(len(kinds))] = rng.choice(forms[1:])
+        self.readers: list[torch.Tensor] = []
+        self.ups: list[torch.Tensor | None] = []
+        self.places: list[torch.Tensor | None] = []
+        self.outs = []
+        for kind in kinds:
+            out, rank = rng.choice([1, 2, 7, 16, 31, 48, 97, 113, 150]), rng.choice([1, 1, 3, 15, 16, 17, 40, 64, 89])
+            if kind == "pivot":
+                out = max(out, rank + 1)
+            self.outs.append(out)
+            self.readers.append((torch.randn(out if kind == "dense" else rank, columns) / columns**0.5).to(dtype))
+            rows = out - rank if kind == "pivot" else out
+            self.ups.append(None if kind == "dense" else (torch.randn(rows, rank) / rank**0.5).to(dtype))
+            found = torch.cat([torch.arange(rows), -1 - torch.arange(rank)])
+            self.places.append(found[torch.randperm(out)] if kind == "pivot" else None)
+
+    def expect(self, x: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """Outputs, the same sums of absolute values, and the number of terms of the longest sums."""
+        values, sizes = [], []
+        for reader, up, place in zip(self.readers, self.ups, self.places, strict=True):
+            z, z_size = x.double() @ reader.double().T, x.double().abs() @ reader.double().abs().T
+            if up is None:
+                values.append(z)
+                sizes.append(z_size)
+                continue
+            y, y_size = z @ up.double().T, z_size @ up.double().abs().T
+            if place is not None:
+                order = torch.where(place < 0, y.shape[1] - 1 - place, place)
+                y, y_size = torch.cat([y, z], 1)[:, order], torch.cat([y_size, z_size], 1)[:, order]
+            values.append(y)
+            sizes.append(y_size)
+        added = 0.0 if bias is None else bias.double()
+        terms = x.shape[1] + max(up.shape[1] for up in self.ups if up is not None)
+        return torch.cat(values, 1) + added, torch.cat(sizes, 1) + abs(added), terms
+
+    def difference(self, x: torch.Tensor, bias: torch.Tensor | None, y: torch.Tensor) -> str:
+        """What is wrong with an output; empty if nothing is."""
+        value, size, terms = self.expect(x, bias)
+        if y.shape != value.shape or y.dtype != x.dtype:
+            return f"got {tuple(y.shape)} {y.dtype}"
+        # Sums in float32; z and y are rounded once each, and y again where a bias is added afterwards.
+        bound = (3 * torch.finfo(x.dtype).eps + 2 * terms * torch.finfo(torch.float32).eps) * size
+        if not ((y.double() - value).abs() <= bound).all():
+            return f"off by {((y.double() - value).abs() / size).max():.2e} of the terms' size"
+        return ""
+
+
+def check_one(rng: random.Random) -> None:
+    from pgsvd_vllm.kernels import launch
+    from pgsvd_vllm.kernels.tiles import Tile
+
+    dtype, tokens, columns = rng.choice(DTYPES), rng.choice(TOKENS), rng.choice(COLUMNS)
+    layer = Layer(rng, dtype, columns)
+    packed = launch.PackedLayer(layer.readers, layer.ups, layer.places)
+    gap = rng.choice([0, 8, 11])
+    x = torch.cat([torch.randn(tokens, columns), torch.full((tokens, gap), float("nan"))], 1).to(dtype)[:, :columns]
+    bias = torch.randn(sum(layer.outs)).to(dtype) if rng.random() < 0.5 else None
+    swap = rng.random() < 0.5
+    down = Tile(
+        rng.choice([16, 32]), rng.choice([16, 32, 64]), rng.choice([16, 32, 64]), 4, 2, rng.choice([1, 2, 3, 5]), swap
+    )
+    up = Tile(rng.choice([16, 32]), rng.choice([16, 32, 64]), rng.choice([16, 32, 64]), 4, 2, 1, rng.random() < 0.5)
+    workspace = launch.Workspace(torch.device("cpu"))
+    rows, tiles = len(packed.v), -(-tokens // down.block_m) * -(-len(packed.v) // down.block_out)
+    workspace.partials = poisoned(down.split_k * tokens * rows + 1, dtype=torch.float32)
+    workspace.counters = torch.zeros(tiles + 1, dtype=torch.int32)
+    described = f"{dtype}, {tokens} tokens, {columns} columns, ranks {packed.ranks}, outputs {layer.outs}, {down}, {up}"
+    try:
+        y = launch.run(x, packed, workspace, bias, down, up)
+        again = launch.run(x, packed, workspace, bias, down, up)
+    except Exception as error:
+        raise SystemExit(f"{described}: {error}") from error
+    wrong = layer.difference(x, bias, y)
+    if wrong:
+        raise SystemExit(f"{described}: {wrong}")
+    if not torch.equal(y, again) or workspace.counters.any():
+        raise SystemExit(f"{described}: the second run differs, or counters are left")
+
+
+def check_products(rng: random.Random) -> None:
+    """What a layer holds on a GPU: the kernels for few tokens, torch's products for many."""
+    from pgsvd_vllm.triton_products import TritonProducts
+
+    layer = Layer(rng, torch.bfloat16, 64)
+    products = TritonProducts(layer.readers, layer.ups, layer.places)
+    for tokens in (0, 1, 20, 70, 300):
+        x = torch.randn(tokens, 64).bfloat16()
+        wrong = layer.difference(x, None, products(x))
+        if wrong:
+            raise SystemExit(f"{tokens} tokens: {wrong}")
+
+
+def main(seed: int, cases: int) -> None:
+    prepare(seed)
+    torch.manual_seed(seed)
+    # Every output must be written: what is allocated is poison first.
+    empty = torch.Tensor.new_empty
+    torch.Tensor.new_empty = lambda self, *shape, **options: (  # type: ignore[method-assign]
+        empty(self, *shape, **options) if options else poisoned(*shape, dtype=self.dtype)
+    )
+    rng = random.Random(seed)
+    for _ in range(cases):
+        check_one(rng)
+    check_products(rng)
+    print(f"{cases} layers")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 3:
+        replace_kernels(Path(sys.argv[3]))
+    main(int(sys.argv[1]), int(sys.argv[2]))

@@ -1,0 +1,191 @@
+"""The Triton kernels without a GPU: in the interpreter against float64, with bugs planted, and compiled for GPUs."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from pgsvd_vllm.errors import InputError
+from tests.conftest import ROOT
+
+triton = pytest.importorskip("triton", reason="Triton is not installed")
+
+from pgsvd_vllm.kernels.launch import PackedLayer, Workspace, run, run_library  # noqa: E402
+from pgsvd_vllm.kernels.tiles import MOST_TOKENS, down_tile  # noqa: E402
+from pgsvd_vllm.triton_products import TritonProducts  # noqa: E402
+from tests.kernels.interpreted import Layer  # noqa: E402
+
+# (file, what it says, what a bug would say)
+MUTANTS = {
+    "stores rows past the last": ("up", "inside = (m2 < tokens) & (o2 < n)", "inside = m2 < tokens"),
+    "stores tokens past the last": ("up", "inside = (m2 < tokens) & (o2 < n)", "inside = o2 < n"),
+    "reads z past the rank": ("up", "mask=in_tokens & (c[None, :] < r)", "mask=in_tokens"),
+    "third shard's z": ("up", "z_at, u_at = tl.where(third, r0 + r1, z_at)", "z_at, u_at = tl.where(third, r1, z_at)"),
+    "second shard's places": ("up", "tl.where(second, n0, 0)", "tl.where(second, 0, 0)"),
+    "bias of the row, not of its place": ("up", "tl.load(bias + place", "tl.load(bias + o2"),
+    "a step left out": ("up", "range(BLOCK_K, r, BLOCK_K)", "range(BLOCK_K, r - BLOCK_K, BLOCK_K)"),
+    "parts overlap": (
+        "down",
+        "end = tl.minimum(columns, begin + each)",
+        "end = tl.minimum(columns, begin + each + BLOCK_K)",
+    ),
+    "the first to end adds the parts": ("down", "if ended < SPLIT_K - 1:", "if ended > 0:"),
+    "all add the parts": ("down", "if ended < SPLIT_K - 1:", "if ended < 0:"),
+    "counters are left": ("down", "tl.store(counters + tile, 0)", "tl.store(counters + tile, 1)"),
+    "one counter for all tokens": ("down", "tile = pid_m * tl.num_programs(0) + pid_r", "tile = pid_r"),
+    "x past the last token": ("down", "in_tokens = m[:, None] < tokens", "in_tokens = m[:, None] < tokens + 1"),
+    "columns past the last": ("down", "mask=in_tokens & (c[None, :] < columns)", "mask=in_tokens"),
+    "weights past the last row": ("down", "tl.minimum(r, rows - 1)", "r"),
+    "dense rows into z": ("down", "mask=inside & (r2 < z_rows)", "mask=inside"),
+    "sums rounded at each step": (
+        "down",
+        "acc, input_precision",
+        "acc.to(tl.bfloat16).to(tl.float32), input_precision",
+    ),
+    "outputs of shards that have none": ("down", "known = place >= 0", "known = place >= -1"),
+}
+
+
+def interpreted(seed: int, cases: int, *folder: Path) -> subprocess.CompletedProcess[str]:
+    """The interpreter is chosen when a kernel is defined: a process of its own."""
+    return subprocess.run(
+        [sys.executable, ROOT / "tests/kernels/interpreted.py", str(seed), str(cases), *folder],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_random_layers_are_those_of_float64(seed: int) -> None:
+    done = interpreted(seed, 100)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout == "100 layers\n"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_library_path_is_that_of_float64(dtype: torch.dtype) -> None:
+    rng = random.Random(5)
+    for tokens in (1, 2, 17, 300):
+        for _ in range(10):
+            one = Layer(rng, dtype, rng.choice([16, 100, 129]))
+            packed = PackedLayer(one.readers, one.ups, one.places)
+            x, bias = torch.randn(tokens, packed.columns).to(dtype), torch.randn(packed.out).to(dtype)
+            for added in (None, bias):
+                assert one.difference(x, added, run_library(x, packed, added)) == ""
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_planted_bug_is_found(name: str, tmp_path: Path) -> None:
+    file, right, wrong = MUTANTS[name]
+    for kernel in ("down", "up"):
+        source = (ROOT / "kernels" / f"{kernel}.py").read_text(encoding="utf-8")
+        if kernel == file:
+            assert right in source
+            source = source.replace(right, wrong)
+        (tmp_path / f"{kernel}.py").write_text(source, encoding="utf-8")
+    done = interpreted(3, 100, tmp_path)
+    assert done.returncode == 1
+    # Found by what the test compares, not by Python refusing the source.
+    assert "Tile(" in done.stderr, done.stderr[-2000:]
+
+
+def test_machine_code_keeps_within_the_bars(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, ROOT / "benchmarks/kernel_resources.py", "--quick", "--json", tmp_path / "rows.json"],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert len(rows) == 5 * 3 * 2
+    assert all(row["registers"] > 0 for row in rows)
+
+
+def layer(*shards: tuple[int, int, int | None]) -> PackedLayer:
+    """Shards of (outputs, inputs, rank)."""
+    readers = [torch.randn(out if rank is None else rank, columns) for out, columns, rank in shards]
+    ups = [None if rank is None else torch.randn(out, rank) for out, _, rank in shards]
+    return PackedLayer(readers, ups, [None] * len(shards))
+
+
+@pytest.mark.parametrize(
+    ("shards", "message"),
+    [
+        ([(8, 16, None)], "0 low-rank shards; the kernels take 1 to 3"),
+        ([(8, 16, 4)] * 4, "4 low-rank shards; the kernels take 1 to 3"),
+        ([(8, 16, 4), (8, 24, 4)], "shards of different inputs: [16, 24]"),
+        ([(0, 16, 4)], "an up factor without rows"),
+    ],
+)
+def test_layers_that_the_kernels_cannot_serve_are_refused(
+    shards: list[tuple[int, int, int | None]], message: str
+) -> None:
+    with pytest.raises(ValueError, match="^" + message.replace("[", r"\[").replace("]", r"\]")):
+        layer(*shards)
+
+
+def test_other_dtypes_are_refused() -> None:
+    with pytest.raises(ValueError, match="the kernels take float16, bfloat16 and float32"):
+        PackedLayer([torch.zeros(4, 16).double()], [torch.zeros(8, 4).double()], [None])
+    with pytest.raises(ValueError, match=r"weights of torch\.float16 \(8, 4\) beside torch\.float32"):
+        PackedLayer([torch.zeros(4, 16)], [torch.zeros(8, 4).half()], [None])
+
+
+@pytest.mark.parametrize(
+    ("x", "bias", "message"),
+    [
+        (torch.zeros(3, 17), None, "inputs of torch.float32"),
+        (torch.zeros(3, 16).half(), None, "inputs of torch.float16"),
+        (torch.zeros(2, 3, 16), None, "inputs of torch.float32"),
+        (torch.zeros(16, 3).T, None, "inputs of torch.float32"),
+        (torch.zeros(3, 16), torch.zeros(9), r"a bias of \(9,\) for 8 outputs"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_refused(x: torch.Tensor, bias: torch.Tensor | None, message: str) -> None:
+    one = layer((8, 16, 4))
+    with pytest.raises(ValueError, match=message):
+        run(x, one, Workspace(x.device), bias)
+
+
+def test_a_workspace_that_is_too_small_is_refused() -> None:
+    wide = layer((8, 4096, 4))
+    assert down_tile(2, 16, 4096).split_k > 1
+    with pytest.raises(ValueError, match=r"the workspace is too small for 2 tokens in 8 parts"):
+        run(torch.zeros(2, 4096), wide, Workspace(torch.device("cpu")))
+
+
+def test_the_environment_chooses_the_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = [torch.randn(4, 16)], [torch.randn(8, 4)], [None]
+    monkeypatch.setenv("PGSVD_KERNELS", "torch")
+    products = TritonProducts(*weights)
+    x = torch.randn(3, 16)
+    torch.testing.assert_close(products(x), x @ weights[0][0].T @ weights[1][0].T)
+    monkeypatch.setenv("PGSVD_KERNELS", "cuda")
+    with pytest.raises(InputError, match="PGSVD_KERNELS=cuda: must be triton or torch"):
+        TritonProducts(*weights)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(16, 576), (640, 2048), (3696, 4096), (11008, 4096), (2816, 11008)])
+def test_the_workspace_has_room_for_every_number_of_tokens(rows: int, columns: int) -> None:
+    space = Workspace(torch.device("cpu"))
+    space.reserve(16, 16)
+    space.reserve(rows, columns)
+    for tokens in range(1, MOST_TOKENS + 1):
+        tile = down_tile(tokens, rows, columns)
+        # A part without columns would be a program for nothing.
+        steps = -(-columns // tile.block_k)
+        assert -(-steps // tile.split_k) * (tile.split_k - 1) < steps
+        if tile.split_k > 1:
+            assert space.partials.numel() >= tile.split_k * tokens * rows
+            tiles = -(-tokens // tile.block_m) * -(-rows // tile.block_out)
+            assert space.counters.numel() >= tiles
