@@ -9,12 +9,13 @@ PIP := $(BIN)/pip install --disable-pip-version-check --quiet
 export HF_HUB_DISABLE_TELEMETRY = 1
 export VLLM_NO_USAGE_STATS = 1
 
-.PHONY: help venv demo test test-all lint check-wheel clean
+.PHONY: help venv demo test test-all lint check-wheel gpu-check clean
 
 help:
 	@echo "make demo      compress a real model, serve it with vLLM, compare it with the dense one"
 	@echo "make test      set up and run the test suite, linters and wheel checks"
 	@echo "make test-all  the same and the long tests"
+	@echo "make gpu-check  the Triton kernels on the GPU of this machine; needs torch and triton, sets up nothing"
 	@echo "make venv      only set up .venv"
 
 venv: $(STAMP)
@@ -47,6 +48,10 @@ test: lint check-wheel
 
 test-all: lint check-wheel
 	$(BIN)/python -m pytest $(ARGS)
+
+# On a bare machine with a GPU: its own Python, unless there is a .venv.
+gpu-check:
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/gpu_check.py $(ARGS)
 
 clean:
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

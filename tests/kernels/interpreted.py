@@ -14,7 +14,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
-from tests.kernels.interpreter import prepare
+from tests.kernels.interpreter import prepare, watch
 
 TOKENS = (0, 1, 2, 3, 5, 8, 16, 17, 33, 67)
 COLUMNS = (16, 24, 40, 64, 96, 100, 129, 256, 300)
@@ -113,14 +113,18 @@ def check_one(rng: random.Random) -> None:
     workspace.partials = poisoned(down.split_k * tokens * rows + 1, dtype=torch.float32)
     workspace.counters = torch.zeros(tiles + 1, dtype=torch.int32)
     described = f"{dtype}, {tokens} tokens, {columns} columns, ranks {packed.ranks}, outputs {layer.outs}, {down}, {up}"
+    before = watch.launches
     try:
         y = launch.run(x, packed, workspace, bias, down, up)
+        launches = watch.launches - before
         again = launch.run(x, packed, workspace, bias, down, up)
     except Exception as error:
         raise SystemExit(f"{described}: {error}") from error
     wrong = layer.difference(x, bias, y)
     if wrong:
         raise SystemExit(f"{described}: {wrong}")
+    if launches != (2 if tokens else 0):
+        raise SystemExit(f"{described}: {launches} launches")
     if not torch.equal(y, again) or workspace.counters.any():
         raise SystemExit(f"{described}: the second run differs, or counters are left")
 

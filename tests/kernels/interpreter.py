@@ -59,14 +59,20 @@ def _mend_dot() -> None:
     Builder.create_dot = dot
 
 
-class _Watch:
-    """The addresses of a launch."""
+class Watch:
+    """The addresses of a launch.
+
+    Attributes:
+        launches: how many there have been.
+    """
 
     def __init__(self) -> None:
+        self.launches = 0
         self.regions: list[tuple[int, int]] = []
         self.stored: set[int] = set()
 
     def begin(self, arguments: list[Any]) -> None:
+        self.launches += 1
         self.regions = []
         self.stored = set()
         for tensor in arguments:
@@ -90,8 +96,10 @@ class _Watch:
         self.stored.update(used)
 
 
+watch = Watch()
+
+
 def _watch_addresses() -> None:
-    watch = _Watch()
     arguments = interpreter.GridExecutor._init_args_hst
     load, store, atomic = Builder.create_masked_load, Builder.create_masked_store, Builder.create_atomic_rmw
 

@@ -111,6 +111,40 @@ def test_machine_code_keeps_within_the_bars(tmp_path: Path) -> None:
     assert all(row["registers"] > 0 for row in rows)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("version", ["3.6.0", "3.8.0"])
+def test_other_tritons_of_the_range(version: str, tmp_path: Path) -> None:
+    """What GPU builds of torch 2.11 and of vLLM 0.33 come with."""
+    install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", tmp_path, f"triton=={version}"]
+    done = subprocess.run(install, capture_output=True, text=True, timeout=900, check=False)
+    if done.returncode != 0:
+        pytest.skip(f"triton {version} cannot be downloaded: {done.stderr[-300:]}")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    for script, extra in (
+        ("tests/kernels/interpreted.py", ["1", "40"]),
+        ("benchmarks/kernel_resources.py", ["--quick"]),
+    ):
+        interpret = {"TRITON_INTERPRET": "1"} if "interpreted" in script else {}
+        done = subprocess.run(
+            [sys.executable, ROOT / script, *extra],
+            env=environment | interpret,
+            capture_output=True,
+            text=True,
+            timeout=900,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+        assert "interpreted" in script or f"triton {version}\n" in done.stdout
+
+
+def test_the_check_for_gpus_says_what_it_would_do() -> None:
+    done = subprocess.run(
+        ["make", "gpu-check", "ARGS=--dry-run"], capture_output=True, text=True, cwd=ROOT, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "900 random layers; 4 layers of Llama-2-7B, 200 repeats" in done.stdout
+
+
 def layer(*shards: tuple[int, int, int | None]) -> PackedLayer:
     """Shards of (outputs, inputs, rank)."""
     readers = [torch.randn(out if rank is None else rank, columns) for out, columns, rank in shards]

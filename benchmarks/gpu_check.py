@@ -1,0 +1,212 @@
+"""Is everything well with the Triton kernels on this GPU, and how fast are they?
+
+    python benchmarks/gpu_check.py [--dry-run] [--quick] [--json FILE]
+
+Needs torch and triton alone, no network, and about five minutes of an H100: random layers against float64, split
+sums repeated, then every layer of Llama-2-7B with 20, 40 and 60 % removed beside the dense one, in CUDA graphs
+over more copies than the cache holds. Exit status 1 where a result is wrong; speeds have bars but do not fail.
+"""
+
+import argparse
+import json
+import random
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from pgsvd_vllm.kernels.launch import PackedLayer, Workspace, run, run_library
+from pgsvd_vllm.kernels.tiles import ALIGNMENT, MOST_TOKENS, down_tile
+from tests.kernels.interpreted import Layer
+
+Row = dict[str, Any]
+Call = Callable[[torch.Tensor], torch.Tensor]
+
+# Outputs of each shard, and inputs.
+LAYERS = {
+    "qkv": ((4096, 4096, 4096), 4096),
+    "o": ((4096,), 4096),
+    "gate_up": ((11008, 11008), 4096),
+    "down": ((4096,), 11008),
+}
+REMOVED = (0.2, 0.4, 0.6)
+TOKENS = (1, 8, 32, 64, 128, 256, 512, 2048)
+RANDOM_LAYERS = 300
+REPEATS = 200
+# More than the second-level cache of any GPU of today.
+COPY_BYTES = 400e6
+# Of the dense layer's time times the share of bytes, where memory is the limit.
+MOST_OF_IDEAL = 1.15
+
+
+def rank_for(out: int, columns: int, removed: float) -> int:
+    """The largest rank that removes a share of a shard's numbers."""
+    return int((1 - removed) * out * columns / (out + columns)) // ALIGNMENT * ALIGNMENT
+
+
+def correctness(device: torch.device, overlap: bool, count: int) -> Iterator[Row]:
+    """Random layers against float64, with the tiles that serving uses."""
+    rng = random.Random(0)
+    torch.manual_seed(0)
+    space = Workspace(device)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        wrong = []
+        for _ in range(count):
+            layer = Layer(rng, dtype, rng.choice([16, 100, 576, 2048, 4100]))
+            for tensors in (layer.readers, layer.ups, layer.places):
+                tensors[:] = [tensor if tensor is None else tensor.to(device) for tensor in tensors]
+            packed = PackedLayer(layer.readers, layer.ups, layer.places)
+            space.reserve(len(packed.v), packed.columns)
+            tokens = rng.choice([0, 1, 2, 7, 16, 17, 40, 64, 65, 200, MOST_TOKENS])
+            x = torch.randn(tokens, packed.columns, device=device).to(dtype)
+            bias = torch.randn(packed.out, device=device).to(dtype) if rng.random() < 0.5 else None
+            for y in (run(x, packed, space, bias, overlap=overlap), run_library(x, packed, bias)):
+                wrong.append(layer.difference(x, bias, y))
+        found = [text for text in wrong if text]
+        yield row(f"random layers, {dtype}, wrong" + (f" ({found[0]})" if found else ""), len(found), 0)
+
+
+def row(case: str, value: float, bar: float | None) -> Row:
+    """A finished measurement; the bar is the most that is well."""
+    return {"case": case, "value": value, "bar": bar, "ok": bar is None or value <= bar}
+
+
+class Stack:
+    """Copies of one layer of random numbers, dense or factored."""
+
+    def __init__(self, name: str, removed: float, device: torch.device, space: Workspace) -> None:
+        outs, columns = LAYERS[name]
+        ranks = [rank_for(out, columns, removed) for out in outs]
+        dense = sum(outs) * columns
+        kept = sum(rank * (out + columns) for out, rank in zip(outs, ranks, strict=True)) if removed else dense
+        self.share = kept / dense
+        self.columns = columns
+        self.dense: list[torch.Tensor] = []
+        self.packed: list[PackedLayer] = []
+
+        def weight(rows: int, width: int) -> torch.Tensor:
+            return torch.randn(rows, width, device=device, dtype=torch.bfloat16) / width**0.5
+
+        for _ in range(1 + int(COPY_BYTES / 2 / kept)):
+            if not removed:
+                self.dense.append(weight(sum(outs), columns))
+                continue
+            readers, ups = (
+                [weight(rank, columns) for rank in ranks],
+                [weight(o, r) for o, r in zip(outs, ranks, strict=True)],
+            )
+            self.packed.append(PackedLayer(readers, ups, [None] * len(outs)))
+        if self.packed:
+            space.reserve(len(self.packed[0].v), columns)
+
+
+def seconds(calls: list[Call], x: torch.Tensor) -> float:
+    """Of one call, in a CUDA graph of all of them, as vLLM decodes."""
+    for call in calls[:2]:
+        call(x)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call(x)
+    best = float("inf")
+    for _ in range(8):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        best = min(best, start.elapsed_time(end) / 1e3)
+    return best / len(calls)
+
+
+def repeatability(device: torch.device, overlap: bool) -> Iterator[Row]:
+    """Split sums, the same to the bit however the programs end."""
+    space = Workspace(device)
+    for name in LAYERS:
+        stack = Stack(name, 0.4, device, space)
+        layer = stack.packed[0]
+        for tokens in (1, 16, 64):
+            x = torch.randn(tokens, stack.columns, device=device).bfloat16()
+            first = run(x, layer, space, overlap=overlap)
+            differing = sum(not torch.equal(first, run(x, layer, space, overlap=overlap)) for _ in range(REPEATS))
+            parts = down_tile(tokens, len(layer.v), stack.columns).split_k
+            yield row(f"{name}, {tokens} tokens, {parts} parts, differing of {REPEATS} runs", differing, 0)
+        yield row(f"{name}, counters left", int(space.counters.count_nonzero()), 0)
+
+
+def speed(device: torch.device, overlap: bool, tokens_of: tuple[int, ...]) -> Iterator[Row]:
+    """Factored beside dense, in turn on the same inputs."""
+    space = Workspace(device)
+    for name in LAYERS:
+        dense = Stack(name, 0.0, device, space)
+        calls: list[Call] = [lambda x, w=w: F.linear(x, w) for w in dense.dense]  # type: ignore[misc]
+        inputs = {tokens: torch.randn(tokens, dense.columns, device=device).bfloat16() for tokens in tokens_of}
+        times = {tokens: seconds(calls, x) for tokens, x in inputs.items()}
+        for removed in REMOVED:
+            stack = Stack(name, removed, device, space)
+            for tokens, x in inputs.items():
+                at = f"{name}, {removed:.0%} removed, {tokens} tokens"
+                library: list[Call] = [lambda x, p=p: run_library(x, p) for p in stack.packed]  # type: ignore[misc]
+                found = {"torch": seconds(library, x)}
+                if tokens <= MOST_TOKENS:
+                    own: list[Call] = [
+                        lambda x, p=p: run(x, p, space, overlap=overlap)  # type: ignore[misc]
+                        for p in stack.packed
+                    ]
+                    found["triton"] = seconds(own, x)
+                    numbers = stack.share * dense.dense[0].numel()
+                    yield row(f"{at}, triton, GB/s of weights", 2e-9 * numbers / found["triton"], None)
+                for how, taken in found.items():
+                    bar = MOST_OF_IDEAL if how == "triton" and tokens <= 64 else None
+                    yield row(f"{at}, {how}, time / (dense x share)", taken / times[tokens] / stack.share, bar)
+                    yield row(f"{at}, {how}, dense / time", times[tokens] / taken, None)
+
+
+def main() -> int:
+    """Run all; 1 if a result is wrong."""
+    parser = argparse.ArgumentParser(description="Check the Triton kernels on this GPU, and time them.")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be done; needs no GPU")
+    parser.add_argument("--quick", action="store_true", help="fewer layers and numbers of tokens")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    arguments = parser.parse_args()
+    count, tokens_of = (30, (1, 64, 512)) if arguments.quick else (RANDOM_LAYERS, TOKENS)
+    print(f"torch {torch.__version__}, triton {triton.__version__}")
+    if arguments.dry_run:
+        print(
+            f"{3 * count} random layers; {len(LAYERS)} layers of Llama-2-7B, {REPEATS} repeats; "
+            f"{len(REMOVED)} shares at {', '.join(map(str, tokens_of))} tokens"
+        )
+        return 0
+    if not torch.cuda.is_available():
+        print("no GPU that torch can use; --dry-run needs none", file=sys.stderr)
+        return 2
+    device = torch.device("cuda", 0)
+    major, minor = torch.cuda.get_device_capability(device)
+    overlap = major >= 9 and not torch.version.hip
+    print(f"{torch.cuda.get_device_name(device)}, {major}.{minor}, overlap {'on' if overlap else 'off'}")
+    rows: list[Row] = []
+    wrong = 0
+    for part in (
+        correctness(device, overlap, count),
+        repeatability(device, overlap),
+        speed(device, overlap, tokens_of),
+    ):
+        for found in part:
+            rows.append(found)
+            missed = "" if found["bar"] is None else f"  bar {found['bar']:g} {'ok' if found['ok'] else 'MISSED'}"
+            print(f"{found['case']:70} {found['value']:9.3f}{missed}", flush=True)
+            wrong += found["bar"] == 0 and not found["ok"]
+            if arguments.json:
+                arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
