@@ -46,7 +46,8 @@ class PackedLayer:
         ]
         self.out = sum(outs)
         starts = [sum(outs[:i]) for i in range(len(outs))]
-        low_rank = [i for i, up in enumerate(ups) if up is not None]
+        # A rank of tensor parallelism may hold nothing but pivot rows of a shard: then there is no up product.
+        low_rank = [i for i, up in enumerate(ups) if up is not None and len(up)]
         stacked, own, flat, above = [], [], [], []  # v; y's columns of its rows; u; y's columns of its rows
         self.ranks: list[int] = []
         self.heights: list[int] = []
@@ -70,22 +71,29 @@ class PackedLayer:
         for i in range(len(readers)):
             if i not in low_rank:
                 stacked.append(readers[i])
-                own.append(starts[i] + torch.arange(len(readers[i]), device=device))
+                mine, place = torch.arange(len(readers[i]), device=device), places[i]
+                if place is not None:
+                    mine = torch.full_like(mine, -1)
+                    mine[-1 - place] = torch.arange(len(place), device=device)
+                own.append(torch.where(mine < 0, mine, starts[i] + mine))
         self.v = torch.cat(stacked).contiguous()
-        self.u = torch.cat(flat).contiguous()
+        self.u = torch.cat(flat).contiguous() if flat else self.v.new_empty(0)
         self.z_rows = sum(self.ranks)
         self.offsets = [starts[i] for i in low_rank]
         has_own = any(up is None or place is not None for up, place in zip(ups, places, strict=True))
         self.own_places = torch.cat(own).int() if has_own else None
         # Rows of v that are outputs of the layer by themselves.
         self.own_rows = (self.own_places >= 0).nonzero()[:, 0] if self.own_places is not None else None
-        has_pivots = any(place is not None for place in places)
+        has_pivots = any(places[i] is not None for i in low_rank)
         self.up_places = torch.cat(above).int() if has_pivots else None
+        # For torch's products: of every up product the columns of y, of y's columns the rows of v.
+        self.up_columns = above if has_pivots else None
+        self.own_columns = self.own_places[self.own_rows].long() if self.own_places is not None else None
 
     def _check(self, readers: Sequence[torch.Tensor], ups: Sequence[torch.Tensor | None]) -> None:
         low_rank = [(reader, up) for reader, up in zip(readers, ups, strict=True) if up is not None]
-        if not 1 <= len(low_rank) <= MOST_SHARDS:
-            raise ValueError(f"{len(low_rank)} low-rank shards; the kernels take 1 to {MOST_SHARDS}")
+        if len(low_rank) > MOST_SHARDS:
+            raise ValueError(f"{len(low_rank)} low-rank shards; the kernels take up to {MOST_SHARDS}")
         if self.dtype not in DTYPES:
             raise ValueError(f"{self.dtype}: the kernels take float16, bfloat16 and float32")
         for tensor in (*readers, *(up for _, up in low_rank)):
@@ -93,8 +101,8 @@ class PackedLayer:
                 raise ValueError(f"weights of {tensor.dtype} {tuple(tensor.shape)} beside {self.dtype}")
         if any(reader.shape[1] != self.columns for reader in readers):
             raise ValueError(f"shards of different inputs: {[reader.shape[1] for reader in readers]}")
-        if any(up.shape[1] != len(reader) or not len(up) for reader, up in low_rank):
-            raise ValueError("an up factor without rows, or of another rank than its down factor")
+        if any(up.shape[1] != len(reader) for reader, up in low_rank):
+            raise ValueError("an up factor of another rank than its down factor")
 
 
 class Workspace:
@@ -106,17 +114,21 @@ class Workspace:
     """
 
     def __init__(self, device: torch.device) -> None:
+        # Captured graphs may still write what was outgrown.
+        self._outgrown: list[torch.Tensor] = []
         self.partials = torch.empty(1, dtype=torch.float32, device=device)
         self.counters = torch.zeros(1, dtype=torch.int32, device=device)
 
     def reserve(self, rows: int, columns: int) -> None:
-        """Make room for the down product of a layer, up to MOST_TOKENS tokens. Not after graphs were captured."""
+        """Make room for the down product of a layer, up to MOST_TOKENS tokens."""
         numbers = tiles = 1
         for tokens in range(1, MOST_TOKENS + 1):
             tile = down_tile(tokens, rows, columns)
             if tile.split_k > 1:
                 numbers = max(numbers, tile.split_k * tokens * rows)
                 tiles = max(tiles, triton.cdiv(tokens, tile.block_m) * triton.cdiv(rows, tile.block_out))
+        if numbers > len(self.partials) or tiles > len(self.counters):
+            self._outgrown += [self.partials, self.counters]
         if numbers > len(self.partials):
             self.partials = self.partials.new_empty(numbers)
         if tiles > len(self.counters):
@@ -139,7 +151,7 @@ def run(
     """The layer's outputs.
 
     Args:
-        x: [tokens, in], rows at any distance, numbers of a row side by side.
+        x: [tokens, in]; copied only where the numbers of a row do not lie side by side.
         bias: [out] or None.
         down, up: tiles other than the usual ones.
         overlap: start the up product's loads of weights while the down product ends (sm_90 and newer).
@@ -151,8 +163,10 @@ def run(
         ValueError: x or the bias does not fit the layer.
     """
     tokens = len(x)
-    if x.ndim != 2 or x.shape[1] != layer.columns or x.dtype != layer.dtype or (tokens > 1 and x.stride(1) != 1):
-        raise ValueError(f"inputs of {x.dtype} {tuple(x.shape)}, strides {x.stride()}, for {layer.columns} columns")
+    if x.ndim != 2 or x.shape[1] != layer.columns or x.dtype != layer.dtype:
+        raise ValueError(f"inputs of {x.dtype} {tuple(x.shape)} for {layer.columns} columns of {layer.dtype}")
+    if x.stride(1) != 1:
+        x = x.contiguous()
     if bias is not None and (bias.shape != (layer.out,) or not bias.is_contiguous()):
         raise ValueError(f"a bias of {tuple(bias.shape)} for {layer.out} outputs")
     y = x.new_empty(tokens, layer.out)
@@ -187,6 +201,8 @@ def run(
         num_stages=down.stages,
         **extra,
     )
+    if not layer.ranks:
+        return y
     empty = [0] * (MOST_SHARDS - len(layer.ranks))
     tiles = sum(triton.cdiv(height, up.block_out) for height in layer.heights)
     up_kernel[tiles, triton.cdiv(tokens, up.block_m)](
@@ -216,14 +232,14 @@ def run_library(x: torch.Tensor, layer: PackedLayer, bias: torch.Tensor | None =
     """
     s = F.linear(x, layer.v)
     y = x.new_empty(len(x), layer.out)
-    read = written = above = 0
-    for rank, height, offset in zip(layer.ranks, layer.heights, layer.offsets, strict=True):
+    read = written = 0
+    for i, (rank, height, offset) in enumerate(zip(layer.ranks, layer.heights, layer.offsets, strict=True)):
         z, u = s[:, read : read + rank], layer.u[written : written + height * rank].view(height, rank)
-        if layer.up_places is None:
+        if layer.up_columns is None:
             torch.mm(z, u.T, out=y[:, offset : offset + height])
         else:
-            y.index_copy_(1, layer.up_places[above : above + height].long(), F.linear(z, u))
-        read, written, above = read + rank, written + height * rank, above + height
-    if layer.own_rows is not None and layer.own_places is not None:
-        y.index_copy_(1, layer.own_places[layer.own_rows].long(), s.index_select(1, layer.own_rows))
+            y.index_copy_(1, layer.up_columns[i], F.linear(z, u))
+        read, written = read + rank, written + height * rank
+    if layer.own_rows is not None and layer.own_columns is not None:
+        y.index_copy_(1, layer.own_columns, s.index_select(1, layer.own_rows))
     return y if bias is None else y.add_(bias)

@@ -1,10 +1,10 @@
-"""Tile sizes of the low-rank kernels for a number of tokens, a layer's sizes and a device."""
+"""Tile sizes of the low-rank kernels for a number of tokens and a layer's sizes."""
 
 from dataclasses import dataclass, replace
 
 # More tokens than this are left to the vendor's library, which computes what no longer waits for memory faster.
 MOST_TOKENS = 256
-# Ranks and the columns that a down product is split into are multiples of this: loads of 16 bytes need it.
+# Ranks are padded to a multiple of this: loads of 16 bytes need it.
 ALIGNMENT = 16
 # Programs that a device of any size should have to choose from; four a multiprocessor of an H100.
 ENOUGH_PROGRAMS = 528
@@ -50,7 +50,7 @@ def down_tile(tokens: int, rows: int, columns: int) -> Tile:
 def up_tile(tokens: int) -> Tile:
     """The tile of the up products."""
     if tokens <= 16:
-        return Tile(16, 32, 128, 4, 4)
+        return Tile(16, 32, 128, 4, 3)
     if tokens <= 64:
         return Tile(32, 64, 128, 4, 3, swap=True)
     return Tile(64, 128, 64, 8, 4)

@@ -4,8 +4,9 @@ import triton
 import triton.language as tl
 
 
-# Sizes are not specialised: one compiled kernel serves every rank and number of outputs.
-@triton.jit(do_not_specialize=["tokens", "n0", "n1", "n2", "r0", "r1", "r2", "y0", "y1", "y2"])
+# Numbers of outputs are not specialised: one compiled kernel serves all. Of ranks it must be known that they are
+# multiples of 16, and `tl.multiple_of` says nothing of a bare argument.
+@triton.jit(do_not_specialize=["tokens", "n0", "n1", "n2", "y0", "y1", "y2"])
 def up_kernel(
     z,
     u,
@@ -65,7 +66,7 @@ def up_kernel(
             u_end += n1.to(tl.int64) * r1
             z_at, u_at = tl.where(third, r0 + r1, z_at), tl.where(third, u_end, u_at)
             p_at = tl.where(third, n0 + n1, p_at)
-    # Without these, loads are as narrow as the least aligned shard could be.
+    # Without these, loads are as narrow as the least aligned of several shards could be.
     r = tl.multiple_of(r, 16)
     z_at = tl.multiple_of(z_at, 16)
     u_at = tl.multiple_of(u_at, 16)

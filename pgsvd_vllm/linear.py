@@ -121,6 +121,10 @@ class PgsvdLinearMethod(LinearMethodBase):
         # products are called directly, which costs less.
         mode = config.compilation_config.mode
         on_gpu = current_platform.is_cuda_alike()
+        if on_gpu:
+            from pgsvd_vllm.triton_products import wants_triton
+
+            wants_triton()  # a wrong choice is told before anything is loaded
         self.opaque = mode == CompilationMode.VLLM_COMPILE or (on_gpu and mode != CompilationMode.NONE)
         config.compilation_config.static_forward_context[layer.prefix] = layer
         _layers_without_context[layer.prefix] = layer
@@ -233,7 +237,10 @@ class PgsvdLinearMethod(LinearMethodBase):
             from pgsvd_vllm.triton_products import MOST_SHARDS, TritonProducts
 
             if sum(up is not None for up in ups) <= MOST_SHARDS:
-                return TritonProducts(readers, ups, places)
+                try:
+                    return TritonProducts(readers, ups, places, layer.bias is not None)
+                except ValueError as error:
+                    raise CheckpointError(f"layer {self.layer_name}: {error}") from None
         return FactoredGemms(readers, ups, places)
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

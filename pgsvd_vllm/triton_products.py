@@ -32,13 +32,22 @@ def wants_triton() -> bool:
     return chosen == "triton"
 
 
+def _suits(dtype: torch.dtype, device: torch.device) -> bool:
+    """float32 spills registers or does not fit; before Ampere there are no tensor cores for what is compiled."""
+    if dtype == torch.float32:
+        return False
+    return device.type != "cuda" or bool(torch.version.hip) or torch.cuda.get_device_capability(device)[0] >= 8
+
+
 class TritonProducts:
     """The products of a layer whose weights the kernels can take.
 
-    Args: as of PackedLayer.
+    Args:
+        readers, ups, places: as of PackedLayer.
+        has_bias: whether the layer may be called with one.
 
     Raises:
-        ValueError: they cannot.
+        ValueError: the kernels cannot take them.
     """
 
     def __init__(
@@ -46,18 +55,29 @@ class TritonProducts:
         readers: Sequence[torch.Tensor],
         ups: Sequence[torch.Tensor | None],
         places: Sequence[torch.Tensor | None],
+        has_bias: bool,
     ) -> None:
         self.layer = PackedLayer(readers, ups, places)
         device = readers[0].device
-        self.workspace = _workspaces.setdefault(device, Workspace(device))
-        self.workspace.reserve(len(self.layer.v), self.layer.columns)
-        self.most_tokens = MOST_TOKENS if wants_triton() else 0
+        if device not in _workspaces:
+            _workspaces[device] = Workspace(device)
+        self.workspace = _workspaces[device]
+        self.most_tokens = MOST_TOKENS if wants_triton() and _suits(self.layer.dtype, device) else 0
         # The launch attribute and the instructions exist from Hopper on.
         on_cuda = device.type == "cuda" and not torch.version.hip
         self.overlap = on_cuda and torch.cuda.get_device_capability(device)[0] >= 9
-        # Compiled now and not under a request: one number of tokens for each tile.
-        for tokens in (1, 17, 65) if self.most_tokens else ():
-            self(readers[0].new_zeros(tokens, self.layer.columns))
+        if self.most_tokens:
+            self.workspace.reserve(len(self.layer.v), self.layer.columns)
+            self._compile(has_bias)
+
+    def _compile(self, has_bias: bool) -> None:
+        """Run every kernel once, which otherwise would be compiled under a request."""
+        zero = self.layer.v.new_zeros(1)
+        for tokens in (1, 17, 33, 65):  # every tile, and the split sums of each
+            x = zero.expand(tokens * self.layer.columns).view(tokens, -1).clone()
+            self(x)
+            if has_bias:
+                self(x, zero.expand(self.layer.out).clone())
 
     def __call__(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x [tokens, in] -> [tokens, out]."""
