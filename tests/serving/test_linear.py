@@ -381,7 +381,7 @@ def check_product(run: Run, weight: torch.Tensor, tokens: int, gap: int) -> None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize(("rows", "columns"), [(1, 32), (8, 192), (48, 64), (33, 7), (100, 96), (16, 2080)])
+@pytest.mark.parametrize(("rows", "columns"), [(0, 64), (1, 32), (8, 192), (48, 64), (33, 7), (100, 96), (16, 2080)])
 def test_a_product_alone(rows: int, columns: int, dtype: torch.dtype) -> None:
     weight = torch.randn(rows, columns).to(dtype)
     run = gemm(weight.clone())
