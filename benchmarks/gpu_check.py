@@ -21,7 +21,7 @@ import triton
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from pgsvd_vllm.kernels.launch import PackedLayer, Workspace, run, run_library
+from pgsvd_vllm.kernels.launch import PackedLayer, Workspace, can_overlap, run, run_library
 from pgsvd_vllm.kernels.tiles import ALIGNMENT, MOST_TOKENS, down_tile
 from tests.kernels.interpreted import Layer
 
@@ -97,10 +97,8 @@ class Stack:
             if not removed:
                 self.dense.append(weight(sum(outs), columns))
                 continue
-            readers, ups = (
-                [weight(rank, columns) for rank in ranks],
-                [weight(o, r) for o, r in zip(outs, ranks, strict=True)],
-            )
+            readers = [weight(rank, columns) for rank in ranks]
+            ups = [weight(out, rank) for out, rank in zip(outs, ranks, strict=True)]
             self.packed.append(PackedLayer(readers, ups, [None] * len(outs)))
         if self.packed:
             space.reserve(len(self.packed[0].v), columns)
@@ -200,7 +198,7 @@ def main() -> int:
         return 2
     device = torch.device("cuda", 0)
     major, minor = torch.cuda.get_device_capability(device)
-    overlap = major >= 9 and not torch.version.hip
+    overlap = can_overlap(device)
     print(f"{torch.cuda.get_device_name(device)}, {major}.{minor}, overlap {'on' if overlap else 'off'}")
     rows: list[Row] = []
     wrong = 0

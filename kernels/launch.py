@@ -51,31 +51,22 @@ class PackedLayer:
         stacked, own, flat, above = [], [], [], []  # v; y's columns of its rows; u; y's columns of its rows
         self.ranks: list[int] = []
         self.heights: list[int] = []
-        for i in low_rank:
-            reader, up = readers[i], ups[i]
-            assert up is not None
-            missing = -len(reader) % ALIGNMENT
-            stacked.append(F.pad(reader, (0, 0, 0, missing)))
-            flat.append(F.pad(up, (0, missing)).reshape(-1))
-            self.ranks.append(len(reader) + missing)
-            self.heights.append(len(up))
-            mine = torch.full((len(reader) + missing,), -1, dtype=torch.int64, device=device)
-            theirs = starts[i] + torch.arange(len(up), device=device)
-            place = places[i]
+        for i in [*low_rank, *(i for i in range(len(readers)) if i not in low_rank)]:
+            reader, up, place = readers[i], ups[i], places[i]
+            columns = starts[i] + torch.arange(outs[i], device=device)
+            missing = -len(reader) % ALIGNMENT if i in low_rank else 0
+            stacked.append(F.pad(reader, (0, 0, 0, missing)) if missing else reader)
+            mine = columns.new_full((len(reader) + missing,), -1) if up is not None else columns
+            theirs = columns if place is None or up is None else columns.new_zeros(len(up))
             if place is not None:
-                columns = starts[i] + torch.arange(len(place), device=device)
                 mine[-1 - place[place < 0]] = columns[place < 0]
                 theirs[place[place >= 0]] = columns[place >= 0]
             own.append(mine)
-            above.append(theirs)
-        for i in range(len(readers)):
-            if i not in low_rank:
-                stacked.append(readers[i])
-                mine, place = torch.arange(len(readers[i]), device=device), places[i]
-                if place is not None:
-                    mine = torch.full_like(mine, -1)
-                    mine[-1 - place] = torch.arange(len(place), device=device)
-                own.append(torch.where(mine < 0, mine, starts[i] + mine))
+            if up is not None and i in low_rank:
+                flat.append(F.pad(up, (0, missing)).reshape(-1))
+                above.append(theirs)
+                self.ranks.append(len(reader) + missing)
+                self.heights.append(len(up))
         self.v = torch.cat(stacked).contiguous()
         self.u = torch.cat(flat).contiguous() if flat else self.v.new_empty(0)
         self.z_rows = sum(self.ranks)
@@ -135,8 +126,13 @@ class Workspace:
             self.counters = self.counters.new_zeros(tiles)
 
 
-def _as_is(tile: Tile) -> Tile:
-    return tile
+def can_overlap(device: torch.device) -> bool:
+    """Whether the device has programmatic dependent launch: NVIDIA's from Hopper on."""
+    return device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device)[0] >= 9
+
+
+def _fitted(tile: Tile) -> Tile:
+    return for_amd(tile) if torch.version.hip else tile
 
 
 def run(
@@ -154,7 +150,7 @@ def run(
         x: [tokens, in]; copied only where the numbers of a row do not lie side by side.
         bias: [out] or None.
         down, up: tiles other than the usual ones.
-        overlap: start the up product's loads of weights while the down product ends (sm_90 and newer).
+        overlap: start the up product's loads of weights while the down product ends; see `can_overlap`.
 
     Returns:
         [tokens, out] in x's dtype.
@@ -173,9 +169,8 @@ def run(
     if tokens == 0:
         return y
     rows = len(layer.v)
-    fitted = for_amd if torch.version.hip else _as_is
-    down = down or fitted(down_tile(tokens, rows, layer.columns))
-    up = up or fitted(up_tile(tokens))
+    down = down or _fitted(down_tile(tokens, rows, layer.columns))
+    up = up or _fitted(up_tile(tokens))
     z = x.new_empty(tokens, layer.z_rows)
     extra = {"launch_pdl": True} if overlap else {}
     grid = triton.cdiv(rows, down.block_out), down.split_k, triton.cdiv(tokens, down.block_m)

@@ -9,6 +9,8 @@ ALIGNMENT = 16
 # Programs that a device of any size should have to choose from; four a multiprocessor of an H100.
 ENOUGH_PROGRAMS = 528
 MOST_PARTS = 8
+# From these numbers of tokens on, tiles or the parts of their sums may be others.
+CHANGES = (1, 17, 33, 65)
 
 
 @dataclass(frozen=True)

@@ -151,6 +151,10 @@ def _too_small(ratio: float, above: float) -> InputError:
     return InputError(f"--ratio {ratio}: too small for this model; the next possible step is {above:.1%}")
 
 
+def _pays(cost: float, dense: float) -> bool:
+    return cost <= (1 - LEAST_SAVING) * dense
+
+
 def check_times(
     ratio: float, projections: Sequence[Projection], ignored: Sequence[Projection], form: str, costs: CostTable
 ) -> None:
@@ -174,7 +178,7 @@ def check_times(
         step = hardware_rank(p, 1)
         ranks = [r for r in range(step, min(p.out_features, p.in_features) + 1, step) if saves(p, r, form)]
         fastest = min((costs.time(p.out_features, p.in_features, form, r) for r in ranks), default=dense)
-        saved += dense - fastest if fastest <= (1 - LEAST_SAVING) * dense else 0.0
+        saved += dense - fastest if _pays(fastest, dense) else 0.0
     if saved <= 0:
         raise InputError("--costs: no product of low rank is clearly faster than the dense one on that machine")
     if saved / total < ratio - RATIO_SLACK:
@@ -266,7 +270,7 @@ def _hull(projection: Projection, energy: torch.Tensor, form: str, costs: CostTa
         stored = size(projection, rank, form)
         point = _Choice(rank, stored, cost(rank, stored), tail[rank])
         # Measured times need not fall with the rank, nor below the dense product's.
-        if point.cost >= hull[-1].cost or point.cost > (1 - LEAST_SAVING) * hull[0].cost:
+        if point.cost >= hull[-1].cost or not _pays(point.cost, hull[0].cost):
             continue
         while len(hull) > 1 and price(hull[-2], hull[-1]) >= price(hull[-1], point):
             hull.pop()

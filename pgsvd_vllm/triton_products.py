@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import torch
 
 from pgsvd_vllm.errors import InputError
-from pgsvd_vllm.kernels.launch import MOST_SHARDS, PackedLayer, Workspace, run, run_library
-from pgsvd_vllm.kernels.tiles import MOST_TOKENS
+from pgsvd_vllm.kernels.launch import MOST_SHARDS, PackedLayer, Workspace, can_overlap, run, run_library
+from pgsvd_vllm.kernels.tiles import CHANGES, MOST_TOKENS
 
 __all__ = ["MOST_SHARDS", "TritonProducts", "wants_triton"]
 
@@ -63,21 +63,18 @@ class TritonProducts:
             _workspaces[device] = Workspace(device)
         self.workspace = _workspaces[device]
         self.most_tokens = MOST_TOKENS if wants_triton() and _suits(self.layer.dtype, device) else 0
-        # The launch attribute and the instructions exist from Hopper on.
-        on_cuda = device.type == "cuda" and not torch.version.hip
-        self.overlap = on_cuda and torch.cuda.get_device_capability(device)[0] >= 9
+        self.overlap = can_overlap(device)
         if self.most_tokens:
             self.workspace.reserve(len(self.layer.v), self.layer.columns)
             self._compile(has_bias)
 
     def _compile(self, has_bias: bool) -> None:
         """Run every kernel once, which otherwise would be compiled under a request."""
-        zero = self.layer.v.new_zeros(1)
-        for tokens in (1, 17, 33, 65):  # every tile, and the split sums of each
-            x = zero.expand(tokens * self.layer.columns).view(tokens, -1).clone()
+        for tokens in CHANGES:
+            x = self.layer.v.new_zeros(tokens, self.layer.columns)
             self(x)
             if has_bias:
-                self(x, zero.expand(self.layer.out).clone())
+                self(x, self.layer.v.new_zeros(self.layer.out))
 
     def __call__(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x [tokens, in] -> [tokens, out]."""

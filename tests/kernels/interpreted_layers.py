@@ -6,17 +6,15 @@ Only the question whether there is a GPU is answered otherwise than the truth.
 """
 
 import sys
-import tempfile
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
-from vllm import config as vllm_config
-from vllm.distributed import parallel_state
 from vllm.platforms import current_platform
 
+from benchmarks.linear_cpu import one_rank
 from pgsvd_vllm.triton_products import TritonProducts
 from tests.kernels.interpreter import prepare, watch
 from tests.serving.test_linear import MIXES, Case, check
@@ -26,12 +24,7 @@ def main() -> None:
     prepare(0)
     current_platform.is_cuda_alike = lambda: True
     layers = 0
-    with vllm_config.set_current_vllm_config(vllm_config.VllmConfig()), tempfile.TemporaryDirectory() as folder:
-        current_platform.import_kernels()
-        parallel_state.init_distributed_environment(
-            world_size=1, rank=0, local_rank=0, distributed_init_method=f"file://{folder}/store", backend="gloo"
-        )
-        parallel_state.initialize_model_parallel(1)
+    with one_rank():
         before = watch.launches
         for dtype in (torch.bfloat16, torch.float16):
             for bias in (False, True):
@@ -43,7 +36,6 @@ def main() -> None:
                         check(case, torch.randn(tokens, case.columns).to(dtype))
                     layers += 1
         print(f"{layers} layers, {watch.launches - before} launches")
-        parallel_state.cleanup_dist_env_and_memory()
 
 
 if __name__ == "__main__":

@@ -52,16 +52,20 @@ MUTANTS = {
 }
 
 
-def interpreted(seed: int, cases: int, *folder: Path) -> subprocess.CompletedProcess[str]:
-    """The interpreter is chosen when a kernel is defined: a process of its own."""
+def script(path: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, ROOT / "tests/kernels/interpreted.py", str(seed), str(cases), *folder],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
+        [sys.executable, ROOT / path, *map(str, arguments)],
+        env=os.environ | environment,
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=900,
         check=False,
     )
+
+
+def interpreted(seed: int, cases: int, *folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The interpreter is chosen when a kernel is defined: a process of its own."""
+    return script("tests/kernels/interpreted.py", seed, cases, *folder, TRITON_INTERPRET="1", **environment)
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -86,14 +90,7 @@ def test_the_library_path_is_that_of_float64(dtype: torch.dtype) -> None:
 def test_layers_of_vllm_use_the_kernels_where_there_is_a_gpu() -> None:
     """All mixes of tests/serving/test_linear.py, loaded and called as on a GPU, interpreted."""
     pytest.importorskip("vllm", reason="vLLM is not installed")
-    done = subprocess.run(
-        [sys.executable, ROOT / "tests/kernels/interpreted_layers.py"],
-        env=os.environ | {"TRITON_INTERPRET": "1", "VLLM_LOGGING_LEVEL": "ERROR"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
+    done = script("tests/kernels/interpreted_layers.py", TRITON_INTERPRET="1", VLLM_LOGGING_LEVEL="ERROR")
     assert done.returncode == 0, done.stderr[-2000:]
     assert re.fullmatch(r"\d+ layers, \d+ launches\n", done.stdout[done.stdout.rfind("\n", 0, -1) + 1 :])
 
@@ -115,13 +112,7 @@ def test_a_planted_bug_is_found(name: str, tmp_path: Path) -> None:
 
 
 def test_machine_code_keeps_within_the_bars(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, ROOT / "benchmarks/kernel_resources.py", "--quick", "--json", tmp_path / "rows.json"],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
+    done = script("benchmarks/kernel_resources.py", "--quick", "--json", tmp_path / "rows.json")
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     rows = json.loads((tmp_path / "rows.json").read_text())
     # On two targets with and without overlap; three tiles, of each a down kernel and up kernels of 1 and 3 shards.
@@ -137,22 +128,11 @@ def test_other_tritons_of_the_range(version: str, tmp_path: Path) -> None:
     done = subprocess.run(install, capture_output=True, text=True, timeout=900, check=False)
     if done.returncode != 0:
         pytest.skip(f"triton {version} cannot be downloaded: {done.stderr[-300:]}")
-    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
-    for script, extra in (
-        ("tests/kernels/interpreted.py", ["1", "40"]),
-        ("benchmarks/kernel_resources.py", ["--quick"]),
-    ):
-        interpret = {"TRITON_INTERPRET": "1"} if "interpreted" in script else {}
-        done = subprocess.run(
-            [sys.executable, ROOT / script, *extra],
-            env=environment | interpret,
-            capture_output=True,
-            text=True,
-            timeout=900,
-            check=False,
-        )
-        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-        assert "interpreted" in script or f"triton {version}\n" in done.stdout
+    done = interpreted(1, 40, PYTHONPATH=str(tmp_path))
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    done = script("benchmarks/kernel_resources.py", "--quick", PYTHONPATH=str(tmp_path))
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert f"triton {version}\n" in done.stdout
 
 
 def test_the_check_for_gpus_says_what_it_would_do() -> None:
