@@ -11,7 +11,8 @@ import argparse
 import json
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,13 @@ import triton
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from pgsvd_vllm.kernels.launch import PackedLayer, Workspace, can_overlap, run, run_library
-from pgsvd_vllm.kernels.tiles import ALIGNMENT, MOST_TOKENS, down_tile
+from pgsvd_vllm.kernels.sizes import Shard
+from pgsvd_vllm.kernels.tiles import ALIGNMENT, MOST_TOKENS, down_tile, usual_steps
+from pgsvd_vllm.kernels.timing import COPY_BYTES, seconds
+from pgsvd_vllm.kernels.tune import LayerTuner, RandomLayer
 from tests.kernels.interpreted import Layer
 
 Row = dict[str, Any]
-Call = Callable[[torch.Tensor], torch.Tensor]
 
 # Outputs of each shard, and inputs.
 LAYERS = {
@@ -39,8 +42,6 @@ REMOVED = (0.2, 0.4, 0.6)
 TOKENS = (1, 8, 32, 64, 128, 256, 512, 2048)
 RANDOM_LAYERS = 300
 REPEATS = 200
-# More than the second-level cache of any GPU of today.
-COPY_BYTES = 400e6
 # Of the dense layer's time times the share of bytes, where memory is the limit.
 MOST_OF_IDEAL = 1.15
 
@@ -62,7 +63,7 @@ def correctness(device: torch.device, overlap: bool, count: int) -> Iterator[Row
             for tensors in (layer.readers, layer.ups, layer.places):
                 tensors[:] = [tensor if tensor is None else tensor.to(device) for tensor in tensors]
             packed = PackedLayer(layer.readers, layer.ups, layer.places)
-            space.reserve(len(packed.v), packed.columns)
+            space.reserve(len(packed.v), usual_steps(len(packed.v), packed.columns))
             tokens = rng.choice([0, 1, 2, 7, 16, 17, 40, 64, 65, 200, MOST_TOKENS])
             x = torch.randn(tokens, packed.columns, device=device).to(dtype)
             bias = torch.randn(packed.out, device=device).to(dtype) if rng.random() < 0.5 else None
@@ -90,49 +91,17 @@ class Stack:
         self.dense: list[torch.Tensor] = []
         self.packed: list[PackedLayer] = []
 
-        def weight(rows: int, width: int) -> torch.Tensor:
-            return torch.randn(rows, width, device=device, dtype=torch.bfloat16) / width**0.5
-
-        for _ in range(1 + int(COPY_BYTES / 2 / kept)):
-            if not removed:
-                self.dense.append(weight(sum(outs), columns))
-                continue
-            readers = [weight(rank, columns) for rank in ranks]
-            ups = [weight(out, rank) for out, rank in zip(outs, ranks, strict=True)]
-            self.packed.append(PackedLayer(readers, ups, [None] * len(outs)))
-        if self.packed:
-            space.reserve(len(self.packed[0].v), columns)
-
-
-def seconds(calls: list[Call], x: torch.Tensor) -> float:
-    """Of one call in a CUDA graph of all of them.
-
-    Between two there is a small kernel of torch's, as in a model, which overlaps nothing: its own time is taken off.
-    """
-    for call in calls[:2]:
-        call(x)
-    between = torch.zeros(4096, device=x.device, dtype=x.dtype)
-    whole = _replayed([lambda call=call: (call(x), between.add_(1)) for call in calls])  # type: ignore[misc]
-    return (whole - _replayed([lambda: between.add_(1) for _ in calls])) / len(calls)
-
-
-def _replayed(calls: list[Callable[[], object]]) -> float:
-    """Seconds of all calls in one CUDA graph, at best."""
-    calls[0]()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    best = float("inf")
-    for _ in range(8):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        best = min(best, start.elapsed_time(end) / 1e3)
-    return best
+        copies = 1 + int(COPY_BYTES / 2 / kept)
+        if not removed:
+            self.dense = [
+                torch.randn(sum(outs), columns, device=device, dtype=torch.bfloat16) / columns**0.5
+                for _ in range(copies)
+            ]
+            return
+        shards = [Shard(out, rank) for out, rank in zip(outs, ranks, strict=True)]
+        self.packed = [RandomLayer(shards, columns, torch.bfloat16, device).pack() for _ in range(copies)]
+        rows = len(self.packed[0].v)
+        space.reserve(rows, usual_steps(rows, columns))
 
 
 def repeatability(device: torch.device, overlap: bool) -> Iterator[Row]:
@@ -151,31 +120,49 @@ def repeatability(device: torch.device, overlap: bool) -> Iterator[Row]:
 
 
 def speed(device: torch.device, overlap: bool, tokens_of: tuple[int, ...]) -> Iterator[Row]:
-    """Factored beside dense, in turn on the same inputs."""
+    """Factored beside dense, in turn on the same inputs; at last a decoder layer's four together."""
     space = Workspace(device)
+    totals: dict[tuple[float, int, str], list[float]] = {}
+
+    def timed(product: Callable[[Any], object], weights: Sequence[Any]) -> float:
+        return seconds([partial(product, one) for one in weights], device)
+
     for name in LAYERS:
         dense = Stack(name, 0.0, device, space)
-        calls: list[Call] = [lambda x, w=w: F.linear(x, w) for w in dense.dense]  # type: ignore[misc]
         inputs = {tokens: torch.randn(tokens, dense.columns, device=device).bfloat16() for tokens in tokens_of}
-        times = {tokens: seconds(calls, x) for tokens, x in inputs.items()}
+        times = {tokens: timed(lambda w, x=x: F.linear(x, w), dense.dense) for tokens, x in inputs.items()}
         for removed in REMOVED:
             stack = Stack(name, removed, device, space)
             for tokens, x in inputs.items():
                 at = f"{name}, {removed:.0%} removed, {tokens} tokens"
-                library: list[Call] = [lambda x, p=p: run_library(x, p) for p in stack.packed]  # type: ignore[misc]
-                found = {"torch": seconds(library, x)}
+                found = {"torch": timed(lambda p, x=x: run_library(x, p), stack.packed)}
                 if tokens <= MOST_TOKENS:
-                    own: list[Call] = [
-                        lambda x, p=p: run(x, p, space, overlap=overlap)  # type: ignore[misc]
-                        for p in stack.packed
-                    ]
-                    found["triton"] = seconds(own, x)
+                    found["triton"] = timed(lambda p, x=x: run(x, p, space, overlap=overlap), stack.packed)
                     numbers = stack.share * dense.dense[0].numel()
                     yield row(f"{at}, triton, GB/s of weights", 2e-9 * numbers / found["triton"], None)
                 for how, taken in found.items():
                     bar = MOST_OF_IDEAL if how == "triton" and tokens <= 64 else None
                     yield row(f"{at}, {how}, time / (dense x share)", taken / times[tokens] / stack.share, bar)
                     yield row(f"{at}, {how}, dense / time", times[tokens] / taken, None)
+                    whole = totals.setdefault((removed, tokens, how), [0.0, 0.0])
+                    whole[0] += times[tokens]
+                    whole[1] += taken
+    for (removed, tokens, how), (plain, taken) in totals.items():
+        yield row(f"all four, {removed:.0%} removed, {tokens} tokens, {how}, dense / time", plain / taken, None)
+
+
+def tuned(device: torch.device, overlap: bool) -> Iterator[Row]:
+    """What `pgsvd-vllm tune` would find for two layers."""
+    for name in ("qkv", "down"):
+        outs, columns = LAYERS[name]
+        shards = [Shard(out, rank_for(out, columns, 0.4)) for out in outs]
+        tuner = LayerTuner(shards, columns, torch.bfloat16, device, overlap)
+        for tokens in (1, 64):
+            found = tuner.step(tokens)
+            at = f"{name}, 40% removed, {tokens} tokens, tuned"
+            yield row(f"{at}, wrong tiles" + "".join(f" ({text})" for text in found.wrong[:1]), len(found.wrong), 0)
+            yield row(f"{at}, tiles that do not fit", found.refused, None)
+            yield row(f"{at}, usual / best", found.usual / found.best, None)
 
 
 def main() -> int:
@@ -206,6 +193,7 @@ def main() -> int:
         correctness(device, overlap, count),
         repeatability(device, overlap),
         speed(device, overlap, tokens_of),
+        tuned(device, overlap),
     ):
         for found in part:
             rows.append(found)

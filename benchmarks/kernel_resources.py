@@ -1,19 +1,21 @@
 """What the Triton kernels' machine code needs, for GPUs that need not be there.
 
-    python benchmarks/kernel_resources.py [--quick] [--targets sm_80 gfx942 ...] [--json FILE]
+    python benchmarks/kernel_resources.py [--quick | --candidates] [--targets sm_80 gfx942 ...] [--json FILE]
 
-Every tile that the launcher chooses, compiled ahead of time. The bars: no spilled registers, products in tensor
-core instructions, weights loaded 16 bytes at a time, shared memory that the device has. The exit status is 1
-where one is missed.
+Every tile that the launcher chooses by itself, or every other one that tuning tries, compiled ahead of time. The
+bars: no spilled registers, products in tensor core instructions, weights loaded 16 bytes at a time, shared memory
+that the device has. The exit status is 1 where one is missed.
 """
 
 import argparse
+import itertools
 import json
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,9 @@ from triton.compiler import ASTSource
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from pgsvd_vllm.kernels.down import down_kernel
-from pgsvd_vllm.kernels.tiles import Tile, down_tile, for_amd, up_tile
+from pgsvd_vllm.kernels.tiles import Tile, usual_tiles
+from pgsvd_vllm.kernels.tune import TOKENS as TUNED_TOKENS
+from pgsvd_vllm.kernels.tune import candidates
 from pgsvd_vllm.kernels.up import up_kernel
 
 # Shared memory that one program may have, bytes.
@@ -36,12 +40,9 @@ TARGETS = {
     "gfx942": (GPUTarget("hip", "gfx942", 64), 64 << 10),
 }
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-HALF = "*bf16"
-TYPES = dict.fromkeys(("x", "v", "z", "u", "y", "bias"), HALF) | {
-    "places": "*i32",
-    "partials": "*fp32",
-    "counters": "*i32",
-}
+DTYPES = ("bf16", "fp16")
+TYPES = {"places": "*i32", "partials": "*fp32", "counters": "*i32"}
+NUMBERS = ("x", "v", "z", "u", "y", "bias")
 # Arguments that are no multiples of 16: all others are, as the launcher makes them.
 UNALIGNED = {"tokens", "n0", "n1", "n2", "y0", "y1", "y2"}
 # Llama-2-7B's merged QKV at 40 % removed.
@@ -51,32 +52,75 @@ TOKENS = (1, 17, 65)
 Row = dict[str, Any]
 
 
-def cases(targets: list[str], quick: bool) -> Iterator[tuple[str, str, Any, Tile, dict[str, Any]]]:
-    """(name, target, kernel, tile, constants) of every kernel there is."""
+@dataclass(frozen=True)
+class Case:
+    """One kernel for one GPU."""
+
+    name: str
+    target: str
+    kernel: Any
+    tile: Tile
+    constants: dict[str, Any]
+    dtype: str = DTYPES[0]
+
+
+def down_case(name: str, target: str, tile: Tile, full: bool, pdl: bool) -> Case:
+    """A down kernel, with places and bias or without."""
+    own = {"BLOCK_R": tile.block_out, "SPLIT_K": tile.split_k, "EVEN_K": True, "SWAP": tile.swap}
+    own |= {"HAS_PLACES": full, "HAS_BIAS": full, "PDL": pdl}
+    after = (" with places and bias" if full else "") + (", PDL" if pdl else "")
+    return Case(f"down, {name}{after}", target, down_kernel, tile, own)
+
+
+def up_case(name: str, target: str, tile: Tile, shards: int, full: bool, pdl: bool) -> Case:
+    """An up kernel, with places and bias or without."""
+    own = {"BLOCK_N": tile.block_out, "SHARDS": shards, "SWAP": tile.swap}
+    own |= {"HAS_PLACES": full, "HAS_BIAS": full, "PDL": pdl}
+    after = (" with places and bias" if full else "") + (", PDL" if pdl else "")
+    return Case(f"up, {name}, {shards} shard{'s'[: shards - 1]}{after}", target, up_kernel, tile, own)
+
+
+def overlaps(target: str) -> list[bool]:
+    """Without and, where the device has it, with programmatic dependent launch."""
+    return [False, True] if target in ("sm_90", "sm_100") else [False]
+
+
+def usual_cases(targets: list[str], quick: bool) -> Iterator[Case]:
+    """Every kernel that is launched where nothing has been tuned; the quick ones with every feature, in bf16 alone."""
     for target in targets:
-        overlaps = [False, True] if target in ("sm_90", "sm_100") else [False]
-        for tokens in TOKENS:
-            for pdl in overlaps:
-                down, up = down_tile(tokens, ROWS, COLUMNS), up_tile(tokens)
-                if target.startswith("gfx"):
-                    down, up = for_amd(down), for_amd(up)
-                after = ", PDL" if pdl else ""
-                for places in [True] if quick else [False, True]:
-                    constants = {"HAS_PLACES": places, "HAS_BIAS": places, "PDL": pdl}
-                    full = " with places and bias" if places else ""
-                    name = f"down, {tokens} tokens{full}{after}"
-                    own = {"BLOCK_R": down.block_out, "SPLIT_K": down.split_k, "EVEN_K": True, "SWAP": down.swap}
-                    yield name, target, down_kernel, down, own | constants
-                    for shards in [1, 3]:
-                        name = f"up, {tokens} tokens, {shards} shard{'s'[: shards - 1]}{full}{after}"
-                        own = {"BLOCK_N": up.block_out, "SHARDS": shards, "SWAP": up.swap}
-                        yield name, target, up_kernel, up, own | constants
+        for tokens, pdl in itertools.product(TOKENS, overlaps(target)):
+            down, up = usual_tiles(tokens, ROWS, COLUMNS, amd=target.startswith("gfx"))
+            for full, dtype in [(True, DTYPES[0])] if quick else itertools.product((False, True), DTYPES):
+                name = f"{tokens} tokens" + ("" if dtype == DTYPES[0] else f", {dtype}")
+                yield replace(down_case(name, target, down, full, pdl), dtype=dtype)
+                for shards in (1, 3):
+                    yield replace(up_case(name, target, up, shards, full, pdl), dtype=dtype)
 
 
-def resources(name: str, target: str, kernel: Any, tile: Tile, constants: dict[str, Any]) -> Row:
+def candidate_cases(targets: list[str]) -> Iterator[Case]:
+    """Every tile that tuning tries besides, once, with every feature."""
+    for target in targets:
+        amd = target.startswith("gfx")
+        tried: dict[str, dict[Tile, None]] = {"down": {}, "up": {}}
+        for tokens in TUNED_TOKENS:
+            downs, ups = candidates(tokens, usual_tiles(tokens, ROWS, COLUMNS, amd), amd)
+            tried["down"] |= dict.fromkeys(downs)
+            tried["up"] |= dict.fromkeys(ups)
+        for kind, tile in ((kind, tile) for kind, tiles in tried.items() for tile in tiles):
+            blocks = f"{tile.block_m}x{tile.block_out}x{tile.block_k}, {tile.warps} warps, {tile.stages} stages"
+            pdl = overlaps(target)[-1]
+            if kind == "down":
+                yield down_case(f"{blocks}, {tile.split_k} parts", target, tile, True, pdl)
+            else:
+                yield up_case(blocks, target, tile, 3, True, pdl)
+
+
+def resources(case: Case) -> Row:
     """One compiled kernel's figures."""
-    constants = constants | {"BLOCK_M": tile.block_m, "BLOCK_K": tile.block_k}
-    types = {n: "constexpr" if n in constants else TYPES.get(n, "i32") for n in kernel.arg_names}
+    kernel, tile, target = case.kernel, case.tile, case.target
+    constants = case.constants | {"BLOCK_M": tile.block_m, "BLOCK_K": tile.block_k}
+    numbers = dict.fromkeys(NUMBERS, f"*{case.dtype}")
+    types = {n: "constexpr" if n in constants else (numbers | TYPES).get(n, "i32") for n in kernel.arg_names}
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, n in enumerate(kernel.arg_names)
@@ -88,8 +132,8 @@ def resources(name: str, target: str, kernel: Any, tile: Tile, constants: dict[s
         options["launch_pdl"] = True
     device, most_shared = TARGETS[target]
     built = triton.compile(source, target=device, options=options)
-    row: Row = {"case": f"{target} {name}", "shared": built.metadata.shared, "warps": tile.warps}
-    row |= _nvidia(built.asm) if device.backend == "cuda" else _amd(built.asm["amdgcn"])
+    row: Row = {"case": f"{target} {case.name}", "shared": built.metadata.shared, "warps": tile.warps}
+    row |= nvidia_figures(built.asm) if device.backend == "cuda" else _amd(built.asm["amdgcn"], constants["HAS_PLACES"])
     missed = []
     if row["spills"]:
         missed.append(f"{row['spills']} spills")
@@ -102,7 +146,8 @@ def resources(name: str, target: str, kernel: Any, tile: Tile, constants: dict[s
     return row | {"value": row["registers"], "bar": None, "ok": not missed, "missed": missed}
 
 
-def _nvidia(built: dict[str, Any]) -> Row:
+def nvidia_figures(built: dict[str, Any]) -> Row:
+    """What the machine code of a compiled kernel says."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(built["cubin"])
         file.flush()
@@ -119,37 +164,42 @@ def _nvidia(built: dict[str, Any]) -> Row:
     return {
         "registers": int(registers[1]) if registers else 0,
         "spills": sum(name.startswith(("LDL", "STL")) for name in called),
-        "tensor": sum("MMA" in name for name in called),
+        # HFMA2.MMA is none of them.
+        "tensor": sum(name.split(".")[0].endswith("MMA") for name in called),
         "copy_bytes": min(copies, default=0),
     }
 
 
-def _amd(code: str) -> Row:
+def _amd(code: str, has_places: bool) -> Row:
     def count(key: str) -> int:
         found = re.search(rf"\.{key}:\s*(\d+)", code)
         return int(found[1]) if found else 0
 
-    # The narrow loads that remain are of places and bias, one number a lane.
     wide = re.search(r"(global|buffer)_load_(dwordx4|lds_dwordx4)", code)
+    # Of places and bias each lane loads one number; nothing else may be loaded like that.
+    narrow = not has_places and re.search(r"(global|buffer)_load_(dword|[us]?short\w*|ubyte\w*)\b", code)
     return {
         "registers": count("vgpr_count"),
         "spills": count("vgpr_spill_count") + count("sgpr_spill_count"),
         "tensor": len(re.findall(r"v_mfma", code)),
-        "copy_bytes": 16 if wide else 4,
+        "copy_bytes": 16 if wide and not narrow else 4,
     }
 
 
 def main() -> int:
     """Print the table; 1 if a bar is missed."""
     parser = argparse.ArgumentParser(description="What the Triton kernels' machine code needs, without a GPU.")
-    parser.add_argument("--quick", action="store_true", help="the kernels with every feature alone")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--quick", action="store_true", help="the kernels with every feature alone, in bf16")
+    which.add_argument("--candidates", action="store_true", help="the tiles that pgsvd-vllm tune tries, instead")
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args()
     rows = []
     print(f"triton {triton.__version__}\n{'':54} registers spills shared KB tensor copy bytes")
-    for case in cases(arguments.targets, arguments.quick):
-        row = resources(*case)
+    chosen = candidate_cases(arguments.targets) if arguments.candidates else None
+    for case in chosen or usual_cases(arguments.targets, arguments.quick):
+        row = resources(case)
         rows.append(row)
         print(
             f"{row['case']:54} {row['registers']:9} {row['spills']:6} {row['shared'] / 1024:9.0f} {row['tensor']:6} "

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 import triton
 
 from pgsvd_vllm.kernels.down import down_kernel
-from pgsvd_vllm.kernels.tiles import ALIGNMENT, MOST_TOKENS, Tile, down_tile, for_amd, up_tile
+from pgsvd_vllm.kernels.table import Sizes
+from pgsvd_vllm.kernels.tiles import ALIGNMENT, Steps, Tiles, usual_tiles
 from pgsvd_vllm.kernels.up import up_kernel
 
 MOST_SHARDS = 3
@@ -81,6 +82,12 @@ class PackedLayer:
         self.up_columns = above if has_pivots else None
         self.own_columns = self.own_places[self.own_rows].long() if self.own_places is not None else None
 
+    @property
+    def sizes(self) -> Sizes:
+        """What its best tiles depend on."""
+        heights = sum(self.heights)
+        return Sizes(self.columns, len(self.v), heights, len(self.u) // heights if heights else 0)
+
     def _check(self, readers: Sequence[torch.Tensor], ups: Sequence[torch.Tensor | None]) -> None:
         low_rank = [(reader, up) for reader, up in zip(readers, ups, strict=True) if up is not None]
         if len(low_rank) > MOST_SHARDS:
@@ -110,14 +117,15 @@ class Workspace:
         self.partials = torch.empty(1, dtype=torch.float32, device=device)
         self.counters = torch.zeros(1, dtype=torch.int32, device=device)
 
-    def reserve(self, rows: int, columns: int) -> None:
-        """Make room for the down product of a layer, up to MOST_TOKENS tokens."""
+    def reserve(self, rows: int, steps: Steps) -> None:
+        """Make room for the down products of a layer with so many rows that read x."""
         numbers = tiles = 1
-        for tokens in range(1, MOST_TOKENS + 1):
-            tile = down_tile(tokens, rows, columns)
-            if tile.split_k > 1:
-                numbers = max(numbers, tile.split_k * tokens * rows)
-                tiles = max(tiles, triton.cdiv(tokens, tile.block_m) * triton.cdiv(rows, tile.block_out))
+        for step in steps:
+            # The most tokens of a step need the most room.
+            if step.tiles and step.tiles[0].split_k > 1:
+                down, tokens = step.tiles[0], step.most_tokens
+                numbers = max(numbers, down.split_k * tokens * rows)
+                tiles = max(tiles, triton.cdiv(tokens, down.block_m) * triton.cdiv(rows, down.block_out))
         if numbers > len(self.partials) or tiles > len(self.counters):
             self._outgrown += [self.partials, self.counters]
         if numbers > len(self.partials):
@@ -131,17 +139,12 @@ def can_overlap(device: torch.device) -> bool:
     return device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device)[0] >= 9
 
 
-def _fitted(tile: Tile) -> Tile:
-    return for_amd(tile) if torch.version.hip else tile
-
-
 def run(
     x: torch.Tensor,
     layer: PackedLayer,
     workspace: Workspace,
     bias: torch.Tensor | None = None,
-    down: Tile | None = None,
-    up: Tile | None = None,
+    tiles: Tiles | None = None,
     overlap: bool = False,
 ) -> torch.Tensor:
     """The layer's outputs.
@@ -149,7 +152,7 @@ def run(
     Args:
         x: [tokens, in]; copied only where the numbers of a row do not lie side by side.
         bias: [out] or None.
-        down, up: tiles other than the usual ones.
+        tiles: other than the usual ones.
         overlap: start the up product's loads of weights while the down product ends; see `can_overlap`.
 
     Returns:
@@ -169,8 +172,7 @@ def run(
     if tokens == 0:
         return y
     rows = len(layer.v)
-    down = down or _fitted(down_tile(tokens, rows, layer.columns))
-    up = up or _fitted(up_tile(tokens))
+    down, up = tiles or usual_tiles(tokens, rows, layer.columns, amd=bool(torch.version.hip))
     z = x.new_empty(tokens, layer.z_rows)
     extra = {"launch_pdl": True} if overlap else {}
     grid = triton.cdiv(rows, down.block_out), down.split_k, triton.cdiv(tokens, down.block_m)
@@ -199,8 +201,8 @@ def run(
     if not layer.ranks:
         return y
     empty = [0] * (MOST_SHARDS - len(layer.ranks))
-    tiles = sum(triton.cdiv(height, up.block_out) for height in layer.heights)
-    up_kernel[tiles, triton.cdiv(tokens, up.block_m)](
+    blocks = sum(triton.cdiv(height, up.block_out) for height in layer.heights)
+    up_kernel[blocks, triton.cdiv(tokens, up.block_m)](
         *(z, layer.u, y, z if above is None else above, z if bias is None else bias),
         *(tokens, z.stride(0), y.stride(0), *layer.heights, *empty, *layer.ranks, *empty, *layer.offsets, *empty),
         BLOCK_M=up.block_m,

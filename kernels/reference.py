@@ -58,3 +58,44 @@ def pivot_linear(
 def pivot_weight(p: torch.Tensor, c: torch.Tensor, pivots: torch.Tensor) -> torch.Tensor:
     """The matrix [out, in] that a pivot form stands for, in its own dtype."""
     return pivot_linear(torch.eye(p.shape[1], dtype=p.dtype, device=p.device), p, c, pivots).T
+
+
+def layer_difference(
+    x: torch.Tensor,
+    readers: Sequence[torch.Tensor],
+    ups: Sequence[torch.Tensor | None],
+    places: Sequence[torch.Tensor | None],
+    bias: torch.Tensor | None,
+    y: torch.Tensor,
+) -> str:
+    """What is wrong with a layer's output beside float64, as far as roundings do not explain it; empty if nothing is.
+
+    Args:
+        x: [tokens, in].
+        readers, ups, places: the layer's shards, as PackedLayer takes them.
+        bias: [out] or None.
+        y: the output to judge.
+    """
+    values, sizes = [], []  # outputs, and the same sums of absolute values
+    for reader, up, place in zip(readers, ups, places, strict=True):
+        z, z_size = x.double() @ reader.double().T, x.double().abs() @ reader.double().abs().T
+        if up is None:
+            values.append(z)
+            sizes.append(z_size)
+            continue
+        out, out_size = z @ up.double().T, z_size @ up.double().abs().T
+        if place is not None:
+            order = torch.where(place < 0, out.shape[1] - 1 - place, place)
+            out, out_size = torch.cat([out, z], 1)[:, order], torch.cat([out_size, z_size], 1)[:, order]
+        values.append(out)
+        sizes.append(out_size)
+    value, size = torch.cat(values, 1), torch.cat(sizes, 1)
+    if bias is not None:
+        value, size = value + bias.double(), size + bias.double().abs()
+    if y.shape != value.shape or y.dtype != x.dtype:
+        return f"got {tuple(y.shape)} {y.dtype}"
+    # Sums in float32; z and y are rounded once each, and y again where a bias is added afterwards.
+    terms = x.shape[1] + max((up.shape[1] for up in ups if up is not None), default=0)
+    bound = (3 * torch.finfo(x.dtype).eps + 2 * terms * torch.finfo(torch.float32).eps) * size
+    off = (y.double() - value).abs()
+    return "" if (off <= bound).all() else f"off by {(off / size).max():.2e} of the terms' size"

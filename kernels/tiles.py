@@ -9,8 +9,6 @@ ALIGNMENT = 16
 # Programs that a device of any size should have to choose from; four a multiprocessor of an H100.
 ENOUGH_PROGRAMS = 528
 MOST_PARTS = 8
-# From these numbers of tokens on, tiles or the parts of their sums may be others.
-CHANGES = (1, 17, 33, 65)
 
 
 @dataclass(frozen=True)
@@ -35,6 +33,51 @@ class Tile:
     swap: bool = False
 
 
+Tiles = tuple[Tile, Tile]  # of the down product and of the up products
+
+
+@dataclass(frozen=True)
+class Step:
+    """How numbers of tokens up to one are computed.
+
+    Attributes:
+        most_tokens: up to which.
+        tiles: None where the vendor's library is faster.
+    """
+
+    most_tokens: int
+    tiles: Tiles | None
+
+
+Steps = tuple[Step, ...]
+
+
+def usual_tiles(tokens: int, rows: int, columns: int, amd: bool = False) -> Tiles:
+    """The tiles of a layer that nothing is known of but its sizes.
+
+    Args:
+        tokens: at most MOST_TOKENS.
+        rows: of the matrix that reads x.
+        columns: the layer's inputs.
+        amd: two stages: AMD's programs have 64 KB of shared memory.
+    """
+    down, up = down_tile(tokens, rows, columns), up_tile(tokens)
+    return (replace(down, stages=2), replace(up, stages=2)) if amd else (down, up)
+
+
+def usual_steps(rows: int, columns: int, amd: bool = False) -> Steps:
+    """The usual tiles for all numbers of tokens that the kernels take; arguments as of `usual_tiles`."""
+    return tuple(Step(most, usual_tiles(most, rows, columns, amd)) for most in (16, 32, 64, MOST_TOKENS))
+
+
+def tiles_for(steps: Steps, tokens: int) -> Tiles | None:
+    """The tiles for a number of tokens, or None where the vendor's library takes them."""
+    for step in steps:
+        if tokens <= step.most_tokens:
+            return step.tiles
+    return None
+
+
 def down_tile(tokens: int, rows: int, columns: int) -> Tile:
     """The tile of the down product: `rows` sums over `columns`.
 
@@ -46,7 +89,8 @@ def down_tile(tokens: int, rows: int, columns: int) -> Tile:
     if tokens <= 64:
         tiles = -(-rows // 64) * -(-tokens // 32)
         return Tile(32, 64, 128, 4, 3, _parts(tiles, columns, 128), swap=True)
-    return Tile(64, 64, 64, 4, 4)
+    # Four warps would spill registers with fp16 on sm_100; up products of 128 rows too, or they take all on sm_80.
+    return Tile(64, 64, 64, 8, 4)
 
 
 def up_tile(tokens: int) -> Tile:
@@ -55,12 +99,7 @@ def up_tile(tokens: int) -> Tile:
         return Tile(16, 32, 128, 4, 3)
     if tokens <= 64:
         return Tile(32, 64, 128, 4, 3, swap=True)
-    return Tile(64, 128, 64, 8, 4)
-
-
-def for_amd(tile: Tile) -> Tile:
-    """The tile with two stages: AMD's programs have 64 KB of shared memory."""
-    return replace(tile, stages=2)
+    return Tile(64, 64, 64, 4, 4)
 
 
 def _parts(tiles: int, columns: int, block_k: int) -> int:

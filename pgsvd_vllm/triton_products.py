@@ -1,23 +1,33 @@
 """A layer's products on GPUs: the Triton kernels for few tokens, torch's products for many.
 
-PGSVD_KERNELS=torch takes torch's for all.
+PGSVD_KERNELS=torch takes torch's for all. PGSVD_KERNEL_TABLE names a file of `pgsvd-vllm tune`; without
+it, the one in the user's cache is read where there is one for this GPU.
 """
 
+import logging
 import os
 from collections.abc import Sequence
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
 
 import torch
+from triton.errors import TritonError
 
 from pgsvd_vllm.errors import InputError
 from pgsvd_vllm.kernels.launch import MOST_SHARDS, PackedLayer, Workspace, can_overlap, run, run_library
-from pgsvd_vllm.kernels.tiles import CHANGES, MOST_TOKENS
+from pgsvd_vllm.kernels.table import Table, default_path, read_table
+from pgsvd_vllm.kernels.tiles import Step, Steps, tiles_for, usual_steps
 
 __all__ = ["MOST_SHARDS", "TritonProducts", "wants_triton"]
 
 VARIABLE = "PGSVD_KERNELS"
 CHOICES = ("triton", "torch")
-# One a device: layers run one after the other.
-_workspaces: dict[torch.device, Workspace] = {}
+TABLE_VARIABLE = "PGSVD_KERNEL_TABLE"
+# Streams of a device that may run layers at the same time: those of loading, of captured graphs, of shared experts.
+STREAMS = 4
+
+logger = logging.getLogger("vllm.pgsvd")
 
 
 def wants_triton() -> bool:
@@ -39,6 +49,52 @@ def _suits(dtype: torch.dtype, device: torch.device) -> bool:
     return device.type != "cuda" or bool(torch.version.hip) or torch.cuda.get_device_capability(device)[0] >= 8
 
 
+@cache
+def _table(device: str, chosen: str | None) -> Table | None:
+    """The measured tiles of a GPU of a name, from a chosen file or the user's cache.
+
+    Raises:
+        InputError: the chosen file cannot be used.
+    """
+    path = Path(chosen) if chosen else default_path(device)
+    if not chosen and not path.exists():
+        return None
+    try:
+        table = read_table(path)
+    except ValueError as error:
+        if chosen:
+            raise InputError(f"{TABLE_VARIABLE}: {error}") from None
+        logger.warning("%s; the usual tiles are taken", error)
+        return None
+    logger.info("Tiles of %d layers from %s", len(table.layers), path)
+    return table
+
+
+class Workspaces:
+    """Those of a device, one a stream: on one stream, layers run one after the other."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        # Made beforehand: within a captured graph it would be the graph that clears the counters, or does not.
+        self.all = [Workspace(device) for _ in range(STREAMS)]
+        self.of: dict[int, Workspace] = {}
+
+    def reserve(self, rows: int, steps: Steps) -> None:
+        """As of Workspace."""
+        for space in self.all:
+            space.reserve(rows, steps)
+
+    def here(self) -> Workspace | None:
+        """The current stream's, None for a stream too many."""
+        stream = torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else 0
+        if stream not in self.of and len(self.of) < STREAMS:
+            self.of[stream] = self.all[len(self.of)]
+        return self.of.get(stream)
+
+
+_workspaces: dict[torch.device, Workspaces] = {}
+
+
 class TritonProducts:
     """The products of a layer whose weights the kernels can take.
 
@@ -48,6 +104,7 @@ class TritonProducts:
 
     Raises:
         ValueError: the kernels cannot take them.
+        InputError: an environment variable of this module is wrong.
     """
 
     def __init__(
@@ -60,24 +117,43 @@ class TritonProducts:
         self.layer = PackedLayer(readers, ups, places)
         device = readers[0].device
         if device not in _workspaces:
-            _workspaces[device] = Workspace(device)
-        self.workspace = _workspaces[device]
-        self.most_tokens = MOST_TOKENS if wants_triton() and _suits(self.layer.dtype, device) else 0
+            _workspaces[device] = Workspaces(device)
+        self.workspaces = _workspaces[device]
         self.overlap = can_overlap(device)
-        if self.most_tokens:
-            self.workspace.reserve(len(self.layer.v), self.layer.columns)
-            self._compile(has_bias)
+        self.steps: Steps = ()
+        if not wants_triton() or not _suits(self.layer.dtype, device):
+            return
+        measured = self._measured(device)
+        if measured:
+            try:
+                self._take(measured, has_bias)
+                return
+            except TritonError as error:
+                # Made with another Triton, or for another GPU.
+                logger.warning("%s: tiles of the table cannot be compiled (%s)", self.layer.sizes, error)
+        self._take(usual_steps(len(self.layer.v), self.layer.columns, amd=bool(torch.version.hip)), has_bias)
 
-    def _compile(self, has_bias: bool) -> None:
-        """Run every kernel once, which otherwise would be compiled under a request."""
-        for tokens in CHANGES:
-            x = self.layer.v.new_zeros(tokens, self.layer.columns)
-            self(x)
-            if has_bias:
-                self(x, self.layer.v.new_zeros(self.layer.out))
+    def _measured(self, device: torch.device) -> Steps | None:
+        """The steps that a table has for this layer."""
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        table = _table(name, os.environ.get(TABLE_VARIABLE))
+        return table.steps(self.layer.sizes) if table else None
+
+    def _take(self, steps: Steps, has_bias: bool) -> None:
+        """Make room for the steps, and run every kernel once, which otherwise would be compiled under a request."""
+        self.workspaces.reserve(len(self.layer.v), steps)
+        self.steps = steps
+        for before, step in pairwise((Step(0, None), *steps)):
+            if step.tiles:
+                x = self.layer.v.new_zeros(before.most_tokens + 1, self.layer.columns)
+                self(x)
+                if has_bias:
+                    self(x, self.layer.v.new_zeros(self.layer.out))
 
     def __call__(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x [tokens, in] -> [tokens, out]."""
-        if len(x) <= self.most_tokens:
-            return run(x, self.layer, self.workspace, bias, overlap=self.overlap)
-        return run_library(x, self.layer, bias)
+        tiles = tiles_for(self.steps, len(x))
+        space = self.workspaces.here() if tiles else None
+        if tiles is None or space is None:
+            return run_library(x, self.layer, bias)
+        return run(x, self.layer, space, bias, tiles, self.overlap)

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from types import FrameType
 
 import pgsvd_vllm
-from pgsvd_vllm.cli import compress, env, inspect, profile, verify
+from pgsvd_vllm.cli import compress, env, inspect, profile, tune, verify
 from pgsvd_vllm.errors import PgsvdError
 
-COMMANDS = {"compress": compress, "profile": profile, "inspect": inspect, "verify": verify, "env": env}
+COMMANDS = {"compress": compress, "profile": profile, "tune": tune, "inspect": inspect, "verify": verify, "env": env}
 INTERNAL_ERROR, USER_ERROR, INTERRUPTED = 1, 2, 130
 
 

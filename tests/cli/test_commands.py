@@ -217,3 +217,27 @@ def test_what_is_no_checkpoint(
     assert "config.json" in error_of(capsys, command, tmp_path)
     assert "pgsvd-vllm compress" in error_of(capsys, command, tiny_model)
     error_of(capsys, command, "x" * 300)
+
+
+def test_tuning_lists_the_layers_without_a_gpu(
+    tiny_compressed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["tune", str(tiny_compressed), "--dry-run", "-o", str(tmp_path / "table.json")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    match = re.fullmatch(r"(\d+) layers with low-rank projections, (\d+) of different sizes", lines[0])
+    assert match is not None
+    assert 1 <= int(match[2]) <= int(match[1]) <= 12
+    assert len(lines) == 1 + int(match[2])
+    assert all(
+        re.fullmatch(r"  (128|320) inputs, \d+ rows that read them(, \d+ outputs of rank \d+)?", line)
+        for line in lines[1:]
+    )
+    assert not list(tmp_path.iterdir())
+
+
+def test_tuning_says_what_it_needs(tiny_compressed: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU: it would tune")
+    assert "there is no GPU that torch can use here; --dry-run needs none" in error_of(capsys, "tune", tiny_compressed)
+    assert "must be 1 or more" in error_of(capsys, "tune", tiny_compressed, "-tp", 0)
+    assert "not a pgsvd checkpoint" in error_of(capsys, "tune", tiny_model)

@@ -14,6 +14,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
+from pgsvd_vllm.kernels.reference import layer_difference
+
 TOKENS = (0, 1, 2, 3, 5, 8, 16, 17, 33, 67)
 COLUMNS = (16, 24, 40, 64, 96, 100, 129, 256, 300)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -63,35 +65,9 @@ class Layer:
             self.outs[-1] = len(found) if kind == "pivot" else out
             self.places.append(found[torch.randperm(len(found))] if kind == "pivot" else None)
 
-    def expect(self, x: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, int]:
-        """Outputs, the same sums of absolute values, and the number of terms of the longest sums."""
-        values, sizes = [], []
-        for reader, up, place in zip(self.readers, self.ups, self.places, strict=True):
-            z, z_size = x.double() @ reader.double().T, x.double().abs() @ reader.double().abs().T
-            if up is None:
-                values.append(z)
-                sizes.append(z_size)
-                continue
-            y, y_size = z @ up.double().T, z_size @ up.double().abs().T
-            if place is not None:
-                order = torch.where(place < 0, y.shape[1] - 1 - place, place)
-                y, y_size = torch.cat([y, z], 1)[:, order], torch.cat([y_size, z_size], 1)[:, order]
-            values.append(y)
-            sizes.append(y_size)
-        added = 0.0 if bias is None else bias.double()
-        terms = x.shape[1] + max((up.shape[1] for up in self.ups if up is not None), default=0)
-        return torch.cat(values, 1) + added, torch.cat(sizes, 1) + abs(added), terms
-
     def difference(self, x: torch.Tensor, bias: torch.Tensor | None, y: torch.Tensor) -> str:
         """What is wrong with an output; empty if nothing is."""
-        value, size, terms = self.expect(x, bias)
-        if y.shape != value.shape or y.dtype != x.dtype:
-            return f"got {tuple(y.shape)} {y.dtype}"
-        # Sums in float32; z and y are rounded once each, and y again where a bias is added afterwards.
-        bound = (3 * torch.finfo(x.dtype).eps + 2 * terms * torch.finfo(torch.float32).eps) * size
-        if not ((y.double() - value).abs() <= bound).all():
-            return f"off by {((y.double() - value).abs() / size).max():.2e} of the terms' size"
-        return ""
+        return layer_difference(x, self.readers, self.ups, self.places, bias, y)
 
 
 def check_one(rng: random.Random) -> None:
@@ -117,9 +93,9 @@ def check_one(rng: random.Random) -> None:
     described = f"{dtype}, {tokens} tokens, {columns} columns, ranks {packed.ranks}, outputs {layer.outs}, {down}, {up}"
     before = watch.launches
     try:
-        y = launch.run(x, packed, workspace, bias, down, up)
+        y = launch.run(x, packed, workspace, bias, (down, up))
         launches = watch.launches - before
-        again = launch.run(x, packed, workspace, bias, down, up)
+        again = launch.run(x, packed, workspace, bias, (down, up))
     except Exception as error:
         raise SystemExit(f"{described}: {error}") from error
     wrong = layer.difference(x, bias, y)

@@ -17,7 +17,7 @@ from tests.conftest import ROOT
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
 from pgsvd_vllm.kernels.launch import PackedLayer, Workspace, run, run_library  # noqa: E402
-from pgsvd_vllm.kernels.tiles import MOST_TOKENS, down_tile  # noqa: E402
+from pgsvd_vllm.kernels.tiles import MOST_TOKENS, down_tile, usual_steps  # noqa: E402
 from pgsvd_vllm.triton_products import TritonProducts  # noqa: E402
 from tests.kernels.interpreted import Layer  # noqa: E402
 
@@ -75,6 +75,12 @@ def test_random_layers_are_those_of_float64(seed: int) -> None:
     assert done.stdout == "100 layers\n"
 
 
+def test_tuning_finds_the_fastest_tiles_and_layers_take_them(tmp_path: Path) -> None:
+    done = script("tests/kernels/interpreted_tune.py", tmp_path, TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout == "tuned\n"
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_the_library_path_is_that_of_float64(dtype: torch.dtype) -> None:
     rng = random.Random(5)
@@ -118,6 +124,22 @@ def test_machine_code_keeps_within_the_bars(tmp_path: Path) -> None:
     # On two targets with and without overlap; three tiles, of each a down kernel and up kernels of 1 and 3 shards.
     assert len(rows) == (5 + 2) * 3 * 3
     assert all(row["registers"] > 0 for row in rows)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "kernels"),
+    [
+        # With and without places and bias, two dtypes; else as above.
+        ([], (5 + 2) * 3 * 3 * 2 * 2),
+        (["--candidates"], None),
+    ],
+)
+def test_all_machine_code_keeps_within_the_bars(options: list[str], kernels: int | None, tmp_path: Path) -> None:
+    done = script("benchmarks/kernel_resources.py", *options, "--json", tmp_path / "rows.json")
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert len(rows) == kernels if kernels else len(rows) > 100
 
 
 @pytest.mark.slow
@@ -206,11 +228,18 @@ def test_the_environment_chooses_the_products(monkeypatch: pytest.MonkeyPatch) -
         TritonProducts(*weights)
 
 
+def test_a_chosen_table_that_cannot_be_used_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PGSVD_KERNEL_TABLE", str(tmp_path / "none.json"))
+    weights = [torch.randn(4, 16).half()], [torch.randn(8, 4).half()], [None], False
+    with pytest.raises(InputError, match=r"^PGSVD_KERNEL_TABLE: .*none\.json: cannot be read"):
+        TritonProducts(*weights)
+
+
 @pytest.mark.parametrize(("rows", "columns"), [(16, 576), (640, 2048), (3696, 4096), (11008, 4096), (2816, 11008)])
 def test_the_workspace_has_room_for_every_number_of_tokens(rows: int, columns: int) -> None:
     space = Workspace(torch.device("cpu"))
-    space.reserve(16, 16)
-    space.reserve(rows, columns)
+    space.reserve(16, usual_steps(16, 16))
+    space.reserve(rows, usual_steps(rows, columns))
     for tokens in range(1, MOST_TOKENS + 1):
         tile = down_tile(tokens, rows, columns)
         # A part without columns would be a program for nothing.

@@ -1,0 +1,117 @@
+"""Find the fastest tiles of the Triton kernels for a checkpoint's layers on this GPU.
+
+vllm serve reads the table from the user's cache, or from the file that PGSVD_KERNEL_TABLE names.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from pgsvd_vllm.checkpoint import open_checkpoint
+from pgsvd_vllm.errors import InputError
+from pgsvd_vllm.kernels.sizes import Sizes, sizes_of
+from pgsvd_vllm.kernels.table import Table, default_path, read_table, write_table
+from pgsvd_vllm.merged_layers import LayerSizes, merged_layers
+
+# Layers whose sizes differ less than this are tuned once.
+SAME = 1.1
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the options."""
+    parser.add_argument("dir", metavar="DIR", type=Path, help="a folder written by pgsvd-vllm compress")
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="JSON file to write, or to add to (default: in the user's cache, named after the GPU)",
+    )
+    parser.add_argument(
+        "-tp",
+        "--tensor-parallel-size",
+        type=int,
+        default=1,
+        metavar="N",
+        help="as the model will be served (default 1)",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="list the layers that would be tuned; needs no GPU")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Tune and write the table; raises PgsvdError."""
+    ranks = arguments.tensor_parallel_size
+    if ranks < 1:
+        raise InputError(f"--tensor-parallel-size {ranks}: must be 1 or more")
+    layers = list(merged_layers(open_checkpoint(arguments.dir), ranks))
+    kinds: dict[Sizes, LayerSizes] = {}
+    for layer in layers:
+        sizes = sizes_of(layer.shards, layer.columns)
+        if all(sizes.distance(other) > SAME for other in kinds):
+            kinds[sizes] = layer
+    print(f"{len(layers)} layers with low-rank projections, {len(kinds)} of different sizes")
+    if not arguments.dry_run:
+        return _tune(kinds, arguments.output)
+    for sizes in kinds:
+        print(f"  {_described(sizes)}")
+    return 0
+
+
+def _described(sizes: Sizes) -> str:
+    up = f", {sizes.heights} outputs of rank {sizes.rank}" if sizes.heights else ""
+    return f"{sizes.columns} inputs, {sizes.rows} rows that read them{up}"
+
+
+def _tune(kinds: dict[Sizes, LayerSizes], output: Path | None) -> int:
+    """Tune every kind; what is finished is written at once. 1 where a tile computed something wrong."""
+    try:
+        import torch
+
+        from pgsvd_vllm.kernels.launch import can_overlap
+        from pgsvd_vllm.kernels.tune import TOKENS, LayerTuner, merged
+    except ImportError as error:
+        raise InputError(f"tune: needs Triton: pip install triton ({error})") from None
+    if not torch.cuda.is_available():
+        raise InputError("tune: there is no GPU that torch can use here; --dry-run needs none")
+    device = torch.device("cuda", torch.cuda.current_device())
+    name = torch.cuda.get_device_name(device)
+    path = output or default_path(name)
+    table = _table(path, name)
+    print(f"{name}; times in microseconds: of the usual tiles, of the best ones, of torch's products")
+    wrong: list[str] = []
+    for number, (sizes, layer) in enumerate(kinds.items(), 1):
+        begun = time.monotonic()
+        try:
+            tuner = LayerTuner(layer.shards, layer.columns, torch.bfloat16, device, can_overlap(device))
+            found = [tuner.step(tokens) for tokens in TOKENS]
+        except ValueError as error:
+            raise InputError(f"tune: {_described(sizes)}: {error}") from None
+        table.layers[tuner.sizes] = merged([one.step for one in found])
+        try:
+            write_table(table, path)
+        except OSError as error:
+            raise InputError(f"--output {path}: cannot be written ({error.strerror})") from None
+        print(f"[{number}/{len(kinds)}] {_described(sizes)}: {time.monotonic() - begun:.0f} s")
+        for one in found:
+            times = f"{1e6 * one.usual:7.1f} {1e6 * one.best:7.1f} {1e6 * one.library:7.1f}"
+            refused = f"  ({one.refused} tiles do not fit this GPU)" if one.refused else ""
+            print(f"    {one.step.most_tokens:4} tokens {times}{refused}", flush=True)
+            wrong += one.wrong
+    print(f"wrote {path}: {len(table.layers)} layers")
+    for text in wrong:
+        print(f"pgsvd-vllm: a tile computed something wrong, and is not used; please report: {text}", file=sys.stderr)
+    return 1 if wrong else 0
+
+
+def _table(path: Path, device: str) -> Table:
+    """The table to add to: the file's, where there is one."""
+    if not path.exists():
+        return Table(device)
+    try:
+        table = read_table(path)
+    except ValueError as error:
+        raise InputError(f"--output {error}; or name another file") from None
+    if table.device != device:
+        raise InputError(f"--output {path}: is of another GPU, {table.device}; name another file")
+    return table

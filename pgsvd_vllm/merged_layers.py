@@ -1,0 +1,59 @@
+"""The layers that vLLM makes of a checkpoint's modules: which are merged, and what one tensor-parallel rank holds.
+
+From names alone, as the common architectures have them: enough to tune kernels for, where a layer of another
+sort only gets the tiles of a similar one.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from pgsvd_vllm.checkpoint import Checkpoint
+from pgsvd_vllm.kernels.sizes import Shard
+
+MERGED = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"), ("w1", "w3"))
+# These are cut by inputs, all others by outputs.
+ROW_PARALLEL = ("o_proj", "out_proj", "down_proj", "c_proj", "dense", "dense_4h_to_h", "fc2", "w2", "wo", "proj")
+
+
+@dataclass(frozen=True)
+class LayerSizes:
+    """One layer as one rank holds it.
+
+    Attributes:
+        columns: inputs.
+        shards: at least one of them of low rank.
+    """
+
+    columns: int
+    shards: tuple[Shard, ...]
+
+
+def merged_layers(checkpoint: Checkpoint, tensor_parallel: int = 1) -> Iterator[LayerSizes]:
+    """Every layer with a factored module, in the order of the checkpoint's table."""
+    seen: set[str] = set()
+    for name in checkpoint.modules:
+        if name in seen:
+            continue
+        parent, _, leaf = name.rpartition(".")
+        group = next((group for group in MERGED if leaf in group), (leaf,))
+        names = [f"{parent}.{part}" if parent else part for part in group]
+        known = [one for one in names if one in checkpoint.modules or f"{one}.weight" in checkpoint.tensors]
+        seen.update(known)
+        by_inputs = leaf in ROW_PARALLEL
+        cuts = [_cut(checkpoint, one, tensor_parallel, by_inputs) for one in known]
+        yield LayerSizes(cuts[0][0], tuple(shard for _, shard in cuts))
+
+
+def _cut(checkpoint: Checkpoint, name: str, ranks: int, by_inputs: bool) -> tuple[int, Shard]:
+    """(inputs, sizes) of a module on the first of several ranks."""
+    module = checkpoint.modules.get(name)
+    if module is None:
+        out, columns = checkpoint.tensors[f"{name}.weight"].shape
+    else:
+        out, columns, _ = checkpoint.shape(name)
+    columns, outs = (-(-columns // ranks), out) if by_inputs else (columns, -(-out // ranks))
+    if module is None:
+        return columns, Shard(outs)
+    # Of all rows, the share that are pivots is taken to be the same on every rank.
+    pivots = -(-module.rank * outs // out) if module.form == "pivot" else None
+    return columns, Shard(outs, module.rank, pivots)

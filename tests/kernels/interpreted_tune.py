@@ -1,0 +1,138 @@
+"""Tuning in Triton's interpreter: its real kernels and checks, with a clock that prefers what the test wants found.
+
+    TRITON_INTERPRET=1 python tests/kernels/interpreted_tune.py FOLDER
+
+There is no time to measure in an interpreter. The table is written into FOLDER, and layers read it back.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+
+from triton.errors import TritonError
+
+from tests.kernels.interpreter import prepare
+
+CPU = torch.device("cpu")
+
+
+class Clock:
+    """Says of a pair of tiles the time that `times` has, else 1 second; of the library's products 2."""
+
+    def __init__(self) -> None:
+        self.times: dict[Any, float] = {}
+        self.seen: list[Any] = []
+        self.library = 2.0
+
+    def __call__(self, calls: Sequence[Any], device: torch.device) -> float:
+        asked.clear()
+        calls[0]()
+        if not asked:
+            return self.library
+        self.seen.append(asked[0])
+        assert len(calls) == 3
+        return self.times.get(asked[0], 1.0)
+
+
+asked: list[Any] = []
+broken: dict[Any, str] = {}
+
+
+def spy(run: Any) -> Any:
+    """`run`, noting its tiles, and failing as `broken` says."""
+
+    def noted(*arguments: Any, tiles: Any, **options: Any) -> torch.Tensor:
+        asked.append(tiles)
+        if broken.get(tiles[0]) == "does not fit":
+            raise TritonError
+        y = run(*arguments, tiles=tiles, **options)
+        return y + 1 if broken.get(tiles[0]) == "wrong" else y
+
+    return noted
+
+
+def expect(found: object, wanted: object, what: str) -> None:
+    if found != wanted:
+        raise SystemExit(f"{what}: {found}, not {wanted}")
+
+
+def check_search() -> Any:
+    """The best of each search is found, what fails is not taken, the library is where it is faster."""
+    from pgsvd_vllm.kernels import tune
+    from pgsvd_vllm.kernels.sizes import Shard, sizes_of
+    from pgsvd_vllm.kernels.tiles import usual_tiles
+
+    tune.run = spy(tune.run)
+    shards, columns = (Shard(48, 17), Shard(40, 16, 16), Shard(20)), 640
+    clock = Clock()
+    one = (17 + 15 + 16 + 20) * columns * 2 + (48 * 32 + 24 * 16) * 2
+    tuner = tune.LayerTuner(shards, columns, torch.bfloat16, CPU, False, clock, copy_bytes=2.5 * one)
+    expect(tuner.sizes, sizes_of(shards, columns), "sizes")
+    down, up = usual_tiles(1, tuner.sizes.rows, columns)
+    downs, ups = tune.candidates(1, (down, up))
+    best = replace(downs[2], split_k=4)
+    clock.times = {(downs[2], up): 0.9, (best, up): 0.8, (best, ups[1]): 0.7, (downs[0], up): 0.5, (downs[1], up): 0.4}
+    broken.update({downs[0]: "does not fit", downs[1]: "wrong"})
+    found = tuner.step(1)
+    expect(found.step.tiles, (best, ups[1]), "tiles")
+    expect((found.usual, found.best, found.library), (1.0, 0.7, 2.0), "times")
+    expect((found.refused, len(found.wrong)), (1, 1), "failures")
+    clock.library = 0.6
+    expect(tuner.step(16).step.tiles, None, "the library's step")
+    broken.clear()
+    clock.library = 2.0
+    steps = tune.merged([tuner.step(tokens).step for tokens in (1, 16, 32)])
+    expect([step.most_tokens for step in steps], [16, 32], "merged steps")
+    broken[down] = "wrong"
+    try:
+        tuner.step(1)
+    except ValueError as error:
+        expect(str(error).startswith("the usual tiles fail on this GPU: Tile("), True, str(error))
+    else:
+        raise SystemExit("usual tiles that are wrong are taken")
+    broken.clear()
+    for shape in ((Shard(30),), (Shard(17, 17, 17), Shard(9, 4))):
+        expect(tune.LayerTuner(shape, 64, torch.float16, CPU, False, clock, 0).sizes, sizes_of(shape, 64), "sizes")
+    return tuner, found.step
+
+
+def check_table(folder: Path, tuner: Any, step: Any) -> None:
+    """A layer of the measured sizes takes the table's tiles, computes what it should; another one the usual."""
+    from pgsvd_vllm.kernels.sizes import Shard
+    from pgsvd_vllm.kernels.table import Table, write_table
+    from pgsvd_vllm.kernels.tiles import Step, usual_steps
+    from pgsvd_vllm.kernels.tune import RandomLayer
+    from pgsvd_vllm.triton_products import TritonProducts
+    from tests.kernels.interpreted import layer_difference
+
+    path = folder / "table.json"
+    steps = (step, Step(16, None))
+    write_table(Table("cpu", {tuner.sizes: steps}), path)
+    os.environ["PGSVD_KERNEL_TABLE"] = str(path)
+    similar = (Shard(48, 17), Shard(40, 16, 16), Shard(22))
+    for shards, wanted in ((similar, steps), ((Shard(48, 17),), usual_steps(32, 640))):
+        layer = RandomLayer(shards, 640, torch.bfloat16, CPU)
+        products = TritonProducts(layer.readers, layer.ups, layer.places, has_bias=True)
+        expect(products.steps, wanted, "steps")
+        for tokens in (0, 1, 5, 40):
+            x = torch.randn(tokens, 640).bfloat16()
+            wrong = layer_difference(x, layer.readers, layer.ups, layer.places, None, products(x))
+            expect(wrong, "", f"{tokens} tokens")
+
+
+def main(folder: Path) -> None:
+    prepare(0)
+    torch.manual_seed(0)
+    check_table(folder, *check_search())
+    print("tuned")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
