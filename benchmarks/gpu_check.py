@@ -22,12 +22,14 @@ import triton
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from pgsvd_vllm.kernels.launch import PackedLayer, Workspace, can_overlap, run, run_library
+from pgsvd_vllm.kernels.launch import Workspace, can_overlap, run, run_gated, run_library
+from pgsvd_vllm.kernels.packed import Gate, PackedLayer
+from pgsvd_vllm.kernels.reference import gated_difference, layer_difference
 from pgsvd_vllm.kernels.sizes import Shard
 from pgsvd_vllm.kernels.tiles import ALIGNMENT, MOST_TOKENS, down_tile, usual_steps
 from pgsvd_vllm.kernels.timing import COPY_BYTES, seconds
 from pgsvd_vllm.kernels.tune import LayerTuner, RandomLayer
-from tests.kernels.interpreted import Layer
+from tests.kernels.interpreted import Layer, gated_layer
 
 Row = dict[str, Any]
 
@@ -58,8 +60,10 @@ def correctness(device: torch.device, overlap: bool, count: int) -> Iterator[Row
     space = Workspace(device)
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         wrong = []
-        for _ in range(count):
-            layer = Layer(rng, dtype, rng.choice([16, 100, 576, 2048, 4100]))
+        for number in range(count):
+            columns = rng.choice([16, 100, 576, 2048, 4100])
+            gated = number % 3 == 0
+            layer = gated_layer(rng, dtype, columns) if gated else Layer(rng, dtype, columns)
             for tensors in (layer.readers, layer.ups, layer.places):
                 tensors[:] = [tensor if tensor is None else tensor.to(device) for tensor in tensors]
             packed = PackedLayer(layer.readers, layer.ups, layer.places)
@@ -67,8 +71,12 @@ def correctness(device: torch.device, overlap: bool, count: int) -> Iterator[Row
             tokens = rng.choice([0, 1, 2, 7, 16, 17, 40, 64, 65, 200, MOST_TOKENS])
             x = torch.randn(tokens, packed.columns, device=device).to(dtype)
             bias = torch.randn(packed.out, device=device).to(dtype) if rng.random() < 0.5 else None
+            shards = layer.readers, layer.ups, layer.places
             for y in (run(x, packed, space, bias, overlap=overlap), run_library(x, packed, bias)):
-                wrong.append(layer.difference(x, bias, y))
+                wrong.append(layer_difference(x, *shards, bias, y))
+            if gated:
+                y = run_gated(x, packed, Gate(packed, layer.ups, layer.places), space, bias, overlap=overlap)
+                wrong.append(gated_difference(x, *shards, bias, y))
         found = [text for text in wrong if text]
         yield row(f"random layers, {dtype}, wrong" + (f" ({found[0]})" if found else ""), len(found), 0)
 
@@ -90,7 +98,7 @@ class Stack:
         self.columns = columns
         self.dense: list[torch.Tensor] = []
         self.packed: list[PackedLayer] = []
-
+        self.gates: list[Gate] = []
         copies = 1 + int(COPY_BYTES / 2 / kept)
         if not removed:
             self.dense = [
@@ -99,7 +107,11 @@ class Stack:
             ]
             return
         shards = [Shard(out, rank) for out, rank in zip(outs, ranks, strict=True)]
-        self.packed = [RandomLayer(shards, columns, torch.bfloat16, device).pack() for _ in range(copies)]
+        for _ in range(copies):
+            layer = RandomLayer(shards, columns, torch.bfloat16, device)
+            self.packed.append(layer.pack())
+            if name == "gate_up":
+                self.gates.append(Gate(self.packed[-1], layer.ups, layer.places))
         rows = len(self.packed[0].v)
         space.reserve(rows, usual_steps(rows, columns))
 
@@ -147,6 +159,18 @@ def speed(device: torch.device, overlap: bool, tokens_of: tuple[int, ...]) -> It
                     whole = totals.setdefault((removed, tokens, how), [0.0, 0.0])
                     whole[0] += times[tokens]
                     whole[1] += taken
+                if tokens <= MOST_TOKENS and stack.gates:
+                    # vLLM's kernel is not here: a copy of as many numbers stands for it.
+                    half = x.new_empty(tokens, stack.gates[0].half)
+
+                    def apart(p: PackedLayer, x: torch.Tensor = x, half: torch.Tensor = half) -> None:
+                        half.copy_(run(x, p, space, overlap=overlap)[:, : half.shape[1]])
+
+                    def within(p: tuple[PackedLayer, Gate], x: torch.Tensor = x) -> None:
+                        run_gated(x, *p, space, overlap=overlap)
+
+                    gain = timed(apart, stack.packed) / timed(within, list(zip(stack.packed, stack.gates, strict=True)))
+                    yield row(f"{at}, with SiLU, apart / in one", gain, None)
     for (removed, tokens, how), (plain, taken) in totals.items():
         yield row(f"all four, {removed:.0%} removed, {tokens} tokens, {how}, dense / time", plain / taken, None)
 

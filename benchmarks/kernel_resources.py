@@ -26,6 +26,7 @@ from triton.compiler import ASTSource
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from pgsvd_vllm.kernels.down import down_kernel
+from pgsvd_vllm.kernels.gated import gated_kernel
 from pgsvd_vllm.kernels.tiles import Tile, usual_tiles
 from pgsvd_vllm.kernels.tune import TOKENS as TUNED_TOKENS
 from pgsvd_vllm.kernels.tune import candidates
@@ -64,20 +65,32 @@ class Case:
     dtype: str = DTYPES[0]
 
 
+def _features(full: bool, pdl: bool) -> tuple[dict[str, Any], str]:
+    """Constants of a kernel with places and bias or without, and their words."""
+    constants = {"HAS_PLACES": full, "HAS_BIAS": full, "PDL": pdl}
+    return constants, (" with places and bias" if full else "") + (", PDL" if pdl else "")
+
+
 def down_case(name: str, target: str, tile: Tile, full: bool, pdl: bool) -> Case:
-    """A down kernel, with places and bias or without."""
+    """A down kernel."""
+    constants, after = _features(full, pdl)
     own = {"BLOCK_R": tile.block_out, "SPLIT_K": tile.split_k, "EVEN_K": True, "SWAP": tile.swap}
-    own |= {"HAS_PLACES": full, "HAS_BIAS": full, "PDL": pdl}
-    after = (" with places and bias" if full else "") + (", PDL" if pdl else "")
-    return Case(f"down, {name}{after}", target, down_kernel, tile, own)
+    return Case(f"down, {name}{after}", target, down_kernel, tile, own | constants)
 
 
 def up_case(name: str, target: str, tile: Tile, shards: int, full: bool, pdl: bool) -> Case:
-    """An up kernel, with places and bias or without."""
+    """An up kernel."""
+    constants, after = _features(full, pdl)
     own = {"BLOCK_N": tile.block_out, "SHARDS": shards, "SWAP": tile.swap}
-    own |= {"HAS_PLACES": full, "HAS_BIAS": full, "PDL": pdl}
-    after = (" with places and bias" if full else "") + (", PDL" if pdl else "")
-    return Case(f"up, {name}, {shards} shard{'s'[: shards - 1]}{after}", target, up_kernel, tile, own)
+    words = f"up, {name}, {shards} shard{'s'[: shards - 1]}{after}"
+    return Case(words, target, up_kernel, tile, own | constants)
+
+
+def gated_case(name: str, target: str, tile: Tile, full: bool, pdl: bool) -> Case:
+    """An up kernel with the activation."""
+    constants, after = _features(full, pdl)
+    own = {"BLOCK_N": tile.block_out, "SWAP": tile.swap}
+    return Case(f"gated, {name}{after}", target, gated_kernel, tile, own | constants)
 
 
 def overlaps(target: str) -> list[bool]:
@@ -95,6 +108,7 @@ def usual_cases(targets: list[str], quick: bool) -> Iterator[Case]:
                 yield replace(down_case(name, target, down, full, pdl), dtype=dtype)
                 for shards in (1, 3):
                     yield replace(up_case(name, target, up, shards, full, pdl), dtype=dtype)
+                yield replace(gated_case(name, target, up, full, pdl), dtype=dtype)
 
 
 def candidate_cases(targets: list[str]) -> Iterator[Case]:

@@ -60,22 +60,14 @@ def pivot_weight(p: torch.Tensor, c: torch.Tensor, pivots: torch.Tensor) -> torc
     return pivot_linear(torch.eye(p.shape[1], dtype=p.dtype, device=p.device), p, c, pivots).T
 
 
-def layer_difference(
-    x: torch.Tensor,
-    readers: Sequence[torch.Tensor],
-    ups: Sequence[torch.Tensor | None],
-    places: Sequence[torch.Tensor | None],
-    bias: torch.Tensor | None,
-    y: torch.Tensor,
-) -> str:
-    """What is wrong with a layer's output beside float64, as far as roundings do not explain it; empty if nothing is.
+Shards = Sequence[torch.Tensor]
+Maybe = Sequence[torch.Tensor | None]
 
-    Args:
-        x: [tokens, in].
-        readers, ups, places: the layer's shards, as PackedLayer takes them.
-        bias: [out] or None.
-        y: the output to judge.
-    """
+
+def _exact(
+    x: torch.Tensor, readers: Shards, ups: Maybe, places: Maybe, bias: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A layer's outputs in float64, and what roundings may change of each in x's dtype."""
     values, sizes = [], []  # outputs, and the same sums of absolute values
     for reader, up, place in zip(readers, ups, places, strict=True):
         z, z_size = x.double() @ reader.double().T, x.double().abs() @ reader.double().abs().T
@@ -92,10 +84,40 @@ def layer_difference(
     value, size = torch.cat(values, 1), torch.cat(sizes, 1)
     if bias is not None:
         value, size = value + bias.double(), size + bias.double().abs()
-    if y.shape != value.shape or y.dtype != x.dtype:
-        return f"got {tuple(y.shape)} {y.dtype}"
     # Sums in float32; z and y are rounded once each, and y again where a bias is added afterwards.
     terms = x.shape[1] + max((up.shape[1] for up in ups if up is not None), default=0)
-    bound = (3 * torch.finfo(x.dtype).eps + 2 * terms * torch.finfo(torch.float32).eps) * size
+    return value, (3 * torch.finfo(x.dtype).eps + 2 * terms * torch.finfo(torch.float32).eps) * size
+
+
+def _judged(x: torch.Tensor, y: torch.Tensor, value: torch.Tensor, bound: torch.Tensor) -> str:
+    if y.shape != value.shape or y.dtype != x.dtype:
+        return f"got {tuple(y.shape)} {y.dtype}"
     off = (y.double() - value).abs()
-    return "" if (off <= bound).all() else f"off by {(off / size).max():.2e} of the terms' size"
+    return "" if (off <= bound).all() else f"off by {(off / bound).max():.2f} of what roundings explain"
+
+
+def layer_difference(
+    x: torch.Tensor, readers: Shards, ups: Maybe, places: Maybe, bias: torch.Tensor | None, y: torch.Tensor
+) -> str:
+    """What is wrong with a layer's output beside float64, as far as roundings do not explain it; empty if nothing is.
+
+    Args:
+        x: [tokens, in].
+        readers, ups, places: the layer's shards, as PackedLayer takes them.
+        bias: [out] or None.
+        y: the output to judge.
+    """
+    return _judged(x, y, *_exact(x, readers, ups, places, bias))
+
+
+def gated_difference(
+    x: torch.Tensor, readers: Shards, ups: Maybe, places: Maybe, bias: torch.Tensor | None, y: torch.Tensor
+) -> str:
+    """The same of silu(first shard's outputs) * second shard's."""
+    value, bound = _exact(x, readers, ups, places, bias)
+    (gate, other), (gate_bound, other_bound) = value.chunk(2, 1), bound.chunk(2, 1)
+    silu = F.silu(gate)
+    # SiLU's slope is at most 1.1. It and the product are rounded to y's dtype where a library computes them.
+    bound = 1.1 * gate_bound * (other.abs() + other_bound) + silu.abs() * other_bound
+    bound = bound + 2 * torch.finfo(x.dtype).eps * (silu * other).abs() + 1e-30
+    return _judged(x, y, silu * other, bound)

@@ -11,7 +11,8 @@ from itertools import pairwise
 import torch
 from triton.errors import TritonError
 
-from pgsvd_vllm.kernels.launch import PackedLayer, Workspace, run, run_library
+from pgsvd_vllm.kernels.launch import Workspace, run, run_library
+from pgsvd_vllm.kernels.packed import PackedLayer
 from pgsvd_vllm.kernels.reference import layer_difference
 from pgsvd_vllm.kernels.sizes import Shard, Sizes
 from pgsvd_vllm.kernels.tiles import MOST_TOKENS, Step, Steps, Tile, Tiles, usual_tiles

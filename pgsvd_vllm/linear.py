@@ -60,10 +60,15 @@ class PgsvdLinearMethod(LinearMethodBase):
     Args:
         shards: the checkpoint modules of the layer, in the order of its output partitions; a
             module that is fused in the checkpoint stands alone for all partitions.
+
+    Attributes:
+        activation: what turns the outputs of both shards into half as many, where the layer computes that
+            as well.
     """
 
     def __init__(self, shards: list[Shard]) -> None:
         self.shards = shards
+        self.activation: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     def create_weights(
         self,
@@ -238,16 +243,17 @@ class PgsvdLinearMethod(LinearMethodBase):
 
             if sum(up is not None for up in ups) <= MOST_SHARDS:
                 try:
-                    return TritonProducts(readers, ups, places, layer.bias is not None)
+                    return TritonProducts(readers, ups, places, layer.bias is not None, self.activation)
                 except ValueError as error:
                     raise CheckpointError(f"layer {self.layer_name}: {error}") from None
         return FactoredGemms(readers, ups, places)
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """x [..., in] -> [..., out] of this rank."""
+        """x [..., in] -> [..., out] of this rank, or half of it after the activation."""
+        out = sum(self.sizes) // (1 if self.activation is None else 2)
         if not self.opaque:
-            return layer.pgsvd_gemms(x.reshape(-1, x.shape[-1]), bias).view(*x.shape[:-1], sum(self.sizes))
-        return torch.ops.pgsvd.linear(x, bias, sum(self.sizes), _encode_layer_name(layer.prefix))
+            return layer.pgsvd_gemms(x.reshape(-1, x.shape[-1]), bias).view(*x.shape[:-1], out)
+        return torch.ops.pgsvd.linear(x, bias, out, _encode_layer_name(layer.prefix))
 
 
 # Layers by name for code that runs without vLLM's forward context, such as vision encoders.

@@ -9,6 +9,7 @@ from vllm.config.load import LoadConfig
 from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
+from pgsvd_vllm.activation import take_activations
 from pgsvd_vllm.checkpoint import QUANT_METHOD, check_factors, parse_modules, read_headers
 from pgsvd_vllm.errors import CheckpointError
 
@@ -22,6 +23,7 @@ class PgsvdModelLoader(DefaultModelLoader):
         # vLLM's own file selection knows no foreign format name.
         config.load_format = "safetensors"
         super().__init__(config)
+        self.vllm_config: VllmConfig | None = None
         # vLLM checks that every parameter was loaded, but not for quantized models unless asked.
         if self.enable_weights_track is None:
             self.enable_weights_track = True
@@ -45,4 +47,11 @@ class PgsvdModelLoader(DefaultModelLoader):
         for file in files:
             tensors.update(read_headers(Path(file)))
         check_factors(modules, tensors, model_config.model)
+        self.vllm_config = vllm_config
         return super().load_model(vllm_config, model_config, prefix)
+
+    def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
+        """Settle which layers compute their activations, then load."""
+        if self.vllm_config is not None:  # not where weights are loaded again
+            take_activations(model, self.vllm_config)
+        super().load_weights(model, model_config)

@@ -6,7 +6,8 @@ it, the one in the user's cache is read where there is one for this GPU.
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -15,7 +16,8 @@ import torch
 from triton.errors import TritonError
 
 from pgsvd_vllm.errors import InputError
-from pgsvd_vllm.kernels.launch import MOST_SHARDS, PackedLayer, Workspace, can_overlap, run, run_library
+from pgsvd_vllm.kernels.launch import Workspace, can_overlap, run, run_gated, run_library
+from pgsvd_vllm.kernels.packed import MOST_SHARDS, Gate, PackedLayer
 from pgsvd_vllm.kernels.table import Table, default_path, read_table
 from pgsvd_vllm.kernels.tiles import Step, Steps, tiles_for, usual_steps
 
@@ -101,6 +103,7 @@ class TritonProducts:
     Args:
         readers, ups, places: as of PackedLayer.
         has_bias: whether the layer may be called with one.
+        activation: of two shards silu(first) * second is wanted; computes that from [tokens, out].
 
     Raises:
         ValueError: the kernels cannot take them.
@@ -113,13 +116,17 @@ class TritonProducts:
         ups: Sequence[torch.Tensor | None],
         places: Sequence[torch.Tensor | None],
         has_bias: bool,
+        activation: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> None:
         self.layer = PackedLayer(readers, ups, places)
+        self.activation = activation
+        self.gate = Gate(self.layer, ups, places) if activation else None
         device = readers[0].device
         if device not in _workspaces:
             _workspaces[device] = Workspaces(device)
         self.workspaces = _workspaces[device]
         self.overlap = can_overlap(device)
+        self.amd = bool(torch.version.hip)
         self.steps: Steps = ()
         if not wants_triton() or not _suits(self.layer.dtype, device):
             return
@@ -131,13 +138,22 @@ class TritonProducts:
             except TritonError as error:
                 # Made with another Triton, or for another GPU.
                 logger.warning("%s: tiles of the table cannot be compiled (%s)", self.layer.sizes, error)
-        self._take(usual_steps(len(self.layer.v), self.layer.columns, amd=bool(torch.version.hip)), has_bias)
+        self._take(usual_steps(len(self.layer.v), self.layer.columns, self.amd), has_bias)
 
     def _measured(self, device: torch.device) -> Steps | None:
         """The steps that a table has for this layer."""
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         table = _table(name, os.environ.get(TABLE_VARIABLE))
-        return table.steps(self.layer.sizes) if table else None
+        steps = table.steps(self.layer.sizes) if table else None
+        if steps is None or self.gate is None:
+            return steps
+        # Measured without the activation, which takes twice the registers: that keeps its usual tiles.
+        usual = usual_steps(len(self.layer.v), self.layer.columns, self.amd)
+        found = []
+        for step in steps:
+            own = tiles_for(usual, step.most_tokens)
+            found.append(replace(step, tiles=(step.tiles[0], own[1])) if step.tiles and own else step)
+        return tuple(found)
 
     def _take(self, steps: Steps, has_bias: bool) -> None:
         """Make room for the steps, and run every kernel once, which otherwise would be compiled under a request."""
@@ -151,9 +167,12 @@ class TritonProducts:
                     self(x, self.layer.v.new_zeros(self.layer.out))
 
     def __call__(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """x [tokens, in] -> [tokens, out]."""
+        """x [tokens, in] -> [tokens, out], or half of it after the activation."""
         tiles = tiles_for(self.steps, len(x))
         space = self.workspaces.here() if tiles else None
         if tiles is None or space is None:
-            return run_library(x, self.layer, bias)
+            y = run_library(x, self.layer, bias)
+            return self.activation(y) if self.activation else y
+        if self.gate:
+            return run_gated(x, self.layer, self.gate, space, bias, tiles, self.overlap)
         return run(x, self.layer, space, bias, tiles, self.overlap)

@@ -2,19 +2,23 @@
 
     TRITON_INTERPRET=1 python tests/kernels/interpreted.py SEED CASES [FOLDER]
 
-FOLDER holds down.py and up.py to take instead of the project's. Ends with an error at the first wrong number.
+FOLDER holds down.py, up.py and gated.py to take instead of the project's. Ends with an error at the first wrong number.
 """
 
 import importlib.util
 import random
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
-from pgsvd_vllm.kernels.reference import layer_difference
+from pgsvd_vllm.kernels.packed import Gate, PackedLayer
+from pgsvd_vllm.kernels.reference import gated_difference, layer_difference
+from pgsvd_vllm.kernels.sizes import Shard
+from pgsvd_vllm.kernels.tiles import Tile
 
 TOKENS = (0, 1, 2, 3, 5, 8, 16, 17, 33, 67)
 COLUMNS = (16, 24, 40, 64, 96, 100, 129, 256, 300)
@@ -22,7 +26,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def replace_kernels(folder: Path) -> None:
-    for name in ("down", "up"):
+    for name in ("down", "up", "gated"):
         module = f"pgsvd_vllm.kernels.{name}"
         spec = importlib.util.spec_from_file_location(module, folder / f"{name}.py")
         assert spec is not None
@@ -70,26 +74,39 @@ class Layer:
         return layer_difference(x, self.readers, self.ups, self.places, bias, y)
 
 
+def random_tiles(rng: random.Random) -> tuple[Tile, Tile]:
+    blocks = [16, 32, 64]
+    parts = rng.choice([1, 2, 3, 5])
+    return (
+        Tile(rng.choice([16, 32]), rng.choice(blocks), rng.choice(blocks), 4, 2, parts, rng.random() < 0.5),
+        Tile(rng.choice([16, 32]), rng.choice(blocks), rng.choice(blocks), 4, 2, 1, rng.random() < 0.5),
+    )
+
+
+def room(packed: PackedLayer, tokens: int, down: Tile) -> Any:
+    """A workspace that is just large enough, poisoned."""
+    from pgsvd_vllm.kernels.launch import Workspace
+
+    workspace = Workspace(torch.device("cpu"))
+    rows, tiles = len(packed.v), -(-tokens // down.block_m) * -(-len(packed.v) // down.block_out)
+    workspace.partials = poisoned(down.split_k * tokens * rows + 1, dtype=torch.float32)
+    workspace.counters = torch.zeros(tiles + 1, dtype=torch.int32)
+    return workspace
+
+
 def check_one(rng: random.Random) -> None:
     from pgsvd_vllm.kernels import launch
-    from pgsvd_vllm.kernels.tiles import Tile
+    from pgsvd_vllm.kernels.packed import PackedLayer
     from tests.kernels.interpreter import watch
 
     dtype, tokens, columns = rng.choice(DTYPES), rng.choice(TOKENS), rng.choice(COLUMNS)
     layer = Layer(rng, dtype, columns)
-    packed = launch.PackedLayer(layer.readers, layer.ups, layer.places)
+    packed = PackedLayer(layer.readers, layer.ups, layer.places)
     gap = rng.choice([0, 8, 11])
     x = torch.cat([torch.randn(tokens, columns), torch.full((tokens, gap), float("nan"))], 1).to(dtype)[:, :columns]
     bias = torch.randn(sum(layer.outs)).to(dtype) if rng.random() < 0.5 else None
-    swap = rng.random() < 0.5
-    down = Tile(
-        rng.choice([16, 32]), rng.choice([16, 32, 64]), rng.choice([16, 32, 64]), 4, 2, rng.choice([1, 2, 3, 5]), swap
-    )
-    up = Tile(rng.choice([16, 32]), rng.choice([16, 32, 64]), rng.choice([16, 32, 64]), 4, 2, 1, rng.random() < 0.5)
-    workspace = launch.Workspace(torch.device("cpu"))
-    rows, tiles = len(packed.v), -(-tokens // down.block_m) * -(-len(packed.v) // down.block_out)
-    workspace.partials = poisoned(down.split_k * tokens * rows + 1, dtype=torch.float32)
-    workspace.counters = torch.zeros(tiles + 1, dtype=torch.int32)
+    down, up = random_tiles(rng)
+    workspace = room(packed, tokens, down)
     described = f"{dtype}, {tokens} tokens, {columns} columns, ranks {packed.ranks}, outputs {layer.outs}, {down}, {up}"
     before = watch.launches
     try:
@@ -102,6 +119,53 @@ def check_one(rng: random.Random) -> None:
     if wrong:
         raise SystemExit(f"{described}: {wrong}")
     if launches != ((2 if packed.ranks else 1) if tokens else 0):
+        raise SystemExit(f"{described}: {launches} launches")
+    if not torch.equal(y, again) or workspace.counters.any():
+        raise SystemExit(f"{described}: the second run differs, or counters are left")
+
+
+def gated_layer(rng: random.Random, dtype: torch.dtype, columns: int) -> Any:
+    """Two shards of the same outputs, of any form."""
+    from pgsvd_vllm.kernels.tune import RandomLayer
+
+    half = rng.choice([1, 7, 16, 31, 48, 97])
+    shards = []
+    for _ in range(2):
+        kind, rank = rng.choice(["dense", "factors", "pivot", "pivot"]), rng.choice([1, 3, 15, 16, 17, 40])
+        # Sometimes all outputs are pivots, and not all pivots are outputs.
+        own = min(half, rng.choice([rank, rank, rng.randint(1, rank)]))
+        shards.append(Shard(half, None if kind == "dense" else rank, own if kind == "pivot" else None))
+    return RandomLayer(shards, columns, dtype, torch.device("cpu"))
+
+
+def check_gated(rng: random.Random) -> None:
+    """A gate and what it gates."""
+    from pgsvd_vllm.kernels import launch
+    from tests.kernels.interpreter import watch
+
+    dtype, tokens, columns = rng.choice(DTYPES), rng.choice(TOKENS), rng.choice(COLUMNS)
+    layer = gated_layer(rng, dtype, columns)
+    packed = layer.pack()
+    gate = Gate(packed, layer.ups, layer.places)
+    # Gates of all sizes, up to where SiLU's exponential overflows; fp16 would not hold their products.
+    x = (torch.randn(tokens, columns) * rng.choice([0.1, 1, 30, 30 if dtype == torch.float16 else 300])).to(dtype)
+    bias = torch.randn(packed.out).to(dtype) if rng.random() < 0.5 else None
+    down, up = random_tiles(rng)
+    workspace = room(packed, tokens, down)
+    described = (
+        f"gated, {dtype}, {tokens} tokens, {columns} columns, half {gate.half}, ranks {gate.ranks}, {down}, {up}"
+    )
+    before = watch.launches
+    try:
+        y = launch.run_gated(x, packed, gate, workspace, bias, (down, up))
+        launches = watch.launches - before
+        again = launch.run_gated(x, packed, gate, workspace, bias, (down, up))
+    except Exception as error:
+        raise SystemExit(f"{described}: {error}") from error
+    wrong = gated_difference(x, layer.readers, layer.ups, layer.places, bias, y)
+    if wrong:
+        raise SystemExit(f"{described}: {wrong}")
+    if launches != (2 if tokens else 0):
         raise SystemExit(f"{described}: {launches} launches")
     if not torch.equal(y, again) or workspace.counters.any():
         raise SystemExit(f"{described}: the second run differs, or counters are left")
@@ -131,8 +195,8 @@ def main(seed: int, cases: int) -> None:
         empty(self, *shape, **options) if options else poisoned(*shape, dtype=self.dtype)
     )
     rng = random.Random(seed)
-    for _ in range(cases):
-        check_one(rng)
+    for number in range(cases):
+        check_one(rng) if number % 3 else check_gated(rng)
     check_products(rng)
     print(f"{cases} layers")
 

@@ -5,6 +5,8 @@
 Only the question whether there is a GPU is answered otherwise than the truth.
 """
 
+import itertools
+import os
 import sys
 from pathlib import Path
 
@@ -12,12 +14,68 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
+from vllm.config import LoRAConfig, VllmConfig
+from vllm.model_executor.models.llama import LlamaMLP
+from vllm.model_executor.models.qwen2 import Qwen2MLP
 from vllm.platforms import current_platform
 
 from benchmarks.linear_cpu import one_rank
 from pgsvd_vllm.triton_products import TritonProducts
 from tests.kernels.interpreter import prepare, watch
-from tests.serving.test_linear import MIXES, Case, check
+from tests.serving.test_linear import HIDDEN, MIXES, WIDE, Case, check
+
+
+class OtherMLP(LlamaMLP):
+    """Might do something else with the layer's output."""
+
+
+def check_activation() -> int:
+    """MLPs of vLLM whose gate and up layer computes the activation, and such as must keep theirs."""
+    from pgsvd_vllm.activation import take_activations
+    from pgsvd_vllm.kernels.reference import gated_difference
+    from pgsvd_vllm.sharding import pivot_rows
+
+    torch.set_default_dtype(torch.bfloat16)
+    plain, lora = VllmConfig(), VllmConfig()
+    lora.lora_config = LoRAConfig(max_lora_rank=16)
+    taken = 0
+    mixes = [ranks for leaf, ranks in MIXES if leaf == "gate_up_proj"]
+    for number, (kind, bias, ranks) in enumerate(itertools.product((LlamaMLP, Qwen2MLP), (False, True), mixes)):
+        case = Case("gate_up_proj", ranks, bias, torch.bfloat16, prefix=f"mlp{number}")
+        mlp = kind(HIDDEN, WIDE, "silu", prefix=f"plain{number}")
+        mlp.gate_up_proj = case.layer
+        torch.nn.init.normal_(mlp.down_proj.weight, std=0.1)
+        mlp.down_proj.quant_method.process_weights_after_loading(mlp.down_proj)
+        if take_activations(mlp, lora) or take_activations(torch.nn.ModuleList([mlp]), plain) != 1:
+            raise SystemExit(f"{kind.__name__} {ranks}: taken where it must not be, or not taken")
+        case.load().finish()
+        readers, ups, places = [], [], []
+        for kinds in case.tensors.values():
+            reader, up, place = (kinds.get(name) for name in ("weight", "weight_u", "places"))
+            if "pivots" in kinds:
+                reader = kinds["weight_p"]
+                up, place = pivot_rows(kinds["pivots"], kinds["weight_c"], [slice(0, WIDE)])
+            readers.append(kinds["weight_v"] if reader is None else reader)
+            ups.append(up)
+            places.append(place)
+        added = torch.cat([kinds["bias"] for kinds in case.tensors.values()]) if bias else None
+        for tokens in (0, 1, 17, 300):
+            x = torch.randn(tokens, HIDDEN)
+            hidden, _ = mlp.gate_up_proj(x)
+            wrong = gated_difference(x, readers, ups, places, added, hidden)
+            if wrong or not torch.equal(mlp(x), mlp.down_proj(hidden)[0]):
+                raise SystemExit(f"{kind.__name__} {ranks}, {tokens} tokens: {wrong or 'the MLP is another'}")
+        taken += 1
+    other = OtherMLP(HIDDEN, WIDE, "silu", prefix="other")
+    other.gate_up_proj = Case("gate_up_proj", (33, 20), prefix="others").layer
+    if take_activations(other, plain) or isinstance(other.act_fn, torch.nn.Identity):
+        raise SystemExit("the activation of an unknown MLP is taken")
+    os.environ["PGSVD_KERNELS"] = "torch"
+    mlp = LlamaMLP(HIDDEN, WIDE, "silu", prefix="torch")
+    mlp.gate_up_proj = other.gate_up_proj
+    if take_activations(mlp, plain):
+        raise SystemExit("the activation is taken by torch's products")
+    return taken
 
 
 def main() -> None:
@@ -35,6 +93,7 @@ def main() -> None:
                     for tokens in (0, 1, 17, 300):
                         check(case, torch.randn(tokens, case.columns).to(dtype))
                     layers += 1
+        layers += check_activation()
         print(f"{layers} layers, {watch.launches - before} launches")
 
 

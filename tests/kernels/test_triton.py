@@ -16,7 +16,8 @@ from tests.conftest import ROOT
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
-from pgsvd_vllm.kernels.launch import PackedLayer, Workspace, run, run_library  # noqa: E402
+from pgsvd_vllm.kernels.launch import Workspace, run, run_library  # noqa: E402
+from pgsvd_vllm.kernels.packed import PackedLayer  # noqa: E402
 from pgsvd_vllm.kernels.tiles import MOST_TOKENS, down_tile, usual_steps  # noqa: E402
 from pgsvd_vllm.triton_products import TritonProducts  # noqa: E402
 from tests.kernels.interpreted import Layer  # noqa: E402
@@ -48,6 +49,15 @@ MUTANTS = {
         "acc, input_precision",
         "acc.to(tl.bfloat16).to(tl.float32), input_precision",
     ),
+    "the gate's components for both": ("gated", "z_row + z0, z_row + z1", "z_row + z0, z_row + z0"),
+    "the second up factor begins elsewhere": ("gated", "u + n0.to(tl.int64) * r0", "u + n0.to(tl.int64) * r1"),
+    "the gate's places for both": ("gated", "places + half", "places"),
+    "pivots read as rows": ("gated", "known = known & (place[:, None] >= 0)\n        b", "known = known\n        b"),
+    "the wrong component": ("gated", "z_stride - 1 - place2", "z_stride - place2"),
+    "the gate's bias for both": ("gated", "bias + half", "bias"),
+    "a gate without its slope": ("gated", "gate / (1.0 + tl.exp(-gate))", "gate / (1.0 + tl.exp(-other))"),
+    "gated outputs past the last": ("gated", "inside = (m2 < tokens) & (o2 < half)", "inside = m2 < tokens"),
+    "the second product begins late": ("gated", "in_tokens, r1, 0, BLOCK_K", "in_tokens, r1, BLOCK_K, BLOCK_K"),
     "outputs of shards that have none": ("down", "known = place >= 0", "known = place >= -1"),
 }
 
@@ -104,7 +114,7 @@ def test_layers_of_vllm_use_the_kernels_where_there_is_a_gpu() -> None:
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_planted_bug_is_found(name: str, tmp_path: Path) -> None:
     file, right, wrong = MUTANTS[name]
-    for kernel in ("down", "up"):
+    for kernel in ("down", "up", "gated"):
         source = (ROOT / "kernels" / f"{kernel}.py").read_text(encoding="utf-8")
         if kernel == file:
             assert right in source
@@ -121,8 +131,8 @@ def test_machine_code_keeps_within_the_bars(tmp_path: Path) -> None:
     done = script("benchmarks/kernel_resources.py", "--quick", "--json", tmp_path / "rows.json")
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     rows = json.loads((tmp_path / "rows.json").read_text())
-    # On two targets with and without overlap; three tiles, of each a down kernel and up kernels of 1 and 3 shards.
-    assert len(rows) == (5 + 2) * 3 * 3
+    # On two targets with and without overlap; three tiles, each of a down, two up and a gated kernel.
+    assert len(rows) == (5 + 2) * 3 * 4
     assert all(row["registers"] > 0 for row in rows)
 
 
@@ -131,7 +141,7 @@ def test_machine_code_keeps_within_the_bars(tmp_path: Path) -> None:
     ("options", "kernels"),
     [
         # With and without places and bias, two dtypes; else as above.
-        ([], (5 + 2) * 3 * 3 * 2 * 2),
+        ([], (5 + 2) * 3 * 4 * 2 * 2),
         (["--candidates"], None),
     ],
 )

@@ -1,0 +1,144 @@
+"""The weights of a layer as the kernels want them.
+
+Shards may be dense, plain factors or pivot forms, up to three of low rank, of any rank. Low-rank shards come first in
+the stacked matrix that reads x, each padded to whole alignments, so that z has them and nothing else.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+from pgsvd_vllm.kernels.sizes import Sizes
+from pgsvd_vllm.kernels.tiles import ALIGNMENT
+
+MOST_SHARDS = 3
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+class PackedLayer:
+    """The weights of one layer.
+
+    Args, one entry a shard, in the order of the layer's outputs:
+        readers: what reads x: a down factor [r, in], or a dense weight [out, in].
+        ups: what reads the down factor's output, [rows, r]; None for a dense shard.
+        places: of the pivot form int64 [out], where each output is found: i >= 0 is row i of the up
+            product, -1 - j is component j of the down product. None for other shards.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit together, or there are more than MOST_SHARDS low-rank shards.
+    """
+
+    def __init__(
+        self,
+        readers: Sequence[torch.Tensor],
+        ups: Sequence[torch.Tensor | None],
+        places: Sequence[torch.Tensor | None],
+    ) -> None:
+        self.columns = readers[0].shape[1]
+        self.dtype, device = readers[0].dtype, readers[0].device
+        self._check(readers, ups)
+        self.outs = outs = [
+            len(place) if place is not None else len(reader if up is None else up)
+            for reader, up, place in zip(readers, ups, places, strict=True)
+        ]
+        self.out = sum(outs)
+        starts = [sum(outs[:i]) for i in range(len(outs))]
+        # A rank of tensor parallelism may hold nothing but pivot rows of a shard: then there is no up product.
+        low_rank = [i for i, up in enumerate(ups) if up is not None and len(up)]
+        # v, y's columns of its rows; u, y's columns of its rows
+        stacked: list[torch.Tensor] = []
+        own, flat, above = [], [], []
+        self.ranks: list[int] = []
+        self.heights: list[int] = []
+        self.v_starts = [0] * len(readers)
+        for i in [*low_rank, *(i for i in range(len(readers)) if i not in low_rank)]:
+            reader, up, place = readers[i], ups[i], places[i]
+            columns = starts[i] + torch.arange(outs[i], device=device)
+            missing = -len(reader) % ALIGNMENT if i in low_rank else 0
+            self.v_starts[i] = sum(len(part) for part in stacked)
+            stacked.append(F.pad(reader, (0, 0, 0, missing)) if missing else reader)
+            mine = columns.new_full((len(reader) + missing,), -1) if up is not None else columns
+            theirs = columns if place is None or up is None else columns.new_zeros(len(up))
+            if place is not None:
+                mine[-1 - place[place < 0]] = columns[place < 0]
+                theirs[place[place >= 0]] = columns[place >= 0]
+            own.append(mine)
+            if up is not None and i in low_rank:
+                flat.append(F.pad(up, (0, missing)).reshape(-1))
+                above.append(theirs)
+                self.ranks.append(len(reader) + missing)
+                self.heights.append(len(up))
+        self.v = torch.cat(stacked).contiguous()
+        self.u = torch.cat(flat).contiguous() if flat else self.v.new_empty(0)
+        self.z_rows = sum(self.ranks)
+        self.offsets = [starts[i] for i in low_rank]
+        has_own = any(up is None or place is not None for up, place in zip(ups, places, strict=True))
+        self.own_places = torch.cat(own).int() if has_own else None
+        # Rows of v that are outputs of the layer by themselves.
+        self.own_rows = (self.own_places >= 0).nonzero()[:, 0] if self.own_places is not None else None
+        has_pivots = any(places[i] is not None for i in low_rank)
+        self.up_places = torch.cat(above).int() if has_pivots else None
+        # For torch's products: of every up product the columns of y, of y's columns the rows of v.
+        self.up_columns = above if has_pivots else None
+        self.own_columns = self.own_places[self.own_rows].long() if self.own_places is not None else None
+
+    @property
+    def sizes(self) -> Sizes:
+        """What its best tiles depend on."""
+        heights = sum(self.heights)
+        return Sizes(self.columns, len(self.v), heights, len(self.u) // heights if heights else 0)
+
+    def _check(self, readers: Sequence[torch.Tensor], ups: Sequence[torch.Tensor | None]) -> None:
+        low_rank = [(reader, up) for reader, up in zip(readers, ups, strict=True) if up is not None]
+        if len(low_rank) > MOST_SHARDS:
+            raise ValueError(f"{len(low_rank)} low-rank shards; the kernels take up to {MOST_SHARDS}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"{self.dtype}: the kernels take float16, bfloat16 and float32")
+        for tensor in (*readers, *(up for _, up in low_rank)):
+            if tensor.dtype != self.dtype or tensor.ndim != 2:
+                raise ValueError(f"weights of {tensor.dtype} {tuple(tensor.shape)} beside {self.dtype}")
+        if any(reader.shape[1] != self.columns for reader in readers):
+            raise ValueError(f"shards of different inputs: {[reader.shape[1] for reader in readers]}")
+        if any(up.shape[1] != len(reader) for reader, up in low_rank):
+            raise ValueError("an up factor of another rank than its down factor")
+
+
+class Gate:
+    """How a layer of two shards is run for silu(first) * second alone.
+
+    Args:
+        layer: the packed layer.
+        ups, places: as it was made of.
+
+    Attributes:
+        half: outputs.
+        ranks, height: the shards' padded ranks, 0 without an up product; the rows of the first one's.
+        z_rows: rows of the layer's `v` that are wanted in z.
+        starts: where each shard's begin.
+        places: int32 [2, half] as of `gated_kernel`, None where both shards are plain factors.
+
+    Raises:
+        ValueError: the layer has not two shards of the same outputs.
+    """
+
+    def __init__(
+        self, layer: PackedLayer, ups: Sequence[torch.Tensor | None], places: Sequence[torch.Tensor | None]
+    ) -> None:
+        if len(layer.outs) != 2 or layer.outs[0] != layer.outs[1]:
+            raise ValueError(f"shards of {layer.outs} outputs: a gate and what it gates have the same")
+        self.half = layer.outs[0]
+        self.starts = layer.v_starts
+        heights = [0 if up is None else len(up) for up in ups]
+        ranks = iter(layer.ranks)
+        self.ranks = [next(ranks) if height else 0 for height in heights]
+        self.height = heights[0]
+        self.z_rows = layer.z_rows if all(heights) else len(layer.v)
+        # Where an output of each shard is found; a dense shard's are all rows of v.
+        outputs = torch.arange(self.half, device=layer.v.device)
+        found = [
+            -1 - outputs if up is None else outputs if place is None else place
+            for up, place in zip(ups, places, strict=True)
+        ]
+        plain = all(up is not None and place is None for up, place in zip(ups, places, strict=True))
+        self.places = None if plain else torch.stack(found).int()

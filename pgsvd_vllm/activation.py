@@ -1,0 +1,56 @@
+"""SiLU taken over from vLLM's models: a factored gate and up layer computes silu(gate) * up itself, on GPUs.
+
+Only from MLPs whose forward is known to do nothing else with the layer's output than to hand it to `act_fn`, and
+not with LoRA, which adds to that output.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.activation import SiluAndMul
+from vllm.platforms import current_platform
+
+from pgsvd_vllm.linear import PgsvdLinearMethod
+
+# Read in vLLM 0.32; classes derived from them may do something else, and are left alone.
+MODELS = "vllm.model_executor.models"
+KNOWN = {
+    f"{MODELS}.{name}"
+    for name in (
+        *("llama.LlamaMLP", "qwen2.Qwen2MLP", "mistral.MistralMLP", "internlm2.InternLM2MLP", "granite.GraniteMLP"),
+        *("qwen2_moe.Qwen2MoeMLP", "deepseek_v2.DeepseekV2MLP", "solar.SolarMLP", "exaone.ExaoneGatedMLP"),
+    )
+}
+
+
+def take_activations(model: nn.Module, config: VllmConfig) -> int:
+    """Let factored layers compute the activations after them; before their weights are loaded.
+
+    Returns:
+        how many do.
+    """
+    if not current_platform.is_cuda_alike() or config.lora_config is not None:
+        return 0
+    from pgsvd_vllm.triton_products import wants_triton
+
+    taken = 0
+    for module in model.modules() if wants_triton() else ():
+        layer: Any = getattr(module, "gate_up_proj", None)
+        method = getattr(layer, "quant_method", None)
+        known = f"{type(module).__module__}.{type(module).__qualname__}" in KNOWN
+        activation = getattr(module, "act_fn", None)
+        if not known or not isinstance(method, PgsvdLinearMethod) or type(activation) is not SiluAndMul:
+            continue
+        if len(method.shards) == 2:
+            method.activation = _eager(activation)
+            module.act_fn = nn.Identity()
+            taken += 1
+    return taken
+
+
+def _eager(activation: SiluAndMul) -> Callable[[torch.Tensor], torch.Tensor]:
+    """vLLM's kernel, whatever `forward` is while a model is compiled."""
+    return activation.forward_cuda if hasattr(activation, "op") else activation.forward_native
