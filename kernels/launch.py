@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 import triton
+from triton.errors import TritonError
 
 from pgsvd_vllm.kernels.down import down_kernel
 from pgsvd_vllm.kernels.gated import gated_kernel
@@ -10,9 +11,24 @@ from pgsvd_vllm.kernels.packed import MOST_SHARDS, Gate, PackedLayer
 from pgsvd_vllm.kernels.tiles import Steps, Tile, Tiles, usual_tiles
 from pgsvd_vllm.kernels.up import up_kernel
 
+# What Triton raises of a kernel that cannot be compiled, or not be started, on a device.
+REFUSALS = (TritonError, RuntimeError)
+
+
+def room(rows: int, steps: Steps) -> tuple[int, int]:
+    """(partial sums, counters) that the down products of a layer need, with so many rows that read x."""
+    numbers = tiles = 0
+    for step in steps:
+        # The most tokens of a step need the most room.
+        if step.tiles and step.tiles[0].split_k > 1:
+            down, tokens = step.tiles[0], step.most_tokens
+            numbers = max(numbers, down.split_k * tokens * rows)
+            tiles = max(tiles, triton.cdiv(tokens, down.block_m) * triton.cdiv(rows, down.block_out))
+    return numbers, tiles
+
 
 class Workspace:
-    """What split sums need, for all layers of a device, which run one after the other.
+    """What split sums need, for all layers of a stream, which run one after the other.
 
     Attributes:
         partials: float32.
@@ -25,21 +41,14 @@ class Workspace:
         self.partials = torch.empty(1, dtype=torch.float32, device=device)
         self.counters = torch.zeros(1, dtype=torch.int32, device=device)
 
-    def reserve(self, rows: int, steps: Steps) -> None:
-        """Make room for the down products of a layer with so many rows that read x."""
-        numbers = tiles = 1
-        for step in steps:
-            # The most tokens of a step need the most room.
-            if step.tiles and step.tiles[0].split_k > 1:
-                down, tokens = step.tiles[0], step.most_tokens
-                numbers = max(numbers, down.split_k * tokens * rows)
-                tiles = max(tiles, triton.cdiv(tokens, down.block_m) * triton.cdiv(rows, down.block_out))
-        if numbers > len(self.partials) or tiles > len(self.counters):
-            self._outgrown += [self.partials, self.counters]
+    def grow(self, numbers: int, tiles: int) -> None:
+        """Have room for so many partial sums and counters; doubled, or all that is outgrown would be much."""
         if numbers > len(self.partials):
-            self.partials = self.partials.new_empty(numbers)
+            self._outgrown.append(self.partials)
+            self.partials = self.partials.new_empty(max(numbers, 2 * len(self.partials)))
         if tiles > len(self.counters):
-            self.counters = self.counters.new_zeros(tiles)
+            self._outgrown.append(self.counters)
+            self.counters = self.counters.new_zeros(max(tiles, 2 * len(self.counters)))
 
 
 def can_overlap(device: torch.device) -> bool:

@@ -44,7 +44,8 @@ class Table:
 
 def default_path(device: str) -> Path:
     """Where the table of a GPU of a name is kept: in the user's cache."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    # Unlike Path.home, not an error where there is none.
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
     return cache / "pgsvd-vllm" / "kernels" / (re.sub(r"[^A-Za-z0-9.-]+", "_", device) + ".json")
 
 
@@ -89,9 +90,9 @@ def read_table(path: Path) -> Table:
 
 
 def _sizes(row: Mapping[str, Any]) -> Sizes:
-    return Sizes(
-        *(_whole(row[name], 0 if name in ("heights", "rank") else 1, 1 << 31) for name in Sizes.__annotations__)
-    )
+    columns, rows = (_whole(row[name], 1, MOST_SIZE) for name in ("columns", "rows"))
+    heights, rank = (_whole(row[name], 0, MOST_SIZE) for name in ("heights", "rank"))
+    return Sizes(columns, rows, heights, rank)
 
 
 def _steps(rows: list[Mapping[str, Any]]) -> Steps:

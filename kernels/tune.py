@@ -9,9 +9,8 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
-from triton.errors import TritonError
 
-from pgsvd_vllm.kernels.launch import Workspace, run, run_library
+from pgsvd_vllm.kernels.launch import REFUSALS, Workspace, room, run, run_library
 from pgsvd_vllm.kernels.packed import PackedLayer
 from pgsvd_vllm.kernels.reference import layer_difference
 from pgsvd_vllm.kernels.sizes import Shard, Sizes
@@ -56,7 +55,7 @@ class RandomLayer:
 
 
 # Of up to so many tokens, of the down product and of the up products: (block_m, block_out, block_k, warps, stages), and
-# `swap`. None spills registers on sm_80 to sm_100 and gfx942 (benchmarks/kernel_resources.py --candidates).
+# `swap`. With bf16 none spills registers on sm_80 to sm_100 and gfx942 (benchmarks/kernel_resources.py --candidates).
 SHAPES = {
     16: (
         ((16, 16, 128, 4, 4), (16, 16, 256, 4, 3), (16, 32, 64, 4, 5), (16, 32, 128, 4, 3), (16, 32, 256, 4, 3))
@@ -198,10 +197,10 @@ class LayerTuner:
 
     def _time(self, tiles: Tiles, x: torch.Tensor) -> float | None:
         """Seconds, or None of what does not fit the device or is wrong."""
-        self.space.reserve(len(self.layers[0].v), (Step(len(x), tiles),))
+        self.space.grow(*room(len(self.layers[0].v), (Step(len(x), tiles),)))
         try:
             y = run(x, self.layers[0], self.space, tiles=tiles, overlap=self.overlap)
-        except TritonError:
+        except REFUSALS:
             self.refused += 1
             return None
         first = self.first

@@ -4,6 +4,7 @@ Only from MLPs whose forward is known to do nothing else with the layer's output
 not with LoRA, which adds to that output.
 """
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,10 @@ from vllm.config import VllmConfig
 from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.platforms import current_platform
 
+import pgsvd_vllm
 from pgsvd_vllm.linear import PgsvdLinearMethod
+
+logger = logging.getLogger("vllm.pgsvd")
 
 # Read in vLLM 0.32; classes derived from them may do something else, and are left alone.
 MODELS = "vllm.model_executor.models"
@@ -29,10 +33,13 @@ KNOWN = {
 def take_activations(model: nn.Module, config: VllmConfig) -> int:
     """Let factored layers compute the activations after them; before their weights are loaded.
 
+    The model's graph is another one then: `config` gets what vLLM tells stored graphs apart by.
+
     Returns:
         how many do.
     """
-    if not current_platform.is_cuda_alike() or config.lora_config is not None:
+    additional = config.additional_config
+    if not current_platform.is_cuda_alike() or config.lora_config is not None or not isinstance(additional, dict):
         return 0
     from pgsvd_vllm.triton_products import wants_triton
 
@@ -48,6 +55,9 @@ def take_activations(model: nn.Module, config: VllmConfig) -> int:
             method.activation = _eager(activation)
             module.act_fn = nn.Identity()
             taken += 1
+    if taken:
+        additional["pgsvd"] = f"{taken} activations, {pgsvd_vllm.__version__}"
+        logger.info("%d factored layers compute the activation after them", taken)
     return taken
 
 

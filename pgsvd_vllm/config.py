@@ -11,6 +11,9 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from pgsvd_vllm.checkpoint import QUANT_METHOD, FactoredModule, open_checkpoint, parse_modules
 from pgsvd_vllm.linear import PgsvdLinearMethod, Shard
 
+# vLLM puts this before the names of a draft model's layers (speculative decoding), where the table has plain ones.
+DRAFT_PREFIX = "draft_model."
+
 
 @register_quantization_config(QUANT_METHOD)
 class PgsvdConfig(QuantizationConfig):
@@ -63,7 +66,7 @@ class PgsvdConfig(QuantizationConfig):
         """The factored method for a linear layer with at least one factored shard."""
         if not isinstance(layer, LinearBase):
             return None
-        parent, _, leaf = prefix.rpartition(".")
+        parent, _, leaf = prefix.removeprefix(DRAFT_PREFIX).rpartition(".")
         leaves = self.packed_modules_mapping.get(leaf, [leaf])
         names = [f"{parent}.{part}" if parent else part for part in leaves]
         shards = [Shard(name, self.modules.get(name)) for name in names]

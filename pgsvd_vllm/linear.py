@@ -216,6 +216,8 @@ class PgsvdLinearMethod(LinearMethodBase):
         if hasattr(layer, "weight"):
             # Only some of the layer's rows: nothing may take it for the layer's weight.
             del layer.weight
+        # LoRA asks for a layer's device by the names that weights have.
+        layer.weight_packed = torch.empty(0, device=next(layer.parameters(recurse=False)).device)
         # The products hold what they need; on CPU that is packed, elsewhere it may be these tensors themselves.
         for parameter in layer.parameters(recurse=False):
             if parameter is not layer.bias:

@@ -10,7 +10,13 @@ from dataclasses import dataclass
 from pgsvd_vllm.checkpoint import Checkpoint
 from pgsvd_vllm.kernels.sizes import Shard
 
-MERGED = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"), ("w1", "w3"))
+MERGED = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("gate_proj", "up_proj"),
+    ("w1", "w3"),
+    ("c_fc_0", "c_fc_1"),
+)
 # These are cut by inputs, all others by outputs.
 ROW_PARALLEL = ("o_proj", "out_proj", "down_proj", "c_proj", "dense", "dense_4h_to_h", "fc2", "w2", "wo", "proj")
 

@@ -7,16 +7,14 @@ it, the one in the user's cache is read where there is one for this GPU.
 import logging
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
 import torch
-from triton.errors import TritonError
 
 from pgsvd_vllm.errors import InputError
-from pgsvd_vllm.kernels.launch import Workspace, can_overlap, run, run_gated, run_library
+from pgsvd_vllm.kernels.launch import REFUSALS, Workspace, can_overlap, room, run, run_gated, run_library
 from pgsvd_vllm.kernels.packed import MOST_SHARDS, Gate, PackedLayer
 from pgsvd_vllm.kernels.table import Table, default_path, read_table
 from pgsvd_vllm.kernels.tiles import Step, Steps, tiles_for, usual_steps
@@ -26,8 +24,6 @@ __all__ = ["MOST_SHARDS", "TritonProducts", "wants_triton"]
 VARIABLE = "PGSVD_KERNELS"
 CHOICES = ("triton", "torch")
 TABLE_VARIABLE = "PGSVD_KERNEL_TABLE"
-# Streams of a device that may run layers at the same time: those of loading, of captured graphs, of shared experts.
-STREAMS = 4
 
 logger = logging.getLogger("vllm.pgsvd")
 
@@ -59,7 +55,7 @@ def _table(device: str, chosen: str | None) -> Table | None:
         InputError: the chosen file cannot be used.
     """
     path = Path(chosen) if chosen else default_path(device)
-    if not chosen and not path.exists():
+    if not chosen and not os.path.exists(path):  # unlike Path.exists, also where nothing may be read
         return None
     try:
         table = read_table(path)
@@ -68,6 +64,8 @@ def _table(device: str, chosen: str | None) -> Table | None:
             raise InputError(f"{TABLE_VARIABLE}: {error}") from None
         logger.warning("%s; the usual tiles are taken", error)
         return None
+    if table.device != device:
+        logger.warning("%s is of another GPU, %s", path, table.device)
     logger.info("Tiles of %d layers from %s", len(table.layers), path)
     return table
 
@@ -77,21 +75,37 @@ class Workspaces:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        # Made beforehand: within a captured graph it would be the graph that clears the counters, or does not.
-        self.all = [Workspace(device) for _ in range(STREAMS)]
         self.of: dict[int, Workspace] = {}
+        self.room = (0, 0)
 
     def reserve(self, rows: int, steps: Steps) -> None:
-        """As of Workspace."""
-        for space in self.all:
-            space.reserve(rows, steps)
+        """Make room for a layer, on all streams, those to come as well."""
+        numbers, tiles = room(rows, steps)
+        self.room = max(self.room[0], numbers), max(self.room[1], tiles)
+        for space in self.of.values():
+            space.grow(*self.room)
 
     def here(self) -> Workspace | None:
-        """The current stream's, None for a stream too many."""
-        stream = torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else 0
-        if stream not in self.of and len(self.of) < STREAMS:
-            self.of[stream] = self.all[len(self.of)]
-        return self.of.get(stream)
+        """The current stream's."""
+        if self.device.type != "cuda":
+            return self.of_stream(0, capturing=False)
+        stream = torch.cuda.current_stream(self.device).cuda_stream
+        # Asked only where it matters.
+        return self.of.get(stream) or self.of_stream(stream, torch.cuda.is_current_stream_capturing())
+
+    def of_stream(self, stream: int, capturing: bool) -> Workspace | None:
+        """The workspace of a stream, made where there is none.
+
+        Not while a graph is captured: that graph alone would clear the counters. vLLM runs a model on the stream
+        before it captures there.
+        """
+        if stream not in self.of and capturing:
+            logger.warning("A stream is captured on which no layer has run before: torch's products are taken")
+            return None
+        if stream not in self.of:
+            self.of[stream] = Workspace(self.device)
+            self.of[stream].grow(*self.room)
+        return self.of[stream]
 
 
 _workspaces: dict[torch.device, Workspaces] = {}
@@ -135,7 +149,7 @@ class TritonProducts:
             try:
                 self._take(measured, has_bias)
                 return
-            except TritonError as error:
+            except REFUSALS as error:
                 # Made with another Triton, or for another GPU.
                 logger.warning("%s: tiles of the table cannot be compiled (%s)", self.layer.sizes, error)
         self._take(usual_steps(len(self.layer.v), self.layer.columns, self.amd), has_bias)
@@ -150,9 +164,9 @@ class TritonProducts:
         # Measured without the activation, which takes twice the registers: that keeps its usual tiles.
         usual = usual_steps(len(self.layer.v), self.layer.columns, self.amd)
         found = []
-        for step in steps:
-            own = tiles_for(usual, step.most_tokens)
-            found.append(replace(step, tiles=(step.tiles[0], own[1])) if step.tiles and own else step)
+        for most in sorted({step.most_tokens for step in (*steps, *usual)}):
+            tiles, own = tiles_for(steps, most), tiles_for(usual, most)
+            found.append(Step(most, (tiles[0], own[1]) if tiles and own else None))
         return tuple(found)
 
     def _take(self, steps: Steps, has_bias: bool) -> None:

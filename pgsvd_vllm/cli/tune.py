@@ -4,6 +4,7 @@ vllm serve reads the table from the user's cache, or from the file that PGSVD_KE
 """
 
 import argparse
+import os
 import sys
 import time
 from pathlib import Path
@@ -106,7 +107,7 @@ def _tune(kinds: dict[Sizes, LayerSizes], output: Path | None) -> int:
 
 def _table(path: Path, device: str) -> Table:
     """The table to add to: the file's, where there is one."""
-    if not path.exists():
+    if not os.path.exists(path):
         return Table(device)
     try:
         table = read_table(path)

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -75,12 +76,16 @@ def truncated(weight: torch.Tensor, rank: int) -> Factors:
     return (u[:, :rank] * root).to(weight.dtype).contiguous(), (root[:, None] * vh[:rank]).to(weight.dtype)
 
 
-@torch.no_grad()
 def transformers_greedy(folder: Path, prompts: Sequence[list[int]], new_tokens: int) -> list[list[int]]:
     """Greedy tokens of transformers in float32; the prompts have one length, so nothing is padded."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return greedy_of(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), prompts, new_tokens)
+
+
+@torch.no_grad()
+def greedy_of(model: Any, prompts: Sequence[list[int]], new_tokens: int) -> list[list[int]]:
+    """The same of a loaded model."""
     ids = torch.tensor(prompts)
     # Not stopping at the end token, as ignore_eos in vLLM.
     model.generation_config.eos_token_id = None

@@ -29,6 +29,10 @@ PROMPT_TOKENS = 11
 NEW_TOKENS = 48
 
 
+# Prompts as token ids; sampling parameters; for each prompt the folder of a LoRA adapter or "", if there are any.
+Job = tuple[Sequence[list[int]], dict[str, Any]] | tuple[Sequence[list[int]], dict[str, Any], Sequence[str]]
+
+
 @dataclass(frozen=True)
 class Answer:
     """What an engine said to one prompt.
@@ -68,13 +72,13 @@ def equal_length_prompts(folder: Path, length: int = PROMPT_TOKENS) -> list[list
 
 def try_engine(
     model: Path,
-    jobs: Sequence[tuple[Sequence[list[int]], dict[str, Any]]],
+    jobs: Sequence[Job],
     *,
     environment: dict[str, str] | None = None,
     timeout: float = 400,
     **options: Any,
 ) -> EngineRun:
-    """Start an engine, run (prompts, sampling parameters) jobs, and say how it went.
+    """Start an engine, run jobs, and say how it went.
 
     Args:
         model: folder of the model.
@@ -121,9 +125,7 @@ def try_engine(
     return EngineRun(process.returncode, log, rows)
 
 
-def run_engine(
-    model: Path, jobs: Sequence[tuple[Sequence[list[int]], dict[str, Any]]], **options: Any
-) -> list[list[Answer]]:
+def run_engine(model: Path, jobs: Sequence[Job], **options: Any) -> list[list[Answer]]:
     """`try_engine` for an engine that must work; the answers of each job."""
     done = try_engine(model, jobs, **options)
     assert done.returncode == 0, f"the engine ended with {done.returncode}:\n{done.log[-6000:]}"
@@ -138,13 +140,23 @@ def tokens(answers: Sequence[Answer]) -> list[list[int]]:
 def main(request: Path, response: Path) -> None:
     """The engine's side."""
     from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
 
     wanted = json.loads(request.read_text(encoding="utf-8"))
     llm = LLM(**wanted["engine"])
     answers = []
-    for prompts, sampling in wanted["jobs"]:
+    known: dict[str, LoRARequest] = {}
+    for prompts, sampling, *adapters in wanted["jobs"]:
+        loras = []
+        for path in adapters[0] if adapters else [""] * len(prompts):
+            if path and path not in known:
+                known[path] = LoRARequest(path, len(known) + 1, path)
+            loras.append(known.get(path))
         outputs = llm.generate(
-            [{"prompt_token_ids": ids} for ids in prompts], SamplingParams(**sampling), use_tqdm=False
+            [{"prompt_token_ids": ids} for ids in prompts],
+            SamplingParams(**sampling),
+            use_tqdm=False,
+            lora_request=loras if any(loras) else None,
         )
         answers.append(
             [

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
@@ -59,15 +60,27 @@ def check_activation() -> int:
             ups.append(up)
             places.append(place)
         added = torch.cat([kinds["bias"] for kinds in case.tensors.values()]) if bias else None
-        for tokens in (0, 1, 17, 300):
+        if not case.layer.quant_method.opaque:
+            raise SystemExit("the layer is not called through the op")
+        for tokens, launches in ((0, 0), (1, 2), (17, 2), (300, 0)):
             x = torch.randn(tokens, HIDDEN)
+            earlier = watch.launches
             hidden, _ = mlp.gate_up_proj(x)
+            if watch.launches - earlier != launches:
+                raise SystemExit(f"{kind.__name__} {ranks}, {tokens} tokens: {watch.launches - earlier} launches")
+            with FakeTensorMode(allow_non_fake_inputs=True):
+                traced, _ = mlp.gate_up_proj(torch.empty(tokens, HIDDEN))
+            if traced.shape != hidden.shape:
+                raise SystemExit(f"traced as {tuple(traced.shape)}, computed as {tuple(hidden.shape)}")
             wrong = gated_difference(x, readers, ups, places, added, hidden)
             if wrong or not torch.equal(mlp(x), mlp.down_proj(hidden)[0]):
                 raise SystemExit(f"{kind.__name__} {ranks}, {tokens} tokens: {wrong or 'the MLP is another'}")
         taken += 1
     other = OtherMLP(HIDDEN, WIDE, "silu", prefix="other")
     other.gate_up_proj = Case("gate_up_proj", (33, 20), prefix="others").layer
+    # What vLLM tells stored graphs apart by.
+    if "activations" not in str(plain.additional_config) or lora.additional_config:
+        raise SystemExit(f"additional_config: {plain.additional_config}, {lora.additional_config}")
     if take_activations(other, plain) or isinstance(other.act_fn, torch.nn.Identity):
         raise SystemExit("the activation of an unknown MLP is taken")
     os.environ["PGSVD_KERNELS"] = "torch"
@@ -90,8 +103,11 @@ def main() -> None:
                     case = Case(leaf, ranks, bias, dtype).load().finish()
                     if not isinstance(case.layer.pgsvd_gemms, TritonProducts):
                         raise SystemExit(f"{leaf} {ranks}: {type(case.layer.pgsvd_gemms).__name__}")
-                    for tokens in (0, 1, 17, 300):
+                    for tokens, launched in ((0, False), (1, True), (17, True), (300, False)):
+                        earlier = watch.launches
                         check(case, torch.randn(tokens, case.columns).to(dtype))
+                        if watch.launches - earlier != (2 if launched else 0):
+                            raise SystemExit(f"{leaf} {ranks}, {tokens} tokens: {watch.launches - earlier} launches")
                     layers += 1
         layers += check_activation()
         print(f"{layers} layers, {watch.launches - before} launches")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.functional import silu
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
@@ -105,16 +106,19 @@ def check_search() -> Any:
 
 def check_table(folder: Path, tuner: Any, step: Any) -> None:
     """A layer of the measured sizes takes the table's tiles, computes what it should; another one the usual."""
-    from pgsvd_vllm.kernels.sizes import Shard
+    from pgsvd_vllm.kernels.reference import gated_difference, layer_difference
+    from pgsvd_vllm.kernels.sizes import Shard, sizes_of
     from pgsvd_vllm.kernels.table import Table, write_table
-    from pgsvd_vllm.kernels.tiles import Step, usual_steps
+    from pgsvd_vllm.kernels.tiles import Step, Tile, tiles_for, up_tile, usual_steps
     from pgsvd_vllm.kernels.tune import RandomLayer
     from pgsvd_vllm.triton_products import TritonProducts
-    from tests.kernels.interpreted import layer_difference
 
     path = folder / "table.json"
     steps = (step, Step(16, None))
-    write_table(Table("cpu", {tuner.sizes: steps}), path)
+    gated = (Shard(40, 17), Shard(40, 16, 16))
+    tiles = Tile(16, 16, 64, 4, 2, 4), Tile(16, 64, 64, 4, 2)
+    both = {tuner.sizes: steps, sizes_of(gated, 640): (Step(1, tiles), Step(64, None), Step(256, tiles))}
+    write_table(Table("cpu", both), path)
     os.environ["PGSVD_KERNEL_TABLE"] = str(path)
     similar = (Shard(48, 17), Shard(40, 16, 16), Shard(22))
     for shards, wanted in ((similar, steps), ((Shard(48, 17),), usual_steps(32, 640))):
@@ -125,6 +129,15 @@ def check_table(folder: Path, tuner: Any, step: Any) -> None:
             x = torch.randn(tokens, 640).bfloat16()
             wrong = layer_difference(x, layer.readers, layer.ups, layer.places, None, products(x))
             expect(wrong, "", f"{tokens} tokens")
+    # With the activation the up tile is the usual one, at every number of tokens.
+    layer = RandomLayer(gated, 640, torch.bfloat16, CPU)
+    products = TritonProducts(layer.readers, layer.ups, layer.places, True, lambda y: silu(y[:, :40]) * y[:, 40:])
+    for tokens in (1, 5, 40, 70, 256):
+        wanted = (tiles[0], up_tile(tokens)) if tokens in (1, 70, 256) else None
+        expect(tiles_for(products.steps, tokens), wanted, f"a gate's tiles for {tokens} tokens")
+        x = torch.randn(tokens, 640).bfloat16()
+        wrong = gated_difference(x, layer.readers, layer.ups, layer.places, None, products(x))
+        expect(wrong, "", f"a gate, {tokens} tokens")
 
 
 def main(folder: Path) -> None:

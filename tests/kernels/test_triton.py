@@ -16,10 +16,10 @@ from tests.conftest import ROOT
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
-from pgsvd_vllm.kernels.launch import Workspace, run, run_library  # noqa: E402
+from pgsvd_vllm.kernels.launch import Workspace, room, run, run_library  # noqa: E402
 from pgsvd_vllm.kernels.packed import PackedLayer  # noqa: E402
 from pgsvd_vllm.kernels.tiles import MOST_TOKENS, down_tile, usual_steps  # noqa: E402
-from pgsvd_vllm.triton_products import TritonProducts  # noqa: E402
+from pgsvd_vllm.triton_products import TritonProducts, Workspaces  # noqa: E402
 from tests.kernels.interpreted import Layer  # noqa: E402
 
 # (file, what it says, what a bug would say)
@@ -245,11 +245,34 @@ def test_a_chosen_table_that_cannot_be_used_is_refused(monkeypatch: pytest.Monke
         TritonProducts(*weights)
 
 
+def test_every_stream_has_its_own_workspace() -> None:
+    spaces = Workspaces(torch.device("cpu"))
+    spaces.reserve(640, usual_steps(640, 2048))
+    first = spaces.of_stream(1, capturing=False)
+    assert first is not None
+    assert (len(first.partials), len(first.counters)) >= room(640, usual_steps(640, 2048))
+    # Nothing is made while a graph is captured; what was made before is taken.
+    assert spaces.of_stream(2, capturing=True) is None
+    second = spaces.of_stream(2, capturing=False)
+    assert second is not None
+    assert second is not first
+    assert spaces.of_stream(2, capturing=True) is second
+    # Larger layers find room on all of them; what a captured graph may still write stays.
+    before = first.partials
+    spaces.reserve(6400, usual_steps(6400, 2048))
+    numbers, tiles = room(6400, usual_steps(6400, 2048))
+    for space in (first, second):
+        assert len(space.partials) >= numbers
+        assert len(space.counters) >= tiles
+        assert not space.counters.any()
+    assert any(kept is before for kept in first._outgrown)
+
+
 @pytest.mark.parametrize(("rows", "columns"), [(16, 576), (640, 2048), (3696, 4096), (11008, 4096), (2816, 11008)])
 def test_the_workspace_has_room_for_every_number_of_tokens(rows: int, columns: int) -> None:
     space = Workspace(torch.device("cpu"))
-    space.reserve(16, usual_steps(16, 16))
-    space.reserve(rows, usual_steps(rows, columns))
+    space.grow(*room(16, usual_steps(16, 16)))
+    space.grow(*room(rows, usual_steps(rows, columns)))
     for tokens in range(1, MOST_TOKENS + 1):
         tile = down_tile(tokens, rows, columns)
         # A part without columns would be a program for nothing.

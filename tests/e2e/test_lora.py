@@ -1,0 +1,102 @@
+"""LoRA adapters on a compressed model: a real engine against transformers with the same adapters added."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.e2e.checkpoints import PROJECTIONS, greedy_of, transformers_greedy
+from tests.e2e.engine import NEW_TOKENS, greedy, run_engine, tokens
+
+RANK, ALPHA = 8, 16
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[list[int]]:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(2, 258, (6, 9), generator=generator).tolist()
+
+
+def load(folder: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def write_adapter(model: Any, folder: Path, seed: int) -> Path:
+    """An adapter as PEFT saves it, on every projection, strong enough to change what is said."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] in PROJECTIONS:
+            a = torch.randn(RANK, module.in_features, generator=generator) / module.in_features**0.5
+            b = torch.randn(module.out_features, RANK, generator=generator) * 0.1
+            tensors |= {f"base_model.model.{name}.lora_A.weight": a, f"base_model.model.{name}.lora_B.weight": b}
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA, "target_modules": list(PROJECTIONS), "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def adapted(model: Any, adapter: Path) -> Any:
+    """The model, every projection's output plus the adapter's."""
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    for name, module in model.named_modules():
+        a = tensors.get(f"base_model.model.{name}.lora_A.weight")
+        if a is not None:
+            b = tensors[f"base_model.model.{name}.lora_B.weight"] * (ALPHA / RANK)
+            module.register_forward_hook(lambda _m, x, y, a=a, b=b: y + x[0] @ a.T @ b.T)
+    return model
+
+
+@pytest.fixture(scope="module")
+def expected(
+    tiny_compressed: Path, prompts: list[list[int]], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, list[list[int]]]:
+    """Two adapters' folders, and "" for none -> transformers' answers."""
+    base, folder = load(tiny_compressed), tmp_path_factory.mktemp("adapters")
+    adapters = [write_adapter(base, folder / name, seed) for seed, name in enumerate(("first", "second"), 10)]
+    said = {str(path): greedy_of(adapted(load(tiny_compressed), path), prompts, NEW_TOKENS) for path in adapters}
+    said[""] = transformers_greedy(tiny_compressed, prompts, NEW_TOKENS)
+    # The adapters say something else than the base and than each other, everywhere.
+    for i in range(len(prompts)):
+        assert len({tuple(answers[i]) for answers in said.values()}) == 3
+    return said
+
+
+def test_two_adapters_and_the_base_in_one_batch(
+    tiny_compressed: Path, prompts: list[list[int]], expected: dict[str, list[list[int]]]
+) -> None:
+    first, second, _ = expected
+    # Each prompt meets the base and both adapters, in batches that mix them.
+    rounds = [[first, second, ""] * 2, [second, "", first] * 2, ["", first, second] * 2]
+    answers = run_engine(
+        tiny_compressed,
+        [(prompts, greedy(), chosen) for chosen in rounds],
+        enable_lora=True,
+        # One more than there are: vLLM 0.32 on CPU gives requests without an adapter that of the last slot.
+        max_loras=3,
+        max_lora_rank=RANK,
+    )
+    for chosen, answer in zip(rounds, answers, strict=True):
+        assert tokens(answer) == [expected[adapter][i] for i, adapter in enumerate(chosen)]
+
+
+def test_adapters_take_turns_in_one_slot(
+    tiny_compressed: Path, prompts: list[list[int]], expected: dict[str, list[list[int]]]
+) -> None:
+    first, second, _ = expected
+    turns = [first, second, first]
+    answers = run_engine(
+        tiny_compressed,
+        [(prompts, greedy(), [adapter] * len(prompts)) for adapter in turns],
+        enable_lora=True,
+        max_loras=1,
+        max_cpu_loras=2,
+        max_lora_rank=RANK,
+    )
+    assert [tokens(answer) for answer in answers] == [expected[adapter] for adapter in turns]
