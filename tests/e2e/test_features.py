@@ -1,0 +1,88 @@
+"""What else vLLM's engine can do, on a factored model: against the plain engine's or the dense model's tokens."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.e2e.engine import NEW_TOKENS, greedy, run_engine, tokens
+
+two_cores = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two workers need two cores")
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[list[int]]:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(2, 258, (8, 40), generator=generator).tolist()
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_compressed: Path, prompts: list[list[int]]) -> list[list[int]]:
+    return tokens(run_engine(tiny_compressed, [(prompts, greedy())])[0])
+
+
+@pytest.fixture(scope="module")
+def dense(tiny_model: Path, prompts: list[list[int]]) -> list[list[int]]:
+    return tokens(run_engine(tiny_model, [(prompts, greedy())], load_format="auto")[0])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param(
+            # The second job finds its prompts' beginnings cached, and prompts are read in pieces of 16 tokens.
+            {"enable_prefix_caching": True, "max_num_batched_tokens": 16, "max_num_seqs": 8},
+            id="prefix caching, chunked prefill",
+        ),
+        pytest.param(
+            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}},
+            id="guessing from the prompt",
+        ),
+        pytest.param({"quantization": "pgsvd"}, id="quantization given"),
+    ],
+)
+def test_options_that_change_no_token(
+    options: dict[str, Any], tiny_compressed: Path, prompts: list[list[int]], plain: list[list[int]]
+) -> None:
+    answers = run_engine(tiny_compressed, [(prompts, greedy()), (prompts, greedy())], **options)
+    assert [tokens(answer) for answer in answers] == [plain, plain]
+
+
+def test_a_compressed_draft_changes_no_token_of_its_dense_parent(
+    tiny_model: Path, tiny_compressed: Path, prompts: list[list[int]], dense: list[list[int]]
+) -> None:
+    config = {"model": str(tiny_compressed), "num_speculative_tokens": 3}
+    answers = run_engine(tiny_model, [(prompts, greedy())], load_format="auto", speculative_config=config)
+    assert tokens(answers[0]) == dense
+
+
+def test_a_compressed_model_with_itself_as_draft(
+    tiny_compressed: Path, prompts: list[list[int]], plain: list[list[int]]
+) -> None:
+    config = {"model": str(tiny_compressed), "num_speculative_tokens": 3}
+    assert tokens(run_engine(tiny_compressed, [(prompts, greedy())], speculative_config=config)[0]) == plain
+
+
+@two_cores
+def test_two_pipeline_stages(
+    tiny_compressed: Path, prompts: list[list[int]], plain: list[list[int]], tmp_path: Path
+) -> None:
+    first, second, *_ = sorted(os.sched_getaffinity(0))
+    answers = run_engine(
+        tiny_compressed,
+        [(prompts, greedy())],
+        pipeline_parallel_size=2,
+        # vLLM 0.32 on CPU has no second stage without the warm-up that compiling brings, dense models neither.
+        enforce_eager=False,
+        environment={"VLLM_CPU_OMP_THREADS_BIND": f"{first}|{second}", "VLLM_CACHE_ROOT": str(tmp_path)},
+    )
+    assert tokens(answers[0]) == plain
+    assert {len(answer) for answer in plain} == {NEW_TOKENS}
+
+
+def test_dummy_weights_make_an_engine(tiny_compressed: Path, prompts: list[list[int]]) -> None:
+    """To try out sizes before a checkpoint is there."""
+    answers = run_engine(tiny_compressed, [(prompts, greedy())], load_format="dummy")
+    assert {len(answer) for answer in tokens(answers[0])} == {NEW_TOKENS}
