@@ -83,6 +83,11 @@ class PackedLayer:
         self.up_columns = above if has_pivots else None
         self.own_columns = self.own_places[self.own_rows].long() if self.own_places is not None else None
 
+    def tensors(self) -> list[torch.Tensor]:
+        """All that launches and torch's products read, in a fixed order."""
+        found = [self.v, self.u, self.own_places, self.own_rows, self.up_places, self.own_columns]
+        return [tensor for tensor in (*found, *(self.up_columns or [])) if tensor is not None]
+
     @property
     def sizes(self) -> Sizes:
         """What its best tiles depend on."""

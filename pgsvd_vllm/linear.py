@@ -212,7 +212,14 @@ class PgsvdLinearMethod(LinearMethodBase):
         """Check that every shard arrived, then pack the products; the originals are released."""
         if not self.is_dummy:
             self.check_complete()
-        layer.pgsvd_gemms = self._pack(layer)
+        before, packed = getattr(layer, "pgsvd_gemms", None), self._pack(layer)
+        if hasattr(before, "refill"):  # loaded again, while captured graphs hold the first weights
+            try:
+                before.refill(packed)
+            except ValueError as error:
+                raise CheckpointError(f"layer {self.layer_name}: {error}") from None
+        else:
+            layer.pgsvd_gemms = packed
         if hasattr(layer, "weight"):
             # Only some of the layer's rows: nothing may take it for the layer's weight.
             del layer.weight

@@ -180,6 +180,25 @@ class TritonProducts:
                 if has_bias:
                     self(x, self.layer.v.new_zeros(self.layer.out))
 
+    def refill(self, other: "TritonProducts") -> None:
+        """Take another layer's weights, where captured graphs look for them.
+
+        Raises:
+            ValueError: it has other sizes.
+        """
+        mine, theirs = self._tensors(), other._tensors()
+        if [tensor.shape for tensor in mine] != [tensor.shape for tensor in theirs]:
+            raise ValueError("the new weights have other ranks or pivots than the old ones; restart the engine")
+        for old, new in zip(mine, theirs, strict=True):
+            old.copy_(new)
+        # Sleep of level 2 loses all that was allocated at load.
+        for space in self.workspaces.of.values():
+            space.counters.zero_()
+
+    def _tensors(self) -> list[torch.Tensor]:
+        places = [self.gate.places] if self.gate and self.gate.places is not None else []
+        return [*self.layer.tensors(), *places]
+
     def __call__(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x [tokens, in] -> [tokens, out], or half of it after the activation."""
         tiles = tiles_for(self.steps, len(x))

@@ -74,6 +74,7 @@ def try_engine(
     model: Path,
     jobs: Sequence[Job],
     *,
+    reload: Path | None = None,
     environment: dict[str, str] | None = None,
     timeout: float = 400,
     **options: Any,
@@ -83,6 +84,7 @@ def try_engine(
     Args:
         model: folder of the model.
         jobs: each is handed to `LLM.generate` as one batch.
+        reload: folder whose weights the engine takes over then, to run all jobs once more.
         environment: on top of this process's.
         timeout: seconds until the engine's process group is ended.
         options: of `vllm.LLM`, over the defaults here.
@@ -99,7 +101,8 @@ def try_engine(
     }
     with tempfile.TemporaryDirectory() as scratch:
         request, response = Path(scratch) / "request.json", Path(scratch) / "response.json"
-        request.write_text(json.dumps({"engine": engine, "jobs": list(jobs)}), encoding="utf-8")
+        wanted = {"engine": engine, "jobs": list(jobs), "reload": str(reload or "")}
+        request.write_text(json.dumps(wanted), encoding="utf-8")
         process = subprocess.Popen(
             [sys.executable, __file__, str(request), str(response)],
             stdout=subprocess.PIPE,
@@ -146,7 +149,10 @@ def main(request: Path, response: Path) -> None:
     llm = LLM(**wanted["engine"])
     answers = []
     known: dict[str, LoRARequest] = {}
-    for prompts, sampling, *adapters in wanted["jobs"]:
+    jobs = wanted["jobs"]
+    for number, (prompts, sampling, *adapters) in enumerate(jobs * 2 if wanted["reload"] else jobs):
+        if number == len(jobs):
+            llm.collective_rpc("reload_weights", kwargs={"weights_path": wanted["reload"]})
         loras = []
         for path in adapters[0] if adapters else [""] * len(prompts):
             if path and path not in known:

@@ -1,11 +1,13 @@
 """What else vLLM's engine can do, on a factored model: against the plain engine's or the dense model's tokens."""
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.e2e.engine import NEW_TOKENS, greedy, run_engine, tokens
 
@@ -86,3 +88,20 @@ def test_dummy_weights_make_an_engine(tiny_compressed: Path, prompts: list[list[
     """To try out sizes before a checkpoint is there."""
     answers = run_engine(tiny_compressed, [(prompts, greedy())], load_format="dummy")
     assert {len(answer) for answer in tokens(answers[0])} == {NEW_TOKENS}
+
+
+def test_weights_are_loaded_again_into_a_running_engine(
+    tiny_compressed: Path, prompts: list[list[int]], plain: list[list[int]], tmp_path: Path
+) -> None:
+    other = Path(shutil.copytree(tiny_compressed, tmp_path / "other"))
+    (path,) = other.glob("*.safetensors")
+    torch.manual_seed(0)
+    weights = {
+        name: tensor * (1 + 0.3 * torch.randn(())) if tensor.is_floating_point() else tensor
+        for name, tensor in load_file(path).items()
+    }
+    save_file(weights, path, metadata={"format": "pt"})
+    expected = tokens(run_engine(other, [(prompts, greedy())])[0])
+    assert expected != plain
+    answers = run_engine(tiny_compressed, [(prompts, greedy())], reload=other)
+    assert [tokens(answer) for answer in answers] == [plain, expected]

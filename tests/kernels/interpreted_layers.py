@@ -30,6 +30,33 @@ class OtherMLP(LlamaMLP):
     """Might do something else with the layer's output."""
 
 
+def check_reload() -> None:
+    """Other weights arrive where the first ones lie, as captured graphs need it; other ranks are refused."""
+    for leaf, ranks in MIXES[:5]:
+        first, second = (Case(leaf, ranks, False, torch.bfloat16, prefix=name) for name in ("first", "second"))
+        first.load().finish()
+        for part, kinds in second.tensors.items():
+            for kind, tensor in kinds.items():
+                second.tensors[part][kind] = tensor if kind == "pivots" else 1.5 * tensor
+        second.load().finish()
+        products = first.layer.pgsvd_gemms
+        at = [tensor.data_ptr() for tensor in products._tensors()]
+        products.refill(second.layer.pgsvd_gemms)
+        if at != [tensor.data_ptr() for tensor in products._tensors()]:
+            raise SystemExit("the weights have moved")
+        first.tensors = second.tensors
+        for tokens in (1, 17, 300):
+            check(first, torch.randn(tokens, first.columns).bfloat16())
+    other = Case("gate_up_proj", (12, "p50"), False, torch.bfloat16, prefix="smaller").load().finish()
+    try:
+        products.refill(other.layer.pgsvd_gemms)
+    except ValueError as error:
+        if "other ranks or pivots" not in str(error):
+            raise
+    else:
+        raise SystemExit("weights of another rank are taken")
+
+
 def check_activation() -> int:
     """MLPs of vLLM whose gate and up layer computes the activation, and such as must keep theirs."""
     from pgsvd_vllm.activation import take_activations
@@ -109,6 +136,7 @@ def main() -> None:
                         if watch.launches - earlier != (2 if launched else 0):
                             raise SystemExit(f"{leaf} {ranks}, {tokens} tokens: {watch.launches - earlier} launches")
                     layers += 1
+        check_reload()
         layers += check_activation()
         print(f"{layers} layers, {watch.launches - before} launches")
 
