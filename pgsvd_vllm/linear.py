@@ -212,7 +212,8 @@ class PgsvdLinearMethod(LinearMethodBase):
         """Check that every shard arrived, then pack the products; the originals are released."""
         if not self.is_dummy:
             self.check_complete()
-        before, packed = getattr(layer, "pgsvd_gemms", None), self._pack(layer)
+        before: Any = getattr(layer, "pgsvd_gemms", None)
+        packed = self._pack(layer)
         if hasattr(before, "refill"):  # loaded again, while captured graphs hold the first weights
             try:
                 before.refill(packed)
