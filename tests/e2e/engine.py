@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ PROMPTS = (
     "In the year 1969 two astronauts walked on the surface of",
     "A good recipe for bread needs only flour, salt, yeast, water and",
 )
+# In place of sampling parameters.
+EMBED = {"embed": True}
 PROMPT_TOKENS = 11
 NEW_TOKENS = 48
 
@@ -39,11 +41,13 @@ class Answer:
 
     Attributes:
         tokens: the new token ids.
+        vector: what EMBED asks for, of an engine of runner "pooling".
         logprobs: per step, token id -> log probability of the engine's top tokens; empty if not asked for.
     """
 
     tokens: list[int]
     logprobs: list[dict[int, float]]
+    vector: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -122,7 +126,14 @@ def try_engine(
             return EngineRun(process.returncode, log, [])
         answers = json.loads(response.read_text(encoding="utf-8"))
     rows = [
-        [Answer(a["tokens"], [{int(k): v for k, v in step.items()} for step in a["logprobs"]]) for a in job]
+        [
+            Answer(
+                a["tokens"],
+                [{int(k): v for k, v in step.items()} for step in a["logprobs"]],
+                a.get("vector", []),
+            )
+            for a in job
+        ]
         for job in answers
     ]
     return EngineRun(process.returncode, log, rows)
@@ -158,6 +169,10 @@ def main(request: Path, response: Path) -> None:
             if path and path not in known:
                 known[path] = LoRARequest(path, len(known) + 1, path)
             loras.append(known.get(path))
+        if sampling == EMBED:
+            embedded = llm.embed([{"prompt_token_ids": ids} for ids in prompts], use_tqdm=False)
+            answers.append([{"tokens": [], "logprobs": [], "vector": one.outputs.embedding} for one in embedded])
+            continue
         outputs = llm.generate(
             [{"prompt_token_ids": ids} for ids in prompts],
             SamplingParams(**sampling),

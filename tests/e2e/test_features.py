@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.e2e.engine import NEW_TOKENS, greedy, run_engine, tokens
+from tests.e2e.engine import EMBED, NEW_TOKENS, greedy, run_engine, tokens
+from tests.features import DOCUMENT, marked
 
 two_cores = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two workers need two cores")
 
@@ -36,13 +37,19 @@ def dense(tiny_model: Path, prompts: list[list[int]]) -> list[list[int]]:
         pytest.param(
             # The second job finds its prompts' beginnings cached, and prompts are read in pieces of 16 tokens.
             {"enable_prefix_caching": True, "max_num_batched_tokens": 16, "max_num_seqs": 8},
-            id="prefix caching, chunked prefill",
+            id="prefix caching",
+            marks=pytest.mark.feature("prefix caching, chunked prefill"),
         ),
         pytest.param(
             {"speculative_config": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}},
             id="guessing from the prompt",
+            marks=pytest.mark.feature("speculative decoding: guesses from the prompt"),
         ),
-        pytest.param({"quantization": "pgsvd"}, id="quantization given"),
+        pytest.param(
+            {"quantization": "pgsvd"},
+            id="quantization given",
+            marks=pytest.mark.feature("--quantization pgsvd, though config.json says it"),
+        ),
     ],
 )
 def test_options_that_change_no_token(
@@ -52,6 +59,7 @@ def test_options_that_change_no_token(
     assert [tokens(answer) for answer in answers] == [plain, plain]
 
 
+@pytest.mark.feature("speculative decoding: draft of its dense parent")
 def test_a_compressed_draft_changes_no_token_of_its_dense_parent(
     tiny_model: Path, tiny_compressed: Path, prompts: list[list[int]], dense: list[list[int]]
 ) -> None:
@@ -60,6 +68,7 @@ def test_a_compressed_draft_changes_no_token_of_its_dense_parent(
     assert tokens(answers[0]) == dense
 
 
+@pytest.mark.feature("speculative decoding: factored target and draft")
 def test_a_compressed_model_with_itself_as_draft(
     tiny_compressed: Path, prompts: list[list[int]], plain: list[list[int]]
 ) -> None:
@@ -67,6 +76,7 @@ def test_a_compressed_model_with_itself_as_draft(
     assert tokens(run_engine(tiny_compressed, [(prompts, greedy())], speculative_config=config)[0]) == plain
 
 
+@pytest.mark.feature("pipeline parallelism, 2 stages")
 @two_cores
 def test_two_pipeline_stages(
     tiny_compressed: Path, prompts: list[list[int]], plain: list[list[int]], tmp_path: Path
@@ -84,12 +94,14 @@ def test_two_pipeline_stages(
     assert {len(answer) for answer in plain} == {NEW_TOKENS}
 
 
+@pytest.mark.feature("--load-format dummy")
 def test_dummy_weights_make_an_engine(tiny_compressed: Path, prompts: list[list[int]]) -> None:
     """To try out sizes before a checkpoint is there."""
     answers = run_engine(tiny_compressed, [(prompts, greedy())], load_format="dummy")
     assert {len(answer) for answer in tokens(answers[0])} == {NEW_TOKENS}
 
 
+@pytest.mark.feature("weights loaded again into a running engine")
 def test_weights_are_loaded_again_into_a_running_engine(
     tiny_compressed: Path, prompts: list[list[int]], plain: list[list[int]], tmp_path: Path
 ) -> None:
@@ -105,3 +117,25 @@ def test_weights_are_loaded_again_into_a_running_engine(
     assert expected != plain
     answers = run_engine(tiny_compressed, [(prompts, greedy())], reload=other)
     assert [tokens(answer) for answer in answers] == [plain, expected]
+
+
+@pytest.mark.feature("embeddings (--runner pooling)")
+def test_embeddings_are_those_of_transformers(tiny_compressed: Path, prompts: list[list[int]]) -> None:
+    from transformers import AutoModel
+
+    import pgsvd_vllm.hf  # noqa: F401  (registers the format)
+
+    with torch.no_grad():
+        model = AutoModel.from_pretrained(tiny_compressed, dtype=torch.float32).eval()
+        last = model(torch.tensor(prompts)).last_hidden_state[:, -1]
+    (answers,) = run_engine(tiny_compressed, [(prompts, EMBED)], runner="pooling", convert="embed")
+    found = torch.tensor([answer.vector for answer in answers])
+    torch.testing.assert_close(found, torch.nn.functional.normalize(last, dim=-1), atol=2e-5, rtol=0)
+
+
+def test_the_document_names_every_feature_and_its_test() -> None:
+    rows = [line for line in DOCUMENT.read_text(encoding="utf-8").splitlines() if line.startswith("| ")][1:]
+    found = {tuple(cell.strip(" `") for cell in row.strip("|").split("|")) for row in rows}
+    assert found == {(feature, name.partition("/")[2], "passed") for name, feature in marked().items()}, (
+        "run: python tests/features.py"
+    )

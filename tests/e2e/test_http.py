@@ -1,6 +1,7 @@
 """`vllm serve DIR --load-format pgsvd` over HTTP, as a client sees it."""
 
 import json
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -58,6 +59,7 @@ def test_the_plugins_loader_was_used(server: Server) -> None:
     assert "load_format=pgsvd" in log
 
 
+@pytest.mark.feature("OpenAI server: completions")
 def test_greedy_text_is_that_of_transformers(client: openai.OpenAI, server: Server, smollm2_compressed: Path) -> None:
     prompts = equal_length_prompts(smollm2_compressed)[:4]
     tokenizer = AutoTokenizer.from_pretrained(smollm2_compressed)
@@ -71,6 +73,7 @@ def test_greedy_text_is_that_of_transformers(client: openai.OpenAI, server: Serv
         assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (len(prompt), 16)
 
 
+@pytest.mark.feature("log probabilities")
 def test_logprobs_are_of_the_chosen_tokens(client: openai.OpenAI, server: Server) -> None:
     answer = client.completions.create(
         model=server.model,
@@ -92,6 +95,7 @@ def test_logprobs_are_of_the_chosen_tokens(client: openai.OpenAI, server: Server
         assert top[token] == own == max(top.values())
 
 
+@pytest.mark.feature("several choices a request (n)")
 def test_two_choices_are_sampled_independently(client: openai.OpenAI, server: Server) -> None:
     answer = client.completions.create(
         model=server.model, prompt=PROMPTS[3], max_tokens=24, temperature=1.0, n=2, seed=11
@@ -116,6 +120,22 @@ def test_stop_ends_the_text_before_the_stop_string(client: openai.OpenAI, server
     assert answer.choices[0].text == whole[: whole.index(word)]
 
 
+@pytest.mark.feature("structured output")
+def test_structured_output_follows_its_grammar(client: openai.OpenAI, server: Server) -> None:
+    def ask(**structured: object) -> str:
+        answer = client.completions.create(
+            model=server.model,
+            prompt="Is Paris the capital of France? Answer:",
+            max_tokens=48,
+            temperature=0,
+            extra_body={"structured_outputs": structured},
+        )
+        return answer.choices[0].text
+
+    assert ask(choice=["certainly", "hardly"]) in ("certainly", "hardly")
+    assert re.fullmatch("(yes|no), [0-9]{2} times", ask(regex="(yes|no), [0-9]{2} times"))
+
+
 def test_a_seed_makes_sampling_reproducible(client: openai.OpenAI, server: Server) -> None:
     def sample(seed: int) -> str:
         answer = client.completions.create(
@@ -127,6 +147,7 @@ def test_a_seed_makes_sampling_reproducible(client: openai.OpenAI, server: Serve
     assert sample(5) != sample(6)
 
 
+@pytest.mark.feature("chat, streaming")
 def test_chat_streams_what_it_answers_at_once(client: openai.OpenAI, server: Server) -> None:
     messages: list[openai.types.chat.ChatCompletionMessageParam] = [
         {"role": "user", "content": "What is the capital of France?"}
@@ -157,6 +178,7 @@ def test_plain_http_stream_is_well_formed(server: Server) -> None:
     assert events[-1]["choices"][0]["finish_reason"] == "length"
 
 
+@pytest.mark.feature("continuous batching")
 def test_concurrent_answers_equal_sequential_ones(client: openai.OpenAI, server: Server) -> None:
     """32 requests of different lengths at once: more than one batch shape, no answer lost or mixed up."""
     prompts = [f"{prompt} {'indeed ' * (i // len(PROMPTS))}".strip() for i, prompt in enumerate(PROMPTS * 4)]

@@ -68,6 +68,7 @@ def expected(
     return said
 
 
+@pytest.mark.feature("LoRA: two adapters and the base in one batch")
 def test_two_adapters_and_the_base_in_one_batch(
     tiny_compressed: Path, prompts: list[list[int]], expected: dict[str, list[list[int]]]
 ) -> None:
@@ -86,6 +87,7 @@ def test_two_adapters_and_the_base_in_one_batch(
         assert tokens(answer) == [expected[adapter][i] for i, adapter in enumerate(chosen)]
 
 
+@pytest.mark.feature("LoRA: adapters exchanged")
 def test_adapters_take_turns_in_one_slot(
     tiny_compressed: Path, prompts: list[list[int]], expected: dict[str, list[list[int]]]
 ) -> None:

@@ -152,6 +152,7 @@ def tiny_eager(tiny_compressed: Path, tiny_prompts: list[list[int]]) -> list[lis
     return tokens(run_engine(tiny_compressed, [(tiny_prompts, greedy())])[0])
 
 
+@pytest.mark.feature("torch.compile")
 def test_compiled_tokens_equal_eager_ones(
     tiny_compressed: Path, tiny_prompts: list[list[int]], tiny_eager: list[list[int]], tmp_path: Path
 ) -> None:
@@ -168,6 +169,7 @@ def test_compiled_tokens_equal_eager_ones(
     assert tokens(done.answers[0]) == tiny_eager
 
 
+@pytest.mark.feature("tensor parallelism, 2 workers")
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two workers need two cores")
 def test_two_ranks_give_the_tokens_of_one(
     tiny_compressed: Path, tiny_prompts: list[list[int]], tiny_eager: list[list[int]]

@@ -1,0 +1,94 @@
+"""Writes docs/vllm-features.md from the tests that are marked as showing a feature.
+
+python tests/features.py        # runs them, some minutes
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENT = ROOT / "docs" / "vllm-features.md"
+HEAD = """# vLLM's features on a factored model
+
+Written by `python tests/features.py` from a run of the tests it names, on vLLM {version} (CPU): real engines
+and servers, whose tokens are compared with transformers' or the plain engine's.
+
+| feature | test | |
+|---|---|---|
+"""
+# What no test shows.
+REMARKS = """
+- Data parallelism, several nodes: vLLM's own (`--data-parallel-size`, its Ray backend). Nothing of a factored
+  model is in their way, and nothing of it was run.
+- Sleep: level 1 keeps all weights; after level 2 load them again (`reload_weights`). Neither was run: they need a GPU.
+- LoRA in vLLM 0.32 on CPU: a request without an adapter, in a batch with others, gets the adapter of the last
+  slot. Give `--max-loras` one more than there are.
+- Pipeline stages in vLLM 0.32 on CPU: not with `--enforce-eager`, dense models neither.
+- Mixtures: experts stay dense.
+"""
+
+
+class Features:
+    """Collects what marked tests show, as a plugin of pytest.
+
+    Attributes:
+        tests: node id -> feature.
+        outcomes: node id -> passed, failed or skipped.
+    """
+
+    def __init__(self) -> None:
+        self.tests: dict[str, str] = {}
+        self.outcomes: dict[str, str] = {}
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        for item in items:
+            for mark in item.iter_markers("feature"):
+                self.tests[item.nodeid] = mark.args[0]
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call" or report.outcome != "passed":
+            self.outcomes[report.nodeid] = report.outcome
+
+    def rows(self) -> list[str]:
+        """The document's table."""
+        return [
+            f"| {feature} | `{name.partition('/')[2]}` | {self.outcomes.get(name, 'not run')} |"
+            for name, feature in sorted(self.tests.items(), key=lambda row: row[1].lower())
+        ]
+
+
+def main() -> int:
+    """Run the marked tests, and write the document if they pass."""
+    from vllm import __version__
+
+    features = Features()
+    status = pytest.main(["-m", "feature", "-q", str(ROOT / "tests")], plugins=[features])
+    if status == 0:
+        text = HEAD.format(version=__version__) + "\n".join(features.rows()) + "\n" + REMARKS
+        DOCUMENT.write_text(text, encoding="utf-8")
+    return int(status)
+
+
+def marked() -> dict[str, str]:
+    """Node id -> feature of all marked tests, collected in a process of its own."""
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import json, pytest; from tests.features import Features;"
+        "found = Features();"
+        "status = pytest.main(['--collect-only', '-qq', '-m', 'feature', 'tests'], plugins=[found]);"
+        "print(); print(json.dumps(found.tests)); sys.exit(status)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(ROOT)], capture_output=True, text=True, cwd=ROOT, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    sys.exit(main())
