@@ -205,14 +205,14 @@ def sizes(form: str, ratio: float) -> tuple[float, float]:
     return 1 - saved / (dense + head), 1 - saved / (dense + attention)
 
 
-def measure(form: str, ratio: float, rounds: int, log: Path) -> Iterator[dict[str, Any]]:
-    """One row a batch size of decode, one of prefill, one of memory."""
+def measure(form: str, ratio: float, rounds: int, log: Path, **options: Any) -> Iterator[dict[str, Any]]:
+    """One row a batch size of decode, one of prefill, one of memory; `options` are vLLM's, besides the usual ones."""
     byte_ratio, flop_ratio = sizes(form, ratio)
     with ExitStack() as stack:
         engines = []
         for folder in (random_model.folder(), random_model.folder(form, ratio)):
             file = log.with_name(f"{log.stem}-{folder.name}.log")
-            engines.append(stack.enter_context(Engine(folder, file, engine_options())))
+            engines.append(stack.enter_context(Engine(folder, file, engine_options() | options)))
         for engine in engines:
             check(engine)
         name = f"{form} {ratio:.0%}"
