@@ -57,6 +57,13 @@ def rank_for(out: int, columns: int, removed: float) -> int:
     return int((1 - removed) * out * columns / (out + columns)) // ALIGNMENT * ALIGNMENT
 
 
+def shards_of(name: str, removed: float, pivots: bool = False) -> list[Shard]:
+    """A layer's shards, as plain factors or with all pivot rows."""
+    outs, columns = LAYERS[name]
+    ranks = [rank_for(out, columns, removed) for out in outs]
+    return [Shard(out, rank, rank if pivots else None) for out, rank in zip(outs, ranks, strict=True)]
+
+
 def correctness(device: torch.device, overlap: bool, count: int) -> Iterator[Row]:
     """Random layers against float64, with the tiles that serving uses."""
     rng = random.Random(0)
@@ -112,9 +119,8 @@ class Stack:
                 for _ in range(copies)
             ]
             return
-        shards = [Shard(out, rank) for out, rank in zip(outs, ranks, strict=True)]
         for _ in range(copies):
-            layer = RandomLayer(shards, columns, torch.bfloat16, device)
+            layer = RandomLayer(shards_of(name, removed), columns, torch.bfloat16, device)
             self.packed.append(layer.pack())
             if name == "gate_up":
                 self.gates.append(Gate(self.packed[-1], layer.ups, layer.places))
@@ -126,10 +132,8 @@ def real_layers(device: torch.device, overlap: bool) -> Iterator[Row]:
     """Layers of Llama-2-7B at 40 %, against float64, and repeated: the same to the bit however the programs end."""
     space = Workspace(device)
     for name, pivots in itertools.product(LAYERS, (False, True)):
-        outs, columns = LAYERS[name]
-        ranks = [rank_for(out, columns, 0.4) for out in outs]
-        shards = [Shard(out, rank, rank if pivots else None) for out, rank in zip(outs, ranks, strict=True)]
-        layer = RandomLayer(shards, columns, torch.bfloat16, device)
+        columns = LAYERS[name][1]
+        layer = RandomLayer(shards_of(name, 0.4, pivots), columns, torch.bfloat16, device)
         packed = layer.pack()
         rows = len(packed.v)
         space.grow(*room(rows, usual_steps(rows, columns)))
@@ -200,9 +204,7 @@ def speed(device: torch.device, overlap: bool, tokens_of: tuple[int, ...]) -> It
 def tuned(device: torch.device, overlap: bool) -> Iterator[Row]:
     """What `pgsvd-vllm tune` would find for two layers."""
     for name in ("qkv", "down"):
-        outs, columns = LAYERS[name]
-        shards = [Shard(out, rank_for(out, columns, 0.4)) for out in outs]
-        tuner = LayerTuner(shards, columns, torch.bfloat16, device, overlap)
+        tuner = LayerTuner(shards_of(name, 0.4), LAYERS[name][1], torch.bfloat16, device, overlap)
         for tokens in (1, 64):
             try:
                 found = tuner.step(tokens)

@@ -59,6 +59,16 @@ class EngineRun:
     answers: list[list[Answer]]
 
 
+def one_core_each() -> dict[str, str]:
+    """The environment of two workers on one machine; skips the test where there are not two cores."""
+    import pytest
+
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < 2:
+        pytest.skip("two workers need two cores")
+    return {"VLLM_CPU_OMP_THREADS_BIND": f"{cores[0]}|{cores[1]}"}
+
+
 def greedy(max_tokens: int = NEW_TOKENS, **more: Any) -> dict[str, Any]:
     """Sampling parameters of a greedy job that never stops early."""
     return {"temperature": 0.0, "max_tokens": max_tokens, "ignore_eos": True, **more}

@@ -1,6 +1,5 @@
 """What else vLLM's engine can do, on a factored model: against the plain engine's or the dense model's tokens."""
 
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,10 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.e2e.engine import EMBED, NEW_TOKENS, greedy, run_engine, tokens
+from tests.e2e.engine import EMBED, NEW_TOKENS, greedy, one_core_each, run_engine, tokens
 from tests.features import DOCUMENT, marked
-
-two_cores = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two workers need two cores")
 
 
 @pytest.fixture(scope="module")
@@ -77,18 +74,16 @@ def test_a_compressed_model_with_itself_as_draft(
 
 
 @pytest.mark.feature("pipeline parallelism, 2 stages")
-@two_cores
 def test_two_pipeline_stages(
     tiny_compressed: Path, prompts: list[list[int]], plain: list[list[int]], tmp_path: Path
 ) -> None:
-    first, second, *_ = sorted(os.sched_getaffinity(0))
     answers = run_engine(
         tiny_compressed,
         [(prompts, greedy())],
         pipeline_parallel_size=2,
         # vLLM 0.32 on CPU has no second stage without the warm-up that compiling brings, dense models neither.
         enforce_eager=False,
-        environment={"VLLM_CPU_OMP_THREADS_BIND": f"{first}|{second}", "VLLM_CACHE_ROOT": str(tmp_path)},
+        environment={**one_core_each(), "VLLM_CACHE_ROOT": str(tmp_path)},
     )
     assert tokens(answers[0]) == plain
     assert {len(answer) for answer in plain} == {NEW_TOKENS}

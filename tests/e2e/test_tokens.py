@@ -1,6 +1,5 @@
 """vLLM's tokens on real engines: against the dense model, against transformers, compiled, on two ranks."""
 
-import os
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,16 @@ from tests.e2e.checkpoints import (
     truncated,
     write_checkpoint,
 )
-from tests.e2e.engine import NEW_TOKENS, Answer, equal_length_prompts, greedy, run_engine, tokens, try_engine
+from tests.e2e.engine import (
+    NEW_TOKENS,
+    Answer,
+    equal_length_prompts,
+    greedy,
+    one_core_each,
+    run_engine,
+    tokens,
+    try_engine,
+)
 
 TOP = 5
 
@@ -170,15 +178,13 @@ def test_compiled_tokens_equal_eager_ones(
 
 
 @pytest.mark.feature("tensor parallelism, 2 workers")
-@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two workers need two cores")
 def test_two_ranks_give_the_tokens_of_one(
     tiny_compressed: Path, tiny_prompts: list[list[int]], tiny_eager: list[list[int]]
 ) -> None:
-    first, second, *_ = sorted(os.sched_getaffinity(0))
     answers = run_engine(
         tiny_compressed,
         [(tiny_prompts, greedy())],
         tensor_parallel_size=2,
-        environment={"VLLM_CPU_OMP_THREADS_BIND": f"{first}|{second}"},
+        environment=one_core_each(),
     )
     assert tokens(answers[0]) == tiny_eager
