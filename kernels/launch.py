@@ -1,5 +1,7 @@
 """A whole layer in two launches, or by torch's products."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -11,6 +13,8 @@ from pgsvd_vllm.kernels.packed import MOST_SHARDS, Gate, PackedLayer
 from pgsvd_vllm.kernels.tiles import Steps, Tile, Tiles, usual_tiles
 from pgsvd_vllm.kernels.up import up_kernel
 
+# What lies between a layer's products on several GPUs: z of this one [tokens, sum of widths] -> of all.
+Exchange = Callable[[torch.Tensor], torch.Tensor]
 # What Triton raises of a kernel that cannot be compiled, or not be started, on a device.
 REFUSALS = (TritonError, RuntimeError)
 
@@ -63,6 +67,7 @@ def run(
     bias: torch.Tensor | None = None,
     tiles: Tiles | None = None,
     overlap: bool = False,
+    exchange: Exchange | None = None,
 ) -> torch.Tensor:
     """The layer's outputs.
 
@@ -71,6 +76,7 @@ def run(
         bias: [out] or None.
         tiles: other than the usual ones.
         overlap: start the up product's loads of weights while the down product ends; see `can_overlap`.
+        exchange: what lies between the products, where the layer was packed for that.
 
     Returns:
         [tokens, out] in x's dtype.
@@ -85,11 +91,15 @@ def run(
     down, up = tiles or _usual(len(x), layer)
     z = x.new_empty(len(x), layer.z_rows)
     _launch_down(x, layer, workspace, z, y, layer.own_places, bias, down, overlap)
-    if not layer.ranks:
-        return y
+    if exchange is not None:
+        overlap = False  # with another kernel in between
+        z = exchange(z)
+        _place_pivots(z, y, layer, bias)
     above = layer.up_places
     empty = [0] * (MOST_SHARDS - len(layer.ranks))
     blocks = sum(triton.cdiv(height, up.block_out) for height in layer.heights)
+    if not blocks:
+        return y
     up_kernel[blocks, triton.cdiv(len(x), up.block_m)](
         *(z, layer.u, y, z if above is None else above, z if bias is None else bias),
         *(len(x), z.stride(0), y.stride(0), *layer.heights, *empty, *layer.ranks, *empty, *layer.offsets, *empty),
@@ -200,18 +210,30 @@ def _launch_down(
     )
 
 
-def run_library(x: torch.Tensor, layer: PackedLayer, bias: torch.Tensor | None = None) -> torch.Tensor:
+def _place_pivots(z: torch.Tensor, y: torch.Tensor, layer: PackedLayer, bias: torch.Tensor | None) -> None:
+    """The outputs that are components of an exchanged z."""
+    if layer.pivots is None or layer.pivot_columns is None:
+        return
+    part = z.index_select(1, layer.pivots)
+    y.index_copy_(1, layer.pivot_columns, part if bias is None else part.add_(bias[layer.pivot_columns]))
+
+
+def run_library(
+    x: torch.Tensor, layer: PackedLayer, bias: torch.Tensor | None = None, exchange: Exchange | None = None
+) -> torch.Tensor:
     """As `run`, by torch's products: for many tokens, and to compare with.
 
     Args:
         x: [tokens, in].
         bias: [out] or None.
+        exchange: as of `run`.
     """
     s = F.linear(x, layer.v)
     y = x.new_empty(len(x), layer.out)
+    whole = s if exchange is None else exchange(s[:, : layer.z_rows])
     read = written = 0
     for i, (rank, height, offset) in enumerate(zip(layer.ranks, layer.heights, layer.offsets, strict=True)):
-        z, u = s[:, read : read + rank], layer.u[written : written + height * rank].view(height, rank)
+        z, u = whole[:, read : read + rank], layer.u[written : written + height * rank].view(height, rank)
         if layer.up_columns is None:
             torch.mm(z, u.T, out=y[:, offset : offset + height])
         else:
@@ -219,4 +241,5 @@ def run_library(x: torch.Tensor, layer: PackedLayer, bias: torch.Tensor | None =
         read, written = read + rank, written + height * rank
     if layer.own_rows is not None and layer.own_columns is not None:
         y.index_copy_(1, layer.own_columns, s.index_select(1, layer.own_rows))
+    _place_pivots(whole, y, layer, None)
     return y if bias is None else y.add_(bias)

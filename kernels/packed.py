@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
+from pgsvd_vllm.kernels.blocks import columns_of, spread
 from pgsvd_vllm.kernels.sizes import Sizes
 from pgsvd_vllm.kernels.tiles import ALIGNMENT
 
@@ -25,6 +26,11 @@ class PackedLayer:
         places: of the pivot form int64 [out], where each output is found: i >= 0 is row i of the up
             product, -1 - j is component j of the down product. None for other shards.
 
+    and of the whole layer:
+        blocks: of the down factors' rows each reader has one [ceil(r / blocks), in]; what lies between the
+            products puts them together.
+        exchanged: z is only whole once what lies between the products has seen it.
+
     Raises:
         ValueError: shapes or dtypes do not fit together, or there are more than MOST_SHARDS low-rank shards.
     """
@@ -34,9 +40,12 @@ class PackedLayer:
         readers: Sequence[torch.Tensor],
         ups: Sequence[torch.Tensor | None],
         places: Sequence[torch.Tensor | None],
+        blocks: int = 1,
+        exchanged: bool = False,
     ) -> None:
         self.columns = readers[0].shape[1]
         self.dtype, device = readers[0].dtype, readers[0].device
+        self.blocks = blocks
         self._check(readers, ups)
         self.outs = outs = [
             len(place) if place is not None else len(reader if up is None else up)
@@ -45,10 +54,12 @@ class PackedLayer:
         self.out = sum(outs)
         starts = [sum(outs[:i]) for i in range(len(outs))]
         # A rank of tensor parallelism may hold nothing but pivot rows of a shard: then there is no up product.
-        low_rank = [i for i, up in enumerate(ups) if up is not None and len(up)]
-        # v, y's columns of its rows; u, y's columns of its rows
+        low_rank = [i for i, up in enumerate(ups) if up is not None and (len(up) or exchanged)]
+        # v, y's columns of its rows; u, y's columns of its rows; of an exchanged z the pivots, y's columns of them
         stacked: list[torch.Tensor] = []
         own, flat, above = [], [], []
+        pivots, pivot_columns = [], []
+        self.widths: list[int] = []
         self.ranks: list[int] = []
         self.heights: list[int] = []
         self.v_starts = [0] * len(readers)
@@ -61,19 +72,25 @@ class PackedLayer:
             mine = columns.new_full((len(reader) + missing,), -1) if up is not None else columns
             theirs = columns if place is None or up is None else columns.new_zeros(len(up))
             if place is not None:
-                mine[-1 - place[place < 0]] = columns[place < 0]
+                components, outputs = -1 - place[place < 0], columns[place < 0]
+                if exchanged:
+                    pivots.append(sum(self.ranks) + columns_of(components, len(reader), missing))
+                    pivot_columns.append(outputs)
+                else:
+                    mine[components] = outputs
                 theirs[place[place >= 0]] = columns[place >= 0]
             own.append(mine)
             if up is not None and i in low_rank:
-                flat.append(F.pad(up, (0, missing)).reshape(-1))
+                flat.append(spread(up, blocks, len(reader), missing).reshape(-1))
                 above.append(theirs)
-                self.ranks.append(len(reader) + missing)
+                self.widths.append(len(reader) + missing)
+                self.ranks.append(blocks * self.widths[-1])
                 self.heights.append(len(up))
         self.v = torch.cat(stacked).contiguous()
         self.u = torch.cat(flat).contiguous() if flat else self.v.new_empty(0)
-        self.z_rows = sum(self.ranks)
+        self.z_rows = sum(self.widths)
         self.offsets = [starts[i] for i in low_rank]
-        has_own = any(up is None or place is not None for up, place in zip(ups, places, strict=True))
+        has_own = any(up is None for up in ups) or (not exchanged and any(place is not None for place in places))
         self.own_places = torch.cat(own).int() if has_own else None
         # Rows of v that are outputs of the layer by themselves.
         self.own_rows = (self.own_places >= 0).nonzero()[:, 0] if self.own_places is not None else None
@@ -81,11 +98,14 @@ class PackedLayer:
         self.up_places = torch.cat(above).int() if has_pivots else None
         # For torch's products: of every up product the columns of y, of y's columns the rows of v.
         self.up_columns = above if has_pivots else None
+        self.pivots = torch.cat(pivots) if pivots else None
+        self.pivot_columns = torch.cat(pivot_columns) if pivots else None
         self.own_columns = self.own_places[self.own_rows].long() if self.own_places is not None else None
 
     def tensors(self) -> list[torch.Tensor]:
         """All that launches and torch's products read, in a fixed order."""
         found = [self.v, self.u, self.own_places, self.own_rows, self.up_places, self.own_columns]
+        found += [self.pivots, self.pivot_columns]
         return [tensor for tensor in (*found, *(self.up_columns or [])) if tensor is not None]
 
     @property
@@ -105,7 +125,7 @@ class PackedLayer:
                 raise ValueError(f"weights of {tensor.dtype} {tuple(tensor.shape)} beside {self.dtype}")
         if any(reader.shape[1] != self.columns for reader in readers):
             raise ValueError(f"shards of different inputs: {[reader.shape[1] for reader in readers]}")
-        if any(up.shape[1] != len(reader) for reader, up in low_rank):
+        if any(-(-up.shape[1] // self.blocks) != len(reader) for reader, up in low_rank):
             raise ValueError("an up factor of another rank than its down factor")
 
 

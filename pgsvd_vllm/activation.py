@@ -16,6 +16,7 @@ from vllm.platforms import current_platform
 
 import pgsvd_vllm
 from pgsvd_vllm.linear import PgsvdLinearMethod
+from pgsvd_vllm.sharding import Cut
 
 logger = logging.getLogger("vllm.pgsvd")
 
@@ -51,7 +52,7 @@ def take_activations(model: nn.Module, config: VllmConfig) -> int:
         activation = getattr(module, "act_fn", None)
         if not known or not isinstance(method, PgsvdLinearMethod) or type(activation) is not SiluAndMul:
             continue
-        if len(method.shards) == 2:
+        if len(method.shards) == 2 and method.cut is Cut.PLAIN:
             method.activation = _eager(activation)
             module.act_fn = nn.Identity()
             taken += 1

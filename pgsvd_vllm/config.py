@@ -10,6 +10,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 
 from pgsvd_vllm.checkpoint import QUANT_METHOD, FactoredModule, open_checkpoint, parse_modules
 from pgsvd_vllm.linear import PgsvdLinearMethod, Shard
+from pgsvd_vllm.sharding import Traffic, collective_bytes
 
 # vLLM puts this before the names of a draft model's layers (speculative decoding), where the table has plain ones.
 DRAFT_PREFIX = "draft_model."
@@ -26,6 +27,7 @@ class PgsvdConfig(QuantizationConfig):
     def __init__(self, modules: dict[str, FactoredModule]) -> None:
         super().__init__()
         self.modules = modules
+        self.traffic = Traffic(collective_bytes())
 
     def __repr__(self) -> str:
         return f"PgsvdConfig({len(self.modules)} factored modules)"
@@ -72,4 +74,4 @@ class PgsvdConfig(QuantizationConfig):
         shards = [Shard(name, self.modules.get(name)) for name in names]
         if all(shard.module is None for shard in shards):
             return UnquantizedLinearMethod()
-        return PgsvdLinearMethod(shards)
+        return PgsvdLinearMethod(shards, self.traffic)

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from vllm.config import CompilationMode, get_current_vllm_config
 from vllm.forward_context import get_forward_context, is_forward_context_available
-from vllm.model_executor.layers.linear import LinearMethodBase
+from vllm.model_executor.layers.linear import LinearMethodBase, RowParallelLinear
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import (
     LayerNameType,
@@ -28,8 +28,9 @@ from vllm.utils.torch_utils import (
 
 from pgsvd_vllm.checkpoint import FactoredModule, check_pivots
 from pgsvd_vllm.errors import CheckpointError
+from pgsvd_vllm.exchange import SummedInside, joined
 from pgsvd_vllm.products import FactoredGemms
-from pgsvd_vllm.sharding import copy_checked, input_columns, output_rows, pivot_rows, take_rows
+from pgsvd_vllm.sharding import Cut, Traffic, copy_checked, input_columns, output_rows, pivot_rows, rank_rows, take_rows
 
 SHARD_INDEX = {"q": 0, "k": 1, "v": 2}
 # The kinds of tensors that have the layer's inputs as columns.
@@ -60,14 +61,20 @@ class PgsvdLinearMethod(LinearMethodBase):
     Args:
         shards: the checkpoint modules of the layer, in the order of its output partitions; a
             module that is fused in the checkpoint stands alone for all partitions.
+        traffic: of the model's layers before this one, under tensor parallelism.
 
     Attributes:
+        cut: what ranks of tensor parallelism exchange inside the layer, once it has weights.
+        nbytes: of the weights on this rank, once they are packed.
         activation: what turns the outputs of both shards into half as many, where the layer computes that
             as well.
     """
 
-    def __init__(self, shards: list[Shard]) -> None:
+    def __init__(self, shards: list[Shard], traffic: Traffic) -> None:
         self.shards = shards
+        self.traffic = traffic
+        self.cut = Cut.PLAIN
+        self.nbytes = 0
         self.activation: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     def create_weights(
@@ -105,6 +112,12 @@ class PgsvdLinearMethod(LinearMethodBase):
             for size, replicas in zip(self.sizes, self.replicas, strict=True)
         ]
         self.in_here = input_size_per_partition
+        config = get_current_vllm_config()
+        self.workers = layer.tp_size
+        if layer.tp_size > 1:
+            self.cut = self._choose_cut(layer, cut_by_rows, params_dtype, config.lora_config is not None)
+        # Outputs that this rank computes.
+        self.rows_here = [size // self.workers for size in self.sizes] if self.cut is Cut.JOINED else self.sizes
         self.shapes = [self._shapes(index) for index in range(len(self.shards))]
 
         for kind in dict.fromkeys(kind for shapes in self.shapes for kind in shapes):
@@ -119,7 +132,6 @@ class PgsvdLinearMethod(LinearMethodBase):
             parameter.weight_loader = self._make_loader(layer, kind)
             layer.register_parameter(kind, parameter)
 
-        config = get_current_vllm_config()
         self.is_dummy = config.load_config.load_format == "dummy"
         # vLLM's own compilation shares graphs between layers: there ranks must not be part of them, and what GPUs
         # launch depends on the number of tokens. Where the model is traced as one graph (CPU) or not at all, the
@@ -134,13 +146,36 @@ class PgsvdLinearMethod(LinearMethodBase):
         config.compilation_config.static_forward_context[layer.prefix] = layer
         _layers_without_context[layer.prefix] = layer
 
+    def _choose_cut(self, layer: Any, by_rows: bool, dtype: torch.dtype, has_lora: bool) -> Cut:
+        """What the ranks exchange; makes the layer's class that of one that sums inside where it does."""
+        modules = [shard.module for shard in self.shards if shard.module is not None]
+        if by_rows:
+            # vLLM may run shared experts beside others, on a stream of their own: there collectives would meet.
+            if "shared_expert" in self.layer_name:
+                return Cut.PLAIN
+            ranks = [module.rank for module in modules]
+            return self.traffic.by_outputs(ranks, self.in_features, layer.tp_size, dtype.itemsize)
+        if self.in_here == self.in_features or not layer.reduce_results:
+            return Cut.PLAIN
+        out = self.sizes[0]
+        # An adapter's part of the outputs is to be summed as well.
+        if has_lora or type(layer) is not RowParallelLinear:
+            self.traffic.summed(out)
+            return Cut.PLAIN
+        rows = modules[0].shapes(out, self.in_here)[modules[0].suffixes[1]][0]
+        cut = self.traffic.by_inputs(modules[0].rank, rows, out, layer.tp_size, dtype.itemsize)
+        if cut is not Cut.PLAIN:
+            layer.__class__ = SummedInside
+        return cut
+
     def _shapes(self, index: int) -> dict[str, tuple[int, ...]]:
         """The tensors of a shard as this rank keeps them until they are packed.
 
-        V, P and dense weights come cut to this rank's columns, U and dense weights to its rows;
-        C and the pivots come whole, since only both together tell which rows are this rank's.
+        V, P and dense weights come cut to this rank's columns, U and dense weights to its rows, V and P
+        to its rank rows where z is gathered; C and the pivots come whole, since only both together tell
+        which rows are this rank's.
         """
-        shard, rows = self.shards[index], self.sizes[index]
+        shard, rows = self.shards[index], self.rows_here[index]
         if shard.module is None:
             return {"weight": (rows, self.in_here)}
         if shard.module.form == "pivot":
@@ -150,10 +185,15 @@ class PgsvdLinearMethod(LinearMethodBase):
                     f"layer {self.layer_name}: {shard.name} has {rows} outputs, too few for pivots of rank "
                     f"{shard.module.rank}"
                 )
-        return shard.module.shapes(rows, self.in_here)
+        shapes = shard.module.shapes(rows, self.in_here)
+        if self.cut is Cut.GATHERED:
+            shapes[shard.kinds[0]] = (-(-shard.module.rank // self.workers), self.in_here)
+        return shapes
 
     def _rows(self, layer: Any, index: int, rows: int) -> list[slice]:
         """This rank's rows of a shard's matrix with `rows` rows in all."""
+        if self.cut is Cut.JOINED:
+            return output_rows(rows, self.rows_here, layer.tp_rank, layer.tp_size, 1)
         return output_rows(rows, self.partitions[index], layer.tp_rank, layer.tp_size, self.replicas[index])
 
     def _make_loader(self, layer: Any, kind: str) -> Callable[..., None]:
@@ -181,6 +221,14 @@ class PgsvdLinearMethod(LinearMethodBase):
                         f"{tuple(loaded_weight.shape)}"
                     )
                 loaded_weight = loaded_weight[:, self.in_columns]
+                if self.cut is Cut.GATHERED and shard.module is not None:
+                    # The same of rows too few.
+                    if len(loaded_weight) != shard.module.rank:
+                        raise CheckpointError(
+                            f"tensor {name}: the table says rank {shard.module.rank}, the checkpoint has shape "
+                            f"{tuple(loaded_weight.shape)}"
+                        )
+                    loaded_weight = rank_rows(loaded_weight, layer.tp_rank, layer.tp_size)
             if kind == "pivots":
                 check_pivots(loaded_weight, self.full_sizes[index], name)
             copy_checked(self._view(layer, index, kind), loaded_weight, name)
@@ -247,22 +295,25 @@ class PgsvdLinearMethod(LinearMethodBase):
                 up, place = pivot_rows(pivots, c, self._rows(layer, index, self.full_sizes[index]))
             ups.append(up)
             places.append(place)
+        self.nbytes = sum(part.nbytes for part in (*readers, *ups) if part is not None)
         if current_platform.is_cuda_alike():
             # Not above: without a GPU Triton need not be installed.
             from pgsvd_vllm.triton_products import MOST_SHARDS, TritonProducts
 
             if sum(up is not None for up in ups) <= MOST_SHARDS:
                 try:
-                    return TritonProducts(readers, ups, places, layer.bias is not None, self.activation)
+                    return TritonProducts(
+                        readers, ups, places, layer.bias is not None, self.activation, self.cut, self.workers
+                    )
                 except ValueError as error:
                     raise CheckpointError(f"layer {self.layer_name}: {error}") from None
-        return FactoredGemms(readers, ups, places)
+        return FactoredGemms(readers, ups, places, self.cut, self.workers)
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x [..., in] -> [..., out] of this rank, or half of it after the activation."""
         out = sum(self.sizes) // (1 if self.activation is None else 2)
         if not self.opaque:
-            return layer.pgsvd_gemms(x.reshape(-1, x.shape[-1]), bias).view(*x.shape[:-1], out)
+            return _outputs(layer, x, bias, out)
         return torch.ops.pgsvd.linear(x, bias, out, _encode_layer_name(layer.prefix))
 
 
@@ -278,10 +329,18 @@ def _find_layer(name: str) -> Any:
     return _layers_without_context[name]
 
 
-def _linear(x: torch.Tensor, bias: torch.Tensor | None, out_features: int, layer_name: LayerNameType) -> torch.Tensor:
-    layer = _find_layer(_resolve_layer_name(layer_name))
-    y = layer.pgsvd_gemms(x.reshape(-1, x.shape[-1]), bias)
+def _outputs(layer: Any, x: torch.Tensor, bias: torch.Tensor | None, out_features: int) -> torch.Tensor:
+    rows = x.reshape(-1, x.shape[-1])
+    if layer.quant_method.cut is Cut.JOINED:
+        y = joined(layer.pgsvd_gemms(rows))
+        y = y if bias is None else y.add_(bias)
+    else:
+        y = layer.pgsvd_gemms(rows, bias)
     return y.view(*x.shape[:-1], out_features)
+
+
+def _linear(x: torch.Tensor, bias: torch.Tensor | None, out_features: int, layer_name: LayerNameType) -> torch.Tensor:
+    return _outputs(_find_layer(_resolve_layer_name(layer_name)), x, bias, out_features)
 
 
 def _linear_fake(

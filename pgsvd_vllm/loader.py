@@ -1,6 +1,8 @@
 """The load format `pgsvd`: refuses what is not a complete factored checkpoint, then loads it."""
 
 import copy
+import logging
+from collections import Counter
 from pathlib import Path
 
 from torch import nn
@@ -12,6 +14,24 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from pgsvd_vllm.activation import take_activations
 from pgsvd_vllm.checkpoint import QUANT_METHOD, check_factors, parse_modules, read_headers
 from pgsvd_vllm.errors import CheckpointError
+from pgsvd_vllm.linear import PgsvdLinearMethod
+
+logger = logging.getLogger("vllm.pgsvd")
+
+
+def _tell_cuts(model: nn.Module) -> None:
+    """Log what a rank of tensor parallelism holds and sends."""
+    methods = [getattr(module, "quant_method", None) for module in model.modules()]
+    factored = [method for method in methods if isinstance(method, PgsvdLinearMethod)]
+    cuts = Counter(method.cut.name.lower() for method in factored)
+    traffic = {id(method.traffic): method.traffic for method in factored}.values()
+    logger.info(
+        "Factored layers hold %.3f MB on this rank (%s) and send %d numbers a token between ranks, dense ones %d",
+        sum(method.nbytes for method in factored) / 1e6,
+        ", ".join(f"{count} {name}" for name, count in sorted(cuts.items())),
+        sum(one.sent for one in traffic),
+        sum(one.dense for one in traffic),
+    )
 
 
 @register_model_loader(QUANT_METHOD)
@@ -48,7 +68,10 @@ class PgsvdModelLoader(DefaultModelLoader):
             tensors.update(read_headers(Path(file)))
         check_factors(modules, tensors, model_config.model)
         self.vllm_config = vllm_config
-        return super().load_model(vllm_config, model_config, prefix)
+        model = super().load_model(vllm_config, model_config, prefix)
+        if vllm_config.parallel_config.tensor_parallel_size > 1:
+            _tell_cuts(model)
+        return model
 
     def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
         """Settle which layers compute their activations, then load."""

@@ -1,7 +1,7 @@
 """The layers that vLLM makes of a checkpoint's modules: which are merged, and what one tensor-parallel rank holds.
 
 From names alone, as the common architectures have them: enough to tune kernels for, where a layer of another
-sort only gets the tiles of a similar one.
+sort only gets the tiles of a similar one, and to show what ranks will hold.
 """
 
 from collections.abc import Iterator
@@ -36,6 +36,13 @@ class LayerSizes:
 
 def merged_layers(checkpoint: Checkpoint, tensor_parallel: int = 1) -> Iterator[LayerSizes]:
     """Every layer with a factored module, in the order of the checkpoint's table."""
+    for names, by_inputs in groups(checkpoint):
+        cuts = [_cut(checkpoint, one, tensor_parallel, by_inputs) for one in names]
+        yield LayerSizes(cuts[0][0], tuple(shard for _, shard in cuts))
+
+
+def groups(checkpoint: Checkpoint) -> Iterator[tuple[tuple[str, ...], bool]]:
+    """The modules of every layer with a factored one, and whether ranks cut it by inputs, in the table's order."""
     seen: set[str] = set()
     for name in checkpoint.modules:
         if name in seen:
@@ -45,9 +52,7 @@ def merged_layers(checkpoint: Checkpoint, tensor_parallel: int = 1) -> Iterator[
         names = [f"{parent}.{part}" if parent else part for part in group]
         known = [one for one in names if one in checkpoint.modules or f"{one}.weight" in checkpoint.tensors]
         seen.update(known)
-        by_inputs = leaf in ROW_PARALLEL
-        cuts = [_cut(checkpoint, one, tensor_parallel, by_inputs) for one in known]
-        yield LayerSizes(cuts[0][0], tuple(shard for _, shard in cuts))
+        yield tuple(known), leaf in ROW_PARALLEL
 
 
 def _cut(checkpoint: Checkpoint, name: str, ranks: int, by_inputs: bool) -> tuple[int, Shard]:

@@ -15,6 +15,10 @@ from vllm import _custom_ops as vllm_ops
 from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 from vllm.platforms import current_platform
 
+from pgsvd_vllm.exchange import exchange_of
+from pgsvd_vllm.kernels.blocks import columns_of, spread
+from pgsvd_vllm.sharding import Cut
+
 # vLLM's dispatch compiles a kernel for every shape and number of tokens, half a millisecond each. That is
 # little for a dense model, whose layers share their shapes, and much for one whose ranks all differ. vLLM's
 # packed kernel compiles next to nothing and is the faster for few tokens; with many inputs it is the slower
@@ -98,6 +102,11 @@ class FactoredGemms:
         ups: what reads the down factor's output, [rows, r]; None for a dense shard.
         places: of the pivot form int64 [out], where each output is found: i >= 0 is row i of the up
             product, -1 - j is component j of the down product. None for other shards.
+
+    and of the whole layer:
+        cut: what ranks of tensor parallelism exchange. Where z is gathered, a down factor has this rank's rows,
+            [ceil(r / workers), in].
+        workers: those ranks.
     """
 
     def __init__(
@@ -105,46 +114,60 @@ class FactoredGemms:
         readers: Sequence[torch.Tensor],
         ups: Sequence[torch.Tensor | None],
         places: Sequence[torch.Tensor | None],
+        cut: Cut = Cut.PLAIN,
+        workers: int = 1,
     ) -> None:
+        blocks = workers if cut is Cut.GATHERED else 1
+        # Those of low rank first: what is exchanged lies side by side.
+        low_rank = [i for i, up in enumerate(ups) if up is not None]
         stacked: list[torch.Tensor] = []
+        widths: list[int] = []
+        # Of each shard where it lies in s, all that read x give together, once that has been exchanged.
+        read = [slice(0)] * len(readers)
+        total = 0
         # One product each, with the columns of s that it reads.
         self.ups: list[tuple[Run, slice]] = []
-        # The outputs in order: a product (0 is the first) and its columns.
-        self.pieces: list[tuple[int, slice]] = []
-        total = 0
-        for reader, up in zip(readers, ups, strict=True):
-            start, rank = total, len(reader)
-            # Zero rows there and zero columns here, where the up product wants a multiple.
-            missing = -rank % PACKED_IN if up is not None and can_pack(reader.dtype) else 0
+        where: dict[int, torch.Tensor] = {}
+        for i in [*low_rank, *(i for i in range(len(readers)) if i not in low_rank)]:
+            reader, up = readers[i], ups[i]
+            # Zero rows there and zero columns in the up product, where that wants a multiple.
+            missing = -len(reader) % PACKED_IN if up is not None and can_pack(reader.dtype) else 0
             stacked.append(F.pad(reader, (0, 0, 0, missing)) if missing else reader)
-            total += rank + missing
-            if up is None:
-                self.pieces.append((0, slice(start, total)))
-            else:
-                self.ups.append((gemm(F.pad(up, (0, missing)) if missing else up), slice(start, total)))
-                self.pieces.append((len(self.ups), slice(0, len(up))))
+            width = len(reader) + missing
+            read[i] = slice(total, total + width * (1 if up is None else blocks))
+            total = read[i].stop
+            if up is not None:
+                widths.append(width)
+                self.ups.append((gemm(spread(up, blocks, len(reader), missing)), read[i]))
+            if (place := places[i]) is not None:
+                column = read[i].start + columns_of(-1 - place, len(reader), missing)
+                where[i] = torch.where(place < 0, -1 - column, place)
         self.first = gemm(stacked[0] if len(stacked) == 1 else torch.cat(stacked))
-        self.order = self._order(readers, ups, places, total) if any(p is not None for p in places) else None
+        self.own = sum(widths)
+        self.exchange = exchange_of(cut, widths, workers)
+        # The outputs in order: a product (0 is the first) and its columns.
+        self.pieces = [
+            (0, read[i]) if up is None else (1 + low_rank.index(i), slice(0, len(up))) for i, up in enumerate(ups)
+        ]
+        self.order = self._order(where, total) if where else None
         self.out = sum(p.stop - p.start for _, p in self.pieces) if self.order is None else len(self.order)
 
-    def _order(
-        self,
-        readers: Sequence[torch.Tensor],
-        ups: Sequence[torch.Tensor | None],
-        places: Sequence[torch.Tensor | None],
-        start: int,
-    ) -> torch.Tensor:
-        """int64 [out], where the layer's outputs lie in all products' outputs, one after the other."""
+    def _order(self, where: dict[int, torch.Tensor], total: int) -> torch.Tensor:
+        """int64 [out], where the layer's outputs lie in all products' outputs, one after the other.
+
+        Args:
+            where: of the pivot forms, as `places`, but with columns of s for components.
+            total: columns of s.
+        """
+        heights = [piece.stop for product, piece in sorted(self.pieces, key=lambda piece: piece[0]) if product]
+        starts = [total + sum(heights[:i]) for i in range(len(heights))]
+        device = next(iter(where.values())).device
         order = []
-        columns = iter(self.ups)
-        for reader, up, place, (_, piece) in zip(readers, ups, places, self.pieces, strict=True):
-            if up is None:
-                order.append(torch.arange(piece.start, piece.stop, device=reader.device))
-                continue
-            _, read = next(columns)
-            where = torch.arange(len(up), device=reader.device) if place is None else place
-            order.append(torch.where(where < 0, read.start - 1 - where, start + where))
-            start += len(up)
+        for i, (product, piece) in enumerate(self.pieces):
+            start = starts[product - 1] if product else 0
+            rows = torch.arange(piece.start, piece.stop, device=device)
+            place = where.get(i, rows)
+            order.append(torch.where(place < 0, -1 - place, start + place))
         return torch.cat(order)
 
     def __call__(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -153,6 +176,9 @@ class FactoredGemms:
         if not torch.compiler.is_compiling() and len(x) == 0:
             return x.new_empty(0, self.out)
         s = self.first(x, None)
+        if self.exchange is not None:
+            z, dense = s[:, : self.own], s[:, self.own :]
+            s = torch.cat([self.exchange(z), dense], -1) if dense.shape[1] else self.exchange(z)
         if len(self.pieces) == 1 and self.order is None:
             up, columns = self.ups[0]
             return up(s[:, columns], bias).contiguous()

@@ -14,10 +14,12 @@ from pathlib import Path
 import torch
 
 from pgsvd_vllm.errors import InputError
+from pgsvd_vllm.exchange import Exchange, exchange_of
 from pgsvd_vllm.kernels.launch import REFUSALS, Workspace, can_overlap, room, run, run_gated, run_library
 from pgsvd_vllm.kernels.packed import MOST_SHARDS, Gate, PackedLayer
 from pgsvd_vllm.kernels.table import Table, default_path, read_table
 from pgsvd_vllm.kernels.tiles import Step, Steps, tiles_for, usual_steps
+from pgsvd_vllm.sharding import Cut
 
 __all__ = ["MOST_SHARDS", "TritonProducts", "wants_triton"]
 
@@ -117,7 +119,8 @@ class TritonProducts:
     Args:
         readers, ups, places: as of PackedLayer.
         has_bias: whether the layer may be called with one.
-        activation: of two shards silu(first) * second is wanted; computes that from [tokens, out].
+        activation: of two shards silu(first) * second is wanted; computes that from [tokens, out]. Not with a cut.
+        cut, workers: as of FactoredGemms.
 
     Raises:
         ValueError: the kernels cannot take them.
@@ -131,8 +134,12 @@ class TritonProducts:
         places: Sequence[torch.Tensor | None],
         has_bias: bool,
         activation: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        cut: Cut = Cut.PLAIN,
+        workers: int = 1,
     ) -> None:
-        self.layer = PackedLayer(readers, ups, places)
+        blocks = workers if cut is Cut.GATHERED else 1
+        self.layer = PackedLayer(readers, ups, places, blocks, cut is not Cut.PLAIN)
+        self.exchange = exchange_of(cut, self.layer.widths, workers)
         self.activation = activation
         self.gate = Gate(self.layer, ups, places) if activation else None
         device = readers[0].device
@@ -176,9 +183,9 @@ class TritonProducts:
         for before, step in pairwise((Step(0, None), *steps)):
             if step.tiles:
                 x = self.layer.v.new_zeros(before.most_tokens + 1, self.layer.columns)
-                self(x)
+                self._run(x, None, self._no_exchange)
                 if has_bias:
-                    self(x, self.layer.v.new_zeros(self.layer.out))
+                    self._run(x, self.layer.v.new_zeros(self.layer.out), self._no_exchange)
 
     def refill(self, other: "TritonProducts") -> None:
         """Take another layer's weights, where captured graphs look for them.
@@ -201,11 +208,19 @@ class TritonProducts:
 
     def __call__(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x [tokens, in] -> [tokens, out], or half of it after the activation."""
+        return self._run(x, bias, self.exchange)
+
+    def _no_exchange(self, z: torch.Tensor) -> torch.Tensor:
+        """What is exchanged, as far as kernels see it; others may run their kernels another number of times."""
+        return z.new_zeros(len(z), sum(self.layer.ranks))
+
+    def _run(self, x: torch.Tensor, bias: torch.Tensor | None, exchange: Exchange | None) -> torch.Tensor:
+        exchange = exchange if self.exchange is not None else None
         tiles = tiles_for(self.steps, len(x))
         space = self.workspaces.here() if tiles else None
         if tiles is None or space is None:
-            y = run_library(x, self.layer, bias)
+            y = run_library(x, self.layer, bias, exchange)
             return self.activation(y) if self.activation else y
         if self.gate:
             return run_gated(x, self.layer, self.gate, space, bias, tiles, self.overlap)
-        return run(x, self.layer, space, bias, tiles, self.overlap)
+        return run(x, self.layer, space, bias, tiles, self.overlap, exchange)

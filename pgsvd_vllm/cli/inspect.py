@@ -5,16 +5,27 @@ from pathlib import Path
 from typing import Any
 
 from pgsvd_vllm.checkpoint import REPORT_NAME, Checkpoint, open_checkpoint, read_json
-from pgsvd_vllm.errors import CheckpointError
+from pgsvd_vllm.errors import CheckpointError, InputError
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
     parser.add_argument("dir", metavar="DIR", type=Path, help="a folder written by pgsvd-vllm compress")
+    parser.add_argument(
+        "-tp",
+        "--tp",
+        "--tensor-parallel-size",
+        type=int,
+        default=1,
+        metavar="N",
+        help="show as well what each of N ranks holds and sends",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the table; raises CheckpointError."""
+    if arguments.tp < 1:
+        raise InputError(f"--tp {arguments.tp}: must be 1 or more")
     checkpoint = open_checkpoint(arguments.dir)
     rows = _report_rows(checkpoint)
     try:
@@ -22,6 +33,8 @@ def run(arguments: argparse.Namespace) -> int:
         lines = table(checkpoint, rows)
         where = checkpoint.folder / "config.json"
         lines += summary(checkpoint)
+        if arguments.tp > 1:
+            lines += ranks(checkpoint, arguments.tp)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise CheckpointError(f"{where}: malformed ({type(error).__name__}: {error})") from None
     print("\n".join(lines))
@@ -61,6 +74,32 @@ def table(checkpoint: Checkpoint, rows: list[dict[str, Any]]) -> list[str]:
             f"{row['name']:{width}}  {row['out_features']:6} {row['in_features']:6} {rank:>6} "
             f"{numel / dense:6.1%} {size / 1e6:8.2f} {error:>7}"
         )
+    return lines
+
+
+def ranks(checkpoint: Checkpoint, workers: int) -> list[str]:
+    """One line a vLLM layer: how tensor parallelism cuts it, and the totals; raises InputError."""
+    # Not above: brings torch.
+    from pgsvd_vllm.parallel_plan import parallel_plan
+    from pgsvd_vllm.sharding import VARIABLE, Cut, collective_bytes
+
+    least = collective_bytes()
+    plans = list(parallel_plan(checkpoint, workers, least))
+    names = [", ".join((p.names[0], *(name.rpartition(".")[2] for name in p.names[1:]))) for p in plans]
+    width = max(map(len, [*names, "layer"]))
+    lines = ["", f"{'layer':{width}}  {'cut':8} {'MB':>8} {'of all':>7} {'sent':>7} {'dense':>7}"]
+    for name, p in zip(names, plans, strict=True):
+        share = f"{p.here / p.whole:7.1%} {p.sent:7} {p.dense:7}"
+        lines.append(f"{name:{width}}  {p.cut.name.lower():8} {p.here / 1e6:8.2f} {share}")
+    here, whole = sum(p.here for p in plans), sum(p.whole for p in plans)
+    sent, dense = sum(p.sent for p in plans), sum(p.dense for p in plans)
+    lines += ["", f"on each of {workers} ranks     {here / 1e6:.1f} MB of {whole / 1e6:.1f} MB ({here / whole:.1%})"]
+    lines.append(f"sent a token          {sent} numbers of each sum twice, of each gathering once; dense {dense}")
+    lines += [f"  {cut.name.lower():8} {cut.value}" for cut in Cut if any(p.cut is cut for p in plans)]
+    lines.append(
+        f"One more collective must save a rank {least / 1e6:.1f} MB ({VARIABLE}, for vllm serve as well; "
+        "0: the least memory)"
+    )
     return lines
 
 

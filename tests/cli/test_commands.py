@@ -138,6 +138,31 @@ def test_inspect_without_a_report(capsys: pytest.CaptureFixture[str], checkpoint
     assert {row[6] for row in rows} == {"-"}
 
 
+def test_inspect_of_ranks_adds_up(
+    capsys: pytest.CaptureFixture[str], tiny_compressed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PGSVD_COLLECTIVE_BYTES", "0")
+    assert main(["inspect", str(tiny_compressed), "--tp", "4"]) == 0
+    text = capsys.readouterr().out.partition("\nlayer ")[2]
+    names, rows = [], []
+    for line in text.splitlines():
+        if line.startswith("model.layers."):
+            *layer, cut, here, share, sent, dense = line.split()
+            names += layer
+            rows.append((cut, float(here), float(share.rstrip("%")), int(sent), int(dense)))
+    modules = json.loads((tiny_compressed / "config.json").read_text())["quantization_config"]["modules"]
+    assert {name.strip(",").rpartition(".")[2] for name in names} >= {name.rpartition(".")[2] for name in modules}
+    total = re.search(r"on each of 4 ranks +([\d.]+) MB of ([\d.]+) MB \(([\d.]+)%\)", text)
+    counted = re.search(r"sent a token +(\d+) .*; dense (\d+)", text)
+    assert total is not None
+    assert counted is not None
+    assert float(total[1]) == pytest.approx(sum(row[1] for row in rows), abs=0.01 * len(rows) + 0.05)
+    assert 25 <= float(total[3]) == pytest.approx(100 * float(total[1]) / float(total[2]), rel=0.2)
+    assert int(counted[1]) == sum(row[3] for row in rows) <= int(counted[2]) == sum(row[4] for row in rows)
+    assert {"reduced", "plain"} <= {row[0] for row in rows}
+    assert all(25 <= row[2] <= 100 for row in rows)
+
+
 @pytest.mark.parametrize(
     "content",
     [

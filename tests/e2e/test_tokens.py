@@ -1,10 +1,13 @@
 """vLLM's tokens on real engines: against the dense model, against transformers, compiled, on two ranks."""
 
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
+from pgsvd_vllm.checkpoint import open_checkpoint
+from pgsvd_vllm.parallel_plan import parallel_plan
 from tests.conftest import save_tiny_model
 from tests.e2e.checkpoints import (
     Factors,
@@ -177,14 +180,54 @@ def test_compiled_tokens_equal_eager_ones(
     assert tokens(done.answers[0]) == tiny_eager
 
 
+def told_of_ranks(log: str) -> set[tuple[float, str, int, int]]:
+    """(MB of factored layers, their cuts, numbers sent a token, of dense layers) as the ranks of an engine log it."""
+    pattern = r"hold ([\d.]+) MB on this rank \((.*?)\) and send (\d+) numbers a token between ranks, dense ones (\d+)"
+    return {(float(mb), cuts, int(sent), int(dense)) for mb, cuts, sent, dense in re.findall(pattern, log)}
+
+
 @pytest.mark.feature("tensor parallelism, 2 workers")
 def test_two_ranks_give_the_tokens_of_one(
     tiny_compressed: Path, tiny_prompts: list[list[int]], tiny_eager: list[list[int]]
 ) -> None:
-    answers = run_engine(
+    done = try_engine(
         tiny_compressed,
         [(tiny_prompts, greedy())],
         tensor_parallel_size=2,
         environment=one_core_each(),
     )
-    assert tokens(answers[0]) == tiny_eager
+    assert done.returncode == 0, done.log[-6000:]
+    assert tokens(done.answers[0]) == tiny_eager
+    # No matrix of so small a model is worth one more collective.
+    assert {re.sub(r"\d", "n", cuts) for _, cuts, _, _ in told_of_ranks(done.log)} == {"n plain, n reduced"}
+
+
+@pytest.mark.feature("tensor parallelism, factors cut by rank rows")
+def test_two_ranks_hold_half_each_and_send_no_more_than_dense(tiny_prompts: list[list[int]], tmp_path: Path) -> None:
+    model = save_tiny_model(tmp_path / "model", layers=8, bias=True)
+    factored = write_checkpoint(
+        model, tmp_path / "out", lambda _, weight: truncated(weight, int(0.55 * weight.numel() / sum(weight.shape)))
+    )
+    stored = open_checkpoint(factored)
+    total = sum(
+        stored.tensors[f"{name}.{suffix}"].nbytes for name, m in stored.modules.items() for suffix in m.suffixes
+    )
+    (one,) = run_engine(factored, [(tiny_prompts, greedy())])
+    done = try_engine(
+        factored,
+        [(tiny_prompts, greedy())],
+        tensor_parallel_size=2,
+        environment={**one_core_each(), "PGSVD_COLLECTIVE_BYTES": "0"},
+    )
+    assert done.returncode == 0, done.log[-6000:]
+    assert tokens(done.answers[0]) == tokens(one)
+    told = told_of_ranks(done.log)
+    assert len(told) in (1, 2), done.log[-6000:]
+    planned = list(parallel_plan(stored, 2, 0))
+    for megabytes, cuts, sent, dense in told:
+        # What pgsvd-vllm inspect --tp 2 shows.
+        assert abs(1e6 * megabytes - sum(plan.here for plan in planned)) <= 1000
+        assert (sent, dense) == (sum(plan.sent for plan in planned), sum(plan.dense for plan in planned))
+        assert {"gathered", "joined"} <= set(re.findall("[a-z]+", cuts)), cuts
+        assert 1e6 * megabytes <= 0.55 * total
+        assert sent <= dense == 8 * 2 * 2 * 128

@@ -21,9 +21,11 @@ from vllm.model_executor.models.qwen2 import Qwen2MLP
 from vllm.platforms import current_platform
 
 from benchmarks.linear_cpu import one_rank
+from pgsvd_vllm.sharding import Cut
 from pgsvd_vllm.triton_products import TritonProducts
 from tests.kernels.interpreter import prepare, watch
 from tests.serving.test_linear import HIDDEN, MIXES, WIDE, Case, check
+from tests.serving.test_ranks import check_ranks
 
 
 class OtherMLP(LlamaMLP):
@@ -118,6 +120,24 @@ def check_activation() -> int:
     return taken
 
 
+def check_cuts() -> int:
+    """Layers whose ranks of tensor parallelism exchange something between the launches."""
+    layers = 0
+    rows = [mix for mix in MIXES if mix[0] == "down_proj"]
+    many = [(8, True, ("qkv_proj", ("p63", 3, None))), *((8, False, mix) for mix in rows)]
+    for size, rich, (leaf, ranks) in [*((2, True, mix) for mix in MIXES), *many]:
+        launches = []
+        for tokens in (5, 300):
+            earlier = watch.launches
+            cuts, _, _ = check_ranks(leaf, ranks, size, True, torch.bfloat16, rich, tokens)
+            launches.append(watch.launches - earlier)
+        # Both have those that compile the kernels. A rank starts anew when it has been handed what it waits for.
+        if launches[0] - launches[1] < 2 * size:
+            raise SystemExit(f"{leaf} {ranks}, {size} ranks: {launches} launches for 5 and for 300 tokens")
+        layers += cuts != {Cut.PLAIN}
+    return layers
+
+
 def main() -> None:
     prepare(0)
     current_platform.is_cuda_alike = lambda: True
@@ -137,6 +157,7 @@ def main() -> None:
                             raise SystemExit(f"{leaf} {ranks}, {tokens} tokens: {watch.launches - earlier} launches")
                     layers += 1
         check_reload()
+        layers += check_cuts()
         layers += check_activation()
         print(f"{layers} layers, {watch.launches - before} launches")
 

@@ -21,8 +21,9 @@ from pgsvd_vllm.config import PgsvdConfig  # noqa: E402
 from pgsvd_vllm.errors import CheckpointError  # noqa: E402
 from pgsvd_vllm.linear import PgsvdLinearMethod  # noqa: E402
 from pgsvd_vllm.products import Run, can_pack, gemm, vllm_gemm  # noqa: E402
+from pgsvd_vllm.sharding import Traffic  # noqa: E402
 
-HIDDEN, HEAD, HEADS, KV_HEADS, WIDE = 64, 16, 4, 2, 96
+HIDDEN, HEAD, HEADS, KV_HEADS, WIDE = 64, 8, 8, 4, 96
 LEAVES = {
     "qkv_proj": {"q_proj": HEADS * HEAD, "k_proj": KV_HEADS * HEAD, "v_proj": KV_HEADS * HEAD},
     "gate_up_proj": {"gate_proj": WIDE, "up_proj": WIDE},
@@ -86,6 +87,7 @@ class Case:
         dtype: torch.dtype = torch.float32,
         seed: int = 0,
         prefix: str = "model.layers.0.block",
+        traffic: Traffic | None = None,
     ) -> None:
         generator = torch.Generator().manual_seed(seed)
         self.leaves, self.dtype = LEAVES[leaf], dtype
@@ -94,6 +96,7 @@ class Case:
         self.modules = dict(zip(self.leaves, map(module_of, ranks), strict=True))
         config = PgsvdConfig({self.names[part]: module for part, module in self.modules.items() if module})
         config.packed_modules_mapping = {name: list(parts) for name, parts in LEAVES.items() if len(parts) > 1}
+        config.traffic = traffic or config.traffic
         common = {"bias": bias, "quant_config": config, "prefix": f"{prefix}.{leaf}", "params_dtype": dtype}
         self.layer: nn.Module
         if leaf == "qkv_proj":
@@ -140,11 +143,15 @@ class Case:
         self.layer.quant_method.process_weights_after_loading(self.layer)
         return self
 
-    def expected(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def expected(self, x: torch.Tensor, partial: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
         """The output in float64, and a bound on the rounding error of each element.
 
         Every product sums at most `columns` or `rank` terms in float32 and rounds once to the
         dtype; a factored shard does both twice. The bound is over the absolute values of all terms.
+
+        Args:
+            x: [..., in].
+            partial: sums that are rounded on their own and then summed, one a rank of tensor parallelism.
         """
         values, bounds = [], []
         unit = torch.finfo(self.dtype).eps
@@ -167,7 +174,7 @@ class Case:
                 value, size, terms = value @ matrix.T, size @ matrix.abs().T, terms + matrix.shape[1]
             values.append(value + bias)
             # The bias is added afterwards except to the only product of a plain factored layer.
-            roundings = len(chain) + (1 if "pivots" in wide or len(self.leaves) > 1 else 0)
+            roundings = len(chain) + (1 if "pivots" in wide or len(self.leaves) > 1 else 0) + partial - 1
             bounds.append((roundings * unit + terms * accumulate) * (size + bias.abs()))
         return torch.cat(values, -1), torch.cat(bounds, -1)
 
