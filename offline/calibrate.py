@@ -136,6 +136,11 @@ def _replaced_forward(layers: Sequence[nn.Module], forward: Callable[..., Any]) 
             del layer.forward
 
 
+def _as_taken(value: torch.Tensor, arrived: torch.Tensor, dimensions: int) -> Any:
+    """`value` as the model takes a layer's output: in a tuple, if it took the first of what the last layer gave it."""
+    return (value,) if arrived.dim() < dimensions else value
+
+
 def hidden_after(model: Any, layers: Sequence[nn.Module], ids: torch.Tensor) -> torch.Tensor:
     """Hidden states [windows, length, hidden] after a model's last layer; its head does not run.
 
@@ -176,8 +181,9 @@ def logits_after(model: Any, layers: Sequence[nn.Module], ids: torch.Tensor, hid
         nonlocal calls
         calls += 1
         if calls == len(layers):
-            return hidden
-        return args[0] if args else kwargs["hidden_states"]
+            return _as_taken(hidden, args[0] if args else kwargs["hidden_states"], hidden.dim())
+        arrived = args[0] if args else kwargs["hidden_states"]
+        return _as_taken(arrived, arrived, hidden.dim())
 
     with _replaced_forward(layers, skip):
         return model(input_ids=ids, use_cache=False).logits
@@ -218,7 +224,7 @@ class LayerStream:
             calls.append((args[1:], kwargs))
             if len(calls) == len(layers):
                 raise Reached(hidden)
-            return hidden
+            return _as_taken(hidden, hidden, first[0].dim())
 
         with _replaced_forward(layers, record), contextlib.suppress(Reached):
             self.source.model(input_ids=ids.to(self.device), use_cache=False)

@@ -65,7 +65,7 @@ def _loss_spectra(plan: Plan, workspace: Workspace, index: int, found: LayerGrad
     for p in plan.projections[index]:
         gram = data.grams[data.leader[p.name]].to(plan.device)
         gram = weighed(gram, plan.windows.ids.numel(), found.grams[p.name])
-        target = metric_root(found.moments[p.name]).T @ plan.source.read(f"{p.name}.weight").to(plan.device).double()
+        target = metric_root(found.moments[p.name]).T @ plan.source.tensor(f"{p.name}.weight").to(plan.device).double()
         energy[p.name] = output_energy(target, gram).cpu()
     return LayerSensitivity(found.moments, found.grams, energy)
 
@@ -81,7 +81,7 @@ def _energies(
         gram = grams[name].to(plan.device).double()
         if p.out_features > p.in_features and name not in roots:
             roots[name] = gram_root(gram)
-        weight = plan.source.read(f"{p.name}.weight").to(plan.device)
+        weight = plan.source.tensor(f"{p.name}.weight").to(plan.device)
         energy[p.name] = output_energy(weight, gram, roots.get(name)).cpu()
     return energy
 

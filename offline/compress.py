@@ -102,6 +102,10 @@ def describe(plan: Plan) -> str:
     wanted = plan.options.num_calibration_samples
     short = f" (the text has no more; {wanted} asked for)" if len(ids) < wanted else ""
     ignored = f", {plan.ignored_parameters / 1e6:.1f} M more ignored" if plan.ignored_parameters else ""
+    if plan.unreachable_parameters:
+        ignored += (
+            f"; {plan.unreachable_parameters / 1e6:.1f} M in other matrices of theirs, such as experts, stay dense"
+        )
     return (
         f"{plan.options.model}: {plan.total_parameters / 1e6:.1f} M parameters, "
         f"{sum(p.numel for p in plan.flat) / 1e6:.1f} M in {len(plan.flat)} projections of "
@@ -159,7 +163,7 @@ def write_checkpoint(
                 writer.add(f"{p.name}.{suffix}", tensor)
                 after += tensor.numel()
             modules.append(factors.reports[p.name])
-    factored = {f"{name}.weight" for name in allocation.ranks}
+    factored = {stored for name in allocation.ranks for stored in plan.source.stored_as(f"{name}.weight")}
     for name in plan.source.tensors:
         if name in factored:
             continue

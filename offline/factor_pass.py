@@ -102,7 +102,7 @@ class _Layer:
             wanted: what to fit, and on which inputs; None for the weight on the dense model's inputs.
         """
         rank, plan = self.ranks[p.name], self.plan
-        stored = plan.source.read(f"{p.name}.weight")
+        stored = plan.source.tensor(f"{p.name}.weight")
         weight = stored.to(plan.device).double()
         target, gram = weight, self.gram(p)
         if wanted is not None:

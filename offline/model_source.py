@@ -18,13 +18,20 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.pytorch_utils import Conv1D
 
 from pgsvd_vllm.checkpoint import TensorInfo, read_config, read_headers, read_index
 from pgsvd_vllm.errors import InputError
+from pgsvd_vllm.stored_names import Stored, stored_tensors
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.md"]
+
+
+# Model type -> projections that vLLM does not load in factors: of BLOOM it reorders the rows of every tensor that has
+# this name, V's as well.
+STAYS_DENSE = {"bloom": ("query_key_value",)}
 
 
 @dataclass(frozen=True)
@@ -75,6 +82,8 @@ class ModelSource:
         tensors: tensor name -> header entry.
         layers_name: module path of the list of decoder layers, such as `model.layers`.
         model: the skeleton; its parameters are on the meta device unless materialised.
+        stored: tensor name of the model -> where the checkpoint has it.
+        transposed: names of weights that the checkpoint has as [in, out].
 
     Raises:
         CheckpointError: config.json or a weight file is missing or damaged.
@@ -103,6 +112,8 @@ class ModelSource:
         except Exception as error:  # transformers raises many kinds for a config it cannot use
             raise InputError(f"{folder}/config.json: transformers cannot build this model: {error}") from None
         self.model.eval()
+        self.transposed = _use_linear(self.model)
+        self.stored = stored_tensors(self.model, list(self.tensors))
         self.layers_name, self.layers = self._find_layers()
 
     def _refuse_unsuitable(self) -> None:
@@ -162,6 +173,11 @@ class ModelSource:
                 if not isinstance(module, nn.Linear):
                     continue
                 full = f"{self.layers_name}.{i}.{name}"
+                stored = self.stored.get(f"{full}.weight")
+                if stored is not None and stored.converter is not None:
+                    continue  # the checkpoint has no such matrix
+                if name.rpartition(".")[2] in STAYS_DENSE.get(self.config.model_type, ()):
+                    continue
                 hits = [p for p in ignore if fnmatch.fnmatchcase(full, p) or fnmatch.fnmatchcase(name, p)]
                 matched.update(hits)
                 if not hits:
@@ -179,19 +195,43 @@ class ModelSource:
         return f"{self.layers_name}.0.{name}"
 
     def header(self, name: str) -> TensorInfo:
-        """Where a tensor lies; raises InputError where it is missing."""
-        info = self.tensors.get(name)
-        if info is None:
-            raise InputError(f"{self.folder}: tensor {name} that the architecture needs is missing")
-        return info
+        """Where a tensor of the model lies; raises InputError where it is missing."""
+        return self.tensors[self._stored(name).names[0]]
 
-    def read(self, name: str) -> torch.Tensor:
-        """One tensor of the checkpoint, checked to be finite.
+    def _stored(self, name: str) -> Stored:
+        stored = self.stored.get(name)
+        if stored is None:
+            raise InputError(f"{self.folder}: tensor {name} that the architecture needs is missing")
+        return stored
+
+    def stored_as(self, name: str) -> tuple[str, ...]:
+        """The checkpoint's tensors that a tensor of the model is made of; raises InputError where it is missing."""
+        return self._stored(name).names
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """One tensor of the model, checked to be finite.
 
         Raises:
             InputError: it is missing, or holds NaN or infinity; names the tensor and the file.
         """
-        info = self.header(name)
+        stored = self._stored(name)
+        try:
+            made = stored.made(name, self.read, self.model)
+        except (LookupError, RuntimeError, TypeError, ValueError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(
+                f"{self.folder}: tensor {name} cannot be made of {', '.join(stored.names[:2])}, ...: {error}"
+            ) from None
+        return made.T.contiguous() if name in self.transposed else made
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor as the checkpoint has it, checked to be finite.
+
+        Raises:
+            InputError: it holds NaN or infinity; names the tensor and the file.
+        """
+        info = self.tensors[name]
         with safe_open(info.file, framework="pt") as file:
             tensor = file.get_tensor(name)
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
@@ -199,12 +239,18 @@ class ModelSource:
         return tensor
 
     def _read_shaped(self, name: str, shape: torch.Size) -> torch.Tensor:
-        self._check_shape(name, shape)
-        return self.read(name)
+        if self._stored(name).converter is None:
+            self._check_shape(name, shape)
+        tensor = self.tensor(name)
+        if tensor.shape != shape:
+            raise InputError(
+                f"{self.folder}: tensor {name} becomes {tuple(tensor.shape)}, the architecture needs {tuple(shape)}"
+            )
+        return tensor
 
     def _check_shape(self, name: str, shape: torch.Size) -> None:
         found = self.header(name).shape
-        if found != tuple(shape):
+        if (found[::-1] if name in self.transposed else found) != tuple(shape):
             raise InputError(f"{self.folder}: tensor {name} has shape {found}, the architecture needs {tuple(shape)}")
 
     def _load(self, module: nn.Module, prefix: str, device: torch.device, dtype: torch.dtype) -> None:
@@ -250,6 +296,17 @@ class ModelSource:
         finally:
             for name, parameter in list(layer.named_parameters()):
                 _set(layer, name, torch.empty_like(parameter, device="meta"))
+
+
+def _use_linear(model: nn.Module) -> set[str]:
+    """Put nn.Linear in place of GPT-2's transposed layers; the names of their weights."""
+    transposed = set()
+    for name, module in list(model.named_modules()):
+        if isinstance(module, Conv1D):
+            columns, out = module.weight.shape
+            model.set_submodule(name, nn.Linear(columns, out, device="meta", dtype=module.weight.dtype))
+            transposed.add(f"{name}.weight")
+    return transposed
 
 
 def _set(module: nn.Module, name: str, tensor: torch.Tensor) -> None:

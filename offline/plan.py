@@ -132,6 +132,13 @@ class Plan:
         return default if self.options.sequential is None else self.options.sequential
 
     @property
+    def unreachable_parameters(self) -> int:
+        """Of matrices inside the layers that are no projections, such as stacked experts."""
+        known = {f"{p.name}.weight" for p in (*self.flat, *self.ignored)}
+        layers = self.source.layers.named_parameters(prefix=self.source.layers_name)
+        return sum(parameter.numel() for name, parameter in layers if parameter.dim() > 1 and name not in known)
+
+    @property
     def total_parameters(self) -> int:
         """Parameters of the whole model as stored."""
         return sum(info.numel for info in self.source.tensors.values())

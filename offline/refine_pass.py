@@ -38,7 +38,7 @@ def refine_layers(plan: Plan, workspace: Workspace, say: Callable[[str], None]) 
         data = workspace.load_layer(index)
         reports = dict(layer.reports)
         for name in layer.tensors:
-            weight, gram = plan.source.read(f"{name}.weight"), data.grams[data.leader[name]]
+            weight, gram = plan.source.tensor(f"{name}.weight"), data.grams[data.leader[name]]
             error = relative_error(weight, gram, product(refined.tensors[name]))
             reports[name] = replace(reports[name], error=error)
         workspace.save_factors(index, LayerFactors({n: refined.tensors[n] for n in layer.tensors}, reports))

@@ -9,9 +9,12 @@ from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
 from pgsvd_vllm.checkpoint import QUANT_METHOD, FactoredModule, open_checkpoint, parse_modules
+from pgsvd_vllm.errors import CheckpointError
 from pgsvd_vllm.linear import PgsvdLinearMethod, Shard
 from pgsvd_vllm.sharding import Traffic, collective_bytes
 
+# The parts of merged layers by their usual names.
+USUAL = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 # vLLM puts this before the names of a draft model's layers (speculative decoding), where the table has plain ones.
 DRAFT_PREFIX = "draft_model."
 
@@ -22,11 +25,13 @@ class PgsvdConfig(QuantizationConfig):
 
     Attributes:
         modules: checkpoint module name (in vLLM's naming once a mapper was applied) -> its form.
+        claimed: ids of those forms that a layer has taken.
     """
 
     def __init__(self, modules: dict[str, FactoredModule]) -> None:
         super().__init__()
         self.modules = modules
+        self.claimed: set[int] = set()
         self.traffic = Traffic(collective_bytes())
 
     def __repr__(self) -> str:
@@ -69,9 +74,22 @@ class PgsvdConfig(QuantizationConfig):
         if not isinstance(layer, LinearBase):
             return None
         parent, _, leaf = prefix.removeprefix(DRAFT_PREFIX).rpartition(".")
-        leaves = self.packed_modules_mapping.get(leaf, [leaf])
-        names = [f"{parent}.{part}" if parent else part for part in leaves]
-        shards = [Shard(name, self.modules.get(name)) for name in names]
-        if all(shard.module is None for shard in shards):
-            return UnquantizedLinearMethod()
-        return PgsvdLinearMethod(shards, self.traffic)
+        # What a model says its layer is merged of; the layer itself, which may be merged in the checkpoint as well,
+        # whatever the model says; and what its name says, since not every model says anything.
+        said = self.packed_modules_mapping.get(leaf, [leaf])
+        for leaves in (said, [leaf], USUAL.get(leaf, [])):
+            names = [f"{parent}.{part}" if parent else part for part in leaves]
+            shards = [Shard(name, self.modules.get(name)) for name in names]
+            if any(shard.module is not None for shard in shards):
+                self.claimed |= {id(shard.module) for shard in shards}
+                return PgsvdLinearMethod(shards, self.traffic)
+        return UnquantizedLinearMethod()
+
+    def check_claimed(self) -> None:
+        """Raise CheckpointError naming a factored module that no layer of the model has taken."""
+        for name, module in self.modules.items():
+            if id(module) not in self.claimed:
+                raise CheckpointError(
+                    f"{name}: vLLM's model has no linear layer of this name, so its factors cannot be served; compress "
+                    f"the model with --ignore '*.{name.rpartition('.')[2]}'"
+                )

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import register_quantization_config, register_quantizer
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
@@ -32,6 +33,7 @@ from pgsvd_vllm.checkpoint import (
 )
 from pgsvd_vllm.errors import CheckpointError
 from pgsvd_vllm.kernels.reference import factored_linear, pivot_linear
+from pgsvd_vllm.stored_names import stored_tensors, without_weight_norm
 
 
 class LowRankLinear(nn.Module):
@@ -139,36 +141,38 @@ class PgsvdQuantizer(HfQuantizer):
         for name, row in table.items():
             target = name if name in modules else name.removeprefix(prefix)
             linear = modules.get(target)
-            if not isinstance(linear, nn.Linear):
+            if not isinstance(linear, nn.Linear | Conv1D):
                 raise CheckpointError(f"config.json: {name} is not a linear layer of {type(model).__name__}")
+            out, width = linear.weight.T.shape if isinstance(linear, Conv1D) else linear.weight.shape
             rows, columns = weight_shape(name, row, tensors)
-            if (rows, columns) != (linear.out_features, linear.in_features):
+            if (rows, columns) != (out, width):
                 raise CheckpointError(
-                    f"{name}: the factors make a {rows} x {columns} matrix, {type(model).__name__} needs "
-                    f"{linear.out_features} x {linear.in_features}"
+                    f"{name}: the factors make a {rows} x {columns} matrix, "
+                    f"{type(model).__name__} needs {out} x {width}"
                 )
             factored = MODULES[row.form](
-                linear.in_features,
-                linear.out_features,
+                width,
+                out,
                 row.rank,
                 linear.bias is not None,
                 device="meta",
                 dtype=linear.weight.dtype,
             )
             model.set_submodule(target, factored)
+            parent: Any = model.get_submodule(target.rpartition(".")[0])
+            if next(parent.buffers(recurse=False), None) is None:
+                # Nothing to initialise but what is loaded, and GPT-2 would look for the weights of its children.
+                parent._is_hf_initialized = True
         tied = set(getattr(model, "all_tied_weights_keys", None) or {})
         present = set(tensors) | {name.removeprefix(prefix) for name in tensors}
+        present |= stored_tensors(model, list(tensors)).keys()
         for key in model.state_dict():
             if key not in present and key not in tied:
                 raise CheckpointError(f"tensor {key} is missing from the checkpoint")
 
     def update_weight_conversions(self, weight_conversions: list[Any]) -> list[Any]:
-        """Drop transformers' rename of old weight-norm tensors: it takes every `weight_v` for one."""
-        return [
-            conversion
-            for conversion in weight_conversions
-            if not any("parametrizations.weight" in target for target in conversion.target_patterns)
-        ]
+        """Less those that would take our tensors for others."""
+        return without_weight_norm(weight_conversions)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_kwargs: Any) -> PreTrainedModel:
         for name, module in model.named_modules():

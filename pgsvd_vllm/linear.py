@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from vllm.config import CompilationMode, get_current_vllm_config
+from vllm.config import CompilationMode, VllmConfig, get_current_vllm_config
 from vllm.forward_context import get_forward_context, is_forward_context_available
-from vllm.model_executor.layers.linear import LinearMethodBase, RowParallelLinear
+from vllm.model_executor.layers.linear import LinearMethodBase, QKVParallelLinear, RowParallelLinear
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import (
     LayerNameType,
@@ -30,9 +30,22 @@ from pgsvd_vllm.checkpoint import FactoredModule, check_pivots
 from pgsvd_vllm.errors import CheckpointError
 from pgsvd_vllm.exchange import SummedInside, joined
 from pgsvd_vllm.products import FactoredGemms
-from pgsvd_vllm.sharding import Cut, Traffic, copy_checked, input_columns, output_rows, pivot_rows, rank_rows, take_rows
+from pgsvd_vllm.sharding import (
+    Cut,
+    Traffic,
+    by_kind,
+    copy_checked,
+    input_columns,
+    output_rows,
+    pivot_rows,
+    rank_rows,
+    take_rows,
+)
 
 SHARD_INDEX = {"q": 0, "k": 1, "v": 2}
+# Models whose fused QKV has the queries, the key and the value of one key/value head after the other, which vLLM
+# puts in its own order while it loads tensors with an `output_dim`.
+HEAD_BY_HEAD = ("falcon",)
 # The kinds of tensors that have the layer's inputs as columns.
 STACKED = ("weight_v", "weight_p", "weight")
 
@@ -113,6 +126,10 @@ class PgsvdLinearMethod(LinearMethodBase):
         ]
         self.in_here = input_size_per_partition
         config = get_current_vllm_config()
+        self.order = None
+        if fused and isinstance(layer, QKVParallelLinear) and _model_type(config) in HEAD_BY_HEAD:
+            groups, each = layer.total_num_kv_heads, layer.total_num_heads // layer.total_num_kv_heads
+            self.order = by_kind(groups, each, layer.head_size)
         self.workers = layer.tp_size
         if layer.tp_size > 1:
             self.cut = self._choose_cut(layer, cut_by_rows, params_dtype, config.lora_config is not None)
@@ -130,6 +147,9 @@ class PgsvdLinearMethod(LinearMethodBase):
             empty = torch.zeros(whole, dtype=dtype) if kind == "pivots" else torch.empty(whole, dtype=dtype)
             parameter: Any = nn.Parameter(empty, requires_grad=False)
             parameter.weight_loader = self._make_loader(layer, kind)
+            if kind == "weight_u":
+                # Along this dimension Falcon's loader puts its rows in the layer's order.
+                parameter.output_dim = 0
             layer.register_parameter(kind, parameter)
 
         self.is_dummy = config.load_config.load_format == "dummy"
@@ -292,7 +312,7 @@ class PgsvdLinearMethod(LinearMethodBase):
                 pivots, c = self._view(layer, index, "pivots"), self._view(layer, index, "weight_c")
                 if self.is_dummy:
                     pivots.copy_(torch.arange(len(pivots)))
-                up, place = pivot_rows(pivots, c, self._rows(layer, index, self.full_sizes[index]))
+                up, place = pivot_rows(pivots, c, self._rows(layer, index, self.full_sizes[index]), self.order)
             ups.append(up)
             places.append(place)
         self.nbytes = sum(part.nbytes for part in (*readers, *ups) if part is not None)
@@ -315,6 +335,10 @@ class PgsvdLinearMethod(LinearMethodBase):
         if not self.opaque:
             return _outputs(layer, x, bias, out)
         return torch.ops.pgsvd.linear(x, bias, out, _encode_layer_name(layer.prefix))
+
+
+def _model_type(config: VllmConfig) -> str:
+    return "" if config.model_config is None else config.model_config.hf_text_config.model_type
 
 
 # Layers by name for code that runs without vLLM's forward context, such as vision encoders.

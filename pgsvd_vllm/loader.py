@@ -13,6 +13,7 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
 from pgsvd_vllm.activation import take_activations
 from pgsvd_vllm.checkpoint import QUANT_METHOD, check_factors, parse_modules, read_headers
+from pgsvd_vllm.config import PgsvdConfig
 from pgsvd_vllm.errors import CheckpointError
 from pgsvd_vllm.linear import PgsvdLinearMethod
 
@@ -77,4 +78,8 @@ class PgsvdModelLoader(DefaultModelLoader):
         """Settle which layers compute their activations, then load."""
         if self.vllm_config is not None:  # not where weights are loaded again
             take_activations(model, self.vllm_config)
+            config = self.vllm_config.quant_config
+            # A stage of a pipeline has only some of the layers.
+            if isinstance(config, PgsvdConfig) and self.vllm_config.parallel_config.pipeline_parallel_size == 1:
+                config.check_claimed()
         super().load_weights(model, model_config)

@@ -153,13 +153,28 @@ def take_rows(weight: torch.Tensor, cuts: Sequence[slice]) -> torch.Tensor:
     return weight[cuts[0]] if len(cuts) == 1 else torch.cat([weight[cut] for cut in cuts])
 
 
-def pivot_rows(pivots: torch.Tensor, c: torch.Tensor, cuts: Sequence[slice]) -> tuple[torch.Tensor, torch.Tensor]:
+def by_kind(groups: int, each: int, head: int) -> torch.Tensor:
+    """Rows of all queries, then keys, then values, int64, in a matrix that has them group by group.
+
+    Args:
+        groups: key/value heads.
+        each: query heads of one.
+        head: rows of a head.
+    """
+    rows = torch.arange(groups * (each + 2) * head).view(groups, each + 2, head)
+    return torch.cat([part.flatten() for part in rows.split([each, 1, 1], 1)])
+
+
+def pivot_rows(
+    pivots: torch.Tensor, c: torch.Tensor, cuts: Sequence[slice], order: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """This rank's share of a pivot form.
 
     Args:
         pivots: int [r], ascending.
         c: [out - r, r].
         cuts: this rank's rows of the whole matrix.
+        order: int64 [out], of the matrix's rows, where the layer has them in another than the checkpoint.
 
     Returns:
         the rows of `c` that are this rank's, and for each of its output rows where it is found:
@@ -170,7 +185,7 @@ def pivot_rows(pivots: torch.Tensor, c: torch.Tensor, cuts: Sequence[slice]) -> 
     others = other_rows(pivots, rows)
     places[pivots.long()] = -1 - torch.arange(len(pivots), device=c.device)
     places[others] = torch.arange(len(others), device=c.device)
-    mine = take_rows(places, cuts)
+    mine = take_rows(places if order is None else places[order.to(places.device)], cuts)
     kept = mine >= 0
     own = c[mine[kept]]
     mine[kept] = torch.arange(len(own), device=c.device)

@@ -30,20 +30,27 @@ def run_cli(*arguments: object, timeout: float = 600) -> subprocess.CompletedPro
     )
 
 
-def save_tiny_model(folder: Path, *, bias: bool = False, tie: bool = True, layers: int = 3, seed: int = 0) -> Path:
-    """A random Llama with grouped-query attention and a byte-level tokenizer, in float32."""
+def save_tokenizer(folder: Path) -> int:
+    """Write a tokenizer of bytes with <s> and </s>; the size of its vocabulary."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
-    torch.manual_seed(seed)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {"<s>": 0, "</s>": 1, **{char: i + 2 for i, char in enumerate(alphabet)}}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+    return len(vocab)
+
+
+def save_tiny_model(folder: Path, *, bias: bool = False, tie: bool = True, layers: int = 3, seed: int = 0) -> Path:
+    """A random Llama with grouped-query attention and a byte-level tokenizer, in float32."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=len(vocab),
+        vocab_size=save_tokenizer(folder),
         hidden_size=128,
         intermediate_size=320,
         num_hidden_layers=layers,

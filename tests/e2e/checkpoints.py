@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import pgsvd_vllm.hf
 from pgsvd_vllm.checkpoint import FORMAT_VERSION, LOAD_GUARD, QUANT_METHOD, ShardWriter, open_checkpoint
@@ -61,6 +61,34 @@ def write_checkpoint(
         if path.suffix in (".json", ".jinja", ".txt") and path.name != "config.json":
             shutil.copyfile(path, target / path.name)
     open_checkpoint(target)
+    return target
+
+
+def multiplied_back(source: Path, target: Path) -> Path:
+    """The dense model of the same function as a factored float32 checkpoint."""
+    target.mkdir()
+    checkpoint = open_checkpoint(source)
+    tensors: dict[str, torch.Tensor] = {}
+    for path in sorted({info.file for info in checkpoint.tensors.values()}):
+        tensors.update(load_file(path))
+    for name, module in checkpoint.modules.items():
+        parts = [tensors.pop(f"{name}.{suffix}") for suffix in module.suffixes]
+        if module.form == "pivot":
+            p, c, pivots = parts
+            u = torch.empty(len(p) + len(c), len(p), dtype=torch.float64)
+            others = torch.ones(len(u), dtype=torch.bool)
+            others[pivots.long()] = False
+            u[pivots.long()], u[others] = torch.eye(len(p), dtype=torch.float64), c.double()
+            weight = u @ p.double()
+        else:
+            weight = parts[1].double() @ parts[0].double()
+        tensors[f"{name}.weight"] = weight.float()
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    del config["quantization_config"], config["transformers_weights"]
+    (target / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    for path in source.glob("*token*.json"):
+        shutil.copyfile(path, target / path.name)
     return target
 
 

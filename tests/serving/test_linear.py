@@ -305,6 +305,34 @@ def test_a_wrong_shape_of_a_dense_shard_is_named() -> None:
             case.load_one("k_proj", "weight", torch.zeros(shape))
 
 
+@pytest.mark.parametrize(
+    ("said", "table", "names"),
+    [
+        # A model that does not say what its layers are merged of.
+        ({}, ["a.gate_proj", "a.up_proj"], ["a.gate_proj", "a.up_proj"]),
+        ({}, ["a.up_proj"], ["a.gate_proj", "a.up_proj"]),
+        # One that says it, while the checkpoint has one matrix.
+        ({"gate_up_proj": ["gate_proj", "up_proj"]}, ["a.gate_up_proj"], ["a.gate_up_proj"]),
+        ({"gate_up_proj": ["w1", "w2"]}, ["a.w2"], ["a.w1", "a.w2"]),
+    ],
+)
+def test_merged_layers_find_their_modules(said: dict[str, list[str]], table: list[str], names: list[str]) -> None:
+    config = PgsvdConfig({name: FactoredModule(4) for name in table})
+    config.packed_modules_mapping = said
+    layer = vllm_linear.MergedColumnParallelLinear(
+        HIDDEN, [WIDE, WIDE], bias=False, quant_config=config, prefix="a.gate_up_proj"
+    )
+    assert [shard.name for shard in layer.quant_method.shards] == names
+    config.check_claimed()
+
+
+def test_factors_that_no_layer_takes_are_named() -> None:
+    config = PgsvdConfig({"a.up_proj": FactoredModule(4), "a.other": FactoredModule(4)})
+    vllm_linear.ColumnParallelLinear(HIDDEN, WIDE, quant_config=config, prefix="a.up_proj")
+    with pytest.raises(CheckpointError, match=r"^a\.other: .*--ignore '\*\.other'"):
+        config.check_claimed()
+
+
 def test_partitions_that_do_not_fit_the_modules_are_refused() -> None:
     config = PgsvdConfig({"a.gate_proj": FactoredModule(4)})
     config.packed_modules_mapping = {"gate_up_proj": ["gate_proj", "up_proj"]}

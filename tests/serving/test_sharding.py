@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pgsvd_vllm.errors import CheckpointError
-from pgsvd_vllm.sharding import copy_checked, input_columns, output_rows, pivot_rows, take_rows
+from pgsvd_vllm.sharding import by_kind, copy_checked, input_columns, output_rows, pivot_rows, take_rows
 
 WORLDS = (1, 2, 4, 8)
 
@@ -75,6 +75,28 @@ def test_a_single_piece_is_not_copied() -> None:
     weight = torch.randn(8, 3)
     piece = take_rows(weight, [slice(2, 6)])
     assert piece.data_ptr() == weight[2].data_ptr()
+
+
+@pytest.mark.parametrize(("groups", "each", "head"), [(2, 3, 4), (1, 4, 2), (4, 1, 3)])
+def test_rows_group_by_group_are_put_kind_by_kind(groups: int, each: int, head: int) -> None:
+    """As Falcon's loader in vLLM does with dense weights, written there for tensors of any dimension."""
+    weight = torch.randn(groups * (each + 2) * head, 5)
+    parts = weight.view(groups, each + 2, head, 5)
+    queries, keys, values = parts[:, :each], parts[:, each], parts[:, each + 1]
+    expected = torch.cat([part.reshape(-1, 5) for part in (queries, keys, values)])
+    assert torch.equal(weight[by_kind(groups, each, head)], expected)
+
+
+def test_pivots_follow_another_order() -> None:
+    pivots, c, z = torch.tensor([1, 4, 5]), torch.randn(5, 3), torch.randn(3)
+    whole = torch.empty(8)
+    whole[[1, 4, 5]], whole[[0, 2, 3, 6, 7]] = z, c @ z
+    order = torch.tensor([7, 0, 3, 4, 1, 2, 6, 5])
+    for cut in (slice(0, 4), slice(4, 8)):
+        own, places = pivot_rows(pivots, c, [cut], order)
+        rest = own @ z
+        found = torch.stack([z[-1 - int(place)] if place < 0 else rest[place] for place in places])
+        torch.testing.assert_close(found, whole[order][cut])
 
 
 def test_copy_checked_names_the_tensor_and_both_shapes() -> None:

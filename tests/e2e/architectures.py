@@ -1,0 +1,136 @@
+"""One tiny random model of every architecture that is known to work; a row is a test and a line of docs/models.md."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+VOCABULARY = 258
+COMMON = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1, "initializer_range": 0.08}
+SIZES = COMMON | {"hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4}
+GQA = SIZES | {"intermediate_size": 320, "num_key_value_heads": 2, "max_position_embeddings": 512}
+HEADS = GQA | {"head_dim": 32}
+GEMMA = HEADS | {"query_pre_attn_scalar": 32, "sliding_window": 16}
+GPT2 = COMMON | {"n_embd": 128, "n_layer": 3, "n_head": 4, "n_positions": 512}
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 64}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One row.
+
+    Attributes:
+        name: what people call the models.
+        config: class of transformers.
+        options: its arguments.
+        note: what is particular about it.
+        core: whether it is tested every time, and not only with all.
+        dense: leaves of projections that stay dense.
+        like_transformers: whether vLLM's tokens of the dense model are those of transformers; where they are not,
+            factored models are compared with the multiplied-back dense one in vLLM.
+    """
+
+    name: str
+    config: str
+    options: dict[str, Any]
+    note: str = ""
+    core: bool = False
+    dense: frozenset[str] = field(default_factory=frozenset)
+    like_transformers: bool = True
+
+
+ARCHITECTURES = (
+    Architecture("Llama 2, 3", "LlamaConfig", GQA | {"rope_theta": 500000.0}),
+    Architecture("Mistral", "MistralConfig", GQA | {"sliding_window": 16}, "sliding window", core=True),
+    Architecture("Qwen2, Qwen2.5", "Qwen2Config", GQA, "biases"),
+    Architecture("Qwen3", "Qwen3Config", HEADS, "norms of queries and keys"),
+    Architecture("Gemma 2", "Gemma2Config", GEMMA, "soft caps"),
+    Architecture("Gemma 3, text", "Gemma3TextConfig", GEMMA, "two kinds of layers"),
+    Architecture("Phi-1, Phi-2", "PhiConfig", GQA, "attention and MLP side by side"),
+    Architecture("Phi-3, Phi-4", "Phi3Config", GQA, "QKV, and gate and up, are one matrix each", core=True),
+    Architecture("OLMo 2", "Olmo2Config", GQA),
+    Architecture("Granite", "GraniteConfig", GQA),
+    Architecture("StableLM", "StableLmConfig", GQA),
+    Architecture("Cohere Command R", "CohereConfig", GQA),
+    Architecture("StarCoder 2", "Starcoder2Config", GQA),
+    Architecture("SmolLM3", "SmolLM3Config", GQA),
+    Architecture("GLM-4", "Glm4Config", HEADS, "gate and up are one matrix"),
+    Architecture(
+        "OPT",
+        "OPTConfig",
+        SIZES | {"ffn_dim": 320, "max_position_embeddings": 512, "word_embed_proj_dim": 128},
+    ),
+    Architecture("GPT-2", "GPT2Config", GPT2, "weights are stored transposed", core=True),
+    Architecture("GPT-BigCode, StarCoder", "GPTBigCodeConfig", GPT2, "one key and value head"),
+    Architecture(
+        "GPT-NeoX, Pythia",
+        "GPTNeoXConfig",
+        SIZES | {"intermediate_size": 320, "max_position_embeddings": 512},
+        "QKV is one matrix, head by head",
+    ),
+    Architecture(
+        "Falcon",
+        "FalconConfig",
+        SIZES | {"new_decoder_architecture": True, "num_kv_heads": 2, "alibi": False},
+        "QKV is one matrix, group by group",
+        core=True,
+    ),
+    Architecture(
+        "BLOOM",
+        "BloomConfig",
+        COMMON | {"hidden_size": 128, "n_layer": 3, "n_head": 4},
+        "vLLM reorders all tensors called query_key_value",
+        dense=frozenset({"query_key_value"}),
+    ),
+    Architecture(
+        "Mixtral",
+        "MixtralConfig",
+        GQA | {"num_local_experts": 4, "num_experts_per_tok": 2},
+        "experts stay dense",
+        core=True,
+    ),
+    Architecture(
+        "Qwen2-MoE",
+        "Qwen2MoeConfig",
+        GQA | EXPERTS | {"num_experts": 4, "shared_expert_intermediate_size": 128},
+        "experts stay dense, the shared one does not",
+    ),
+    Architecture("Qwen3-MoE", "Qwen3MoeConfig", HEADS | EXPERTS | {"num_experts": 4}, "experts stay dense"),
+    Architecture(
+        "DeepSeek-V2, V2-Lite",
+        "DeepseekV2Config",
+        GQA
+        | EXPERTS
+        | {
+            "num_key_value_heads": 4,
+            "n_shared_experts": 1,
+            "n_routed_experts": 4,
+            "first_k_dense_replace": 1,
+            "kv_lora_rank": 512,
+            "q_lora_rank": None,
+            "qk_nope_head_dim": 32,
+            "qk_rope_head_dim": 64,
+            "v_head_dim": 32,
+            "n_group": 1,
+            "topk_group": 1,
+            "topk_method": "greedy",
+        },
+        "latent attention; vLLM multiplies kv_b_proj back; experts stay dense",
+        core=True,
+        like_transformers=False,
+    ),
+)
+
+
+def save_model(architecture: Architecture, folder: Path) -> Path:
+    """A random model in float32 with a tokenizer of bytes."""
+    import transformers
+
+    from tests.conftest import save_tokenizer
+
+    assert save_tokenizer(folder) == VOCABULARY
+    torch.manual_seed(0)
+    config = getattr(transformers, architecture.config)(**architecture.options)
+    transformers.AutoModelForCausalLM.from_config(config).float().save_pretrained(folder)
+    return folder

@@ -1,0 +1,61 @@
+"""Every architecture: a tiny random model compressed, verified, served by vLLM, compared with transformers."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from pgsvd_vllm.checkpoint import open_checkpoint
+from pgsvd_vllm.cli import main
+from tests.e2e.architectures import ARCHITECTURES, Architecture, save_model
+from tests.e2e.checkpoints import multiplied_back, transformers_greedy
+from tests.e2e.engine import greedy, run_engine, tokens
+from tests.models import DOCUMENT, rows
+
+NEW_TOKENS = 24
+FEW = ("--num-calibration-samples", "32", "--max-seq-length", "64")
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[list[int]]:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(2, 258, (8, 9), generator=generator).tolist()
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    [pytest.param(row, id=row.name, marks=() if row.core else pytest.mark.slow) for row in ARCHITECTURES],
+)
+def test_compressed_and_served(
+    architecture: Architecture, prompts: list[list[int]], tmp_path: Path, one_thread: None
+) -> None:
+    """Once with the ranks that the tool chooses, and once, to be served, with every projection factored."""
+    model = save_model(architecture, tmp_path / "model")
+    for output, options in ((tmp_path / "chosen", ()), (tmp_path / "all", ("--baseline", "pifa"))):
+        assert main(["compress", str(model), "-o", str(output), "--ratio", "0.25", *FEW, *options]) == 0
+        assert main(["verify", str(output)]) == 0
+    chosen, served = (open_checkpoint(tmp_path / name).modules for name in ("chosen", "all"))
+    assert chosen
+    report = json.loads((tmp_path / "all" / "pgsvd_report.json").read_text(encoding="utf-8"))["modules"]
+    assert served.keys() <= {row["name"] for row in report}
+    # One row alone, such as the shared expert's gate, has no low rank.
+    assert {row["name"] for row in report if row["rank"] is None} == {
+        row["name"] for row in report if row["out_features"] == 1
+    }
+    assert not {name.rpartition(".")[2] for name in served} & architecture.dense
+    found = tokens(run_engine(tmp_path / "all", [(prompts, greedy(NEW_TOKENS))])[0])
+    if architecture.like_transformers:
+        expected = transformers_greedy(tmp_path / "all", prompts, NEW_TOKENS)
+    else:
+        dense = multiplied_back(tmp_path / "all", tmp_path / "back")
+        expected = tokens(run_engine(dense, [(prompts, greedy(NEW_TOKENS))], load_format="auto")[0])
+    assert found == expected
+    # Models that say the same whatever they are asked would hide errors.
+    assert len({token for answer in expected for token in answer}) > 7
+
+
+def test_the_document_has_every_architecture() -> None:
+    text = DOCUMENT.read_text(encoding="utf-8")
+    missing = [row for row in rows() if row not in text]
+    assert not missing, "run: python tests/models.py"
