@@ -22,13 +22,20 @@ and servers, whose tokens are compared with transformers' or the plain engine's.
 """
 # What no test shows.
 REMARKS = """
-- Data parallelism, several nodes: vLLM's own (`--data-parallel-size`, its Ray backend). Nothing of a factored
+- Data parallelism, several nodes: vLLM's own (`vllm serve DIR --load-format pgsvd --data-parallel-size 2`;
+  `--tensor-parallel-size 8 --pipeline-parallel-size 2 --distributed-executor-backend ray`). Nothing of a factored
   model is in their way, and nothing of it was run.
+- Tensor parallelism: `pgsvd-vllm inspect DIR --tp N` shows what each rank holds and sends, PGSVD_COLLECTIVE_BYTES=0
+  gives the least memory. With LoRA row-parallel layers sum their outputs, as dense ones do. Not run on more than two
+  workers; 4 and 8 ranks are simulated (`tests/serving/test_ranks.py`).
+- A draft of its dense parent loses time: it is as deep as the parent (`benchmarks/draft.py`, performance.md).
 - Sleep: level 1 keeps all weights; after level 2 load them again (`reload_weights`). Neither was run: they need a GPU.
 - LoRA in vLLM 0.32 on CPU: a request without an adapter, in a batch with others, gets the adapter of the last
   slot. Give `--max-loras` one more than there are.
 - Pipeline stages in vLLM 0.32 on CPU: not with `--enforce-eager`, dense models neither.
-- Mixtures: experts stay dense.
+- Mixtures: experts stay dense, and are most of such a model: of Mixtral-8x7B's 46.7 billion parameters 1.3 are
+  projections that are factored, so that `--ratio 0.2` removes 0.6 % of it. Attention, shared experts and all of
+  DeepSeek's latent attention are factored; vLLM multiplies its `kv_b_proj` back.
 """
 
 

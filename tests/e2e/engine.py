@@ -27,6 +27,7 @@ PROMPTS = (
 )
 # In place of sampling parameters.
 EMBED = {"embed": True}
+CLASSIFY = {"classify": True}
 PROMPT_TOKENS = 11
 NEW_TOKENS = 48
 
@@ -41,7 +42,7 @@ class Answer:
 
     Attributes:
         tokens: the new token ids.
-        vector: what EMBED asks for, of an engine of runner "pooling".
+        vector: what EMBED or CLASSIFY asks for, of an engine of runner "pooling".
         logprobs: per step, token id -> log probability of the engine's top tokens; empty if not asked for.
     """
 
@@ -72,6 +73,11 @@ def one_core_each() -> dict[str, str]:
 def greedy(max_tokens: int = NEW_TOKENS, **more: Any) -> dict[str, Any]:
     """Sampling parameters of a greedy job that never stops early."""
     return {"temperature": 0.0, "max_tokens": max_tokens, "ignore_eos": True, **more}
+
+
+def beam(width: int, max_tokens: int) -> dict[str, Any]:
+    """Of a job whose answers are the tokens of the best beam."""
+    return {"beam": {"beam_width": width, "max_tokens": max_tokens, "ignore_eos": True, "temperature": 0.0}}
 
 
 def equal_length_prompts(folder: Path, length: int = PROMPT_TOKENS) -> list[list[int]]:
@@ -165,6 +171,7 @@ def main(request: Path, response: Path) -> None:
     """The engine's side."""
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
+    from vllm.sampling_params import BeamSearchParams
 
     wanted = json.loads(request.read_text(encoding="utf-8"))
     llm = LLM(**wanted["engine"])
@@ -179,12 +186,22 @@ def main(request: Path, response: Path) -> None:
             if path and path not in known:
                 known[path] = LoRARequest(path, len(known) + 1, path)
             loras.append(known.get(path))
-        if sampling == EMBED:
-            embedded = llm.embed([{"prompt_token_ids": ids} for ids in prompts], use_tqdm=False)
-            answers.append([{"tokens": [], "logprobs": [], "vector": one.outputs.embedding} for one in embedded])
+        asked = [{"prompt_token_ids": ids} for ids in prompts]
+        if sampling in (EMBED, CLASSIFY):
+            found = (
+                [one.outputs.embedding for one in llm.embed(asked, use_tqdm=False)]
+                if sampling == EMBED
+                else [one.outputs.probs for one in llm.classify(asked, use_tqdm=False)]
+            )
+            answers.append([{"tokens": [], "logprobs": [], "vector": vector} for vector in found])
+            continue
+        if "beam" in sampling:
+            searched = llm.beam_search(asked, BeamSearchParams(**sampling["beam"]))
+            best = [one.sequences[0].tokens[len(ids) :] for one, ids in zip(searched, prompts, strict=True)]
+            answers.append([{"tokens": row, "logprobs": []} for row in best])
             continue
         outputs = llm.generate(
-            [{"prompt_token_ids": ids} for ids in prompts],
+            asked,
             SamplingParams(**sampling),
             use_tqdm=False,
             lora_request=loras if any(loras) else None,

@@ -1,5 +1,6 @@
 """What else vLLM's engine can do, on a factored model: against the plain engine's or the dense model's tokens."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.e2e.engine import EMBED, NEW_TOKENS, greedy, one_core_each, run_engine, tokens
+from tests.e2e.checkpoints import multiplied_back
+from tests.e2e.engine import (
+    CLASSIFY,
+    EMBED,
+    NEW_TOKENS,
+    beam,
+    greedy,
+    one_core_each,
+    run_engine,
+    tokens,
+    try_engine,
+)
 from tests.features import DOCUMENT, marked
 
 
@@ -71,6 +83,57 @@ def test_a_compressed_model_with_itself_as_draft(
 ) -> None:
     config = {"model": str(tiny_compressed), "num_speculative_tokens": 3}
     assert tokens(run_engine(tiny_compressed, [(prompts, greedy())], speculative_config=config)[0]) == plain
+
+
+@pytest.mark.feature("beam search")
+def test_beams_are_those_of_the_multiplied_back_model(
+    tiny_compressed: Path, prompts: list[list[int]], plain: list[list[int]], tmp_path: Path
+) -> None:
+    dense = multiplied_back(tiny_compressed, tmp_path / "dense")
+    job = (prompts[:3], beam(4, 12))
+    (expected,) = run_engine(dense, [job], load_format="auto", max_logprobs=8)
+    (found,) = run_engine(tiny_compressed, [job], max_logprobs=8)
+    assert tokens(found) == tokens(expected)
+    assert tokens(found) != [row[:12] for row in plain[:3]], "beams that greedy tokens would do for"
+
+
+@pytest.mark.feature("classification (--runner pooling --convert classify)")
+def test_classes_are_those_of_transformers(tiny_compressed: Path, prompts: list[list[int]], tmp_path: Path) -> None:
+    """The compressed model under a random head of three classes."""
+    from transformers import AutoModelForSequenceClassification
+
+    import pgsvd_vllm.hf  # noqa: F401  (registers the format)
+
+    folder = Path(shutil.copytree(tiny_compressed, tmp_path / "classifier"))
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config |= {
+        "architectures": ["LlamaForSequenceClassification"],
+        "id2label": {str(i): f"class {i}" for i in range(3)},
+        "label2id": {f"class {i}": i for i in range(3)},
+        "pad_token_id": 1,
+    }
+    config["quantization_config"]["tensors"] += 1
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    (path,) = folder.glob("*.safetensors")
+    torch.manual_seed(0)
+    save_file(load_file(path) | {"score.weight": 0.1 * torch.randn(3, 128)}, path, metadata={"format": "pt"})
+    (index,) = folder.glob("*.index.json")
+    known = json.loads(index.read_text(encoding="utf-8"))
+    known["weight_map"]["score.weight"] = path.name
+    index.write_text(json.dumps(known), encoding="utf-8")
+    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        expected = model(torch.tensor(prompts)).logits.softmax(-1)
+    (answers,) = run_engine(folder, [(prompts, CLASSIFY)], runner="pooling")
+    torch.testing.assert_close(torch.tensor([answer.vector for answer in answers]), expected, atol=2e-5, rtol=0)
+    assert expected.std(0).min() > 1e-2
+
+
+@pytest.mark.feature("sleep: refused by vLLM on CPU, with what it says")
+def test_sleep_is_refused_where_vllm_has_none(tiny_compressed: Path) -> None:
+    done = try_engine(tiny_compressed, [], enable_sleep_mode=True)
+    assert done.returncode != 0
+    assert "Sleep mode is not supported on current platform" in done.log
 
 
 @pytest.mark.feature("pipeline parallelism, 2 stages")
