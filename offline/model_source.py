@@ -174,8 +174,8 @@ class ModelSource:
                     continue
                 full = f"{self.layers_name}.{i}.{name}"
                 stored = self.stored.get(f"{full}.weight")
-                if stored is not None and stored.converter is not None:
-                    continue  # the checkpoint has no such matrix
+                if stored is not None and not self._keeps_name(f"{full}.weight", stored):
+                    continue
                 if name.rpartition(".")[2] in STAYS_DENSE.get(self.config.model_type, ()):
                     continue
                 hits = [p for p in ignore if fnmatch.fnmatchcase(full, p) or fnmatch.fnmatchcase(name, p)]
@@ -189,6 +189,11 @@ class ModelSource:
         if not any(found):
             raise InputError("--ignore: every linear layer is ignored, nothing is left to compress")
         return found
+
+    def _keeps_name(self, name: str, stored: Stored) -> bool:
+        """Whether the checkpoint has a matrix under its own name, which is what vLLM knows."""
+        prefix = f"{self.model.base_model_prefix}."
+        return stored.converter is None and stored.names[0].removeprefix(prefix) == name.removeprefix(prefix)
 
     def _example(self) -> str:
         name = next(n for n, m in self.layers[0].named_modules() if isinstance(m, nn.Linear))

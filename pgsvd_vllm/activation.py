@@ -4,6 +4,7 @@ Only from MLPs whose forward is known to do nothing else with the layer's output
 not with LoRA, which adds to that output.
 """
 
+import hashlib
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -44,7 +45,7 @@ def take_activations(model: nn.Module, config: VllmConfig) -> int:
         return 0
     from pgsvd_vllm.triton_products import wants_triton
 
-    taken = 0
+    taken: list[str] = []
     for module in model.modules() if wants_triton() else ():
         layer: Any = getattr(module, "gate_up_proj", None)
         method = getattr(layer, "quant_method", None)
@@ -55,11 +56,12 @@ def take_activations(model: nn.Module, config: VllmConfig) -> int:
         if len(method.shards) == 2 and method.cut is Cut.PLAIN:
             method.activation = _eager(activation)
             module.act_fn = nn.Identity()
-            taken += 1
+            taken.append(method.layer_name)
     if taken:
-        additional["pgsvd"] = f"{taken} activations, {pgsvd_vllm.__version__}"
-        logger.info("%d factored layers compute the activation after them", taken)
-    return taken
+        names = hashlib.sha256(" ".join(taken).encode()).hexdigest()
+        additional["pgsvd"] = f"{len(taken)} activations ({names}), {pgsvd_vllm.__version__}"
+        logger.info("%d factored layers compute the activation after them", len(taken))
+    return len(taken)
 
 
 def _eager(activation: SiluAndMul) -> Callable[[torch.Tensor], torch.Tensor]:

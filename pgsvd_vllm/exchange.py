@@ -51,7 +51,7 @@ def joined(y: torch.Tensor) -> torch.Tensor:
 class SummedInside(RowParallelLinear):
     """A row-parallel layer whose method hands out the whole sum, bias and all.
 
-    A layer becomes one by its class alone. `reduce_results` stays true, as it is: models read it.
+    A layer becomes one by its class alone. `reduce_results` stays true, as it is: models read it, and some clear it.
     """
 
     def forward(self, input_: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, nn.Parameter | None]:
@@ -60,6 +60,9 @@ class SummedInside(RowParallelLinear):
         if not self.input_is_parallel:
             x = split_tensor_along_last_dim(input_, num_partitions=self.tp_size)[self.tp_rank].contiguous()
         y = self.quant_method.apply(self, x, None if self.skip_bias_add else self.bias)
+        if not self.reduce_results and self.tp_rank:
+            # Cleared after the layer was made: the model sums what the ranks hand out.
+            y = torch.zeros_like(y)
         if not self.return_bias:
             return y
         return y, self.bias if self.skip_bias_add else None

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 from vllm.config import CompilationMode, VllmConfig, get_current_vllm_config
+from vllm.distributed.parallel_state import get_tensor_model_parallel_world_size
 from vllm.forward_context import get_forward_context, is_forward_context_available
 from vllm.model_executor.layers.linear import LinearMethodBase, QKVParallelLinear, RowParallelLinear
 from vllm.platforms import current_platform
@@ -39,6 +40,7 @@ from pgsvd_vllm.sharding import (
     output_rows,
     pivot_rows,
     rank_rows,
+    runs_beside_others,
     take_rows,
 )
 
@@ -131,7 +133,8 @@ class PgsvdLinearMethod(LinearMethodBase):
             groups, each = layer.total_num_kv_heads, layer.total_num_heads // layer.total_num_kv_heads
             self.order = by_kind(groups, each, layer.head_size)
         self.workers = layer.tp_size
-        if layer.tp_size > 1:
+        # Not where a layer is cut over other ranks than those that would exchange something.
+        if 1 < layer.tp_size == get_tensor_model_parallel_world_size():
             self.cut = self._choose_cut(layer, cut_by_rows, params_dtype, config.lora_config is not None)
         # Outputs that this rank computes.
         self.rows_here = [size // self.workers for size in self.sizes] if self.cut is Cut.JOINED else self.sizes
@@ -169,10 +172,9 @@ class PgsvdLinearMethod(LinearMethodBase):
     def _choose_cut(self, layer: Any, by_rows: bool, dtype: torch.dtype, has_lora: bool) -> Cut:
         """What the ranks exchange; makes the layer's class that of one that sums inside where it does."""
         modules = [shard.module for shard in self.shards if shard.module is not None]
+        if runs_beside_others(self.layer_name):
+            return Cut.PLAIN
         if by_rows:
-            # vLLM may run shared experts beside others, on a stream of their own: there collectives would meet.
-            if "shared_expert" in self.layer_name:
-                return Cut.PLAIN
             ranks = [module.rank for module in modules]
             return self.traffic.by_outputs(ranks, self.in_features, layer.tp_size, dtype.itemsize)
         if self.in_here == self.in_features or not layer.reduce_results:

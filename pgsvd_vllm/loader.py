@@ -79,7 +79,8 @@ class PgsvdModelLoader(DefaultModelLoader):
         if self.vllm_config is not None:  # not where weights are loaded again
             take_activations(model, self.vllm_config)
             config = self.vllm_config.quant_config
-            # A stage of a pipeline has only some of the layers.
-            if isinstance(config, PgsvdConfig) and self.vllm_config.parallel_config.pipeline_parallel_size == 1:
+            # A stage of a pipeline has only some of the layers, and a draft out of the target's own checkpoint.
+            whole = self.vllm_config.parallel_config.pipeline_parallel_size == 1 and model_config.runner_type != "draft"
+            if isinstance(config, PgsvdConfig) and whole:
                 config.check_claimed()
         super().load_weights(model, model_config)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from pgsvd_vllm.checkpoint import Checkpoint
 from pgsvd_vllm.merged_layers import groups
-from pgsvd_vllm.sharding import Cut, Traffic
+from pgsvd_vllm.sharding import Cut, Traffic, runs_beside_others
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,12 @@ def parallel_plan(checkpoint: Checkpoint, workers: int, least: int) -> Iterator[
         itemsize = stored.nbytes // stored.numel
         sent, dense = traffic.sent, traffic.dense
         cut = Cut.PLAIN
-        if workers > 1 and by_inputs:
+        if runs_beside_others(first):
+            pass
+        elif workers > 1 and by_inputs:
             up = modules[first].shapes(out, columns)[modules[first].suffixes[1]]
             cut = traffic.by_inputs(modules[first].rank, up[0], out, workers, itemsize)
-        elif workers > 1 and "shared_expert" not in first:
+        elif workers > 1:
             cut = traffic.by_outputs([module.rank for module in modules.values()], columns, workers, itemsize)
         here = whole = 0
         for name in names:

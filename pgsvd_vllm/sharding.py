@@ -41,6 +41,11 @@ def collective_bytes() -> int:
     return int(given)
 
 
+def runs_beside_others(name: str) -> bool:
+    """Whether vLLM may run a layer of this name on a stream of its own, where its collective would meet others'."""
+    return any(part in name for part in ("shared_expert", "share_expert", "shared_mlp"))
+
+
 class Traffic:
     """Chooses the cuts of a model's layers in their order: the least memory for no more traffic than dense.
 

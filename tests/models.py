@@ -27,8 +27,8 @@ noted, what the multiplied-back dense model says in vLLM).
 TAIL = """
 Anything else: every `nn.Linear` (or transposed `Conv1D`) in the list of layers that holds most of a causal language
 model's linear weights is compressed, whatever it is called; what lies outside of it, and what a checkpoint stores in
-another form (stacked experts), stays dense. If vLLM's model has no linear layer of a projection's name, loading stops
-with an error that says which to `--ignore`.
+another form or under another name (stacked experts), stays dense. If vLLM's model has no linear layer of a projection's
+name, loading with `--load-format pgsvd` stops with an error that says which to `--ignore`.
 
 To add an architecture: add a row to `ARCHITECTURES` and run `python tests/models.py`.
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from vllm.model_executor.layers import linear as vllm_linear
 
-from pgsvd_vllm import exchange
+from pgsvd_vllm import exchange, linear
 
 T = TypeVar("T")
 
@@ -74,7 +74,8 @@ class Ranks:
                 exchange, "tensor_model_parallel_all_gather", lambda x, dim=-1: self._exchanged("gather", x, dim)
             )
             patch.setattr(vllm_linear, "get_tensor_model_parallel_rank", lambda: self.rank)
-            patch.setattr(vllm_linear, "get_tensor_model_parallel_world_size", lambda: self.size)
+            for module in (vllm_linear, linear):
+                patch.setattr(module, "get_tensor_model_parallel_world_size", lambda: self.size)
             yield
 
 

@@ -9,6 +9,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 from vllm.config import LoRAConfig, VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers import linear as vllm_linear
 
+from pgsvd_vllm import linear
 from pgsvd_vllm.checkpoint import FactoredModule
 from pgsvd_vllm.config import PgsvdConfig
 from pgsvd_vllm.errors import CheckpointError, InputError
@@ -121,6 +122,31 @@ def test_a_layer_that_is_not_to_sum_hands_out_its_part(form: str, size: int) -> 
     assert ((torch.stack(ys).double().sum(0) - expected).abs() <= bound).all()
 
 
+def test_a_layer_that_is_told_later_not_to_sum_hands_out_its_part() -> None:
+    """vLLM's transformers backend clears the flag of shared experts when their layers exist."""
+    ranks = Ranks(2)
+    with ranks.instead_of_vllms():
+        layers = []
+        for ranks.rank in range(2):
+            case = Case("down_proj", (30,))
+            layers.append(case.load().finish().layer)
+            assert case.layer.quant_method.cut is Cut.REDUCED
+            case.layer.reduce_results = False
+        x, own = torch.randn(TOKENS, WIDE), WIDE // 2
+        ys = ranks.each(lambda rank: layers[rank](x[:, rank * own : (rank + 1) * own])[0])
+    expected, bound = case.expected(x, partial=2)
+    assert ((torch.stack(ys).double().sum(0) - expected).abs() <= bound).all()
+
+
+def test_a_layer_over_other_ranks_exchanges_nothing() -> None:
+    """Where queries are replicated for the context, a layer is cut over some of the ranks alone."""
+    ranks = Ranks(2)
+    with ranks.instead_of_vllms(), pytest.MonkeyPatch.context() as patch:
+        assert column_layer(spendthrift()).quant_method.cut is Cut.GATHERED
+        patch.setattr(linear, "get_tensor_model_parallel_world_size", lambda: 4)
+        assert column_layer(spendthrift()).quant_method.cut is Cut.PLAIN
+
+
 def test_inputs_that_come_whole_are_cut_by_the_layer() -> None:
     ranks = Ranks(2)
     with ranks.instead_of_vllms():
@@ -228,12 +254,13 @@ def test_layers_that_keep_vllms_own_sums() -> None:
         assert Other(WIDE, HIDDEN, False, quant_config=pgsvd, prefix="a").quant_method.cut is Cut.PLAIN
 
 
-def test_shared_experts_gather_nothing() -> None:
+def test_shared_experts_exchange_nothing() -> None:
     """vLLM may run them on a stream of their own, where their collective would meet the experts'."""
     with Ranks(2).instead_of_vllms():
         assert column_layer(spendthrift()).quant_method.cut is Cut.GATHERED
         assert column_layer(spendthrift(), "mlp.shared_experts.up_proj").quant_method.cut is Cut.PLAIN
         assert column_layer(spendthrift(), "mlp.shared_expert.up_proj").quant_method.cut is Cut.PLAIN
+        assert row_layer(spendthrift(), name="mlp.shared_expert.down_proj").quant_method.cut is Cut.PLAIN
 
 
 def test_wrong_rank_rows_are_named() -> None:
