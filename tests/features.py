@@ -28,6 +28,8 @@ REMARKS = """
 - Tensor parallelism: `pgsvd-vllm inspect DIR --tp N` shows what each rank holds and sends, PGSVD_COLLECTIVE_BYTES=0
   gives the least memory. With LoRA row-parallel layers sum their outputs, as dense ones do. Not run on more than two
   workers; 4 and 8 ranks are simulated (`tests/serving/test_ranks.py`).
+- Expert parallelism (`--enable-expert-parallel`): vLLM 0.32 on CPU ends with an error, dense models too; not run
+  elsewhere.
 - A draft of its dense parent loses time: it is as deep as the parent (`benchmarks/draft.py`, performance.md).
 - Sleep: level 1 keeps all weights; after level 2 load them again (`reload_weights`). Neither was run: they need a GPU.
 - LoRA in vLLM 0.32 on CPU: a request without an adapter, in a batch with others, gets the adapter of the last

@@ -42,6 +42,15 @@ def write_checkpoint(
         writer.add(f"{module}.weight_u", u)
         modules[module] = {"rank": v.shape[0], "form": "factors"}
     writer.close()
+    # In the order of the model, as the tool writes it.
+    layers = list(dict.fromkeys(name.rpartition(".")[0].rpartition(".")[0] for name in modules))
+    modules = {
+        name: modules[name]
+        for layer in layers
+        for leaf in PROJECTIONS
+        for name in modules
+        if name.startswith(f"{layer}.") and name.endswith(f".{leaf}")
+    }
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     config["transformers_weights"] = LOAD_GUARD
     config["quantization_config"] = {
