@@ -9,14 +9,17 @@ that takes minutes an engine), each engine in a process of its own, asked in tur
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.reference_model import cache_folder
+from benchmarks.serve_cpu import Engine
 
 PROMPTS = (
     "The history of the city begins in the twelfth century, when",
@@ -32,13 +35,14 @@ NEW_TOKENS = 64
 ROUNDS = 3
 
 
-class Engine:
-    """A vLLM engine in a process of its own."""
+class DraftEngine(Engine):
+    """The dense model, alone or with a draft."""
+
+    script = __file__
 
     def __init__(self, model: Path, draft: Path | None, guesses: int, dtype: str, compiled: bool) -> None:
         self.name = draft.name if draft else "dense alone"
         options: dict[str, Any] = {
-            "model": str(model),
             "dtype": dtype,
             "enforce_eager": not compiled,
             "max_model_len": 256,
@@ -48,44 +52,9 @@ class Engine:
         }
         if draft:
             options["speculative_config"] = {"model": str(draft), "num_speculative_tokens": guesses}
-        environment = {
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            "VLLM_CPU_KVCACHE_SPACE": "1",
-            "OMP_NUM_THREADS": str(os.cpu_count() or 1),
-            "VLLM_NO_USAGE_STATS": "1",
-            "HF_HUB_OFFLINE": "1",
-            **os.environ,
-        }
-        self.process = subprocess.Popen(
-            [sys.executable, __file__, "--engine", json.dumps(options)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=environment,
-            text=True,
-        )
+        super().__init__(model, cache_folder() / f"draft-{self.name.replace(' ', '-')}-{dtype}.log", options)
 
-    def __enter__(self) -> "Engine":
-        self.read()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        try:
-            self.process.wait(timeout=60)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-
-    def read(self) -> dict[str, Any]:
-        """The next answer; raises RuntimeError where the engine ended."""
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            if line.startswith("{"):  # anything else is vLLM's
-                return json.loads(line)
-        raise RuntimeError(f"the engine of {self.name} ended")
-
-    def ask(self) -> dict[str, Any]:
+    def answer(self) -> dict[str, Any]:
         """Answer all prompts: `tokens`, `seconds`, and counters of what was guessed and accepted so far."""
         assert self.process.stdin is not None
         self.process.stdin.write("\n")
@@ -132,16 +101,16 @@ def main() -> int:
 
     answers: list[list[list[int]]] = []
     for draft in everyone:
-        with Engine(arguments.dense, draft, arguments.guesses, "float32", compiled=False) as engine:
-            answers.append(engine.ask()["tokens"])
+        with DraftEngine(arguments.dense, draft, arguments.guesses, "float32", compiled=False) as engine:
+            answers.append(engine.answer()["tokens"])
         if answers[-1] != answers[0]:
             sys.exit(f"draft.py: error: with {engine.name} as draft the dense model says something else in float32")
     with ExitStack() as stack:
         engines = [
-            stack.enter_context(Engine(arguments.dense, draft, arguments.guesses, "bfloat16", not arguments.quick))
+            stack.enter_context(DraftEngine(arguments.dense, draft, arguments.guesses, "bfloat16", not arguments.quick))
             for draft in everyone
         ]
-        found = [[engine.ask() for engine in engines] for _ in range(ROUNDS + 1)][1:]  # the first warms up
+        found = [[engine.answer() for engine in engines] for _ in range(ROUNDS + 1)][1:]  # the first warms up
     dense = statistics.median(row[0]["seconds"] for row in found)
     rows: list[dict[str, object]] = []
     print("| draft | accepted | tokens a step | speed of dense alone |")

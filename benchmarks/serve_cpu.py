@@ -25,7 +25,7 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -45,7 +45,13 @@ SHARE_OF_IDEAL = 0.9
 
 
 class Engine:
-    """An offline vLLM engine in a process of its own, which answers requests of how long something takes."""
+    """An offline vLLM engine in a process of its own, which answers requests of how long something takes.
+
+    Attributes:
+        script: what runs in that process.
+    """
+
+    script = __file__
 
     def __init__(
         self, folder: Path, log: Path, options: dict[str, Any], environment: dict[str, str] | None = None
@@ -63,12 +69,12 @@ class Engine:
         }
         self.log = log
         self.output = log.open("wb")
-        command = [sys.executable, __file__, "--engine", json.dumps({"model": str(folder), **options})]
+        command = [sys.executable, self.script, "--engine", json.dumps({"model": str(folder), **options})]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.output, env=environment, text=True
         )
 
-    def __enter__(self) -> "Engine":
+    def __enter__(self) -> Self:
         self.start = self.read()
         return self
 
