@@ -1,7 +1,13 @@
 """z in blocks: one a rank of tensor parallelism, each filled up with zeros to whole alignments."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
+
+# What lies between a layer's products: z of this rank's low-rank shards, side by side [tokens, all of them] -> what
+# the up products read.
+Exchange = Callable[[torch.Tensor], torch.Tensor]
 
 
 def spread(up: torch.Tensor, blocks: int, width: int, missing: int) -> torch.Tensor:

@@ -1,20 +1,17 @@
 """A whole layer in two launches, or by torch's products."""
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 import triton
 from triton.errors import TritonError
 
+from pgsvd_vllm.kernels.blocks import Exchange
 from pgsvd_vllm.kernels.down import down_kernel
 from pgsvd_vllm.kernels.gated import gated_kernel
 from pgsvd_vllm.kernels.packed import MOST_SHARDS, Gate, PackedLayer
 from pgsvd_vllm.kernels.tiles import Steps, Tile, Tiles, usual_tiles
 from pgsvd_vllm.kernels.up import up_kernel
 
-# What lies between a layer's products on several GPUs: z of this one [tokens, sum of widths] -> of all.
-Exchange = Callable[[torch.Tensor], torch.Tensor]
 # What Triton raises of a kernel that cannot be compiled, or not be started, on a device.
 REFUSALS = (TritonError, RuntimeError)
 

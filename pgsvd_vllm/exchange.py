@@ -1,16 +1,14 @@
 """What the ranks of tensor parallelism hand each other between a layer's two products, or after them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 from vllm.distributed.communication_op import tensor_model_parallel_all_gather, tensor_model_parallel_all_reduce
 from vllm.model_executor.layers.linear import RowParallelLinear, split_tensor_along_last_dim
 
+from pgsvd_vllm.kernels.blocks import Exchange
 from pgsvd_vllm.sharding import Cut
-
-# z of this rank's low-rank shards, side by side [tokens, all of them] -> what the up products read.
-Exchange = Callable[[torch.Tensor], torch.Tensor]
 
 
 def sum_of(z: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 
 from pgsvd_vllm.errors import InputError
-from pgsvd_vllm.exchange import Exchange, exchange_of
+from pgsvd_vllm.exchange import exchange_of
+from pgsvd_vllm.kernels.blocks import Exchange
 from pgsvd_vllm.kernels.launch import REFUSALS, Workspace, can_overlap, room, run, run_gated, run_library
 from pgsvd_vllm.kernels.packed import MOST_SHARDS, Gate, PackedLayer
 from pgsvd_vllm.kernels.table import Table, default_path, read_table
@@ -183,9 +184,10 @@ class TritonProducts:
         for before, step in pairwise((Step(0, None), *steps)):
             if step.tiles:
                 x = self.layer.v.new_zeros(before.most_tokens + 1, self.layer.columns)
-                self._run(x, None, self._no_exchange)
+                stand_in = self._no_exchange if self.exchange else None
+                self._run(x, None, stand_in)
                 if has_bias:
-                    self._run(x, self.layer.v.new_zeros(self.layer.out), self._no_exchange)
+                    self._run(x, self.layer.v.new_zeros(self.layer.out), stand_in)
 
     def refill(self, other: "TritonProducts") -> None:
         """Take another layer's weights, where captured graphs look for them.
@@ -215,7 +217,6 @@ class TritonProducts:
         return z.new_zeros(len(z), sum(self.layer.ranks))
 
     def _run(self, x: torch.Tensor, bias: torch.Tensor | None, exchange: Exchange | None) -> torch.Tensor:
-        exchange = exchange if self.exchange is not None else None
         tiles = tiles_for(self.steps, len(x))
         space = self.workspaces.here() if tiles else None
         if tiles is None or space is None:
