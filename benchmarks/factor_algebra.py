@@ -15,10 +15,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import reference_model
 from pgsvd_vllm.offline.allocate import at_ratio
-from pgsvd_vllm.offline.calibrate import LayerGrams, LayerStream
+from pgsvd_vllm.offline.calibrate import LayerGrams, advance
 from pgsvd_vllm.offline.factorize import als, closed_form, relative_error
 from pgsvd_vllm.offline.plan import CompressOptions, make_plan
 from pgsvd_vllm.offline.spectrum import error_profile, output_energy
+from pgsvd_vllm.offline.stream import LayerStream, text_batches
 
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
 RATIO_FOR_ALS = 0.4
@@ -37,10 +38,10 @@ def main() -> int:
         )
     )
     chosen = {0, 11, 20, 29} if arguments.quick else set(range(len(plan.projections)))
-    stream = LayerStream(plan.source, plan.windows.ids, plan.device, plan.compute_dtype)
+    stream = LayerStream(plan.source, text_batches(plan.windows.ids), plan.device, plan.compute_dtype)
     profiles, kept = {}, {}
     for index, row in enumerate(plan.projections):
-        for step in stream.advance(index, row, collect=True):
+        for step in advance(stream, index, row, collect=True):
             if isinstance(step, LayerGrams):
                 for p in row:
                     weight = plan.source.read(f"{p.name}.weight")

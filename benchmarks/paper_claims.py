@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.quality import RATIOS, quality_plan
 from pgsvd_vllm.errors import InputError
 from pgsvd_vllm.offline.allocate import Allocation, LossFront, at_ratio, loss_front
-from pgsvd_vllm.offline.calibrate import LayerStream
+from pgsvd_vllm.offline.calibrate import advance
 from pgsvd_vllm.offline.calibrate_pass import calibrate_layers, loss_energies, output_energies
 from pgsvd_vllm.offline.factorize import als, closed_form
 from pgsvd_vllm.offline.model_source import Projection
@@ -30,6 +30,7 @@ from pgsvd_vllm.offline.plan import Plan
 from pgsvd_vllm.offline.response import responses
 from pgsvd_vllm.offline.sensitivity import metric_root, weighed
 from pgsvd_vllm.offline.spectrum import error_profile, gram_root, output_energy, tail_energy
+from pgsvd_vllm.offline.stream import LayerStream, text_batches
 from pgsvd_vllm.offline.workspace import Workspace
 
 Row = dict[str, object]
@@ -63,11 +64,11 @@ def fronts(plan: Plan, energies: Energies, losses: Energies) -> list[Row]:
 
 def without_gradients(plan: Plan, energies: Energies, losses: Energies) -> list[Row]:
     """Measured loss of the ranks that forward passes alone would choose, as a multiple of the front's."""
-    stream = LayerStream(plan.source, plan.windows.ids[::32], plan.device, plan.compute_dtype)
+    stream = LayerStream(plan.source, text_batches(plan.windows.ids[::32]), plan.device, plan.compute_dtype)
     guessed = {}
     for index, row in enumerate(plan.projections):
         moved = responses(stream, index, row, plan.options.seed)
-        list(stream.advance(index, row, collect=False))
+        list(advance(stream, index, row, collect=False))
         guessed.update({p.name: energies[p.name] * moved[p.name] for p in row})
     front, crude = loss_front(plan.flat, losses, form="pivot"), loss_front(plan.flat, guessed, form="pivot")
     rows: list[Row] = []

@@ -30,7 +30,8 @@ import pgsvd_vllm.hf  # noqa: F401  (registers the format)
 from benchmarks import reference_model
 from pgsvd_vllm.errors import InputError
 from pgsvd_vllm.offline.calibrate_pass import calibrate_layers, measured_front
-from pgsvd_vllm.offline.compress import choose_ranks, write_checkpoint
+from pgsvd_vllm.offline.choose import choose_ranks
+from pgsvd_vllm.offline.compress import write_checkpoint
 from pgsvd_vllm.offline.evaluate import perplexity
 from pgsvd_vllm.offline.factor_pass import factor_layers
 from pgsvd_vllm.offline.plan import CompressOptions, Plan, make_plan

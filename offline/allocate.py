@@ -35,15 +35,15 @@ class Allocation:
     """Which projections are factored, and with what rank.
 
     Attributes:
-        tolerance: the uniform bound on every projection's relative error; None where sensitivities
-            were measured.
+        tolerances: tower -> the uniform bound on every one of its projections' relative errors; empty where
+            sensitivities were measured.
         ranks: projection name -> rank; a projection that stays dense is absent.
         removed: share of the projections' parameters that is removed, ignored ones counted as kept.
         loss: predicted, nats a token; None where sensitivities were not measured.
         time: share of the projections' time that is removed; None where ranks were chosen by size.
     """
 
-    tolerance: float | None
+    tolerances: dict[str, float]
     ranks: dict[str, int]
     removed: float
     loss: float | None = None
@@ -93,7 +93,7 @@ def at_tolerance(
             kept += size(p, rank, form)
         else:
             kept += p.numel
-    return Allocation(tolerance, ranks, 1 - kept / total)
+    return Allocation({p.tower: tolerance for p in projections}, ranks, 1 - kept / total)
 
 
 def at_ratio(
@@ -224,7 +224,7 @@ class LossFront:
         if corner == 0:
             raise _too_small(ratio, self.removed[1])
         return Allocation(
-            None,
+            {},
             dict(self.steps[:corner]),
             self.parameters[corner],
             self.losses[corner],

@@ -49,4 +49,4 @@ def at_equal_ratio(projections: Sequence[Projection], ratio: float, form: str, i
             kept += size(p, fitting[-1], form)
         else:
             kept += p.numel
-    return Allocation(None, ranks, 1 - kept / total)
+    return Allocation({}, ranks, 1 - kept / total)

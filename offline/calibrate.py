@@ -1,12 +1,10 @@
-"""Calibration: the dense model is run layer by layer and the inputs' Gram matrices are summed.
+"""Calibration: the inputs' Gram matrices, summed while the dense model is run layer by layer.
 
-Memory holds one decoder layer, its Gram matrices and the hidden states of the windows, whatever
-the depth. Projections that read the same tensor (q, k, v; gate, up) share one matrix, found by the
+Projections that read the same tensor (q, k, v; gate, up) share one matrix, found by the
 identity of the tensor they are called with.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +12,9 @@ import torch
 from torch import nn
 
 from pgsvd_vllm.errors import InputError
-from pgsvd_vllm.offline.model_source import ModelSource, Projection
+from pgsvd_vllm.offline.model_source import Projection
+from pgsvd_vllm.offline.stream import LayerStream
 
-TOKENS_PER_BATCH = 4096
 # A token counts at most this many times the median energy of its window (see `robust_rows`).
 ENERGY_CLIP = 10.0
 GRAM_BLOCK = 512
@@ -24,7 +22,7 @@ GRAM_BLOCK = 512
 
 @dataclass(frozen=True)
 class LayerGrams:
-    """Second moments of one decoder layer's inputs.
+    """Second moments of one layer's inputs.
 
     Attributes:
         grams: name of a group's first projection -> sum over tokens of x x^T, float64 [in, in].
@@ -90,7 +88,7 @@ class _GramHooks:
         self.leader: dict[str, str] = {}
         self._seen: list[tuple[torch.Tensor, str]] = []
         self._handles = [
-            layer.get_submodule(p.name.removeprefix(prefix)).register_forward_pre_hook(self._hook(p.name))
+            layer.get_submodule(p.path.removeprefix(prefix)).register_forward_pre_hook(self._hook(p.name))
             for p in projections
         ]
 
@@ -117,159 +115,45 @@ class _GramHooks:
             handle.remove()
 
 
-class Reached(Exception):
-    """Raised by a hook to end a forward at the module whose input or output was wanted."""
-
-    def __init__(self, value: torch.Tensor) -> None:
-        self.value = value
-
-
-@contextlib.contextmanager
-def _replaced_forward(layers: Sequence[nn.Module], forward: Callable[..., Any]) -> Iterator[None]:
-    """Every layer's forward replaced for a while."""
-    for layer in layers:
-        layer.forward = forward
-    try:
-        yield
-    finally:
-        for layer in layers:
-            del layer.forward
-
-
-def _as_taken(value: torch.Tensor, arrived: torch.Tensor, dimensions: int) -> Any:
-    """`value` as the model takes a layer's output: in a tuple, if it took the first of what the last layer gave it."""
-    return (value,) if arrived.dim() < dimensions else value
-
-
-def hidden_after(model: Any, layers: Sequence[nn.Module], ids: torch.Tensor) -> torch.Tensor:
-    """Hidden states [windows, length, hidden] after a model's last layer; its head does not run.
+@torch.no_grad()
+def advance(
+    stream: LayerStream, index: int, projections: Sequence[Projection], collect: bool
+) -> Iterator[int | LayerGrams]:
+    """Run layer `index` over all batches, replacing the hidden states by its outputs.
 
     Args:
-        model: a causal language model.
-        layers: its decoder layers.
-        ids: int64 [windows, length].
-    """
+        stream: has entered the layer.
+        index: of the layer.
+        projections: of the layer.
+        collect: whether Gram matrices are wanted.
 
-    def stop(_module: nn.Module, _args: Any, output: Any) -> None:
-        raise Reached(output[0] if isinstance(output, tuple) else output)
-
-    handle = layers[-1].register_forward_hook(stop)
-    try:
-        model(input_ids=ids, use_cache=False)
-    except Reached as reached:
-        return reached.value
-    finally:
-        handle.remove()
-    raise AssertionError("the model ended without its last layer")
-
-
-def logits_after(model: Any, layers: Sequence[nn.Module], ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-    """What a model makes of the hidden states after its last layer.
-
-    Args:
-        model: a causal language model; its layers are not run.
-        layers: its decoder layers.
-        ids: int64 [windows, length], the tokens behind `hidden`.
-        hidden: [windows, length, hidden].
-
-    Returns:
-        logits [windows, length, vocabulary].
-    """
-    calls = 0
-
-    def skip(*args: Any, **kwargs: Any) -> torch.Tensor:
-        nonlocal calls
-        calls += 1
-        if calls == len(layers):
-            return _as_taken(hidden, args[0] if args else kwargs["hidden_states"], hidden.dim())
-        arrived = args[0] if args else kwargs["hidden_states"]
-        return _as_taken(arrived, arrived, hidden.dim())
-
-    with _replaced_forward(layers, skip):
-        return model(input_ids=ids, use_cache=False).logits
-
-
-class LayerStream:
-    """Runs windows through a model one decoder layer at a time.
-
-    Args:
-        source: the model.
-        ids: int64 [windows, length].
-        device: where to compute.
-        dtype: of weights and activations.
+    Yields the number of tokens done after every batch, and at the end, where `collect`, the
+    layer's Gram matrices.
 
     Raises:
-        InputError: from `ModelSource`; also when a layer's output is not finite.
+        InputError: the layer's output is not finite, or it never calls one of its projections.
     """
-
-    def __init__(self, source: ModelSource, ids: torch.Tensor, device: torch.device, dtype: torch.dtype) -> None:
-        self.source, self.device, self.dtype = source, device, dtype
-        self.tokens = ids.numel()
-        self._calls: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
-        source.load_outer(device, dtype)
-        self.ids = ids.split(max(1, TOKENS_PER_BATCH // ids.shape[1]))
-        self.hidden = [self._embed(part) for part in self.ids]
-
-    @torch.no_grad()
-    def _embed(self, ids: torch.Tensor) -> torch.Tensor:
-        """Hidden states before the first layer; remembers what every layer is called with."""
-        calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-        first: list[torch.Tensor] = []
-        layers = list(self.source.layers)
-
-        def record(*args: Any, **kwargs: Any) -> Any:
-            hidden = args[0] if args else kwargs.pop("hidden_states")
-            if not calls:
-                first.append(hidden)
-            calls.append((args[1:], kwargs))
-            if len(calls) == len(layers):
-                raise Reached(hidden)
-            return _as_taken(hidden, hidden, first[0].dim())
-
-        with _replaced_forward(layers, record), contextlib.suppress(Reached):
-            self.source.model(input_ids=ids.to(self.device), use_cache=False)
-        if len(calls) != len(layers):
-            raise InputError(
-                f"{self.source.folder}: the model runs {len(calls)} of its {len(layers)} layers in "
-                f"{self.source.layers_name}; this architecture is not supported"
-            )
-        self._calls[ids.shape[0]] = calls
-        return first[0]
-
-    def run(self, layer: nn.Module, index: int, hidden: torch.Tensor) -> torch.Tensor:
-        """Outputs of layer `index` for one batch of hidden states [windows, length, hidden]."""
-        args, kwargs = self._calls[hidden.shape[0]][index]
-        output = layer(hidden, *args, **kwargs)
-        return output[0] if isinstance(output, tuple) else output
-
-    def head(self, ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits [windows, length, vocabulary] for hidden states after the last layer."""
-        return logits_after(self.source.model, list(self.source.layers), ids.to(self.device), hidden)
-
-    @torch.no_grad()
-    def advance(self, index: int, projections: Sequence[Projection], collect: bool) -> Iterator[int | LayerGrams]:
-        """Run layer `index` over all windows, replacing the hidden states by its outputs.
-
-        Yields the number of tokens done after every batch, and at the end, where `collect`, the
-        layer's Gram matrices.
-        """
-        with self.source.layer(index, self.device, self.dtype) as layer:
-            hooks = _GramHooks(layer, projections if collect else (), f"{self.source.layers_name}.{index}.")
-            try:
-                for i, hidden in enumerate(self.hidden):
-                    output = self.run(layer, index, hidden)
-                    hooks.end_batch()
-                    if not torch.isfinite(output).all():
-                        raise InputError(
-                            f"{self.source.layers_name}.{index}: the layer's output overflows in {self.dtype}; "
-                            "calibrate with --dtype float32 or bfloat16"
-                        )
-                    self.hidden[i] = output
-                    yield output.shape[0] * output.shape[1]
-            finally:
-                hooks.remove()
-        if collect:
-            missing = [p.name for p in projections if p.name not in hooks.leader]
-            if missing:
-                raise InputError(f"{missing[0]}: the layer never calls it; leave it dense with --ignore {missing[0]}")
-            yield LayerGrams(hooks.grams, hooks.leader, self.tokens)
+    path, tokens = stream.source.paths[index], 0
+    with stream.source.layer(index, stream.device, stream.dtype) as layer:
+        hooks = _GramHooks(layer, projections if collect else (), f"{path}.")
+        try:
+            for i, number in enumerate(stream.flow.members):
+                output = stream.run(layer, index, number, stream.flow.hidden[i])
+                hooks.end_batch()
+                if not torch.isfinite(output).all():
+                    raise InputError(
+                        f"{path}: the layer's output overflows in {stream.dtype}; "
+                        "calibrate with --dtype float32 or bfloat16"
+                    )
+                stream.flow.hidden[i] = output
+                done = output.shape[:-1].numel()
+                tokens += done
+                yield done
+        finally:
+            hooks.remove()
+    stream.leave(index, stream.flow)
+    if collect:
+        missing = [p.name for p in projections if p.name not in hooks.leader]
+        if missing:
+            raise InputError(f"{missing[0]}: the layer never calls it; leave it dense with --ignore {missing[0]}")
+        yield LayerGrams(hooks.grams, hooks.leader, tokens)

@@ -3,13 +3,15 @@
 import torch
 from tqdm.auto import tqdm
 
+from pgsvd_vllm.errors import InputError
 from pgsvd_vllm.offline.allocate import LossFront, loss_front
-from pgsvd_vllm.offline.calibrate import LayerGrams, LayerStream
+from pgsvd_vllm.offline.calibrate import LayerGrams, advance
 from pgsvd_vllm.offline.model_source import Projection
 from pgsvd_vllm.offline.plan import Plan
 from pgsvd_vllm.offline.response import responses
 from pgsvd_vllm.offline.sensitivity import GradientPass, LayerGradients, metric_root, weighed
 from pgsvd_vllm.offline.spectrum import gram_root, output_energy
+from pgsvd_vllm.offline.stream import LayerStream
 from pgsvd_vllm.offline.workspace import LayerCalibration, LayerSensitivity, Workspace
 
 
@@ -19,36 +21,48 @@ def calibrate_layers(plan: Plan, workspace: Workspace) -> None:
     done = all(workspace.has_layer(i) for i in range(layers))
     if done and (not plan.measured or all(workspace.has_sensitivity(i, kind) for i in range(layers))):
         return
-    stream = LayerStream(plan.source, plan.windows.ids, plan.device, plan.compute_dtype)
+    stream = LayerStream(plan.source, plan.batches(), plan.device, plan.compute_dtype)
     gradients = GradientPass(stream, workspace.folder / "inputs") if kind == "measured" else None
-    with tqdm(total=layers * stream.tokens, unit="tok", unit_scale=True, desc="calibrate") as bar:
+    with tqdm(total=layers * plan.tokens, unit="tok", unit_scale=True, desc="calibrate") as bar:
         for index, row in enumerate(plan.projections):
             collect = bool(row) and not workspace.has_layer(index)
             bar.set_postfix_str(f"layer {index + 1}/{layers}")
+            stream.enter(index, stream.flow)
             if gradients is not None:
                 gradients.remember(index)
             moved = responses(stream, index, row, plan.options.seed) if kind == "forward" else {}
-            for step in stream.advance(index, row, collect):
+            for step in advance(stream, index, row, collect):
                 if isinstance(step, LayerGrams):
+                    _check_tokens(plan, row, step.tokens)
                     energy = _energies(plan, row, step.grams, step.leader)
-                    workspace.save_layer(index, LayerCalibration(step.grams, step.leader, energy))
+                    workspace.save_layer(index, LayerCalibration(step.grams, step.leader, energy, step.tokens))
                 else:
                     bar.update(step)
             if not row and not workspace.has_layer(index):
-                workspace.save_layer(index, LayerCalibration({}, {}, {}))
+                workspace.save_layer(index, LayerCalibration({}, {}, {}, 0))
             if kind == "forward":
-                energy = workspace.load_layer(index, with_grams=False).energy
-                scaled = {name: energy[name] * (moved[name] / stream.tokens) for name in energy}
+                data = workspace.load_layer(index, with_grams=False)
+                scaled = {name: energy * (moved[name] / data.tokens) for name, energy in data.energy.items()}
                 workspace.save_sensitivity(index, kind, LayerSensitivity({}, {}, scaled))
     if gradients is not None:
         _measure_sensitivity(plan, workspace, gradients)
+
+
+def _check_tokens(plan: Plan, row: list[Projection], tokens: int) -> None:
+    widest = max(row, key=lambda p: p.in_features)
+    if tokens < widest.in_features:
+        raise InputError(
+            f"--dataset {plan.data_name}: {tokens} tokens of the {widest.tower} model are too little; "
+            f"{widest.name} has {widest.in_features} inputs and needs at least as many"
+        )
 
 
 def _measure_sensitivity(plan: Plan, workspace: Workspace, gradients: GradientPass) -> None:
     """The backward pass: gradient moments and predicted losses of every layer."""
     gradients.start(plan.options.seed)
     layers = len(plan.projections)
-    with tqdm(total=layers * gradients.tokens, unit="tok", unit_scale=True, desc="gradients") as bar:
+    tokens = sum(batch["input_ids"].numel() for batch in gradients.stream.batches[: gradients.batches])
+    with tqdm(total=layers * tokens, unit="tok", unit_scale=True, desc="gradients") as bar:
         for index in reversed(range(layers)):
             bar.set_postfix_str(f"layer {index + 1}/{layers}")
             for step in gradients.retreat(index, plan.projections[index]):
@@ -64,8 +78,8 @@ def _loss_spectra(plan: Plan, workspace: Workspace, index: int, found: LayerGrad
     energy = {}
     for p in plan.projections[index]:
         gram = data.grams[data.leader[p.name]].to(plan.device)
-        gram = weighed(gram, plan.windows.ids.numel(), found.grams[p.name])
-        target = metric_root(found.moments[p.name]).T @ plan.source.tensor(f"{p.name}.weight").to(plan.device).double()
+        gram = weighed(gram, data.tokens, found.grams[p.name])
+        target = metric_root(found.moments[p.name]).T @ plan.source.tensor(f"{p.path}.weight").to(plan.device).double()
         energy[p.name] = output_energy(target, gram).cpu()
     return LayerSensitivity(found.moments, found.grams, energy)
 
@@ -81,7 +95,7 @@ def _energies(
         gram = grams[name].to(plan.device).double()
         if p.out_features > p.in_features and name not in roots:
             roots[name] = gram_root(gram)
-        weight = plan.source.tensor(f"{p.name}.weight").to(plan.device)
+        weight = plan.source.tensor(f"{p.path}.weight").to(plan.device)
         energy[p.name] = output_energy(weight, gram, roots.get(name)).cpu()
     return energy
 

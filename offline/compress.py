@@ -10,15 +10,14 @@ from safetensors import SafetensorError
 
 from pgsvd_vllm.checkpoint import ShardWriter, open_checkpoint
 from pgsvd_vllm.errors import InputError, PgsvdError
-from pgsvd_vllm.offline.allocate import Allocation, LossFront, at_ratio, at_tolerance
-from pgsvd_vllm.offline.baselines import at_equal_ratio
-from pgsvd_vllm.offline.calibrate_pass import calibrate_layers, measured_front, output_energies
+from pgsvd_vllm.offline.allocate import Allocation, LossFront
+from pgsvd_vllm.offline.calibrate_pass import calibrate_layers, measured_front
+from pgsvd_vllm.offline.choose import choose_ranks
 from pgsvd_vllm.offline.estimate import check_disk, disk_bytes, fit_into_memory
 from pgsvd_vllm.offline.factor_pass import factor_layers
-from pgsvd_vllm.offline.plan import DEFAULT_RATIO, CompressOptions, Plan, make_plan
+from pgsvd_vllm.offline.plan import WINDOWS, CompressOptions, Plan, make_plan
 from pgsvd_vllm.offline.refine_pass import refine_layers
 from pgsvd_vllm.offline.report import ModuleReport, front_line, rank_rule, write_config, write_description
-from pgsvd_vllm.offline.spectrum import error_profile
 from pgsvd_vllm.offline.workspace import Workspace
 
 COPIED_SUFFIXES = {".json", ".jinja", ".txt", ".model", ".tiktoken"}
@@ -31,9 +30,10 @@ class CompressResult:
 
     Attributes:
         output: the folder.
-        allocation: tolerance and ranks.
+        allocation: tolerances and ranks.
         modules: one entry a projection, factored or dense.
         parameters_before, parameters_after: of the whole model.
+        compares: whether it compares images with texts, and is served to embed them.
     """
 
     output: Path
@@ -41,6 +41,7 @@ class CompressResult:
     modules: list[ModuleReport]
     parameters_before: int
     parameters_after: int
+    compares: bool
 
 
 def compress(options: CompressOptions, say: Callable[[str], None] = lambda _line: None) -> CompressResult:
@@ -98,21 +99,34 @@ def compress(options: CompressOptions, say: Callable[[str], None] = lambda _line
 
 def describe(plan: Plan) -> str:
     """One paragraph: model, text, what is about to happen."""
-    ids = plan.windows.ids
-    wanted = plan.options.num_calibration_samples
-    short = f" (the text has no more; {wanted} asked for)" if len(ids) < wanted else ""
     ignored = f", {plan.ignored_parameters / 1e6:.1f} M more ignored" if plan.ignored_parameters else ""
     if plan.unreachable_parameters:
         ignored += (
             f"; {plan.unreachable_parameters / 1e6:.1f} M in other matrices of theirs, such as experts, stay dense"
         )
+    if plan.unused:
+        towers = " and ".join(sorted({p.tower for p in plan.unused}))
+        reason = "layers whose outputs nobody reads" if plan.pairs else "no images in the calibration data"
+        ignored += f"; {sum(p.numel for p in plan.unused) / 1e6:.1f} M of the {towers} model stay dense ({reason})"
     return (
         f"{plan.options.model}: {plan.total_parameters / 1e6:.1f} M parameters, "
         f"{sum(p.numel for p in plan.flat) / 1e6:.1f} M in {len(plan.flat)} projections of "
         f"{len(plan.projections)} layers{ignored}\n"
-        f"calibration: {len(ids)} windows{short} of {ids.shape[1]} tokens from {plan.windows.name}, "
+        f"calibration: {_data_line(plan)}, "
         f"on {plan.device} in {str(plan.compute_dtype).removeprefix('torch.')}"
     )
+
+
+def _data_line(plan: Plan) -> str:
+    """How much of what is read."""
+    ids, parts = plan.windows.ids, []
+    if plan.pairs is not None:
+        parts.append(f"{plan.pairs.count} images with texts from {plan.pairs.name}")
+    if len(ids):
+        wanted = plan.options.num_calibration_samples or WINDOWS
+        short = f" (the text has no more; {wanted} asked for)" if not parts and len(ids) < wanted else ""
+        parts.append(f"{len(ids)} windows{short} of {ids.shape[1]} tokens from {plan.windows.name}")
+    return " and ".join(parts)
 
 
 def _time_line(plan: Plan, allocation: Allocation) -> str:
@@ -120,29 +134,6 @@ def _time_line(plan: Plan, allocation: Allocation) -> str:
         return ""
     tokens = f"{plan.costs.tokens} token" + ("s" if plan.costs.tokens > 1 else "")
     return f", {allocation.time:.1%} of their time for {tokens} (measured on {plan.costs.machine})"
-
-
-def choose_ranks(plan: Plan, workspace: Workspace, front: LossFront | None) -> Allocation:
-    """The ranks that the plan's ratio or tolerance gives; reads calibration, computes next to nothing.
-
-    Args:
-        plan, workspace: calibrated.
-        front: of sizes and losses; None where sensitivities are not measured.
-    """
-    ratio = DEFAULT_RATIO if plan.options.ratio is None else plan.options.ratio
-    if plan.options.baseline is not None:
-        return at_equal_ratio(plan.flat, ratio, plan.form, plan.ignored_parameters)
-    if front is not None:
-        return front.at(ratio)
-    profiles = {name: error_profile(values) for name, values in output_energies(plan, workspace).items()}
-    if plan.options.tolerance is not None:
-        allocation = at_tolerance(plan.flat, profiles, plan.options.tolerance, plan.ignored_parameters, plan.form)
-        if not allocation.ranks:
-            raise InputError(
-                f"--tolerance {plan.options.tolerance}: no projection can be factored with so small an error; raise it"
-            )
-        return allocation
-    return at_ratio(plan.flat, profiles, ratio, plan.ignored_parameters, plan.form)
 
 
 def write_checkpoint(
@@ -163,7 +154,8 @@ def write_checkpoint(
                 writer.add(f"{p.name}.{suffix}", tensor)
                 after += tensor.numel()
             modules.append(factors.reports[p.name])
-    factored = {stored for name in allocation.ranks for stored in plan.source.stored_as(f"{name}.weight")}
+    paths = [p.path for p in plan.flat if p.name in allocation.ranks]
+    factored = {stored for path in paths for stored in plan.source.stored_as(f"{path}.weight")}
     for name in plan.source.tensors:
         if name in factored:
             continue
@@ -179,4 +171,4 @@ def write_checkpoint(
     write_config(folder, plan, allocation, after, writer.count)
     write_description(folder, plan, allocation, front, modules, after)
     open_checkpoint(folder)
-    return CompressResult(workspace.output, allocation, modules, plan.total_parameters, after)
+    return CompressResult(workspace.output, allocation, modules, plan.total_parameters, after, plan.source.compares)

@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 
 from pgsvd_vllm.errors import InputError
-from pgsvd_vllm.offline.calibrate import TOKENS_PER_BATCH
 from pgsvd_vllm.offline.model_source import Projection
 from pgsvd_vllm.offline.plan import Plan
 from pgsvd_vllm.offline.sensitivity import GRADIENT_TOKENS
 from pgsvd_vllm.offline.sequential import SEQUENTIAL_TOKENS
+from pgsvd_vllm.offline.stream import TOKENS_PER_BATCH
 
 # ALS sweeps a projection takes at the default tolerance, for the time estimate.
 TYPICAL_SWEEPS = 12
@@ -30,7 +30,7 @@ class Estimate:
 
 def memory_bytes(plan: Plan) -> int:
     """Peak memory, from the shapes."""
-    tokens, hidden = plan.windows.ids.numel(), plan.source.config.get_text_config().hidden_size
+    tokens, hidden = plan.tokens, plan.source.config.get_text_config().hidden_size
     width = plan.compute_dtype.itemsize
     grams = [_gram_sizes(row) for row in plan.projections]
     layer = max(sum(p.numel for p in row) for row in plan.projections) * width
@@ -52,14 +52,14 @@ def memory_bytes(plan: Plan) -> int:
     if plan.options.refine is not None:
         # Dense model, student, and float32 numbers with gradients and Adam's two moments.
         memory += 2 * plan.total_parameters * width + 16 * sum(p.numel for p in plan.flat)
-        length = plan.windows.ids.shape[1]
+        length = plan.length
         memory += 2 * len(plan.projections) * length * _features(plan) * width + 4 * length * plan.source.vocabulary * 4
     return memory
 
 
 def estimate(plan: Plan) -> Estimate:
     """Peak memory, disk and time; the time from a short measurement of this machine's speed."""
-    tokens = plan.windows.ids.numel()
+    tokens = plan.tokens
     grams = [_gram_sizes(row) for row in plan.projections]
     walked = min(tokens, SEQUENTIAL_TOKENS) if plan.sequential else 0
     rates = {d: _flops_per_second(d, plan.device) for d in {plan.compute_dtype, torch.float32, torch.float64}}
@@ -86,7 +86,7 @@ def disk_bytes(plan: Plan) -> int:
     """Peak disk: the finished layers, their inputs while gradients are measured, and the result."""
     needed = sum(n * n for row in plan.projections for n in _gram_sizes(row)) * 4
     if plan.sensitivity == "measured":
-        tokens = min(plan.windows.ids.numel(), GRADIENT_TOKENS + TOKENS_PER_BATCH)
+        tokens = min(plan.tokens, GRADIENT_TOKENS + TOKENS_PER_BATCH)
         hidden = plan.source.config.get_text_config().hidden_size
         needed += sum(p.out_features**2 + p.in_features**2 for p in plan.flat) * 4
         needed += tokens * hidden * plan.compute_dtype.itemsize * len(plan.projections)
@@ -129,8 +129,8 @@ def fit_into_memory(plan: Plan, say: Callable[[str], None]) -> Plan:
 
 def _activation_bytes(plan: Plan, width: int) -> int:
     """The widest activations of one batch: logits of a window, or a layer's intermediate values."""
-    batch = min(TOKENS_PER_BATCH, plan.windows.ids.numel())
-    return max(plan.windows.ids.shape[1] * plan.source.vocabulary * 4, batch * _features(plan) * width)
+    batch = min(TOKENS_PER_BATCH, plan.tokens)
+    return max(plan.length * plan.source.vocabulary * 4, batch * _features(plan) * width)
 
 
 def _features(plan: Plan) -> int:

@@ -8,7 +8,6 @@ from tqdm.auto import tqdm
 from pgsvd_vllm.errors import InputError
 from pgsvd_vllm.offline.allocate import Allocation
 from pgsvd_vllm.offline.baselines import norm_of
-from pgsvd_vllm.offline.calibrate import LayerStream
 from pgsvd_vllm.offline.factorize import als, closed_form, product, relative_error, stored_form
 from pgsvd_vllm.offline.model_source import Projection
 from pgsvd_vllm.offline.plan import Plan
@@ -16,6 +15,7 @@ from pgsvd_vllm.offline.report import ModuleReport
 from pgsvd_vllm.offline.sensitivity import metric_root, weighed
 from pgsvd_vllm.offline.sequential import SEQUENTIAL_TOKENS, ErrorAwarePass, Target
 from pgsvd_vllm.offline.spectrum import error_profile
+from pgsvd_vllm.offline.stream import LayerStream
 from pgsvd_vllm.offline.workspace import LayerCalibration, LayerFactors, Workspace
 
 
@@ -40,9 +40,9 @@ def factor_layers(plan: Plan, workspace: Workspace, allocation: Allocation) -> N
         return
     walk = None
     if plan.sequential:
-        count = max(1, SEQUENTIAL_TOKENS // plan.windows.ids.shape[1])
-        stream = LayerStream(plan.source, plan.windows.ids[:count], plan.device, plan.compute_dtype)
-        walk = ErrorAwarePass(stream, whole=count >= len(plan.windows.ids))
+        batches = plan.batches(SEQUENTIAL_TOKENS)
+        stream = LayerStream(plan.source, batches, plan.device, plan.compute_dtype)
+        walk = ErrorAwarePass(stream, whole=sum(b["input_ids"].numel() for b in batches) == plan.tokens)
     with tqdm(total=len(allocation.ranks), desc="factorize", unit="matrix") as bar:
         for index in layers:
             bar.set_postfix_str(f"layer {index + 1}/{len(layers)}")
@@ -102,7 +102,7 @@ class _Layer:
             wanted: what to fit, and on which inputs; None for the weight on the dense model's inputs.
         """
         rank, plan = self.ranks[p.name], self.plan
-        stored = plan.source.tensor(f"{p.name}.weight")
+        stored = plan.source.tensor(f"{p.path}.weight")
         weight = stored.to(plan.device).double()
         target, gram = weight, self.gram(p)
         if wanted is not None:
@@ -110,7 +110,7 @@ class _Layer:
             # All of the calibration text, moved as far as the tokens that took part in the layer-by-layer pass were.
             gram = wanted.gram if wanted.dense is None else gram + (wanted.gram - wanted.dense)
         if p.name in self.weighted:
-            gram = weighed(gram, plan.windows.ids.numel(), self.weighted[p.name].to(plan.device))
+            gram = weighed(gram, self.data.tokens, self.weighted[p.name].to(plan.device))
         optimum = float(error_profile(self.data.energy[p.name])[min(rank, len(self.data.energy[p.name]))])
         moment = self.moments.get(p.name)
         metric = None if moment is None else metric_root(moment.to(plan.device))

@@ -1,6 +1,7 @@
 """The model to compress: where its files are, its skeleton, and its weights one layer at a time."""
 
 import fnmatch
+import itertools
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -15,17 +16,34 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForZeroShotImageClassification,
+    PreTrainedModel,
+)
 from transformers.initialization import no_init_weights
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+)
 from transformers.pytorch_utils import Conv1D
 
 from pgsvd_vllm.checkpoint import TensorInfo, read_config, read_headers, read_index
 from pgsvd_vllm.errors import InputError
+from pgsvd_vllm.offline.towers import LANGUAGE, Tower, find_towers
 from pgsvd_vllm.stored_names import Stored, stored_tensors
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+# What is compressed: models that generate text, from text alone or from images too, and those that compare both.
+KINDS = (
+    (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, AutoModelForCausalLM),
+    (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, AutoModelForImageTextToText),
+    (MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES, AutoModelForZeroShotImageClassification),
+)
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.md"]
 
 
@@ -41,11 +59,20 @@ class Projection:
     Attributes:
         name: module name in the checkpoint, without `.weight`.
         out_features, in_features: shape of its weight.
+        module: its path in the model, where transformers has another one than the checkpoint.
+        tower: name of the tower that it belongs to.
     """
 
     name: str
     out_features: int
     in_features: int
+    module: str = ""
+    tower: str = LANGUAGE
+
+    @property
+    def path(self) -> str:
+        """Its module path in the model."""
+        return self.module or self.name
 
     @property
     def numel(self) -> int:
@@ -72,7 +99,7 @@ def resolve_folder(model: str, revision: str | None = None) -> Path:
 
 
 class ModelSource:
-    """A causal language model on disk, read one layer at a time.
+    """A model on disk, read one layer at a time.
 
     Args:
         folder: a Hugging Face model folder with safetensors weights.
@@ -80,7 +107,10 @@ class ModelSource:
 
     Attributes:
         tensors: tensor name -> header entry.
-        layers_name: module path of the list of decoder layers, such as `model.layers`.
+        towers: its lists of layers, in the order in which they can run.
+        layers: the layers of all towers, one tower after the other.
+        spans: their indexes, a range a tower.
+        paths: their module paths, such as `model.layers.0`.
         model: the skeleton; its parameters are on the meta device unless materialised.
         stored: tensor name of the model -> where the checkpoint has it.
         transposed: names of weights that the checkpoint has as [in, out].
@@ -93,7 +123,7 @@ class ModelSource:
     def __init__(self, folder: Path, trust_remote_code: bool = False) -> None:
         self.folder = folder
         self.config_json = read_config(folder)
-        self._refuse_unsuitable()
+        self.auto_class: Any = self._kind()
         if (folder / INDEX_FILE).is_file():
             self.tensors: dict[str, TensorInfo] = read_index(folder, INDEX_FILE)
         elif (folder / SINGLE_FILE).is_file():
@@ -106,7 +136,7 @@ class ModelSource:
         try:
             self.config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
             with init_empty_weights(include_buffers=False), no_init_weights():
-                self.model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                self.model: PreTrainedModel = self.auto_class.from_config(
                     self.config, trust_remote_code=trust_remote_code, dtype=self.weight_dtype
                 )
         except Exception as error:  # transformers raises many kinds for a config it cannot use
@@ -114,9 +144,34 @@ class ModelSource:
         self.model.eval()
         self.transposed = _use_linear(self.model)
         self.stored = stored_tensors(self.model, list(self.tensors))
-        self.layers_name, self.layers = self._find_layers()
+        self.towers: list[Tower] = find_towers(self.model)
+        if not self.towers:
+            raise InputError(f"{folder}: no list of layers with nn.Linear projections was found")
+        ends = list(itertools.accumulate((len(tower.layers) for tower in self.towers), initial=0))
+        self.spans = [range(start, stop) for start, stop in itertools.pairwise(ends)]
+        self.layers: list[nn.Module] = [layer for tower in self.towers for layer in tower.layers]
+        self.paths = [f"{tower.path}.{i}" for tower in self.towers for i in range(len(tower.layers))]
 
-    def _refuse_unsuitable(self) -> None:
+    @property
+    def sees(self) -> bool:
+        """Whether the model reads images."""
+        return len(self.towers) > 1
+
+    @property
+    def compares(self) -> bool:
+        """Whether the model compares images with texts, and generates nothing."""
+        return self.auto_class is AutoModelForZeroShotImageClassification
+
+    def tower(self, index: int) -> Tower:
+        """The tower that layer `index` belongs to."""
+        return next(tower for tower, span in zip(self.towers, self.spans, strict=True) if index in span)
+
+    def span(self, index: int) -> range:
+        """The indexes of all layers of that tower."""
+        return next(span for span in self.spans if index in span)
+
+    def _kind(self) -> Any:
+        """The class of transformers that loads the model; raises InputError where it cannot be compressed."""
         config = self.config_json
         section = config.get("quantization_config")
         if section is not None:
@@ -124,12 +179,16 @@ class ModelSource:
             raise InputError(f"{self.folder}: already compressed or quantized ({method}); start from the dense model")
         named = config.get("architectures")
         architectures = [str(name) for name in named] if isinstance(named, list) else []
-        known = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
-        if not any(name in known for name in architectures) and "auto_map" not in config:
-            raise InputError(
-                f"{self.folder}/config.json: architecture {', '.join(architectures) or 'missing'} is not a causal "
-                "language model of transformers; only those can be compressed"
-            )
+        for names, auto_class in KINDS:
+            if any(name in names.values() for name in architectures):
+                return auto_class
+        if "auto_map" in config:
+            return AutoModelForCausalLM
+        raise InputError(
+            f"{self.folder}/config.json: architecture {', '.join(architectures) or 'missing'} is not a causal "
+            "language model of transformers, with or without images, nor one that compares images with texts; only "
+            "those can be compressed"
+        )
 
     @property
     def weight_dtype(self) -> torch.dtype:
@@ -140,24 +199,13 @@ class ModelSource:
     @property
     def vocabulary(self) -> int:
         """Rows of the input embeddings."""
+        if self.compares:  # those models do not tell which of their embeddings are of words
+            return int(self.config.get_text_config().vocab_size)
         embeddings: Any = self.model.get_input_embeddings()
         return embeddings.weight.shape[0]
 
-    def _find_layers(self) -> tuple[str, nn.ModuleList]:
-        """The module list that holds most of the model's linear weights."""
-        best, best_size = None, 0
-        for name, module in self.model.named_modules():
-            if not isinstance(module, nn.ModuleList) or len({type(child) for child in module}) != 1:
-                continue
-            size = sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
-            if size > best_size:
-                best, best_size = (name, module), size
-        if best is None:
-            raise InputError(f"{self.folder}: no list of decoder layers with nn.Linear projections was found")
-        return best
-
     def projections(self, ignore: Sequence[str] = ()) -> list[list[Projection]]:
-        """The linear layers of every decoder layer, in order, less those that match `ignore`.
+        """The linear layers of every layer, in order, less those that match `ignore`.
 
         Args:
             ignore: shell patterns matched against the module's name, such as `*.down_proj`.
@@ -167,21 +215,20 @@ class ModelSource:
         """
         matched: set[str] = set()
         found: list[list[Projection]] = []
-        for i, layer in enumerate(self.layers):
+        for index, layer in enumerate(self.layers):
             row = []
+            tower = self.tower(index).name
             for name, module in layer.named_modules():
                 if not isinstance(module, nn.Linear):
                     continue
-                full = f"{self.layers_name}.{i}.{name}"
-                stored = self.stored.get(f"{full}.weight")
-                if stored is not None and not self._keeps_name(f"{full}.weight", stored):
-                    continue
-                if name.rpartition(".")[2] in STAYS_DENSE.get(self.config.model_type, ()):
+                path = f"{self.paths[index]}.{name}"
+                full = self._checkpoint_name(path)
+                if full is None or name.rpartition(".")[2] in STAYS_DENSE.get(self.config.model_type, ()):
                     continue
                 hits = [p for p in ignore if fnmatch.fnmatchcase(full, p) or fnmatch.fnmatchcase(name, p)]
                 matched.update(hits)
                 if not hits:
-                    row.append(Projection(full, module.out_features, module.in_features))
+                    row.append(Projection(full, module.out_features, module.in_features, path, tower))
             found.append(row)
         for pattern in ignore:
             if pattern not in matched:
@@ -190,14 +237,20 @@ class ModelSource:
             raise InputError("--ignore: every linear layer is ignored, nothing is left to compress")
         return found
 
-    def _keeps_name(self, name: str, stored: Stored) -> bool:
-        """Whether the checkpoint has a matrix under its own name, which is what vLLM knows."""
+    def _checkpoint_name(self, path: str) -> str | None:
+        """What vLLM knows a projection by: its name in the checkpoint; None where that has no matrix of it alone."""
+        stored = self.stored.get(f"{path}.weight")
+        if stored is None:
+            return path
+        if stored.converter is not None:
+            return None
+        name = stored.names[0].removesuffix(".weight")
         prefix = f"{self.model.base_model_prefix}."
-        return stored.converter is None and stored.names[0].removeprefix(prefix) == name.removeprefix(prefix)
+        return path if name.removeprefix(prefix) == path.removeprefix(prefix) else name
 
     def _example(self) -> str:
-        name = next(n for n, m in self.layers[0].named_modules() if isinstance(m, nn.Linear))
-        return f"{self.layers_name}.0.{name}"
+        name = next(n for n, m in self.layers[-1].named_modules() if isinstance(m, nn.Linear))
+        return f"{self.paths[-1]}.{name}"
 
     def header(self, name: str) -> TensorInfo:
         """Where a tensor of the model lies; raises InputError where it is missing."""
@@ -264,8 +317,8 @@ class ModelSource:
         module.to(device)
 
     def load_outer(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Materialise everything outside the decoder layers but the output head."""
-        layers = {id(p) for p in self.layers.parameters()}
+        """Materialise everything outside the layers but the output head."""
+        layers = {id(p) for layer in self.layers for p in layer.parameters()}
         head = self.model.get_output_embeddings()
         skipped = {id(p) for p in head.parameters()} if head is not None else set()
         tied = set(getattr(self.model, "all_tied_weights_keys", None) or {})
@@ -280,8 +333,10 @@ class ModelSource:
             _set(self.model, name, buffer.to(device))
 
     def load_head(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Materialise the output head, which `load_outer` leaves out."""
+        """Materialise the output head, which `load_outer` leaves out, where there is one."""
         head: Any = self.model.get_output_embeddings()
+        if head is None:
+            return
         tied = getattr(self.model, "all_tied_weights_keys", None) or {}
         path = next(name for name, module in self.model.named_modules() if module is head)
         for name, parameter in list(head.named_parameters()):
@@ -293,9 +348,9 @@ class ModelSource:
 
     @contextmanager
     def layer(self, index: int, device: torch.device, dtype: torch.dtype) -> Iterator[nn.Module]:
-        """Decoder layer `index` with its weights on `device` in `dtype`; they are freed on leaving."""
+        """Layer `index` with its weights on `device` in `dtype`; they are freed on leaving."""
         layer = self.layers[index]
-        self._load(layer, f"{self.layers_name}.{index}.", device, dtype)
+        self._load(layer, f"{self.paths[index]}.", device, dtype)
         try:
             yield layer
         finally:

@@ -1,5 +1,6 @@
 """What a compression will do, worked out before anything is computed or written."""
 
+import itertools
 import math
 import os
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from pgsvd_vllm.costs import CostTable, read_costs
 from pgsvd_vllm.errors import InputError
 from pgsvd_vllm.offline.allocate import check_times
 from pgsvd_vllm.offline.model_source import ModelSource, Projection, resolve_folder
+from pgsvd_vllm.offline.pairs import Pairs, has_pairs, load_processor, mix_pairs, read_pairs
+from pgsvd_vllm.offline.stream import Batch, LayerStream, text_batches
 from pgsvd_vllm.offline.text import (
     BUILTIN,
     Windows,
@@ -19,12 +22,16 @@ from pgsvd_vllm.offline.text import (
     leading_tokens,
     load_tokenizer,
     mix_windows,
+    no_windows,
     read_documents,
     tokenize,
 )
+from pgsvd_vllm.offline.towers import LANGUAGE
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT_RATIO = 0.2
+# Calibration samples where no number is asked for: windows of text, or descriptions of images; pairs to compare.
+WINDOWS, PAIRS = 128, 1024
 # Windows of the text that `refine` never trains on, and judges its result by.
 HELD_OUT = 8
 
@@ -36,8 +43,9 @@ class CompressOptions:
     Attributes:
         model: local folder or hub id.
         output: folder to write; must not exist.
-        ratio: share of the projections' parameters to remove, of their time where `costs` is given, or None.
-        tolerance: uniform relative error to allow instead, or None.
+        ratio: share of the projections' parameters to remove, of their time where `costs` is given, or None; a dict
+            has the shares of towers, and those that it does not name stay dense.
+        tolerance: uniform relative error to allow instead, of all towers or, in a dict, of each, or None.
         sensitivity: `measured`, `forward` or `uniform`; None is `uniform` with a tolerance or a baseline,
             else `measured`, or `forward` where gradients do not fit in memory.
         baseline: one of `BASELINES`, a rival's method in place of this one; None for none.
@@ -46,6 +54,7 @@ class CompressOptions:
             yes where sensitivities are measured.
         refine: minutes to train the factors for (see `refine`); None for not at all.
         costs: table of times (see `pgsvd_vllm.costs`) to choose ranks by, instead of by size; None for size.
+        num_calibration_samples: windows of text, or pairs of an image and a text; None for the usual number.
         calibration: folder that keeps what is measured, for other runs; None for the run's own.
         dtype: `auto` keeps each tensor's own.
         device: `auto` takes a GPU where there is one.
@@ -53,8 +62,8 @@ class CompressOptions:
 
     model: str
     output: Path
-    ratio: float | None = None
-    tolerance: float | None = None
+    ratio: float | dict[str, float] | None = None
+    tolerance: float | dict[str, float] | None = None
     sensitivity: str | None = None
     baseline: str | None = None
     form: str | None = None
@@ -62,7 +71,7 @@ class CompressOptions:
     refine: float | None = None
     costs: Path | None = None
     dataset: tuple[str, ...] = (BUILTIN,)
-    num_calibration_samples: int = 128
+    num_calibration_samples: int | None = None
     max_seq_length: int = 1024
     seed: int = 0
     ignore: tuple[str, ...] = ()
@@ -79,9 +88,11 @@ class Plan:
     """A checked request: the model is readable, the text is long enough, the output is free.
 
     Attributes:
-        projections: one list a decoder layer.
+        projections: one list a layer.
         ignored: the projections that --ignore keeps dense.
-        windows: the calibration windows.
+        unused: those of layers that nothing is computed from, or that the calibration data does not reach.
+        windows: the calibration windows; none where all data are pairs.
+        pairs: images with texts; None where there are none.
         costs: what products take on the serving machine, or None.
         compute_dtype: of the calibration forward.
         store_dtype: of the written tensors, or None to keep each tensor's own.
@@ -91,7 +102,9 @@ class Plan:
     source: ModelSource
     projections: list[list[Projection]]
     ignored: list[Projection]
+    unused: list[Projection]
     windows: Windows
+    pairs: Pairs | None
     costs: CostTable | None
     device: torch.device
     compute_dtype: torch.dtype
@@ -101,6 +114,44 @@ class Plan:
     def flat(self) -> list[Projection]:
         """All projections in order."""
         return [p for row in self.projections for p in row]
+
+    @property
+    def tokens(self) -> int:
+        """Of the calibration data: of texts, and what stands for images in them."""
+        return self.windows.ids.numel() + (self.pairs.tokens if self.pairs else 0)
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longest window or text."""
+        longest = [batch["input_ids"].shape[1] for batch in (self.pairs.batches if self.pairs else [])]
+        return max([*longest, self.windows.ids.shape[1] if len(self.windows.ids) else 0])
+
+    @property
+    def data_name(self) -> str:
+        """Where the calibration data came from."""
+        names = [self.windows.name] if len(self.windows.ids) else []
+        return " + ".join([*names, self.pairs.name] if self.pairs else names)
+
+    @property
+    def data_sha256(self) -> str:
+        """Of the calibration data."""
+        return f"{self.windows.sha256} {self.pairs.sha256}" if self.pairs else self.windows.sha256
+
+    def batches(self, tokens: int | None = None) -> list[Batch]:
+        """The arguments of the model's calls, pairs and windows in turn; of about `tokens` tokens, or all."""
+        ids, pairs = self.windows.ids, self.pairs.batches if self.pairs else []
+        if tokens is not None:
+            tokens //= 2 if len(ids) and pairs else 1
+            ids = ids[: max(1, tokens // ids.shape[1])]
+            ends = itertools.accumulate((batch["input_ids"].numel() for batch in pairs[:-1]), initial=0)
+            pairs = pairs[: sum(before < tokens for before in ends)]
+        turns = itertools.zip_longest(pairs, text_batches(ids))
+        return [batch for turn in turns for batch in turn if batch is not None]
+
+    @property
+    def towers(self) -> list[str]:
+        """The names of those with projections."""
+        return list(dict.fromkeys(p.tower for p in self.flat))
 
     @property
     def ignored_parameters(self) -> int:
@@ -134,9 +185,10 @@ class Plan:
     @property
     def unreachable_parameters(self) -> int:
         """Of matrices inside the layers that are no projections, such as stacked experts."""
-        known = {f"{p.name}.weight" for p in (*self.flat, *self.ignored)}
-        layers = self.source.layers.named_parameters(prefix=self.source.layers_name)
-        return sum(parameter.numel() for name, parameter in layers if parameter.dim() > 1 and name not in known)
+        known = {f"{p.path}.weight" for p in (*self.flat, *self.ignored, *self.unused)}
+        layers = zip(self.source.paths, self.source.layers, strict=True)
+        named = (pair for path, layer in layers for pair in layer.named_parameters(prefix=path))
+        return sum(parameter.numel() for name, parameter in named if parameter.dim() > 1 and name not in known)
 
     @property
     def total_parameters(self) -> int:
@@ -144,25 +196,35 @@ class Plan:
         return sum(info.numel for info in self.source.tensors.values())
 
 
+def _values(shares: float | dict[str, float] | None) -> list[float]:
+    if isinstance(shares, dict):
+        return list(shares.values())
+    return [] if shares is None else [shares]
+
+
 def check_options(options: CompressOptions) -> None:
     """Refuse option values that cannot work; raises InputError naming the option."""
     if options.ratio is not None and options.tolerance is not None:
         raise InputError("--ratio and --tolerance: give one of them, each follows from the other")
-    if options.ratio is not None and not 0 < options.ratio < 1:
-        raise InputError(f"--ratio {options.ratio}: must lie between 0 and 1, it is the share that is removed")
-    if options.tolerance is not None and not 0 < options.tolerance < 1:
-        raise InputError(f"--tolerance {options.tolerance}: must lie between 0 and 1, it is a relative error")
+    for value in _values(options.ratio):
+        if not 0 < value < 1:
+            raise InputError(f"--ratio {value}: must lie between 0 and 1, it is the share that is removed")
+    for value in _values(options.tolerance):
+        if not 0 < value < 1:
+            raise InputError(f"--tolerance {value}: must lie between 0 and 1, it is a relative error")
     if options.tolerance is not None and options.sensitivity not in (None, "uniform"):
         raise InputError("--tolerance: is a uniform error, it goes with --sensitivity uniform")
     if options.baseline is not None and (options.tolerance is not None or options.sensitivity is not None):
         raise InputError("--baseline: a rival's method gives every projection the same --ratio, nothing else")
     if options.costs is not None and (options.tolerance is not None or options.baseline is not None):
         raise InputError("--objective latency: chooses ranks by measured losses; it goes with --ratio alone")
+    if options.costs is not None and isinstance(options.ratio, dict):
+        raise InputError("--objective latency: takes one --ratio, a share of the time of all towers together")
     if options.costs is not None and options.sensitivity == "uniform":
         raise InputError("--objective latency: needs measured losses, not --sensitivity uniform")
     if options.refine is not None and not 0 < options.refine < math.inf:
         raise InputError(f"--refine {options.refine}: must be a number of minutes above 0")
-    if options.num_calibration_samples < 1:
+    if options.num_calibration_samples is not None and options.num_calibration_samples < 1:
         raise InputError(f"--num-calibration-samples {options.num_calibration_samples}: must be at least 1")
     if options.max_seq_length < 8:
         raise InputError(f"--max-seq-length {options.max_seq_length}: must be at least 8")
@@ -201,34 +263,38 @@ def make_plan(options: CompressOptions) -> Plan:
     check_options(options)
     device = pick_device(options.device)
     source = ModelSource(resolve_folder(options.model), options.trust_remote_code)
+    if source.sees and options.refine is not None:
+        raise InputError(f"--refine: trains on text alone, and {options.model} reads images; leave it out")
     projections = source.projections(options.ignore)
     flat = [p for row in projections for p in row]
     for p in flat:
-        info = source.header(f"{p.name}.weight")
+        info = source.header(f"{p.path}.weight")
         if info.dtype not in FLOAT_DTYPES and options.dtype == "auto":
             raise InputError(f"{info.file}: {p.name}.weight is stored as {info.dtype}; choose a --dtype to write")
     everything = source.projections() if options.ignore else projections
     factored = {p.name for p in flat}
     ignored = [p for row in everything for p in row if p.name not in factored]
 
-    limit = getattr(source.config, "max_position_embeddings", None) or options.max_seq_length
-    length = min(options.max_seq_length, limit)
-    windows = _windows(options, source, length)
-    widest = max(flat, key=lambda p: p.in_features)
-    if windows.ids.numel() < widest.in_features:
-        raise InputError(
-            f"--dataset {windows.name}: {windows.ids.numel()} tokens are too little calibration text; "
-            f"{widest.name} has {widest.in_features} inputs and needs at least as many tokens"
-        )
-
     store_dtype = None if options.dtype == "auto" else DTYPES[options.dtype]
     compute_dtype = store_dtype or source.weight_dtype
     if device.type == "cpu" and not _multiplies_on_cpu(compute_dtype):
         compute_dtype = torch.float32
+    windows, pairs = _data(options, source)
+    projections, unused = _reached(source, projections, pairs, device, compute_dtype)
     costs = None if options.costs is None else _costs(options)
-    plan = Plan(options, source, projections, ignored, windows, costs, device, compute_dtype, store_dtype)
+    plan = Plan(
+        options, source, projections, ignored, unused, windows, pairs, costs, device, compute_dtype, store_dtype
+    )
+    _check_data(plan)
+    for option, shares in (("--ratio", options.ratio), ("--tolerance", options.tolerance)):
+        for tower in shares if isinstance(shares, dict) else ():
+            if tower not in plan.towers:
+                raise InputError(
+                    f"{option} {tower}=...: nothing of that name is compressed here, but {', '.join(plan.towers)}"
+                )
     if costs is not None:
-        check_times(options.ratio or DEFAULT_RATIO, flat, ignored, plan.form, costs)
+        assert not isinstance(options.ratio, dict)
+        check_times(options.ratio or DEFAULT_RATIO, plan.flat, ignored, plan.form, costs)
     return plan
 
 
@@ -253,21 +319,77 @@ def _multiplies_on_cpu(dtype: torch.dtype) -> bool:
     return dtype != torch.float16
 
 
-def _windows(options: CompressOptions, source: ModelSource, length: int) -> Windows:
-    """The calibration windows: an equal share from every data set."""
+def _reached(
+    source: ModelSource,
+    projections: list[list[Projection]],
+    pairs: Pairs | None,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> tuple[list[list[Projection]], list[Projection]]:
+    """The projections of layers that the data reaches and something is computed from, and all others."""
+    if not source.sees:
+        return projections, []
+    used = range(source.spans[-1].start, len(source.layers))
+    ends: set[int] = set()
+    if pairs is not None:
+        ends = LayerStream(source, pairs.batches[:1], device, dtype).read
+
+    def counts(index: int) -> bool:
+        return index in used or any(index <= end for end in ends if end in source.span(index))
+
+    rows = [row if counts(index) else [] for index, row in enumerate(projections)]
+    return rows, [p for index, row in enumerate(projections) for p in row if not counts(index)]
+
+
+def _check_data(plan: Plan) -> None:
+    """Refuse too little calibration data, and ids that the model does not have; raises InputError."""
+    language = [p for p in plan.flat if p.tower == LANGUAGE]
+    widest = max(language, key=lambda p: p.in_features, default=None)
+    if widest is not None and plan.tokens < widest.in_features:
+        raise InputError(
+            f"--dataset {plan.data_name}: {plan.tokens} tokens are too little calibration text; "
+            f"{widest.name} has {widest.in_features} inputs and needs at least as many tokens"
+        )
+    largest, rows = max(int(batch["input_ids"].max()) for batch in plan.batches()), plan.source.vocabulary
+    if largest >= rows:
+        raise InputError(
+            f"{plan.source.folder}: the tokenizer makes id {largest}, the model has {rows} embeddings; "
+            "the tokenizer belongs to another model"
+        )
+
+
+def _data(options: CompressOptions, source: ModelSource) -> tuple[Windows, Pairs | None]:
+    """The calibration data: an equal share from every data set."""
+    limit = getattr(source.config.get_text_config(), "max_position_embeddings", None) or options.max_seq_length
+    length = min(options.max_seq_length, limit)
+    texts = [dataset for dataset in options.dataset if not has_pairs(dataset)]
+    folders = [dataset for dataset in options.dataset if has_pairs(dataset)]
+    if folders and not source.sees:
+        raise InputError(f"--dataset {folders[0]}: no such file, and {options.model} reads no images")
+    if texts and source.compares:
+        raise InputError(
+            f"--dataset {texts[0]}: {options.model} compares images with texts, and needs both; give a folder with "
+            "images and captions.jsonl, a row with image and text for each"
+        )
+    wanted = options.num_calibration_samples or (PAIRS if source.compares else WINDOWS)
+    counts = {dataset: len(range(i, wanted, len(options.dataset))) for i, dataset in enumerate(options.dataset)}
+    windows = _windows(options, source, length, [(dataset, max(1, counts[dataset])) for dataset in texts])
+    if not folders:
+        return windows, None
+    processor = load_processor(source.folder, options.trust_remote_code)
+    parts = [read_pairs(f, max(1, counts[f]), options.seed, processor, source.compares) for f in folders]
+    return windows, mix_pairs(parts)
+
+
+def _windows(options: CompressOptions, source: ModelSource, length: int, wanted: list[tuple[str, int]]) -> Windows:
+    """The calibration windows of some texts, so many of each."""
+    if not wanted:
+        return no_windows(length)
     tokenizer = load_tokenizer(source.folder, options.trust_remote_code)
     spare = 0 if options.refine is None else HELD_OUT
     parts = []
-    for i, dataset in enumerate(options.dataset):
-        count = len(range(i, options.num_calibration_samples, len(options.dataset)))
-        count, left_over = max(1, count), -(-spare // len(options.dataset))
+    for dataset, count in wanted:
+        left_over = -(-spare // len(wanted))
         tokens = tokenize(tokenizer, read_documents(dataset, (count + left_over) * length, tokenizer))
         parts.append(cut_windows(tokens, leading_tokens(tokenizer), count, length, options.seed, dataset, left_over))
-    windows = mix_windows(parts)
-    rows = source.vocabulary
-    if int(windows.ids.max()) >= rows:
-        raise InputError(
-            f"{source.folder}: the tokenizer makes id {int(windows.ids.max())}, the model has {rows} embeddings; "
-            "the tokenizer belongs to another model"
-        )
-    return windows
+    return mix_windows(parts)

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from pgsvd_vllm.checkpoint import FORMS
 from pgsvd_vllm.kernels.reference import other_rows
-from pgsvd_vllm.offline.calibrate import hidden_after, logits_after
+from pgsvd_vllm.offline.stream import hidden_after, logits_after
 
 # Of Adam, a step a window, times the root of the divergence at the start, in nats and at most 1: what the noise of the
 # steps costs grows with the rate, and must stay small against what there is to gain. 4e-5 is good at 0.40 nats and 2e-5

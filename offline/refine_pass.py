@@ -30,15 +30,16 @@ def refine_layers(plan: Plan, workspace: Workspace, say: Callable[[str], None]) 
     for layer in layers:
         tensors.update(layer.tensors)
     windows = plan.windows
-    healer = Healer(_model(plan), _model(plan), plan.source.layers_name, tensors)
+    healer = Healer(_model(plan), _model(plan), plan.source.towers[0].path, tensors)
     # The factors know the windows they were fitted on by heart: others teach them more.
     text = torch.cat([windows.others[HELD_OUT:], windows.ids])
     refined = healer.run(text, windows.others[:HELD_OUT], plan.options.refine, plan.options.seed, say)
+    paths = {p.name: p.path for p in plan.flat}
     for index, layer in enumerate(layers):
         data = workspace.load_layer(index)
         reports = dict(layer.reports)
         for name in layer.tensors:
-            weight, gram = plan.source.tensor(f"{name}.weight"), data.grams[data.leader[name]]
+            weight, gram = plan.source.tensor(f"{paths[name]}.weight"), data.grams[data.leader[name]]
             error = relative_error(weight, gram, product(refined.tensors[name]))
             reports[name] = replace(reports[name], error=error)
         workspace.save_factors(index, LayerFactors({n: refined.tensors[n] for n in layer.tensors}, reports))

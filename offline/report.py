@@ -12,7 +12,6 @@ from pgsvd_vllm.offline.allocate import Allocation, LossFront
 from pgsvd_vllm.offline.plan import Plan
 
 METHOD = "pgsvd"
-TOWER = "language"
 
 
 @dataclass(frozen=True)
@@ -57,15 +56,15 @@ def write_config(folder: Path, plan: Plan, allocation: Allocation, after: int, t
         "sequential": plan.sequential,
         "baseline": plan.options.baseline,
         "refine_minutes": plan.options.refine,
-        "tolerance": {} if allocation.tolerance is None else {TOWER: allocation.tolerance},
+        "tolerance": allocation.tolerances,
         "ratio": ratios(plan, allocation, after),
         "time_removed": None if allocation.time is None else round(allocation.time, 6),
         "base_model": plan.options.model,
         "base_revision": _revision(plan.source.folder),
         "calibration": {
-            "name": plan.windows.name,
-            "tokens": plan.windows.ids.numel(),
-            "sha256": plan.windows.sha256,
+            "name": plan.data_name,
+            "tokens": plan.tokens,
+            "sha256": plan.data_sha256,
         },
         "tool_version": pgsvd_vllm.__version__,
         "command": plan.options.command,
@@ -77,11 +76,14 @@ def rank_rule(plan: Plan, allocation: Allocation) -> str:
     """What the ranks follow from, in words."""
     if plan.options.baseline is not None:
         return f"one ratio for every projection, method {plan.options.baseline}"
-    if allocation.tolerance is None:
+    if not allocation.tolerances:
         if plan.sensitivity == "forward":
             return f"responses of the residual stream ({allocation.loss:.4f} of its energy predicted)"
         return f"measured losses ({allocation.loss:.3f} nats a token predicted)"
-    return f"one relative output error for every projection, {allocation.tolerance:.4f}"
+    if len(plan.towers) == 1:
+        return f"one relative output error for every projection, {next(iter(allocation.tolerances.values())):.4f}"
+    each = ", ".join(f"{tower} {tolerance:.4f}" for tower, tolerance in allocation.tolerances.items())
+    return f"one relative output error for every projection of a tower, {each}"
 
 
 def _revision(folder: Path) -> str | None:
@@ -136,7 +138,7 @@ In transformers, `import pgsvd_vllm.hf` comes first; without it loading stops wi
 | | |
 |---|---|
 | ranks from | {rank_rule(plan, allocation)} |
-| calibration | {plan.windows.name}, {plan.windows.ids.numel()} tokens, sha256 {plan.windows.sha256[:16]} |
+| calibration | {plan.data_name}, {plan.tokens} tokens, sha256 {plan.data_sha256[:16]} |
 | made by | pgsvd-vllm {pgsvd_vllm.__version__} |
 | command | `{plan.options.command}` |
 """,

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from pgsvd_vllm.offline.calibrate import LayerStream
 from pgsvd_vllm.offline.model_source import Projection
+from pgsvd_vllm.offline.stream import LayerStream
 
 # Noise relative to the output's size: as large as the errors that cutting ranks makes, and far above bf16's rounding.
 NOISE = 0.25
@@ -34,11 +34,13 @@ def responses(stream: LayerStream, index: int, projections: Sequence[Projection]
         projection -> relative energy of the stream's change per energy of the output's, means over tokens.
     """
     generator = torch.Generator(stream.device).manual_seed(seed)
-    hidden = stream.hidden[0]
-    prefix = f"{stream.source.layers_name}.{index}."
+    if not stream.flow.hidden:
+        return {}
+    hidden, number = stream.flow.hidden[0], stream.flow.members[0]
+    prefix = f"{stream.source.paths[index]}."
     found = {}
     with stream.source.layer(index, stream.device, stream.dtype) as layer:
-        plain = stream.run(layer, index, hidden).float()
+        plain = stream.run(layer, index, number, hidden).float()
         size = plain.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
         for p in projections:
             energy: list[float] = []
@@ -51,8 +53,8 @@ def responses(stream: LayerStream, index: int, projections: Sequence[Projection]
                 energy.append(float(noise.square().sum(-1).mean()))
                 return output + noise.to(output.dtype)
 
-            handle = layer.get_submodule(p.name.removeprefix(prefix)).register_forward_hook(disturb)
-            moved = (stream.run(layer, index, hidden).float() - plain).square().sum(-1)
+            handle = layer.get_submodule(p.path.removeprefix(prefix)).register_forward_hook(disturb)
+            moved = (stream.run(layer, index, number, hidden).float() - plain).square().sum(-1)
             handle.remove()
             # A projection that puts out nothing moves nothing.
             found[p.name] = float((moved / size).mean()) / sum(energy) if sum(energy) > 0 else 0.0

@@ -2,7 +2,7 @@
 
 For a small change dW of a weight W the loss rises by about 0.5 tr(G dW C dW^T) nats a token, where
 C = E[x x^T] are its inputs and G = E[g g^T] the gradients of the loss at its outputs, with labels
-drawn from the model itself (the Kronecker-factored Fisher information, Martens and Grosse 2015).
+drawn from the model itself (see `objective`) (the Kronecker-factored Fisher information, Martens and Grosse 2015).
 This makes the errors of different projections comparable, which the uniform tolerance assumes and
 which is not so.
 
@@ -15,18 +15,20 @@ The gradients come from a layer-wise backward pass: every layer is loaded once m
 again from its stored inputs, and run backward. Memory holds one layer, as in calibration.
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from pgsvd_vllm.errors import InputError
-from pgsvd_vllm.offline.calibrate import LayerStream, gram_of, robust_rows
+from pgsvd_vllm.offline.calibrate import gram_of, robust_rows
 from pgsvd_vllm.offline.model_source import Projection
+from pgsvd_vllm.offline.objective import Objective
+from pgsvd_vllm.offline.stream import LayerStream
 
 # A backward pass costs twice a forward pass: no more tokens than this take part in it. On other text, factors
 # fitted with 16k tokens lost 5 % more than with 32k; 64k should be within 3 % of any number (docs/log.md).
@@ -34,6 +36,8 @@ GRADIENT_TOKENS = 65536
 # Added to the diagonal of G as a share of its mean, so that directions the few gradients never
 # showed still cost something (0.05 to 0.2 measured alike).
 DAMPING = 0.1
+# Mean of G's diagonal where there is no gradient at all: nothing, but its root can still be divided by.
+LEAST_MOMENT = 1e-30
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,8 @@ class LayerGradients:
     """What the backward pass finds of one layer.
 
     Attributes:
-        moments: projection -> G float64 [out, out], the mean over the tokens that reach it.
+        moments: projection -> G float64 [out, out], the mean over the tokens that reach it, times the tower's tokens
+            for each term of the loss: 1 in a language model.
         grams: projection -> C_w float64 [in, in], x scaled by its `token_scale`; the mean over all
             tokens, of which those that do not reach it count as 0.
     """
@@ -56,50 +61,56 @@ class GradientPass:
     Args:
         stream: the calibration's stream; `remember` is called before every layer's advance.
         folder: where the layers' inputs are kept meanwhile.
+
+    Attributes:
+        batches: how many take part.
+        losses: terms that the loss has; set by `start`. Tokens of a language model, images and texts of a comparison.
     """
 
     def __init__(self, stream: LayerStream, folder: Path) -> None:
         self.stream = stream
         self.folder = folder
+        self.losses = 0
         folder.mkdir(exist_ok=True)
-        windows = 0
-        self.batches = 0
-        for hidden in stream.hidden:
-            if windows * hidden.shape[1] >= GRADIENT_TOKENS:
-                break
-            windows += hidden.shape[0]
-            self.batches += 1
-        self.tokens = windows * stream.hidden[0].shape[1]
-        self._gradients: list[torch.Tensor] = []
+        tokens = [batch["input_ids"].numel() for batch in stream.batches]
+        self.batches = sum(before < GRADIENT_TOKENS for before in itertools.accumulate(tokens[:-1], initial=0))
+        # Batch -> index of a layer -> the gradient at its output, as far as it is known.
+        self._gradients: dict[int, dict[int, torch.Tensor]] = {number: {} for number in range(self.batches)}
 
     def remember(self, index: int) -> None:
         """Keep the inputs of layer `index`, which the stream is about to replace."""
-        inputs = {str(i): hidden.cpu() for i, hidden in enumerate(self.stream.hidden[: self.batches])}
-        save_file(inputs, self.folder / f"{index:05d}.safetensors")
+        flow = self.stream.flow
+        inputs = {
+            str(n): h.cpu().contiguous() for n, h in zip(flow.members, flow.hidden, strict=True) if n < self.batches
+        }
+        save_file(inputs, self._file(index))
+
+    def _file(self, index: int) -> Path:
+        return self.folder / f"{index:05d}.safetensors"
 
     def start(self, seed: int) -> None:
-        """Gradients at the last layer's output, of the loss summed over tokens.
+        """Gradients at the outputs that the model's head reads, of the loss summed over all its terms.
 
         Args:
             seed: of the draw of labels.
         """
-        source, device = self.stream.source, self.stream.device
-        source.load_head(device, self.stream.dtype)
-        generator = torch.Generator(device).manual_seed(seed)
-        for batch, hidden in zip(self.stream.ids, self.stream.hidden[: self.batches], strict=False):
-            parts = []
-            for row, row_ids in zip(hidden, batch, strict=True):  # a window at a time: logits are wide
-                leaf = row.unsqueeze(0).detach().requires_grad_()
-                logits = self.stream.head(row_ids.unsqueeze(0), leaf).float()[0]
-                labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
-                F.cross_entropy(logits, labels, reduction="sum").backward()
-                if leaf.grad is None or not torch.isfinite(leaf.grad).all():
+        source, stream = self.stream.source, self.stream
+        source.load_head(stream.device, stream.dtype)
+        outputs = {
+            number: {index: kept.detach().requires_grad_() for index, kept in stream.flow.kept[number].items()}
+            for number in range(self.batches)
+        }
+        self.losses = Objective(stream, seed).backward(outputs)
+        for number, found in outputs.items():
+            for index, leaf in found.items():
+                if leaf.grad is None:
+                    continue
+                if not torch.isfinite(leaf.grad).all():
                     raise InputError(
-                        f"{source.folder}: the loss gradient overflows in {self.stream.dtype}; "
+                        f"{source.folder}: the loss gradient overflows in {stream.dtype}; "
                         "calibrate with --dtype float32 or bfloat16"
                     )
-                parts.append(leaf.grad)
-            self._gradients.append(torch.cat(parts))
+                self._gradients[number][index] = leaf.grad
 
     def retreat(self, index: int, projections: Sequence[Projection]) -> Iterator[int | LayerGradients]:
         """Run layer `index` backward over all batches.
@@ -109,22 +120,48 @@ class GradientPass:
         Raises:
             InputError: no token reaches one of the projections.
         """
-        path = self.folder / f"{index:05d}.safetensors"
+        path = self._file(index)
         inputs = load_file(path)
-        prefix = f"{self.stream.source.layers_name}.{index}."
+        prefix = f"{self.stream.source.paths[index]}."
+        first = self.stream.source.span(index).start
+        tokens = 0
         with self.stream.source.layer(index, self.stream.device, self.stream.dtype) as layer:
-            hooks = _GradientHooks({p.name: layer.get_submodule(p.name.removeprefix(prefix)) for p in projections})
+            hooks = _GradientHooks({p.name: layer.get_submodule(p.path.removeprefix(prefix)) for p in projections})
             try:
-                for i in range(self.batches):
-                    leaf = inputs[str(i)].to(self.stream.device).requires_grad_()
-                    self.stream.run(layer, index, leaf).backward(self._gradients[i])
+                for name, hidden in inputs.items():
+                    number = int(name)
+                    arrived = self._gradients[number].pop(index, None)
+                    if arrived is None:  # behind the last layer whose output is read
+                        continue
+                    leaf = hidden.to(self.stream.device).requires_grad_()
+                    self.stream.run(layer, index, number, leaf).backward(arrived)
                     assert leaf.grad is not None
-                    self._gradients[i] = leaf.grad
-                    yield leaf.shape[0] * leaf.shape[1]
+                    if index > first:
+                        self._add(number, index - 1, leaf.grad)
+                    elif first > 0:
+                        self._cross(number, first, leaf.grad)
+                    tokens += leaf.shape[:-1].numel()
+                    yield leaf.shape[:-1].numel()
             finally:
                 hooks.remove()
         path.unlink()
-        yield hooks.result(self.tokens)
+        yield hooks.result(tokens, tokens / self.losses)
+
+    def _add(self, number: int, index: int, gradient: torch.Tensor) -> None:
+        known = self._gradients[number].get(index)
+        self._gradients[number][index] = gradient if known is None else known + gradient
+
+    def _cross(self, number: int, start: int, gradient: torch.Tensor) -> None:
+        """From the hidden states before a tower to the outputs of the towers before, such as images' behind texts."""
+        kept = self.stream.flow.kept[number]
+        outputs = {index: hidden.detach().requires_grad_() for index, hidden in kept.items() if index < start}
+        entry = self.stream.before(start, number, outputs)
+        if entry is None or not entry.requires_grad:
+            return
+        entry.backward(gradient)
+        for index, leaf in outputs.items():
+            if leaf.grad is not None:
+                self._add(number, index, leaf.grad)
 
 
 @dataclass
@@ -162,8 +199,8 @@ class _GradientHooks:
         for handle in self._handles:
             handle.remove()
 
-    def result(self, tokens: int) -> LayerGradients:
-        """The means, of a pass over `tokens` tokens."""
+    def result(self, tokens: int, weight: float = 1.0) -> LayerGradients:
+        """The means, of a pass over `tokens` tokens that weighs `weight` tokens for each term of the loss."""
         moments, grams = {}, {}
         for name, sums in self._sums.items():
             if not sums.tokens:
@@ -171,7 +208,7 @@ class _GradientHooks:
                     f"{name}: none of the calibration text's first {tokens} tokens reaches it; "
                     f"leave it dense with --ignore {name}, or use --sensitivity forward"
                 )
-            moments[name] = sums.moment / sums.tokens
+            moments[name] = sums.moment * (weight / sums.tokens)
             energy = float(sums.moment.trace())  # sum ||g||^2
             # Without any gradient all weights are 0: nothing of it matters.
             grams[name] = sums.gram * (sums.tokens / tokens / energy if energy > 0 else 0.0)
@@ -196,5 +233,5 @@ def metric_root(moment: torch.Tensor) -> torch.Tensor:
         moment: G [out, out], positive semi-definite.
     """
     g = moment.double()
-    mean = g.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
+    mean = g.diagonal().mean().clamp_min(LEAST_MOMENT)
     return torch.linalg.cholesky(g + DAMPING * mean * torch.eye(len(g), dtype=g.dtype, device=g.device))

@@ -29,8 +29,9 @@ from greenlet import getcurrent, greenlet
 from torch import nn
 
 from pgsvd_vllm.errors import InputError
-from pgsvd_vllm.offline.calibrate import LayerStream, by_window, gram_of, token_scale
+from pgsvd_vllm.offline.calibrate import by_window, gram_of, token_scale
 from pgsvd_vllm.offline.model_source import Projection
+from pgsvd_vllm.offline.stream import Flow, LayerStream
 
 # Calibration tokens that take part; twice as many gained what half as many lost (docs/log.md).
 SEQUENTIAL_TOKENS = 131072
@@ -78,15 +79,15 @@ class ErrorAwarePass:
     """Walks a model's layers with dense and factored weights side by side.
 
     Args:
-        stream: at its start, before any layer was run; its hidden states become the dense ones.
+        stream: at its start, before any layer was run; its flow is the dense one.
         whole: whether its tokens are all calibration tokens, so that nobody needs their C.
     """
 
     def __init__(self, stream: LayerStream, whole: bool = False) -> None:
         self.stream = stream
         self.whole = whole
-        self.dense = stream.hidden
-        self.factored = list(stream.hidden)
+        self.dense = stream.flow
+        self.factored = Flow(list(stream.flow.members), list(stream.flow.hidden))
 
     @torch.no_grad()
     def advance(
@@ -113,17 +114,20 @@ class ErrorAwarePass:
             InputError: the factored layer's output is not finite, or a projection sees other tokens
                 than the dense one.
         """
-        prefix = f"{self.stream.source.layers_name}.{index}."
+        for flow in (self.dense, self.factored):
+            self.stream.enter(index, flow)
+        prefix = f"{self.stream.source.paths[index]}."
         with self.stream.source.layer(index, self.stream.device, self.stream.dtype) as layer:
-            modules = {p.name: layer.get_submodule(p.name.removeprefix(prefix)) for row in groups for p in row}
-            single = [g[0] for g in groups if len(g) == 1 and g[0].out_features == self.dense[0].shape[-1]]
+            modules = {p.name: layer.get_submodule(p.path.removeprefix(prefix)) for row in groups for p in row}
+            single = [g[0] for g in groups if len(g) == 1 and g[0].out_features == self._width]
             candidates = [] if known else [p.name for p in single]
             leaders = [] if known else [g[0].name for g in groups if any(p.name in ranked for p in g)]
             dense = self._run_dense(layer, index, modules, leaders, candidates)
             writers = self._writers(dense, candidates)
             for name, product in known.items():
                 _set_weight(modules[name], product)
-            runs = [_Run(partial(self.stream.run, layer, index, hidden)) for hidden in self.factored]
+            batches = zip(self.factored.members, self.factored.hidden, strict=True)
+            runs = [_Run(partial(self.stream.run, layer, index, number, hidden)) for number, hidden in batches]
             handles = [modules[name].register_forward_pre_hook(_pause(name)) for name in leaders]
             handles += [modules[name].register_forward_hook(_note(name)) for name in writers]
             try:
@@ -139,35 +143,44 @@ class ErrorAwarePass:
                             _set_weight(modules[p.name], fit(p, target))
                             yield p
                 for i, run in enumerate(runs):
-                    self.factored[i] = run.end()
-                    if not torch.isfinite(self.factored[i]).all():
+                    self.factored.hidden[i] = run.end()
+                    if not torch.isfinite(self.factored.hidden[i]).all():
                         raise self._overflow(prefix[:-1])
             finally:
                 for handle in handles:
                     handle.remove()
+        for flow in (self.dense, self.factored):
+            self.stream.leave(index, flow)
+
+    @property
+    def _width(self) -> int:
+        """Of the residual stream; 0 where no batch runs the tower."""
+        return self.dense.hidden[0].shape[-1] if self.dense.hidden else 0
 
     def _run_dense(
         self, layer: nn.Module, index: int, modules: dict[str, Any], inputs: Sequence[str], outputs: Sequence[str]
     ) -> _Dense:
         """Advance the dense hidden states; remembers some projections' inputs and outputs, on the CPU."""
-        seen = _Dense(list(self.dense), {name: [] for name in inputs}, {name: [] for name in outputs})
+        seen = _Dense(list(self.dense.hidden), {name: [] for name in inputs}, {name: [] for name in outputs})
 
         def keep(store: list[torch.Tensor], what: int) -> Callable[..., None]:
             return lambda _module, args, output: store.append((args[0], output)[what].cpu())
 
         handles = [modules[name].register_forward_hook(keep(seen.inputs[name], 0)) for name in inputs]
         handles += [modules[name].register_forward_hook(keep(seen.outputs[name], 1)) for name in outputs]
-        for i, hidden in enumerate(self.dense):
-            self.dense[i] = self.stream.run(layer, index, hidden)
+        for i, number in enumerate(self.dense.members):
+            self.dense.hidden[i] = self.stream.run(layer, index, number, self.dense.hidden[i])
         for handle in handles:
             handle.remove()
         return seen
 
     def _writers(self, dense: _Dense, candidates: Sequence[str]) -> list[str]:
         """The candidates, if the layer's output is its input plus their outputs; else none."""
-        hidden, after = dense.hidden[0], self.dense[0]
+        if not candidates:
+            return []
+        hidden, after = dense.hidden[0], self.dense.hidden[0]
         parts = [dense.outputs[name][0].to(hidden.device) for name in candidates]
-        if not parts or any(part.shape != hidden.shape for part in parts):
+        if any(part.shape != hidden.shape for part in parts):
             return []
         added = after.float() - hidden.float()
         missing = added - sum(part.float() for part in parts)
@@ -200,7 +213,7 @@ class ErrorAwarePass:
             if plain is not None:
                 plain += gram_of((wanted * token_scale(wanted)).flatten(0, 1))
             if stream is not None:
-                error = dense.hidden[i].float() - self.factored[i].float()
+                error = dense.hidden[i].float() - self.factored.hidden[i].float()
                 for writer in before or ():
                     error += dense.outputs[writer][i].to(x.device).float() - run.outputs[writer].float()
                 stream += ((error * scale).flatten(0, 1).T @ rows).double()

@@ -223,6 +223,11 @@ def cut_windows(
     return _windows(windows(order[:count]), windows(order[count:]), name)
 
 
+def no_windows(length: int) -> Windows:
+    """Of a calibration without text alone."""
+    return _windows(torch.empty(0, length, dtype=torch.int64), torch.empty(0, length, dtype=torch.int64), "")
+
+
 def mix_windows(parts: Sequence[Windows]) -> Windows:
     """The windows of several texts as those of one."""
     if len(parts) == 1:

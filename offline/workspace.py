@@ -24,7 +24,7 @@ from pgsvd_vllm.offline.plan import Plan
 from pgsvd_vllm.offline.report import ModuleReport
 
 # Raised whenever other things are kept of a layer: what an older program left cannot be continued.
-CALIBRATION = "2"
+CALIBRATION = "3"
 RUN_FILE = "run.json"
 
 
@@ -36,11 +36,13 @@ class LayerCalibration:
         grams: leader -> float32 [in, in], sum of x x^T.
         leader: projection -> leader of its input.
         energy: projection -> float64 eigenvalues of W C W^T, descending.
+        tokens: that were summed.
     """
 
     grams: dict[str, torch.Tensor]
     leader: dict[str, str]
     energy: dict[str, torch.Tensor]
+    tokens: int
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ def fingerprint(plan: Plan) -> dict[str, str]:
     return {
         "model": str(source.folder.resolve()),
         "weights": hashlib.sha256(json.dumps([stamp, source.config_json]).encode()).hexdigest(),
-        "calibration text": plan.windows.sha256,
+        "calibration text": plan.data_sha256,
         "dtype": str(plan.compute_dtype),
         "ignore": " ".join(plan.options.ignore),
         "program version": CALIBRATION,
@@ -137,13 +139,13 @@ class Workspace:
         """Write one layer's calibration; the file appears complete or not at all."""
         tensors = {f"gram:{name}": gram.float() for name, gram in data.grams.items()}
         tensors.update({f"energy:{name}": energy for name, energy in data.energy.items()})
-        _write(self._layer_file(index), tensors, {"leader": json.dumps(data.leader)})
+        _write(self._layer_file(index), tensors, {"layer": json.dumps({"leader": data.leader, "tokens": data.tokens})})
 
     def load_layer(self, index: int, with_grams: bool = True) -> LayerCalibration:
         """Read one layer's calibration; raises InputError where the file is damaged."""
         kinds = ("gram", "energy") if with_grams else ("energy",)
-        found, leader = _read(self._layer_file(index), kinds, "leader")
-        return LayerCalibration(found.get("gram", {}), leader, found["energy"])
+        found, layer = _read(self._layer_file(index), kinds, "layer")
+        return LayerCalibration(found.get("gram", {}), layer["leader"], found["energy"], layer["tokens"])
 
     def _sensitivity_file(self, index: int, kind: str) -> Path:
         return self.layers / f"{index:05d}.{kind}.safetensors"

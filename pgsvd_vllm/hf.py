@@ -136,10 +136,12 @@ class PgsvdQuantizer(HfQuantizer):
         for file in checkpoint_files or []:
             tensors.update(read_headers(Path(file)))
         check_factors(table, tensors, "checkpoint")
-        prefix = f"{model.base_model_prefix}."
+        # The table has the checkpoint's names.
+        known = stored_tensors(model, [f"{name}.weight" for name in table])
+        paths = {stored.names[0]: path.removesuffix(".weight") for path, stored in known.items()}
         modules = dict(model.named_modules())
         for name, row in table.items():
-            target = name if name in modules else name.removeprefix(prefix)
+            target = paths[f"{name}.weight"]
             linear = modules.get(target)
             if not isinstance(linear, nn.Linear | Conv1D):
                 raise CheckpointError(f"config.json: {name} is not a linear layer of {type(model).__name__}")
@@ -164,8 +166,7 @@ class PgsvdQuantizer(HfQuantizer):
                 # Nothing to initialise but what is loaded, and GPT-2 would look for the weights of its children.
                 parent._is_hf_initialized = True
         tied = set(getattr(model, "all_tied_weights_keys", None) or {})
-        present = set(tensors) | {name.removeprefix(prefix) for name in tensors}
-        present |= stored_tensors(model, list(tensors)).keys()
+        present = set(tensors) | stored_tensors(model, list(tensors)).keys()
         for key in model.state_dict():
             if key not in present and key not in tied:
                 raise CheckpointError(f"tensor {key} is missing from the checkpoint")

@@ -4,10 +4,12 @@ import copy
 import logging
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 from torch import nn
-from vllm.config import ModelConfig, VllmConfig
+from vllm.config import ModelConfig, VllmConfig, set_current_vllm_config
 from vllm.config.load import LoadConfig
+from vllm.model_executor.layers.linear import ColumnParallelLinear, LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
@@ -33,6 +35,24 @@ def _tell_cuts(model: nn.Module) -> None:
         sum(one.sent for one in traffic),
         sum(one.dense for one in traffic),
     )
+
+
+def _take_left_out(model: nn.Module, config: PgsvdConfig) -> None:
+    """Give the factored method to layers that did not ask for it: MLPs of SigLIP of sizes that 64 does not divide."""
+    for layer in model.modules():
+        if not isinstance(layer, LinearBase) or not isinstance(layer.quant_method, UnquantizedLinearMethod):
+            continue
+        method = config.get_quant_method(layer, layer.prefix)
+        if not isinstance(method, PgsvdLinearMethod):
+            continue
+        made: Any = layer
+        device = made.weight.device
+        del made.weight
+        made.quant_method = method
+        columns = getattr(made, "input_size_per_partition", made.input_size)
+        partitions = made.output_partition_sizes if isinstance(layer, ColumnParallelLinear) else [made.output_size]
+        with device:
+            method.create_weights(layer, columns, partitions, made.input_size, made.output_size, made.params_dtype)
 
 
 @register_model_loader(QUANT_METHOD)
@@ -77,8 +97,11 @@ class PgsvdModelLoader(DefaultModelLoader):
     def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
         """Settle which layers compute their activations, then load."""
         if self.vllm_config is not None:  # not where weights are loaded again
-            take_activations(model, self.vllm_config)
             config = self.vllm_config.quant_config
+            if isinstance(config, PgsvdConfig):
+                with set_current_vllm_config(self.vllm_config):
+                    _take_left_out(model, config)
+            take_activations(model, self.vllm_config)
             # A stage of a pipeline has only some of the layers, and a draft out of the target's own checkpoint.
             whole = self.vllm_config.parallel_config.pipeline_parallel_size == 1 and model_config.runner_type != "draft"
             if isinstance(config, PgsvdConfig) and whole:

@@ -22,16 +22,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
     size = parser.add_mutually_exclusive_group()
     size.add_argument(
         "--ratio",
-        type=float,
+        type=shares,
         metavar="R",
         help="share of the projections' parameters to REMOVE, 0 to 1 (default 0.2: four fifths are kept); with "
-        "--objective latency of their time",
+        "--objective latency of their time; for towers of their own shares vision=0.1,language=0.3",
     )
     size.add_argument(
         "--tolerance",
-        type=float,
+        type=shares,
         metavar="E",
-        help="instead of --ratio: relative output error allowed in every projection",
+        help="instead of --ratio: relative output error allowed in every projection, or vision=E,language=E",
     )
     parser.add_argument(
         "--objective",
@@ -86,7 +86,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "python-docs: English prose that comes with Python and needs no network (default); repeat it to mix several",
     )
     data.add_argument(
-        "--num-calibration-samples", type=int, default=128, metavar="N", help="windows of text (default 128)"
+        "--num-calibration-samples",
+        type=int,
+        metavar="N",
+        help="windows of text, or images with texts (default 128; 1024 for models that only compare the two)",
     )
     data.add_argument("--max-seq-length", type=int, default=1024, metavar="L", help="tokens of a window (default 1024)")
     data.add_argument(
@@ -114,6 +117,19 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", action="store_true", help="continue an interrupted run from DIR.partial")
     parser.add_argument("--dry-run", action="store_true", help="show the plan, memory and time it needs; write nothing")
     parser.add_argument("--trust-remote-code", action="store_true", help="run modelling code that comes with the model")
+
+
+def shares(text: str) -> float | dict[str, float]:
+    """A number, or numbers of towers: vision=0.1,language=0.3."""
+    if "=" not in text:
+        return float(text)
+    found = {}
+    for part in text.split(","):
+        tower, _, value = part.partition("=")
+        if not tower or tower in found:
+            raise ValueError(text)
+        found[tower] = float(value)
+    return found
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -168,7 +184,8 @@ def run(arguments: argparse.Namespace) -> int:
         f"({total:.1%} of the model and {linear:.1%} of its projections removed; {1 - total:.1%} kept) "
         f"in {_duration(time.monotonic() - start)}"
     )
-    print(f"serve it:  vllm serve {shlex.quote(str(result.output))} --load-format pgsvd")
+    pooling = " --runner pooling" if result.compares else ""
+    print(f"serve it:  vllm serve {shlex.quote(str(result.output))} --load-format pgsvd{pooling}")
     return 0
 
 

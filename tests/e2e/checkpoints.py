@@ -96,8 +96,9 @@ def multiplied_back(source: Path, target: Path) -> Path:
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     del config["quantization_config"], config["transformers_weights"]
     (target / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    for path in source.glob("*token*.json"):
-        shutil.copyfile(path, target / path.name)
+    for pattern in ("*token*.json", "*processor*.json", "*.jinja"):
+        for path in source.glob(pattern):
+            shutil.copyfile(path, target / path.name)
     return target
 
 

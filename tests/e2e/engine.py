@@ -32,8 +32,10 @@ PROMPT_TOKENS = 11
 NEW_TOKENS = 48
 
 
-# Prompts as token ids; sampling parameters; for each prompt the folder of a LoRA adapter or "", if there are any.
-Job = tuple[Sequence[list[int]], dict[str, Any]] | tuple[Sequence[list[int]], dict[str, Any], Sequence[str]]
+# Token ids, or a text and maybe the path of an image: {"prompt": ..., "image": ...}.
+Prompt = list[int] | dict[str, str]
+# Prompts; sampling parameters; for each prompt the folder of a LoRA adapter or "", if there are any.
+Job = tuple[Sequence[Prompt], dict[str, Any]] | tuple[Sequence[Prompt], dict[str, Any], Sequence[str]]
 
 
 @dataclass(frozen=True)
@@ -167,6 +169,17 @@ def tokens(answers: Sequence[Answer]) -> list[list[int]]:
     return [answer.tokens for answer in answers]
 
 
+def asked_of(prompt: Prompt) -> dict[str, Any]:
+    """A prompt as vLLM takes it."""
+    from PIL import Image
+
+    if isinstance(prompt, list):
+        return {"prompt_token_ids": prompt}
+    if "image" not in prompt:
+        return {"prompt": prompt["prompt"]}
+    return {"prompt": prompt["prompt"], "multi_modal_data": {"image": Image.open(prompt["image"]).convert("RGB")}}
+
+
 def main(request: Path, response: Path) -> None:
     """The engine's side."""
     from vllm import LLM, SamplingParams
@@ -186,7 +199,7 @@ def main(request: Path, response: Path) -> None:
             if path and path not in known:
                 known[path] = LoRARequest(path, len(known) + 1, path)
             loras.append(known.get(path))
-        asked = [{"prompt_token_ids": ids} for ids in prompts]
+        asked = [asked_of(prompt) for prompt in prompts]
         if sampling in (EMBED, CLASSIFY):
             found = (
                 [one.outputs.embedding for one in llm.embed(asked, use_tqdm=False)]

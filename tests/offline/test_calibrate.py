@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from pgsvd_vllm.errors import InputError
-from pgsvd_vllm.offline.calibrate import TOKENS_PER_BATCH, LayerGrams, LayerStream, robust_rows
+from pgsvd_vllm.offline.calibrate import LayerGrams, advance, robust_rows
 from pgsvd_vllm.offline.model_source import ModelSource
+from pgsvd_vllm.offline.stream import TOKENS_PER_BATCH, LayerStream, text_batches
 from tests.conftest import save_tiny_model
 
 CPU = torch.device("cpu")
@@ -31,10 +32,10 @@ def windows(count: int, length: int, seed: int = 0) -> torch.Tensor:
 
 
 def stream_all(source: ModelSource, ids: torch.Tensor, dtype: torch.dtype) -> tuple[list[LayerGrams], LayerStream]:
-    stream = LayerStream(source, ids, CPU, dtype)
+    stream = LayerStream(source, text_batches(ids), CPU, dtype)
     found = []
     for index, row in enumerate(source.projections()):
-        steps = list(stream.advance(index, row, collect=True))
+        steps = list(advance(stream, index, row, collect=True))
         assert sum(step for step in steps if isinstance(step, int)) == ids.numel()
         assert isinstance(steps[-1], LayerGrams)
         found.append(steps[-1])
@@ -99,21 +100,21 @@ def test_one_layer_at_a_time_is_in_memory(tmp_path: Path) -> None:
     peaks = []
     for depth in (2, 6):
         source = ModelSource(save_tiny_model(tmp_path / f"{depth}", layers=depth))
-        stream = LayerStream(source, windows(3, 32), CPU, torch.float32)
+        stream = LayerStream(source, text_batches(windows(3, 32)), CPU, torch.float32)
 
         def materialised(source: ModelSource = source) -> int:
-            return sum(p.numel() for p in source.layers.parameters() if not p.is_meta)
+            return sum(p.numel() for layer in source.layers for p in layer.parameters() if not p.is_meta)
 
         assert materialised() == 0
         peak = 0
         for index, row in enumerate(source.projections()):
-            for step in stream.advance(index, row, collect=True):
+            for step in advance(stream, index, row, collect=True):
                 if isinstance(step, int):
                     one_layer = sum(p.numel() for p in source.layers[index].parameters())
                     assert materialised() == one_layer > 0
                     peak = max(peak, materialised())
             assert materialised() == 0
-        assert all(p.is_meta for p in source.layers.parameters())
+        assert all(p.is_meta for layer in source.layers for p in layer.parameters())
         peaks.append(peak)
     assert peaks[0] == peaks[1]
 
@@ -121,9 +122,9 @@ def test_one_layer_at_a_time_is_in_memory(tmp_path: Path) -> None:
 def test_the_inputs_of_a_batch_are_not_kept(tiny_model: Path) -> None:
     source = ModelSource(tiny_model)
     # Seven batches, all of one size.
-    stream = LayerStream(source, windows(7 * (TOKENS_PER_BATCH // 64), 64), CPU, torch.float32)
+    stream = LayerStream(source, text_batches(windows(7 * (TOKENS_PER_BATCH // 64), 64)), CPU, torch.float32)
     live = []
-    for step in stream.advance(0, source.projections()[0], collect=True):
+    for step in advance(stream, 0, source.projections()[0], collect=True):
         if isinstance(step, int):
             gc.collect()
             # By type alone: isinstance would wake every lazy module among the objects.
@@ -142,11 +143,11 @@ def test_layers_are_freed_after_an_error(tmp_path: Path) -> None:
     tensors["model.layers.0.mlp.down_proj.weight"].fill_(3e38)
     save_file(tensors, file, metadata={"format": "pt"})
     source = ModelSource(folder)
-    stream = LayerStream(source, windows(2, 16), CPU, torch.float32)
+    stream = LayerStream(source, text_batches(windows(2, 16)), CPU, torch.float32)
     with pytest.raises(InputError, match=r"model\.layers\.0: .*overflows in torch\.float32"):
-        list(stream.advance(0, source.projections()[0], collect=True))
-    assert all(p.is_meta for p in source.layers.parameters())
-    assert not any(m._forward_pre_hooks for m in source.layers.modules())
+        list(advance(stream, 0, source.projections()[0], collect=True))
+    assert all(p.is_meta for layer in source.layers for p in layer.parameters())
+    assert not any(m._forward_pre_hooks for layer in source.layers for m in layer.modules())
 
 
 def test_a_sink_token_is_clipped() -> None:

@@ -14,11 +14,12 @@ from pgsvd_vllm.checkpoint import check_data, open_checkpoint
 from pgsvd_vllm.cli import main
 from pgsvd_vllm.errors import InputError
 from pgsvd_vllm.offline import estimate as estimate_module
-from pgsvd_vllm.offline.calibrate import LayerGrams, LayerStream
+from pgsvd_vllm.offline.calibrate import LayerGrams, advance
 from pgsvd_vllm.offline.compress import compress
 from pgsvd_vllm.offline.estimate import fit_into_memory, free_memory, memory_bytes
 from pgsvd_vllm.offline.model_source import ModelSource
 from pgsvd_vllm.offline.plan import CompressOptions, make_plan
+from pgsvd_vllm.offline.stream import LayerStream, text_batches
 from tests.conftest import save_tiny_model
 
 SMALL: dict[str, Any] = {"num_calibration_samples": 20, "max_seq_length": 48}
@@ -163,11 +164,11 @@ def test_report_errors_are_those_of_the_written_factors(
     config = json.loads((output / "config.json").read_text())
     assert config["dtype"] == str(expected).removeprefix("torch.")
     source = ModelSource(half_model)
-    stream = LayerStream(source, plan.windows.ids, torch.device("cpu"), plan.compute_dtype)
+    stream = LayerStream(source, text_batches(plan.windows.ids), torch.device("cpu"), plan.compute_dtype)
     rows = {row["name"]: row for row in report_of(output)["modules"]}
     checked = 0
     for index, projections in enumerate(source.projections()):
-        *_, grams = stream.advance(index, projections, collect=True)
+        *_, grams = advance(stream, index, projections, collect=True)
         assert isinstance(grams, LayerGrams)
         for p in projections:
             if rows[p.name]["rank"] is None:

@@ -9,7 +9,7 @@ import torch
 
 from pgsvd_vllm.offline import factor_pass
 from pgsvd_vllm.offline.calibrate_pass import calibrate_layers, measured_front
-from pgsvd_vllm.offline.compress import choose_ranks
+from pgsvd_vllm.offline.choose import choose_ranks
 from pgsvd_vllm.offline.factor_pass import factor_layers
 from pgsvd_vllm.offline.model_source import Projection
 from pgsvd_vllm.offline.plan import CompressOptions, make_plan

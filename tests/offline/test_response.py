@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from pgsvd_vllm.offline.calibrate import LayerStream
 from pgsvd_vllm.offline.model_source import ModelSource
 from pgsvd_vllm.offline.response import responses
+from pgsvd_vllm.offline.stream import LayerStream, text_batches
 from tests.conftest import save_tiny_model
 
 
@@ -23,7 +23,7 @@ def test_responses_are_those_of_small_errors(tmp_path: Path) -> None:
     ids = torch.randint(2, 258, (64, 40), generator=torch.Generator().manual_seed(0))
     source = ModelSource(folder)
     row = source.projections()[0]
-    stream = LayerStream(source, ids, torch.device("cpu"), torch.float32)
+    stream = LayerStream(source, text_batches(ids), torch.device("cpu"), torch.float32)
     found = responses(stream, 0, row, seed=0)
     assert list(found) == [p.name for p in row]
 
@@ -55,7 +55,7 @@ def test_a_projection_that_puts_out_nothing_weighs_nothing(tmp_path: Path) -> No
     torch.nn.init.zeros_(model.model.layers[0].mlp.up_proj.weight)
     model.save_pretrained(folder)
     source = ModelSource(folder)
-    stream = LayerStream(source, torch.randint(2, 258, (4, 20)), torch.device("cpu"), torch.float32)
+    stream = LayerStream(source, text_batches(torch.randint(2, 258, (4, 20))), torch.device("cpu"), torch.float32)
     found = responses(stream, 0, source.projections()[0], seed=0)
     assert found["model.layers.0.mlp.up_proj"] == 0
     assert found["model.layers.0.mlp.down_proj"] == 0

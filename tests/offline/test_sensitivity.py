@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from pgsvd_vllm.costs import CostTable, ShapeCosts
 from pgsvd_vllm.errors import InputError
 from pgsvd_vllm.offline.allocate import loss_front, saves
-from pgsvd_vllm.offline.calibrate import LayerStream
+from pgsvd_vllm.offline.calibrate import advance
 from pgsvd_vllm.offline.factorize import closed_form, product, stored_form
 from pgsvd_vllm.offline.model_source import ModelSource, Projection
 from pgsvd_vllm.offline.sensitivity import (
@@ -24,6 +24,7 @@ from pgsvd_vllm.offline.sensitivity import (
     weighed,
 )
 from pgsvd_vllm.offline.spectrum import gram_root, output_energy
+from pgsvd_vllm.offline.stream import LayerStream, text_batches
 from tests.conftest import save_tiny_model
 from tests.offline.test_calibrate import clipped, reference_inputs
 
@@ -34,11 +35,11 @@ def test_streamed_gradients_are_those_of_the_whole_model(tmp_path: Path, tie: bo
     ids = torch.randint(2, 258, (5, 33), generator=torch.Generator().manual_seed(3))
     source = ModelSource(folder)
     rows = source.projections()
-    stream = LayerStream(source, ids, torch.device("cpu"), torch.float32)
+    stream = LayerStream(source, text_batches(ids), torch.device("cpu"), torch.float32)
     gradients = GradientPass(stream, tmp_path / "inputs")
     for index in range(3):
         gradients.remember(index)
-        list(stream.advance(index, rows[index], collect=False))
+        list(advance(stream, index, rows[index], collect=False))
     gradients.start(seed=7)
     moments: dict[str, torch.Tensor] = {}
     grams: dict[str, torch.Tensor] = {}

@@ -9,9 +9,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from pgsvd_vllm.errors import InputError
-from pgsvd_vllm.offline.calibrate import LayerStream
 from pgsvd_vllm.offline.model_source import ModelSource, Projection
 from pgsvd_vllm.offline.sequential import CORRECTED, RIDGE, STREAM_CORRECTED, ErrorAwarePass, Target
+from pgsvd_vllm.offline.stream import LayerStream, text_batches
 from tests.conftest import save_tiny_model
 from tests.offline.test_calibrate import CPU, clipped, reference_inputs, windows
 
@@ -54,7 +54,7 @@ def test_targets_are_those_of_the_definition(tmp_path: Path) -> None:
     folder = save_tiny_model(tmp_path / "model", layers=2, bias=True, seed=5)
     ids = windows(12, 40)
     source = ModelSource(folder)
-    walk = ErrorAwarePass(LayerStream(source, ids, CPU, torch.float32))
+    walk = ErrorAwarePass(LayerStream(source, text_batches(ids), CPU, torch.float32))
     seen: dict[str, Target] = {}
     products: dict[str, torch.Tensor] = {}
 
@@ -116,7 +116,7 @@ def test_a_projection_whose_output_is_not_added_as_it_is_gets_no_share_of_the_st
     plain = layer.mlp.forward
     # As models with a norm behind the projection do.
     monkeypatch.setattr(layer.mlp, "forward", lambda x: plain(x) * 0.5)
-    walk = ErrorAwarePass(LayerStream(source, windows(4, 40), CPU, torch.float32))
+    walk = ErrorAwarePass(LayerStream(source, text_batches(windows(4, 40)), CPU, torch.float32))
     targets: list[Target] = []
 
     def fit(p: Projection, target: Target) -> torch.Tensor:
@@ -134,7 +134,7 @@ def test_the_dense_gram_matrix_is_not_summed_where_all_text_takes_part(tmp_path:
     row = source.projections()[0]
     seen: list[list[Target]] = [[], []]
     for whole in (False, True):
-        walk = ErrorAwarePass(LayerStream(source, windows(4, 40), CPU, torch.float32), whole)
+        walk = ErrorAwarePass(LayerStream(source, text_batches(windows(4, 40)), CPU, torch.float32), whole)
 
         def fit(p: Projection, target: Target, whole: bool = whole) -> torch.Tensor:
             seen[whole].append(target)
@@ -163,7 +163,7 @@ def test_a_projection_that_the_factored_layer_does_not_call_is_named(
         return x if skipped == "mlp" else mlp.gate_proj(x)[..., : x.shape[-1]]
 
     monkeypatch.setattr(mlp, "forward", forward)
-    walk = ErrorAwarePass(LayerStream(source, windows(4, 40), CPU, torch.float32))
+    walk = ErrorAwarePass(LayerStream(source, text_batches(windows(4, 40)), CPU, torch.float32))
     row = source.projections()[0]
     name = "down_proj" if skipped == "down_proj" else "gate_proj"
     with pytest.raises(InputError, match=rf"mlp\.{name}: its tokens depend on the weights before it \(a router\)"):
@@ -185,17 +185,17 @@ def test_a_layer_that_is_known_is_run_and_not_fitted(tmp_path: Path) -> None:
     def never(p: Projection, target: Target) -> torch.Tensor:
         pytest.fail(f"{p.name} was fitted again")
 
-    walks = [ErrorAwarePass(LayerStream(source, ids, CPU, torch.float32)) for _ in range(2)]
+    walks = [ErrorAwarePass(LayerStream(source, text_batches(ids), CPU, torch.float32)) for _ in range(2)]
     list(walks[0].advance(0, groups_of(row), set(products), lambda p, _target: products[p.name], {}))
     list(walks[1].advance(0, groups_of(row), set(products), never, products))
-    for first, second in zip(walks[0].factored, walks[1].factored, strict=True):
+    for first, second in zip(walks[0].factored.hidden, walks[1].factored.hidden, strict=True):
         assert torch.equal(first, second)
-    assert not torch.equal(walks[1].factored[0], walks[1].dense[0])
+    assert not torch.equal(walks[1].factored.hidden[0], walks[1].dense.hidden[0])
 
 
 def test_overflow_is_named(tmp_path: Path) -> None:
     source = ModelSource(save_tiny_model(tmp_path / "model", layers=2))
-    walk = ErrorAwarePass(LayerStream(source, windows(2, 20), CPU, torch.float32))
+    walk = ErrorAwarePass(LayerStream(source, text_batches(windows(2, 20)), CPU, torch.float32))
     row = source.projections()[0]
 
     def huge(p: Projection, _target: Target) -> torch.Tensor:

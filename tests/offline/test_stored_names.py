@@ -48,7 +48,7 @@ def test_transposed_layers_become_usual_ones(tmp_path: Path) -> None:
     source.load_outer(torch.device("cpu"), torch.float32)
     source.load_head(torch.device("cpu"), torch.float32)
     for index in range(3):
-        source._load(source.layers[index], f"{source.layers_name}.{index}.", torch.device("cpu"), torch.float32)
+        source._load(source.layers[index], f"{source.paths[index]}.", torch.device("cpu"), torch.float32)
     with torch.no_grad():
         torch.testing.assert_close(source.model(x).logits, expected(x).logits)
 

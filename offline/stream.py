@@ -1,0 +1,284 @@
+"""Runs a model layer by layer, one tower after the other.
+
+Memory holds one layer and the hidden states of all batches, whatever the depth; of layers whose outputs are read
+outside of their tower, such as the last one of a vision encoder, the outputs are kept as well.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from pgsvd_vllm.errors import InputError
+from pgsvd_vllm.offline.model_source import ModelSource
+
+TOKENS_PER_BATCH = 4096
+
+# The arguments of one call of a model: `input_ids` int64 [windows, length] and, where there are images, what the
+# model's processor makes of them.
+Batch = dict[str, torch.Tensor]
+
+
+class Reached(Exception):
+    """Raised by a hook to end a forward at the module whose input or output was wanted."""
+
+    def __init__(self, value: torch.Tensor) -> None:
+        self.value = value
+
+
+@contextlib.contextmanager
+def _replaced_forward(layers: Sequence[nn.Module], forward: Callable[..., Any]) -> Iterator[None]:
+    """Every layer's forward replaced for a while; `forward` is also told the layer's index."""
+    for index, layer in enumerate(layers):
+        layer.forward = partial(forward, index)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def _as_taken(value: torch.Tensor, arrived: torch.Tensor) -> Any:
+    """`value` as the model takes a layer's output: in a tuple, if it took the first of what the last layer gave it."""
+    return (value,) if arrived.dim() < value.dim() else value
+
+
+def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    return args[0] if args else kwargs["hidden_states"]
+
+
+def text_batches(ids: torch.Tensor) -> list[Batch]:
+    """Windows of text, int64 [windows, length], as batches of at most TOKENS_PER_BATCH tokens."""
+    return [{"input_ids": part} for part in ids.split(max(1, TOKENS_PER_BATCH // ids.shape[1]))] if len(ids) else []
+
+
+def hidden_after(model: Any, layers: Sequence[nn.Module], ids: torch.Tensor) -> torch.Tensor:
+    """Hidden states [windows, length, hidden] after a model's last layer; its head does not run.
+
+    Args:
+        model: a causal language model.
+        layers: its decoder layers.
+        ids: int64 [windows, length].
+    """
+
+    def stop(_module: nn.Module, _args: Any, output: Any) -> None:
+        raise Reached(output[0] if isinstance(output, tuple) else output)
+
+    handle = layers[-1].register_forward_hook(stop)
+    try:
+        model(input_ids=ids, use_cache=False)
+    except Reached as reached:
+        return reached.value
+    finally:
+        handle.remove()
+    raise AssertionError("the model ended without its last layer")
+
+
+def output_after(
+    model: Any,
+    layers: Sequence[nn.Module],
+    batch: Batch,
+    outputs: dict[int, torch.Tensor],
+    starts: Sequence[int] = (0,),
+) -> Any:
+    """What a model makes of the outputs of its layers, which are not run.
+
+    Args:
+        model: of transformers.
+        layers: all of its layers.
+        batch: the arguments behind the outputs.
+        outputs: index of a layer -> its output; of other layers nobody reads it but the next one.
+        starts: indexes of the layers at which its towers begin.
+    """
+    first: list[torch.Tensor] = []
+
+    def skip(index: int, *args: Any, **kwargs: Any) -> Any:
+        arrived = _hidden(args, kwargs)
+        if index in starts:
+            first[:] = [arrived]
+        return _as_taken(outputs.get(index, first[0]), arrived)
+
+    with _replaced_forward(layers, skip):
+        return model(**batch, **_options(model))
+
+
+def logits_after(model: Any, layers: Sequence[nn.Module], ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    """Logits [windows, length, vocabulary] of a causal language model from the hidden states after its last layer.
+
+    Args: as of `output_after`; `ids` are int64 [windows, length], `hidden` [windows, length, hidden].
+    """
+    return output_after(model, layers, {"input_ids": ids}, {len(layers) - 1: hidden}).logits
+
+
+def _options(model: Any) -> dict[str, Any]:
+    """Arguments of every call."""
+    return {"use_cache": False} if model.can_generate() else {}
+
+
+@dataclass
+class Flow:
+    """Hidden states on their way through a model, dense or factored.
+
+    Attributes:
+        members: the batches, by number, that run the current tower.
+        hidden: theirs, before its next layer.
+        kept: batch -> index of a layer -> its output, of layers read outside of their tower.
+    """
+
+    members: list[int] = field(default_factory=list)
+    hidden: list[torch.Tensor] = field(default_factory=list)
+    kept: dict[int, dict[int, torch.Tensor]] = field(default_factory=dict)
+
+
+class LayerStream:
+    """Runs batches through a model one layer at a time.
+
+    Args:
+        source: the model.
+        batches: the arguments of its calls.
+        device: where to compute.
+        dtype: of weights and activations.
+
+    Attributes:
+        flow: the dense model's hidden states.
+        read: the layers, by index, whose outputs are read outside of their tower.
+
+    Raises:
+        InputError: from `ModelSource`; also where the model does not run its layers one after the other.
+    """
+
+    def __init__(self, source: ModelSource, batches: Sequence[Batch], device: torch.device, dtype: torch.dtype) -> None:
+        self.source, self.device, self.dtype = source, device, dtype
+        self._starts = [span.start for span in source.spans]
+        self._calls: dict[tuple[int, Any], list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
+        source.load_outer(device, dtype)
+        self.batches = list(batches)
+        self.read = {len(source.layers) - 1} if not source.sees else self._find_read()
+        self.flow = Flow()
+        self.enter(0, self.flow)
+
+    def batch(self, number: int) -> Batch:
+        """The arguments of one call, on the device, in the dtype."""
+        found = {}
+        for name, value in self.batches[number].items():
+            found[name] = value.to(self.device, self.dtype) if value.is_floating_point() else value.to(self.device)
+        return found
+
+    def enter(self, index: int, flow: Flow) -> None:
+        """Where a tower begins at layer `index`, make the hidden states before it from those of the towers before."""
+        if index != self.source.span(index).start:
+            return
+        flow.members, flow.hidden = [], []
+        for number in range(len(self.batches)):
+            with torch.no_grad():
+                first = self.before(index, number, flow.kept.get(number, {}))
+            if first is not None:
+                flow.members.append(number)
+                flow.hidden.append(first)
+
+    def leave(self, index: int, flow: Flow) -> None:
+        """Keep the outputs of layer `index`, which `flow.hidden` holds, if they are read outside of its tower."""
+        if index in self.read:
+            for number, hidden in zip(flow.members, flow.hidden, strict=True):
+                flow.kept.setdefault(number, {})[index] = hidden
+
+    def before(self, start: int, number: int, outputs: dict[int, torch.Tensor]) -> torch.Tensor | None:
+        """Hidden states before a tower; remembers what each of its layers is called with.
+
+        Args:
+            start: index of the tower's first layer.
+            number: of the batch.
+            outputs: index of a layer of towers before -> its output, of those that are read outside of their tower.
+
+        Returns:
+            [..., hidden]; None where the batch does not run this tower, such as text a vision encoder.
+        """
+        span = self.source.span(start)
+        seen: list[torch.Tensor] = []
+        calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        widest: dict[range, torch.Tensor] = {}
+
+        def record(index: int, *args: Any, **kwargs: Any) -> Any:
+            hidden = _hidden(args, kwargs)
+            if index >= span.stop:
+                raise Reached(hidden)
+            first = widest.setdefault(self.source.span(index), hidden)
+            if index < start:
+                return _as_taken(outputs.get(index, first), hidden)
+            if seen and hidden.data_ptr() != seen[0].data_ptr():
+                raise InputError(
+                    f"{self.source.folder}: between its layers the model changes what they hand on; "
+                    "this architecture is not supported"
+                )
+            seen.append(hidden)
+            kwargs.pop("hidden_states", None)
+            calls.append((args[1:], kwargs))
+            if index == span.stop - 1:
+                raise Reached(hidden)
+            return _as_taken(first, hidden)
+
+        with _replaced_forward(self.source.layers, record), contextlib.suppress(Reached):
+            self.source.model(**self.batch(number), **_options(self.source.model))
+        if not calls and self.source.sees:
+            return None
+        if len(calls) != len(span):
+            raise InputError(
+                f"{self.source.folder}: the model runs {len(calls)} of its {len(span)} layers in "
+                f"{self.source.tower(start).path}; this architecture is not supported"
+            )
+        self._calls[start, self._call_key(number)] = calls
+        return seen[0]
+
+    def _call_key(self, number: int) -> Any:
+        """What the layers' other arguments depend on: batches of text share theirs."""
+        batch = self.batches[number]
+        return batch["input_ids"].shape if set(batch) == {"input_ids"} else number
+
+    def run(self, layer: nn.Module, index: int, number: int, hidden: torch.Tensor) -> torch.Tensor:
+        """Outputs of layer `index` for hidden states of batch `number`."""
+        span = self.source.span(index)
+        args, kwargs = self._calls[span.start, self._call_key(number)][index - span.start]
+        output = layer(hidden, *args, **kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+    def output(self, number: int, outputs: dict[int, torch.Tensor]) -> Any:
+        """What the model makes of a batch, from the outputs of layers that are read outside of their tower."""
+        return output_after(self.source.model, self.source.layers, self.batch(number), outputs, self._starts)
+
+    def text_logits(self, ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits [windows, length, vocabulary] of text from the hidden states after the last layer."""
+        batch, layers = {"input_ids": ids.to(self.device)}, self.source.layers
+        return output_after(self.source.model, layers, batch, {len(layers) - 1: hidden}, self._starts).logits
+
+    def _find_read(self) -> set[int]:
+        """The layers that something else than the next layer of their tower reads: gradients tell."""
+        leaves: dict[int, torch.Tensor] = {}
+        entries: list[torch.Tensor] = []
+        first: dict[int, torch.Tensor] = {}
+
+        def cut(index: int, *args: Any, **kwargs: Any) -> Any:
+            hidden = _hidden(args, kwargs)
+            if index in self._starts:
+                entries.append(hidden)
+            whole = first.setdefault(self.source.span(index).start, hidden)
+            leaves[index] = torch.zeros_like(whole).requires_grad_()
+            return _as_taken(leaves[index], hidden)
+
+        head: Any = self.source.model.get_output_embeddings()
+        if head is not None:  # not loaded, and it would only multiply
+            head.forward = lambda x: x
+        number = max(range(len(self.batches)), key=lambda i: len(self.batches[i]))
+        try:
+            with _replaced_forward(self.source.layers, cut), torch.enable_grad():
+                output = self.source.model(**self.batch(number), **_options(self.source.model))
+        finally:
+            if head is not None:
+                del head.forward
+        results = [output.logits] if "logits" in output else [output.text_embeds, output.image_embeds]
+        wanted = [value.float().sum() for value in (*results, *entries) if value.requires_grad]
+        torch.autograd.backward(wanted)
+        return {index for index, leaf in leaves.items() if leaf.grad is not None}

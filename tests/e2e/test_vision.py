@@ -1,0 +1,125 @@
+"""Every architecture that sees: a tiny random model compressed, verified, served by vLLM, like transformers."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+import pgsvd_vllm.hf  # noqa: F401  (registers the format)
+from pgsvd_vllm.checkpoint import open_checkpoint
+from pgsvd_vllm.cli import main
+from pgsvd_vllm.offline.model_source import KINDS, ModelSource
+from pgsvd_vllm.offline.pairs import PROMPT, load_processor
+from tests.e2e.checkpoints import multiplied_back
+from tests.e2e.engine import EMBED, Answer, greedy, run_engine, tokens
+from tests.e2e.vision_models import SEEING, SeeingModel, save_pairs, save_seeing_model
+
+NEW_TOKENS = 16
+ASKED = 6
+# Of float32 log-probabilities and of embeddings of length 1, computed in another order.
+CLOSE = 2e-3
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_pairs(tmp_path_factory.mktemp("pairs") / "pairs", 64)
+
+
+def rows_of(pairs: Path) -> list[dict[str, str]]:
+    lines = (pairs / "captions.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines[:ASKED]]
+
+
+@pytest.mark.parametrize(
+    "seeing", [pytest.param(row, id=row.name, marks=() if row.core else pytest.mark.slow) for row in SEEING]
+)
+def test_compressed_and_served(seeing: SeeingModel, pairs: Path, tmp_path: Path, one_thread: None) -> None:
+    """Once with the ranks that the tool chooses, and once, to be served, with every projection factored."""
+    model = save_seeing_model(seeing, tmp_path / "model")
+    for output, options in ((tmp_path / "chosen", ()), (tmp_path / "all", ("--baseline", "pifa"))):
+        arguments = ["compress", str(model), "-o", str(output), "--ratio", "0.25", "--dataset", str(pairs), *options]
+        assert main(arguments) == 0
+        assert main(["verify", str(output)]) == 0
+    chosen, served = (open_checkpoint(tmp_path / name).modules for name in ("chosen", "all"))
+    towers = {p.name: p.tower for row in ModelSource(model).projections() for p in row}
+    for table in (chosen, served):
+        assert {towers[name] for name in table} == {"vision", "language"}
+    if seeing.compares:
+        compared(tmp_path / "all", pairs)
+    else:
+        described(tmp_path / "all", pairs, seeing.like_transformers)
+
+
+@torch.inference_mode()
+def compared(folder: Path, pairs: Path) -> None:
+    """The embeddings of texts and of images are those of transformers."""
+    rows = rows_of(pairs)
+    texts = [{"prompt": row["text"]} for row in rows]
+    images = [{"prompt": "", "image": str(pairs / row["image"])} for row in rows]
+    found = run_engine(folder, [(texts, EMBED), (images, EMBED)], runner="pooling", max_model_len=64)
+    processor, model = load_processor(folder), KINDS[2][1].from_pretrained(folder, dtype=torch.float32).eval()
+    masks = "attention_mask" in processor.tokenizer.model_input_names
+    options: dict[str, Any] = {} if masks else {"padding": "max_length"}
+    seen = []
+    for row, text, image in zip(rows, *found, strict=True):
+        opened = Image.open(pairs / row["image"]).convert("RGB")
+        expected = model(**processor(text=[row["text"]], images=[opened], return_tensors="pt", **options))
+        torch.testing.assert_close(torch.tensor(text.vector), expected.text_embeds[0], atol=CLOSE, rtol=0)
+        torch.testing.assert_close(torch.tensor(image.vector), expected.image_embeds[0], atol=CLOSE, rtol=0)
+        seen.append(expected.image_embeds[0])
+    # Models that say the same whatever they see would hide errors.
+    assert min(float((a - b).abs().max()) for a in seen for b in seen if a is not b) > 3 * CLOSE
+
+
+def described(folder: Path, pairs: Path, like_transformers: bool) -> None:
+    """What is said of images has the probabilities that the reference gives it, and is what that finds likeliest."""
+    processor = load_processor(folder)
+    prompts = []
+    for row in rows_of(pairs):
+        text = f"{processor.image_token}\n{PROMPT}"
+        if processor.chat_template:
+            content = [{"type": "image"}, {"type": "text", "text": PROMPT}]
+            text = processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
+        prompts.append({"prompt": text, "image": str(pairs / row["image"])})
+    job = (prompts, greedy(NEW_TOKENS, logprobs=0))
+    found = run_engine(folder, [job], max_model_len=512)[0]
+    assert len({tuple(answer.tokens) for answer in found}) > 1, "the model says the same whatever it sees"
+    if not like_transformers:
+        dense = multiplied_back(folder, folder.with_name("back"))
+        expected = run_engine(dense, [job], max_model_len=512, load_format="auto")[0]
+        assert tokens(found) == tokens(expected)
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(logprobs(one), logprobs(other), atol=CLOSE, rtol=0)
+        return
+    model = KINDS[1][1].from_pretrained(folder, dtype=torch.float32).eval()
+    for prompt, answer in zip(prompts, found, strict=True):
+        opened = Image.open(prompt["image"]).convert("RGB")
+        inputs = processor(text=[prompt["prompt"]], images=[opened], return_tensors="pt")
+        given, best = forced(model, inputs, answer.tokens)
+        torch.testing.assert_close(given, best, atol=CLOSE, rtol=0)
+        torch.testing.assert_close(logprobs(answer), given, atol=CLOSE, rtol=0)
+
+
+def logprobs(answer: Answer) -> torch.Tensor:
+    """Of the tokens of an answer, [steps]."""
+    assert len(answer.tokens) == NEW_TOKENS
+    return torch.tensor([step[token] for step, token in zip(answer.logprobs, answer.tokens, strict=True)])
+
+
+@torch.inference_mode()
+def forced(model: Any, inputs: Any, answer: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities of a given answer in transformers, and the largest ones at each of its steps, [steps]."""
+    start = inputs["input_ids"].shape[1]
+    outputs = model.generate(
+        **inputs,
+        max_new_tokens=len(answer),
+        do_sample=False,
+        prefix_allowed_tokens_fn=lambda _batch, ids: [answer[len(ids) - start]],
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    found = torch.stack(outputs.logits)[:, 0].log_softmax(-1)
+    return found.gather(1, torch.tensor(answer)[:, None])[:, 0], found.max(1).values

@@ -1,0 +1,323 @@
+"""One tiny random model of every architecture that sees, with its processor, images and captions."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from tests.e2e.architectures import HEADS
+
+COLOURS = ("red", "green", "blue", "yellow", "white", "grey")
+RGB = {
+    "red": (220, 30, 30),
+    "green": (30, 200, 40),
+    "blue": (40, 50, 220),
+    "yellow": (230, 220, 40),
+    "white": (250, 250, 250),
+    "grey": (128, 128, 128),
+}
+SIDE = 56
+ViT = {
+    "hidden_size": 96,
+    "intermediate_size": 224,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 3,
+    "image_size": SIDE,
+    "patch_size": 14,
+    "initializer_range": 0.15,
+}
+SPECIAL = (
+    *("<s>", "</s>", "<image>", "<pad>"),
+    *("<fake_token_around_image>", "<end_of_utterance>", "<global-img>"),
+    *("<start_of_image>", "<end_of_image>", "<image_soft_token>"),
+    *("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"),
+    *("\n", "\n\n", "\n\n\n", "\n\n\n\n"),
+)
+VOCABULARY = 256 + len(SPECIAL)
+
+
+def byte_tokenizer(framed: bool, **more: Any) -> Any:
+    """A tokenizer of bytes, whose special tokens come last; `framed` texts begin with <s> and end with </s>."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {char: i for i, char in enumerate((*sorted(pre_tokenizers.ByteLevel.alphabet()), *SPECIAL))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    if framed:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A </s>", special_tokens=[(name, vocab[name]) for name in SPECIAL[:2]]
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="</s>",
+        additional_special_tokens=list(SPECIAL[2:]),
+        model_max_length=64 if framed else 4096,
+        **more,
+    )
+
+
+@dataclass(frozen=True)
+class SeeingModel:
+    """One row.
+
+    Attributes:
+        name: what people call the models.
+        config: class of transformers.
+        options: its arguments, given the ids of special tokens by name.
+        processor: makes the processor of a tokenizer.
+        published: what transformers writes in names of tensors -> what published checkpoints have there.
+        compares: whether it compares images with texts, instead of saying something of them.
+        note: what is particular about it.
+        like_transformers: whether vLLM's probabilities of the dense model are those of transformers; where they are
+            not, factored models are compared with the multiplied-back dense one in vLLM.
+        core: whether it is tested every time, and not only with all.
+    """
+
+    name: str
+    config: str
+    options: Callable[[dict[str, int]], dict[str, Any]]
+    processor: Callable[[Any], Any]
+    published: dict[str, str] = field(default_factory=dict)
+    compares: bool = False
+    note: str = ""
+    like_transformers: bool = True
+    core: bool = False
+
+
+def clip_processor(tokenizer: Any) -> Any:
+    """Of CLIP; the tokenizer ends texts, as CLIP's does."""
+    from transformers import CLIPProcessor
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    return CLIPProcessor(
+        image_processor=CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}),
+        tokenizer=tokenizer,
+    )
+
+
+def clip_options(ids: dict[str, int]) -> dict[str, Any]:
+    """Two towers of different width."""
+    text = {
+        "projection_dim": 64,
+        "vocab_size": VOCABULARY,
+        "bos_token_id": ids["<s>"],
+        "eos_token_id": ids["</s>"],
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    return {
+        "text_config": text | {"max_position_embeddings": 64, "initializer_range": 0.15},
+        "vision_config": ViT,
+        "projection_dim": 64,
+    }
+
+
+def language(ids: dict[str, int], model_type: str, **more: Any) -> dict[str, Any]:
+    """A language model's part of a configuration."""
+    special = {"vocab_size": VOCABULARY, "bos_token_id": ids["<s>"], "eos_token_id": ids["</s>"]}
+    return HEADS | special | {"pad_token_id": ids["<pad>"], "model_type": model_type} | more
+
+
+def llava_processor(tokenizer: Any) -> Any:
+    """Of LLaVA; the first of the vision model's tokens is left out."""
+    from transformers import LlavaProcessor
+
+    return LlavaProcessor(
+        image_processor=clip_processor(tokenizer).image_processor,
+        tokenizer=tokenizer,
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    )
+
+
+def llava_options(ids: dict[str, int]) -> dict[str, Any]:
+    """The last layer but one of a CLIP vision model, and a Llama."""
+    return {
+        "vision_config": ViT | {"model_type": "clip_vision_model"},
+        "text_config": language(ids, "llama"),
+        "image_token_index": ids["<image>"],
+        "vision_feature_layer": -2,
+    }
+
+
+def idefics_processor(tokenizer: Any) -> Any:
+    """Of Idefics 3: no image is cut into pieces."""
+    from transformers import Idefics3Processor
+    from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+
+    images = Idefics3ImageProcessorPil(
+        size={"longest_edge": SIDE}, max_image_size={"longest_edge": SIDE}, do_image_splitting=False
+    )
+    return Idefics3Processor(images, tokenizer, image_seq_len=4)
+
+
+def idefics_options(ids: dict[str, int]) -> dict[str, Any]:
+    """A SigLIP vision model, four of whose tokens become one."""
+    return {
+        "vision_config": ViT,
+        "text_config": language(ids, "llama"),
+        "image_token_id": ids["<image>"],
+        "scale_factor": 2,
+        "pad_token_id": ids["<pad>"],
+    }
+
+
+def gemma_processor(tokenizer: Any) -> Any:
+    """Of Gemma 3."""
+    from transformers import Gemma3Processor
+    from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+
+    images = Gemma3ImageProcessorPil(size={"height": SIDE, "width": SIDE}, do_pan_and_scan=False)
+    named = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"}
+    return Gemma3Processor(images, byte_tokenizer(framed=False, extra_special_tokens=named), image_seq_length=4)
+
+
+def gemma_options(ids: dict[str, int]) -> dict[str, Any]:
+    """A SigLIP vision model, averaged over squares of four tokens."""
+    return {
+        "vision_config": ViT | {"model_type": "siglip_vision_model", "vision_use_head": False},
+        "text_config": language(ids, "gemma3_text", query_pre_attn_scalar=32, sliding_window=16),
+        "mm_tokens_per_image": 4,
+        "boi_token_index": ids["<start_of_image>"],
+        "eoi_token_index": ids["<end_of_image>"],
+        "image_token_index": ids["<image_soft_token>"],
+    }
+
+
+QWEN_TEMPLATE = (
+    "{% for m in messages %}{% for c in m.content %}{% if c.type == 'image' %}"
+    "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ c.text }}{% endif %}{% endfor %}\n{% endfor %}"
+)
+
+
+def qwen_processor(tokenizer: Any) -> Any:
+    """Of Qwen2-VL and Qwen2.5-VL, which take images of any size."""
+    from transformers import Qwen2VLImageProcessor, Qwen2VLProcessor, Qwen2VLVideoProcessor
+
+    sizes = {"size": {"shortest_edge": SIDE * SIDE, "longest_edge": SIDE * SIDE}}
+    return Qwen2VLProcessor(
+        Qwen2VLImageProcessor(**sizes), tokenizer, Qwen2VLVideoProcessor(**sizes), chat_template=QWEN_TEMPLATE
+    )
+
+
+def qwen_options(ids: dict[str, int], model_type: str, vision: dict[str, Any]) -> dict[str, Any]:
+    """Rotary positions of time, height and width."""
+    rope = {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 10000.0}
+    usual = {"depth": 3, "num_heads": 3, "patch_size": 14, "spatial_merge_size": 2, "initializer_range": 0.15}
+    return {
+        "vision_config": usual | vision,
+        "text_config": language(ids, f"{model_type}_text", rope_parameters=rope),
+        "image_token_id": ids["<|image_pad|>"],
+        "video_token_id": ids["<|video_pad|>"],
+        "vision_start_token_id": ids["<|vision_start|>"],
+        "vision_end_token_id": ids["<|vision_end|>"],
+    }
+
+
+def qwen2_options(ids: dict[str, int]) -> dict[str, Any]:
+    """Of Qwen2-VL."""
+    return qwen_options(ids, "qwen2_vl", {"embed_dim": 96, "hidden_size": 128, "mlp_ratio": 2})
+
+
+def qwen25_options(ids: dict[str, int]) -> dict[str, Any]:
+    """Of Qwen2.5-VL, some of whose layers see windows of the image."""
+    vision = {"hidden_size": 96, "out_hidden_size": 128, "intermediate_size": 224, "window_size": 28}
+    return qwen_options(ids, "qwen2_5_vl", vision | {"fullatt_block_indexes": [2]})
+
+
+def siglip_processor(tokenizer: Any) -> Any:
+    """Of SigLIP, whose texts are filled up to one length."""
+    from transformers import SiglipProcessor
+    from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+    tokenizer.model_input_names = ["input_ids"]
+    return SiglipProcessor(SiglipImageProcessorPil(size={"height": SIDE, "width": SIDE}), tokenizer)
+
+
+def siglip_options(ids: dict[str, int]) -> dict[str, Any]:
+    """Both towers of one width, as in all of them."""
+    text = {"vocab_size": VOCABULARY, "bos_token_id": ids["<s>"], "eos_token_id": ids["</s>"]}
+    text |= {"hidden_size": 96, "intermediate_size": 224, "num_hidden_layers": 2, "num_attention_heads": 3}
+    return {
+        "text_config": text | {"max_position_embeddings": 64, "pad_token_id": ids["</s>"], "projection_size": 96},
+        "vision_config": ViT,
+    }
+
+
+VISION_MODEL = {"vision_tower.": "vision_tower.vision_model."}
+SEEING = (
+    SeeingModel("CLIP", "CLIPConfig", clip_options, clip_processor, compares=True, core=True),
+    SeeingModel("SigLIP", "SiglipConfig", siglip_options, siglip_processor, compares=True),
+    SeeingModel("LLaVA 1.5", "LlavaConfig", llava_options, llava_processor, VISION_MODEL, core=True),
+    SeeingModel("Qwen2-VL", "Qwen2VLConfig", qwen2_options, qwen_processor),
+    SeeingModel("Qwen2.5-VL", "Qwen2_5_VLConfig", qwen25_options, qwen_processor),
+    SeeingModel("Idefics 3, SmolVLM", "Idefics3Config", idefics_options, idefics_processor),
+    SeeingModel(
+        "Gemma 3",
+        "Gemma3Config",
+        gemma_options,
+        gemma_processor,
+        VISION_MODEL,
+        note="vLLM's CPU attention does not let an image's tokens see later ones",
+        like_transformers=False,
+    ),
+)
+
+
+def save_pairs(folder: Path, count: int, seed: int = 0) -> Path:
+    """Images of two coloured halves and noise, with captions.jsonl."""
+    folder.mkdir(parents=True)
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for number in range(count):
+        left, right = (COLOURS[int(i)] for i in torch.randint(len(COLOURS), (2,), generator=generator))
+        pixels = torch.empty(SIDE, SIDE, 3)
+        pixels[:, : SIDE // 2], pixels[:, SIDE // 2 :] = (
+            torch.tensor(RGB[c], dtype=torch.float32) for c in (left, right)
+        )
+        pixels = (pixels + 25 * torch.randn(pixels.shape, generator=generator)).clamp(0, 255)
+        Image.fromarray(pixels.to(torch.uint8).numpy()).save(folder / f"{number}.png")
+        rows.append({"image": f"{number}.png", "text": f"{left} beside {right}"})
+    (folder / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return folder
+
+
+def _renamed(name: str, published: dict[str, str]) -> str:
+    for old, new in published.items():
+        name = name.replace(old, new, 1) if name.startswith(old) else name
+    return name
+
+
+def save_seeing_model(row: SeeingModel, folder: Path) -> Path:
+    """A random model in float32 with its processor."""
+    import transformers
+
+    from pgsvd_vllm.offline.model_source import KINDS
+
+    tokenizer = byte_tokenizer(framed=row.compares)
+    ids = {name: tokenizer.convert_tokens_to_ids(name) for name in SPECIAL}
+    torch.manual_seed(0)
+    config = getattr(transformers, row.config)(**row.options(ids))
+    auto_class = KINDS[2 if row.compares else 1][1]
+    model = auto_class.from_config(config).float()
+    for name, parameter in model.named_parameters():
+        if name.endswith("mm_input_projection_weight"):  # zeros, until it is trained
+            torch.nn.init.normal_(parameter, std=0.15)
+    model.save_pretrained(folder)
+    row.processor(tokenizer).save_pretrained(folder)
+    file = folder / "model.safetensors"
+    tensors = {_renamed(name, row.published): tensor for name, tensor in load_file(file).items()}
+    save_file(tensors, file, metadata={"format": "pt"})
+    return folder
