@@ -114,7 +114,8 @@ def engine_main(options: dict[str, Any]) -> None:
     if options.pop("piecewise", False):
         compile_layer_by_layer()
     begin = time.perf_counter()
-    llm = LLM(load_format="auto" if Path(options["model"]) == random_model.folder() else "pgsvd", **options)
+    options.setdefault("load_format", "auto" if Path(options["model"]) == random_model.folder() else "pgsvd")
+    llm = LLM(**options)
     seconds = time.perf_counter() - begin
     gc.collect()
     # What compilation and the warm-up run have freed is no part of the model; glibc keeps it.

@@ -166,8 +166,7 @@ class PgsvdLinearMethod(LinearMethodBase):
 
             wants_triton()  # a wrong choice is told before anything is loaded
         self.opaque = mode == CompilationMode.VLLM_COMPILE or (on_gpu and mode != CompilationMode.NONE)
-        config.compilation_config.static_forward_context[layer.prefix] = layer
-        _layers_without_context[layer.prefix] = layer
+        make_findable(layer, config)
 
     def _choose_cut(self, layer: Any, by_rows: bool, dtype: torch.dtype, has_lora: bool) -> Cut:
         """What the ranks exchange; makes the layer's class that of one that sums inside where it does."""
@@ -345,6 +344,12 @@ def _model_type(config: VllmConfig) -> str:
 
 # Layers by name for code that runs without vLLM's forward context, such as vision encoders.
 _layers_without_context: weakref.WeakValueDictionary[str, nn.Module] = weakref.WeakValueDictionary()
+
+
+def make_findable(layer: Any, config: VllmConfig) -> None:
+    """Let the op find a layer by its name."""
+    config.compilation_config.static_forward_context[layer.prefix] = layer
+    _layers_without_context[layer.prefix] = layer
 
 
 def _find_layer(name: str) -> Any:

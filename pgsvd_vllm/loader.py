@@ -16,6 +16,7 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from pgsvd_vllm.activation import take_activations
 from pgsvd_vllm.checkpoint import QUANT_METHOD, check_factors, parse_modules, read_headers
 from pgsvd_vllm.config import PgsvdConfig
+from pgsvd_vllm.dense import share_graphs
 from pgsvd_vllm.errors import CheckpointError
 from pgsvd_vllm.linear import PgsvdLinearMethod
 
@@ -101,6 +102,7 @@ class PgsvdModelLoader(DefaultModelLoader):
             if isinstance(config, PgsvdConfig):
                 with set_current_vllm_config(self.vllm_config):
                     _take_left_out(model, config)
+            share_graphs(model, self.vllm_config)
             take_activations(model, self.vllm_config)
             # A stage of a pipeline has only some of the layers, and a draft out of the target's own checkpoint.
             whole = self.vllm_config.parallel_config.pipeline_parallel_size == 1 and model_config.runner_type != "draft"

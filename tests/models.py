@@ -1,4 +1,4 @@
-"""Writes docs/models.md from the table of tests/e2e/architectures.py, after a run of all its tests.
+"""Writes docs/models.md from the tables of tests/e2e/architectures.py and vision_models.py, after a run of all tests.
 
 python tests/models.py        # runs them, some minutes
 """
@@ -12,34 +12,43 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from tests.e2e.architectures import ARCHITECTURES  # noqa: E402
+from tests.e2e.vision_models import SEEING  # noqa: E402
 
 DOCUMENT = ROOT / "docs" / "models.md"
 HEAD = """# Models
 
-Written by `python tests/models.py` after a run of `tests/e2e/test_architectures.py`, on vLLM {vllm} (CPU) and
-transformers {transformers}: a tiny random model of every architecture is compressed by 25 %, verified, served by vLLM
-with every projection factored, and says in float32, token by token, what transformers makes of the same folder (where
-noted, what the multiplied-back dense model says in vLLM).
+Written by `python tests/models.py` after a run of `tests/e2e/test_architectures.py` and `test_vision.py`, on vLLM
+{vllm} (CPU) and transformers {transformers}: a tiny random model of every architecture is compressed by 25 %,
+verified, served by vLLM with every projection factored, and says in float32, token by token, what transformers makes
+of the same folder (where noted, what the multiplied-back dense model says in vLLM). Of those that read images both
+towers are compressed, calibrated on images with texts; vLLM's log-probabilities of what they say of an image, or
+embeddings, are those of transformers.
 
 | models | class of the configuration | | |
 |---|---|---|---|
 """
 TAIL = """
 Anything else: every `nn.Linear` (or transposed `Conv1D`) in the list of layers that holds most of a causal language
-model's linear weights is compressed, whatever it is called; what lies outside of it, and what a checkpoint stores in
-another form or under another name (stacked experts), stays dense. If vLLM's model has no linear layer of a projection's
-name, loading with `--load-format pgsvd` stops with an error that says which to `--ignore`.
+model's linear weights is compressed, whatever it is called; of models that read images, in one such list for each
+part of the configuration. What lies outside of it, such as the projector between the two towers, and what a
+checkpoint stores in another form (stacked experts), stays dense. So does what nothing is computed from: the last
+layer of LLaVA's vision model. Layers between which a model changes what they hand on are refused. If vLLM's model has
+no linear layer of a projection's name, loading with `--load-format pgsvd` stops with an error that says which to
+`--ignore`.
 
-To add an architecture: add a row to `ARCHITECTURES` and run `python tests/models.py`.
+vLLM leaves the MLPs of SigLIP out of every quantization where 64 does not divide their sizes; with `--load-format
+pgsvd` they are factored all the same, without it such a checkpoint does not load.
 
-Real weights: SmolLM2-135M (Llama) and Gemma 3 270M, see `quality.md`.
+To add an architecture: add a row to `ARCHITECTURES`, or to `SEEING`, and run `python tests/models.py`.
+
+Real weights: SmolLM2-135M (Llama), Gemma 3 270M, and a small CLIP that is trained for it, see `quality.md`.
 """
 
 
 def rows() -> list[str]:
     """The document's table, as it is when all tests pass."""
     found = []
-    for row in ARCHITECTURES:
+    for row in (*ARCHITECTURES, *SEEING):
         compared = "" if row.like_transformers else "; compared with the multiplied-back dense model"
         found.append(f"| {row.name} | `{row.config}` | {row.note}{compared} | passed |")
     return found
@@ -50,8 +59,8 @@ def main() -> int:
     import transformers
     import vllm
 
-    tests = [str(ROOT / "tests" / "e2e" / "test_architectures.py"), "-k", "served", "-m", "slow or not slow"]
-    status = pytest.main(["-q", *tests])
+    files = [str(ROOT / "tests" / "e2e" / name) for name in ("test_architectures.py", "test_vision.py")]
+    status = pytest.main(["-q", *files, "-k", "served", "-m", "slow or not slow"])
     if status == 0:
         head = HEAD.format(vllm=vllm.__version__, transformers=transformers.__version__)
         DOCUMENT.write_text(head + "\n".join(rows()) + "\n" + TAIL, encoding="utf-8")

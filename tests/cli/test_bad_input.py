@@ -14,48 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pgsvd_vllm.cli import main
+from tests.cli.refusal import FAST, Refusal, listing, the_line
 from tests.conftest import run_cli, save_tiny_model
-
-PREFIX = "pgsvd-vllm: error: "
-FAST = ["--num-calibration-samples", "16", "--max-seq-length", "64"]
-
-
-def the_line(code: int, errors: str) -> str:
-    """The error line, after checking that it is the only one."""
-    assert code == 2, errors
-    assert "Traceback" not in errors
-    lines = [line for line in errors.splitlines() if line.startswith(PREFIX)]
-    assert len(lines) == 1, errors
-    assert errors.splitlines()[-1] == lines[0], "something is said after the error"
-    return lines[0]
-
-
-def listing(folder: Path) -> list[tuple[str, int]]:
-    return sorted((str(p.relative_to(folder)), p.lstat().st_mtime_ns) for p in folder.rglob("*"))
-
-
-class Refusal:
-    """Runs `compress` in this process and checks how it refuses."""
-
-    def __init__(self, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-        self.capsys = capsys
-        self.folder = tmp_path / "outputs"
-        self.folder.mkdir()
-
-    def __call__(self, model: object, *options: object, culprits: tuple[str, ...]) -> str:
-        before = listing(self.folder)
-        self.capsys.readouterr()
-        arguments = ["compress", model, "-o", self.folder / "out", *FAST, *options]
-        line = the_line(main([str(a) for a in arguments]), self.capsys.readouterr().err)
-        for culprit in culprits:
-            assert culprit in line
-        assert listing(self.folder) == before
-        return line
-
-
-@pytest.fixture
-def refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Refusal:
-    return Refusal(capsys, tmp_path)
 
 
 @pytest.fixture

@@ -258,11 +258,25 @@ def siglip_options(ids: dict[str, int]) -> dict[str, Any]:
 
 VISION_MODEL = {"vision_tower.": "vision_tower.vision_model."}
 SEEING = (
-    SeeingModel("CLIP", "CLIPConfig", clip_options, clip_processor, compares=True, core=True),
-    SeeingModel("SigLIP", "SiglipConfig", siglip_options, siglip_processor, compares=True),
-    SeeingModel("LLaVA 1.5", "LlavaConfig", llava_options, llava_processor, VISION_MODEL, core=True),
-    SeeingModel("Qwen2-VL", "Qwen2VLConfig", qwen2_options, qwen_processor),
-    SeeingModel("Qwen2.5-VL", "Qwen2_5_VLConfig", qwen25_options, qwen_processor),
+    SeeingModel(
+        "CLIP", "CLIPConfig", clip_options, clip_processor, compares=True, note="embeds images and texts", core=True
+    ),
+    SeeingModel(
+        "SigLIP", "SiglipConfig", siglip_options, siglip_processor, compares=True, note="embeds images and texts"
+    ),
+    SeeingModel(
+        "LLaVA 1.5",
+        "LlavaConfig",
+        llava_options,
+        llava_processor,
+        VISION_MODEL,
+        note="reads the last vision layer but one",
+        core=True,
+    ),
+    SeeingModel("Qwen2-VL", "Qwen2VLConfig", qwen2_options, qwen_processor, note="images of any size"),
+    SeeingModel(
+        "Qwen2.5-VL", "Qwen2_5_VLConfig", qwen25_options, qwen_processor, note="images of any size, in windows"
+    ),
     SeeingModel("Idefics 3, SmolVLM", "Idefics3Config", idefics_options, idefics_processor),
     SeeingModel(
         "Gemma 3",

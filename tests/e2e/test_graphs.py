@@ -1,0 +1,23 @@
+"""Compiled graphs where vLLM compiles layer by layer, as it does on GPUs."""
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.startup import start
+from tests.conftest import run_cli
+
+
+@pytest.mark.slow
+def test_layers_share_graphs_whichever_of_them_are_dense(tiny_model: Path, tmp_path: Path) -> None:
+    """Ranks differ between the layers, the second one is dense, and so is the last one's down projection."""
+    done = run_cli(
+        *("compress", tiny_model, "-o", tmp_path / "out", "--ratio", "0.2", "--max-seq-length", "64"),
+        *("--num-calibration-samples", "32", "--ignore", "model.layers.1.*", "model.layers.2.mlp.down_proj"),
+    )
+    assert done.returncode == 0, done.stderr
+    counts = {}
+    for name, folder, load_format in (("dense", tiny_model, "auto"), ("factored", tmp_path / "out", "pgsvd")):
+        engine = {"piecewise": True, "max_model_len": 256, "load_format": load_format}
+        counts[name] = start(folder, tmp_path / name, **engine)["compiled"]["num_compiled_artifacts_saved"]
+    assert counts["factored"] == counts["dense"] > 0
