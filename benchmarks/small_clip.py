@@ -37,7 +37,6 @@ VISION = {"hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 6, 
 TEXT = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4}
 WIDTH = 128
 LONGEST = 16
-# Added to logits of another class's images are these, so that several captions of one class are no mistakes.
 SEED = 0
 
 
@@ -202,8 +201,8 @@ def save_pairs(folder: Path, pictures: Pictures) -> Path:
 
 
 @torch.inference_mode()
-def accuracy(model: Any, processor: Any, pictures: Pictures) -> dict[str, float]:
-    """Share of images whose class has the nearest caption, of its kind's classes; by kind, and of all.
+def class_logits(model: Any, processor: Any, pictures: Pictures) -> torch.Tensor:
+    """What the model says of every image's class, zero-shot, [images, classes].
 
     Captions of a class are averaged, as is usual (CLIP, arXiv 2103.00020, section 3.1.4).
     """
@@ -215,8 +214,13 @@ def accuracy(model: Any, processor: Any, pictures: Pictures) -> dict[str, float]
     vectors = []
     for start in range(0, len(images), BATCH):
         inputs = processor.image_processor(images[start : start + BATCH], return_tensors="pt")
-        vectors.append(model.get_image_features(**inputs).pooler_output.float())
-    right = (torch.cat(vectors) @ torch.stack(texts).T).argmax(1) == pictures.labels
+        vectors.append(F.normalize(model.get_image_features(**inputs).pooler_output.float(), dim=-1))
+    return torch.cat(vectors) @ F.normalize(torch.stack(texts), dim=-1).T * model.logit_scale.exp()
+
+
+def accuracy(logits: torch.Tensor, pictures: Pictures) -> dict[str, float]:
+    """Share of images whose own class is the likeliest; by kind, and of all."""
+    right = logits.argmax(1) == pictures.labels
     kinds = [pictures.classes[label][0] for label in pictures.labels.tolist()]
     found = {
         kind: float(right[torch.tensor([k == kind for k in kinds])].float().mean()) for kind in dict.fromkeys(kinds)

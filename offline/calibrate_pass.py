@@ -23,7 +23,7 @@ def calibrate_layers(plan: Plan, workspace: Workspace) -> None:
         return
     stream = LayerStream(plan.source, plan.batches(), plan.device, plan.compute_dtype)
     gradients = GradientPass(stream, workspace.folder / "inputs") if kind == "measured" else None
-    with tqdm(total=layers * plan.tokens, unit="tok", unit_scale=True, desc="calibrate") as bar:
+    with tqdm(total=_tokens_of_all(plan), unit="tok", unit_scale=True, desc="calibrate") as bar:
         for index, row in enumerate(plan.projections):
             collect = bool(row) and not workspace.has_layer(index)
             bar.set_postfix_str(f"layer {index + 1}/{layers}")
@@ -48,6 +48,11 @@ def calibrate_layers(plan: Plan, workspace: Workspace) -> None:
         _measure_sensitivity(plan, workspace, gradients)
 
 
+def _tokens_of_all(plan: Plan) -> int:
+    """Of all layers."""
+    return sum(len(tower.layers) * plan.tokens_of(tower.name) for tower in plan.source.towers)
+
+
 def _check_tokens(plan: Plan, row: list[Projection], tokens: int) -> None:
     widest = max(row, key=lambda p: p.in_features)
     if tokens < widest.in_features:
@@ -61,8 +66,8 @@ def _measure_sensitivity(plan: Plan, workspace: Workspace, gradients: GradientPa
     """The backward pass: gradient moments and predicted losses of every layer."""
     gradients.start(plan.options.seed)
     layers = len(plan.projections)
-    tokens = sum(batch["input_ids"].numel() for batch in gradients.stream.batches[: gradients.batches])
-    with tqdm(total=layers * tokens, unit="tok", unit_scale=True, desc="gradients") as bar:
+    share = gradients.batches / len(gradients.stream.batches)
+    with tqdm(total=round(share * _tokens_of_all(plan)), unit="tok", unit_scale=True, desc="gradients") as bar:
         for index in reversed(range(layers)):
             bar.set_postfix_str(f"layer {index + 1}/{layers}")
             for step in gradients.retreat(index, plan.projections[index]):

@@ -27,7 +27,7 @@ def choose_ranks(plan: Plan, workspace: Workspace, front: LossFront | None) -> A
     elif isinstance(options.tolerance, dict):
         asked = {tower: replace(options, tolerance=share) for tower, share in options.tolerance.items()}
     elif len(plan.towers) > 1 and options.tolerance is None and not plan.measured:
-        # Where errors say nothing of losses, towers cannot be weighed against each other: each gives the same share.
+        # Relative errors say nothing of losses, by which towers could be weighed against each other.
         asked = dict.fromkeys(plan.towers, options)
     else:
         return _together(plan, workspace, front)

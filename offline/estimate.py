@@ -30,7 +30,7 @@ class Estimate:
 
 def memory_bytes(plan: Plan) -> int:
     """Peak memory, from the shapes."""
-    tokens, hidden = plan.tokens, plan.source.config.get_text_config().hidden_size
+    tokens, hidden = plan.most_tokens, plan.source.config.get_text_config().hidden_size
     width = plan.compute_dtype.itemsize
     grams = [_gram_sizes(row) for row in plan.projections]
     layer = max(sum(p.numel for p in row) for row in plan.projections) * width
@@ -59,7 +59,7 @@ def memory_bytes(plan: Plan) -> int:
 
 def estimate(plan: Plan) -> Estimate:
     """Peak memory, disk and time; the time from a short measurement of this machine's speed."""
-    tokens = plan.tokens
+    tokens = plan.most_tokens
     grams = [_gram_sizes(row) for row in plan.projections]
     walked = min(tokens, SEQUENTIAL_TOKENS) if plan.sequential else 0
     rates = {d: _flops_per_second(d, plan.device) for d in {plan.compute_dtype, torch.float32, torch.float64}}
@@ -86,7 +86,7 @@ def disk_bytes(plan: Plan) -> int:
     """Peak disk: the finished layers, their inputs while gradients are measured, and the result."""
     needed = sum(n * n for row in plan.projections for n in _gram_sizes(row)) * 4
     if plan.sensitivity == "measured":
-        tokens = min(plan.tokens, GRADIENT_TOKENS + TOKENS_PER_BATCH)
+        tokens = min(plan.most_tokens, GRADIENT_TOKENS + TOKENS_PER_BATCH)
         hidden = plan.source.config.get_text_config().hidden_size
         needed += sum(p.out_features**2 + p.in_features**2 for p in plan.flat) * 4
         needed += tokens * hidden * plan.compute_dtype.itemsize * len(plan.projections)
@@ -129,7 +129,7 @@ def fit_into_memory(plan: Plan, say: Callable[[str], None]) -> Plan:
 
 def _activation_bytes(plan: Plan, width: int) -> int:
     """The widest activations of one batch: logits of a window, or a layer's intermediate values."""
-    batch = min(TOKENS_PER_BATCH, plan.tokens)
+    batch = min(TOKENS_PER_BATCH, plan.most_tokens)
     return max(plan.length * plan.source.vocabulary * 4, batch * _features(plan) * width)
 
 

@@ -27,7 +27,6 @@ from transformers.initialization import no_init_weights
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-    MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES,
 )
 from transformers.pytorch_utils import Conv1D
 
@@ -42,7 +41,8 @@ INDEX_FILE = "model.safetensors.index.json"
 KINDS = (
     (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, AutoModelForCausalLM),
     (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, AutoModelForImageTextToText),
-    (MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES, AutoModelForZeroShotImageClassification),
+    # Of those that compare, what vLLM can serve.
+    ({"clip": "CLIPModel", "siglip": "SiglipModel"}, AutoModelForZeroShotImageClassification),
 )
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.md"]
 
@@ -145,8 +145,8 @@ class ModelSource:
         self.transposed = _use_linear(self.model)
         self.stored = stored_tensors(self.model, list(self.tensors))
         self.towers: list[Tower] = find_towers(self.model)
-        if not self.towers:
-            raise InputError(f"{folder}: no list of layers with nn.Linear projections was found")
+        if LANGUAGE not in [tower.name for tower in self.towers]:
+            raise InputError(f"{folder}: no list of equal decoder layers with nn.Linear projections was found")
         ends = list(itertools.accumulate((len(tower.layers) for tower in self.towers), initial=0))
         self.spans = [range(start, stop) for start, stop in itertools.pairwise(ends)]
         self.layers: list[nn.Module] = [layer for tower in self.towers for layer in tower.layers]
@@ -165,6 +165,12 @@ class ModelSource:
     def tower(self, index: int) -> Tower:
         """The tower that layer `index` belongs to."""
         return next(tower for tower, span in zip(self.towers, self.spans, strict=True) if index in span)
+
+    @property
+    def placeholders(self) -> set[int]:
+        """The ids of tokens that stand where an image goes in."""
+        names = ("image_token_id", "image_token_index", "video_token_id")
+        return {token for name in names if (token := getattr(self.config, name, None)) is not None}
 
     def span(self, index: int) -> range:
         """The indexes of all layers of that tower."""
@@ -186,8 +192,7 @@ class ModelSource:
             return AutoModelForCausalLM
         raise InputError(
             f"{self.folder}/config.json: architecture {', '.join(architectures) or 'missing'} is not a causal "
-            "language model of transformers, with or without images, nor one that compares images with texts; only "
-            "those can be compressed"
+            "language model of transformers, with or without images, nor CLIP or SigLIP; only those can be compressed"
         )
 
     @property
@@ -250,7 +255,8 @@ class ModelSource:
 
     def _example(self) -> str:
         name = next(n for n, m in self.layers[-1].named_modules() if isinstance(m, nn.Linear))
-        return f"{self.paths[-1]}.{name}"
+        path = f"{self.paths[-1]}.{name}"
+        return self._checkpoint_name(path) or path
 
     def header(self, name: str) -> TensorInfo:
         """Where a tensor of the model lies; raises InputError where it is missing."""

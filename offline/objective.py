@@ -24,10 +24,8 @@ class Objective:
     def __init__(self, stream: LayerStream, seed: int) -> None:
         self.stream = stream
         self.generator = torch.Generator(stream.device).manual_seed(seed)
-        config = stream.source.config
-        names = ("image_token_id", "image_token_index", "video_token_id")
-        # What stands where an image goes in is given, not predicted.
-        self.given = {token for name in names if (token := getattr(config, name, None)) is not None}
+        # They are given, not predicted.
+        self.given = stream.source.placeholders
 
     def backward(self, outputs: Leaves) -> int:
         """Gradients of the summed loss, in `.grad` of the outputs.

@@ -20,7 +20,9 @@ CAPTIONS = "captions.jsonl"
 IMAGE_FIELDS, TEXT_FIELDS = ("image", "file_name"), ("text", "caption")
 PROMPT = "Describe this image."
 # Images of equal size that a model which compares them with texts gets at a time.
-PAIRS_PER_BATCH = 64
+PAIRS_PER_BATCH = 16
+# Of images; others may run programs.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Pairs:
     """Image-text pairs, ready for the model.
 
     Attributes:
-        batches: the arguments of the model's calls; the first ones are from all over the data.
+        batches: the arguments of the model's calls, in drawn order, or those of equal size together.
         count: pairs.
         name: where they came from.
         sha256: of the token ids and pixels.
@@ -63,7 +65,7 @@ def load_processor(folder: Path, trust_remote_code: bool = False) -> Any:
         ) from None
 
 
-def read_pairs(dataset: str, count: int, seed: int, processor: Any, compares: bool) -> Pairs:
+def read_pairs(dataset: str, count: int, seed: int, processor: Any, longest: int | None) -> Pairs:
     """The pairs of a data set; fewer than `count` where it has no more.
 
     Args:
@@ -72,7 +74,7 @@ def read_pairs(dataset: str, count: int, seed: int, processor: Any, compares: bo
         count: pairs wanted; of a folder they are drawn, of the hub they are the first ones.
         seed: of the draw.
         processor: the model's.
-        compares: whether the model compares images with texts, rather than saying something of them.
+        longest: tokens of a text, of a model that compares images with texts; None of one that describes images.
 
     Raises:
         InputError: the data set, a row of it or an image cannot be used.
@@ -81,7 +83,10 @@ def read_pairs(dataset: str, count: int, seed: int, processor: Any, compares: bo
     rows = _folder_rows(Path(dataset), count, seed) if os.path.isdir(dataset) else _hub_rows(dataset, count)
     for label, image, text in rows:
         try:
-            samples.append(_compared(processor, image, text) if compares else _described(processor, image, text))
+            described = longest is None
+            samples.append(
+                _described(processor, image, text) if described else _compared(processor, image, text, longest)
+            )
         except Exception as error:  # processors raise what they like
             raise InputError(f"{label}: the model's processor refuses it ({error})") from None
     if not samples:
@@ -90,7 +95,7 @@ def read_pairs(dataset: str, count: int, seed: int, processor: Any, compares: bo
     for sample in samples:
         for name in sorted(sample):
             digest.update(sample[name].numpy().tobytes())
-    batches = _grouped(samples) if compares else samples
+    batches = samples if longest is None else _grouped(samples)
     return Pairs(batches, len(samples), dataset, digest.hexdigest())
 
 
@@ -121,11 +126,15 @@ def _folder_rows(folder: Path, count: int, seed: int) -> Iterator[tuple[str, Ima
         image, text = (_field(row, names) for names in (IMAGE_FIELDS, TEXT_FIELDS))
         if not isinstance(image, str) or not isinstance(text, str):
             raise InputError(f'{where} has no "image" or no "text"')
+        file = folder / image
+        if not file.resolve().is_relative_to(folder.resolve()) or not file.is_file():
+            raise InputError(f"{where}: {file} is no file in that folder")
         try:
-            with Image.open(folder / image) as opened:
-                yield where, opened.convert("RGB"), text
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise InputError(f"{where}: {folder / image} is no image that can be read ({error})") from None
+            with Image.open(file, formats=FORMATS) as opened:
+                pixels = opened.convert("RGB")
+        except Exception as error:  # decoders raise what they like
+            raise InputError(f"{where}: {file} is no image that can be read ({error})") from None
+        yield where, pixels, text
 
 
 def _hub_rows(dataset: str, count: int) -> Iterator[tuple[str, Image.Image, str]]:
@@ -153,10 +162,10 @@ def _field(row: Any, names: Sequence[str]) -> Any:
     return next((row[name] for name in names if isinstance(row, dict) and name in row), None)
 
 
-def _compared(processor: Any, image: Image.Image, text: str) -> Batch:
+def _compared(processor: Any, image: Image.Image, text: str, longest: int | None) -> Batch:
     # A tokenizer without masks: the model was trained on texts that are filled up, and reads the filling.
     masks = "attention_mask" in processor.tokenizer.model_input_names
-    options: dict[str, Any] = {"truncation": True} if masks else {"padding": "max_length", "truncation": True}
+    options: dict[str, Any] = {"truncation": True, "max_length": longest} | ({} if masks else {"padding": "max_length"})
     return _tensors(processor(text=[text], images=[image], return_tensors="pt", **options))
 
 
@@ -167,7 +176,9 @@ def _described(processor: Any, image: Image.Image, text: str) -> Batch:
         whole = processor.apply_chat_template([asked, said], tokenize=False)
     else:
         whole = f"{processor.image_token}\n{text}"
-    return _tensors(processor(text=[whole], images=[image], return_tensors="pt"))
+    # Templates may begin with what the tokenizer would put in front as well.
+    begun = bool(processor.tokenizer.bos_token) and whole.startswith(processor.tokenizer.bos_token)
+    return _tensors(processor(text=[whole], images=[image], return_tensors="pt", add_special_tokens=not begun))
 
 
 def _tensors(found: Any) -> Batch:

@@ -93,6 +93,7 @@ class Plan:
         unused: those of layers that nothing is computed from, or that the calibration data does not reach.
         windows: the calibration windows; none where all data are pairs.
         pairs: images with texts; None where there are none.
+        tokens_per_pixel: that the vision model makes of `pixel_values`.
         costs: what products take on the serving machine, or None.
         compute_dtype: of the calibration forward.
         store_dtype: of the written tensors, or None to keep each tensor's own.
@@ -105,6 +106,7 @@ class Plan:
     unused: list[Projection]
     windows: Windows
     pairs: Pairs | None
+    tokens_per_pixel: float
     costs: CostTable | None
     device: torch.device
     compute_dtype: torch.dtype
@@ -137,13 +139,27 @@ class Plan:
         """Of the calibration data."""
         return f"{self.windows.sha256} {self.pairs.sha256}" if self.pairs else self.windows.sha256
 
+    def seen(self, batch: Batch) -> int:
+        """Tokens that the vision model makes of a batch's images."""
+        return round(self.tokens_per_pixel * batch["pixel_values"].numel()) if "pixel_values" in batch else 0
+
+    def tokens_of(self, tower: str) -> int:
+        """Tokens of the calibration data that a tower runs."""
+        return self.tokens if tower == LANGUAGE else sum(map(self.seen, self.pairs.batches if self.pairs else []))
+
+    @property
+    def most_tokens(self) -> int:
+        """Of the tower that has most to run."""
+        return max(self.tokens_of(tower.name) for tower in self.source.towers)
+
     def batches(self, tokens: int | None = None) -> list[Batch]:
         """The arguments of the model's calls, pairs and windows in turn; of about `tokens` tokens, or all."""
         ids, pairs = self.windows.ids, self.pairs.batches if self.pairs else []
         if tokens is not None:
             tokens //= 2 if len(ids) and pairs else 1
             ids = ids[: max(1, tokens // ids.shape[1])]
-            ends = itertools.accumulate((batch["input_ids"].numel() for batch in pairs[:-1]), initial=0)
+            weights = (max(batch["input_ids"].numel(), self.seen(batch)) for batch in pairs[:-1])
+            ends = itertools.accumulate(weights, initial=0)
             pairs = pairs[: sum(before < tokens for before in ends)]
         turns = itertools.zip_longest(pairs, text_batches(ids))
         return [batch for turn in turns for batch in turn if batch is not None]
@@ -280,10 +296,26 @@ def make_plan(options: CompressOptions) -> Plan:
     if device.type == "cpu" and not _multiplies_on_cpu(compute_dtype):
         compute_dtype = torch.float32
     windows, pairs = _data(options, source)
-    projections, unused = _reached(source, projections, pairs, device, compute_dtype)
+    projections, unused, tokens_per_pixel = _reached(source, projections, pairs, device, compute_dtype)
+    if not any(projections):
+        raise InputError(
+            f"--ignore: of {options.model} nothing is left to compress with this calibration data; its vision model "
+            "needs images with texts (--dataset FOLDER)"
+        )
     costs = None if options.costs is None else _costs(options)
     plan = Plan(
-        options, source, projections, ignored, unused, windows, pairs, costs, device, compute_dtype, store_dtype
+        options,
+        source,
+        projections,
+        ignored,
+        unused,
+        windows,
+        pairs,
+        tokens_per_pixel,
+        costs,
+        device,
+        compute_dtype,
+        store_dtype,
     )
     _check_data(plan)
     for option, shares in (("--ratio", options.ratio), ("--tolerance", options.tolerance)):
@@ -325,20 +357,25 @@ def _reached(
     pairs: Pairs | None,
     device: torch.device,
     dtype: torch.dtype,
-) -> tuple[list[list[Projection]], list[Projection]]:
-    """The projections of layers that the data reaches and something is computed from, and all others."""
+) -> tuple[list[list[Projection]], list[Projection], float]:
+    """The projections of layers that the data reaches and something is computed from, all others, and how many tokens
+    the vision model makes of a pixel value."""
     if not source.sees:
-        return projections, []
+        return projections, [], 0.0
     used = range(source.spans[-1].start, len(source.layers))
     ends: set[int] = set()
+    per_pixel = 0.0
     if pairs is not None:
-        ends = LayerStream(source, pairs.batches[:1], device, dtype).read
+        stream = LayerStream(source, pairs.batches[:1], device, dtype)
+        ends = stream.read
+        tokens = sum(hidden.shape[:-1].numel() for hidden in stream.flow.hidden)
+        per_pixel = tokens / max(1, pairs.batches[0].get("pixel_values", torch.empty(0)).numel())
 
     def counts(index: int) -> bool:
         return index in used or any(index <= end for end in ends if end in source.span(index))
 
     rows = [row if counts(index) else [] for index, row in enumerate(projections)]
-    return rows, [p for index, row in enumerate(projections) for p in row if not counts(index)]
+    return rows, [p for index, row in enumerate(projections) for p in row if not counts(index)], per_pixel
 
 
 def _check_data(plan: Plan) -> None:
@@ -350,7 +387,8 @@ def _check_data(plan: Plan) -> None:
             f"--dataset {plan.data_name}: {plan.tokens} tokens are too little calibration text; "
             f"{widest.name} has {widest.in_features} inputs and needs at least as many tokens"
         )
-    largest, rows = max(int(batch["input_ids"].max()) for batch in plan.batches()), plan.source.vocabulary
+    ids = {int(token) for batch in plan.batches() for token in batch["input_ids"].unique()}
+    largest, rows = max(ids - plan.source.placeholders), plan.source.vocabulary
     if largest >= rows:
         raise InputError(
             f"{plan.source.folder}: the tokenizer makes id {largest}, the model has {rows} embeddings; "
@@ -377,7 +415,8 @@ def _data(options: CompressOptions, source: ModelSource) -> tuple[Windows, Pairs
     if not folders:
         return windows, None
     processor = load_processor(source.folder, options.trust_remote_code)
-    parts = [read_pairs(f, max(1, counts[f]), options.seed, processor, source.compares) for f in folders]
+    longest = source.config.get_text_config().max_position_embeddings if source.compares else None
+    parts = [read_pairs(f, max(1, counts[f]), options.seed, processor, longest) for f in folders]
     return windows, mix_pairs(parts)
 
 

@@ -5,7 +5,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from pgsvd_vllm.offline.factorize import product, relative_error
 from pgsvd_vllm.offline.plan import HELD_OUT, Plan
@@ -47,7 +46,7 @@ def refine_layers(plan: Plan, workspace: Workspace, say: Callable[[str], None]) 
 
 def _model(plan: Plan) -> Any:
     """The dense model, whole, where and how calibration computed."""
-    model: Any = AutoModelForCausalLM.from_pretrained(
+    model: Any = plan.source.auto_class.from_pretrained(
         plan.source.folder, dtype=plan.compute_dtype, trust_remote_code=plan.options.trust_remote_code
     )
     return model.to(plan.device)

@@ -73,6 +73,8 @@ class GradientPass:
         self.losses = 0
         folder.mkdir(exist_ok=True)
         tokens = [batch["input_ids"].numel() for batch in stream.batches]
+        for number, hidden in zip(stream.flow.members, stream.flow.hidden, strict=True):
+            tokens[number] = max(tokens[number], hidden.shape[:-1].numel())
         self.batches = sum(before < GRADIENT_TOKENS for before in itertools.accumulate(tokens[:-1], initial=0))
         # Batch -> index of a layer -> the gradient at its output, as far as it is known.
         self._gradients: dict[int, dict[int, torch.Tensor]] = {number: {} for number in range(self.batches)}

@@ -87,7 +87,7 @@ class ErrorAwarePass:
         self.stream = stream
         self.whole = whole
         self.dense = stream.flow
-        self.factored = Flow(list(stream.flow.members), list(stream.flow.hidden))
+        self.factored = Flow(stream.flow.tower, list(stream.flow.members), list(stream.flow.hidden))
 
     @torch.no_grad()
     def advance(

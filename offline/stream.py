@@ -5,7 +5,7 @@ outside of their tower, such as the last one of a vision encoder, the outputs ar
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -42,9 +42,21 @@ def _replaced_forward(layers: Sequence[nn.Module], forward: Callable[..., Any]) 
             del layer.forward
 
 
-def _as_taken(value: torch.Tensor, arrived: torch.Tensor) -> Any:
-    """`value` as the model takes a layer's output: in a tuple, if it took the first of what the last layer gave it."""
-    return (value,) if arrived.dim() < value.dim() else value
+class _Taker:
+    """Gives a tower's layers' outputs in the form in which the model takes them.
+
+    Args:
+        first: the hidden states before the tower.
+    """
+
+    def __init__(self, first: torch.Tensor) -> None:
+        self.first = first
+        self.in_tuples = False
+
+    def give(self, value: torch.Tensor, arrived: torch.Tensor) -> Any:
+        """`value`; in a tuple, once the model has taken the first of what a layer gave it, as what `arrived` shows."""
+        self.in_tuples = self.in_tuples or arrived.dim() < self.first.dim()
+        return (value,) if self.in_tuples else value
 
 
 def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
@@ -94,13 +106,13 @@ def output_after(
         outputs: index of a layer -> its output; of other layers nobody reads it but the next one.
         starts: indexes of the layers at which its towers begin.
     """
-    first: list[torch.Tensor] = []
+    takers: list[_Taker] = []
 
     def skip(index: int, *args: Any, **kwargs: Any) -> Any:
         arrived = _hidden(args, kwargs)
         if index in starts:
-            first[:] = [arrived]
-        return _as_taken(outputs.get(index, first[0]), arrived)
+            takers.append(_Taker(arrived))
+        return takers[-1].give(outputs.get(index, takers[-1].first), arrived)
 
     with _replaced_forward(layers, skip):
         return model(**batch, **_options(model))
@@ -124,11 +136,13 @@ class Flow:
     """Hidden states on their way through a model, dense or factored.
 
     Attributes:
+        tower: index of its first layer; -1 before any.
         members: the batches, by number, that run the current tower.
         hidden: theirs, before its next layer.
         kept: batch -> index of a layer -> its output, of layers read outside of their tower.
     """
 
+    tower: int = -1
     members: list[int] = field(default_factory=list)
     hidden: list[torch.Tensor] = field(default_factory=list)
     kept: dict[int, dict[int, torch.Tensor]] = field(default_factory=dict)
@@ -170,9 +184,9 @@ class LayerStream:
 
     def enter(self, index: int, flow: Flow) -> None:
         """Where a tower begins at layer `index`, make the hidden states before it from those of the towers before."""
-        if index != self.source.span(index).start:
+        if index != self.source.span(index).start or index == flow.tower:
             return
-        flow.members, flow.hidden = [], []
+        flow.tower, flow.members, flow.hidden = index, [], []
         for number in range(len(self.batches)):
             with torch.no_grad():
                 first = self.before(index, number, flow.kept.get(number, {}))
@@ -200,38 +214,39 @@ class LayerStream:
         span = self.source.span(start)
         seen: list[torch.Tensor] = []
         calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-        widest: dict[range, torch.Tensor] = {}
+        takers: dict[int, _Taker] = {}
 
         def record(index: int, *args: Any, **kwargs: Any) -> Any:
             hidden = _hidden(args, kwargs)
             if index >= span.stop:
                 raise Reached(hidden)
-            first = widest.setdefault(self.source.span(index), hidden)
+            taker = takers.setdefault(self.source.span(index).start, _Taker(hidden))
             if index < start:
-                return _as_taken(outputs.get(index, first), hidden)
+                return taker.give(outputs.get(index, taker.first), hidden)
             if seen and hidden.data_ptr() != seen[0].data_ptr():
-                raise InputError(
-                    f"{self.source.folder}: between its layers the model changes what they hand on; "
-                    "this architecture is not supported"
-                )
+                raise self._unsupported("between its layers the model changes what they hand on")
             seen.append(hidden)
             kwargs.pop("hidden_states", None)
+            if any(isinstance(value, MutableMapping) for value in (*args[1:], *kwargs.values())):
+                raise self._unsupported("its layers hand each other more than hidden states")
             calls.append((args[1:], kwargs))
             if index == span.stop - 1:
                 raise Reached(hidden)
-            return _as_taken(first, hidden)
+            return taker.give(taker.first, hidden)
 
         with _replaced_forward(self.source.layers, record), contextlib.suppress(Reached):
             self.source.model(**self.batch(number), **_options(self.source.model))
         if not calls and self.source.sees:
             return None
         if len(calls) != len(span):
-            raise InputError(
-                f"{self.source.folder}: the model runs {len(calls)} of its {len(span)} layers in "
-                f"{self.source.tower(start).path}; this architecture is not supported"
-            )
+            path = self.source.tower(start).path
+            raise self._unsupported(f"the model runs {len(calls)} of its {len(span)} layers in {path}")
         self._calls[start, self._call_key(number)] = calls
         return seen[0]
+
+    def _unsupported(self, what: str) -> InputError:
+        text = "; its language model may be compressed with text alone" if self.source.sees else ""
+        return InputError(f"{self.source.folder}: {what}: this architecture is not supported{text}")
 
     def _call_key(self, number: int) -> Any:
         """What the layers' other arguments depend on: batches of text share theirs."""
@@ -258,15 +273,19 @@ class LayerStream:
         """The layers that something else than the next layer of their tower reads: gradients tell."""
         leaves: dict[int, torch.Tensor] = {}
         entries: list[torch.Tensor] = []
-        first: dict[int, torch.Tensor] = {}
+        takers: dict[int, _Taker] = {}
 
         def cut(index: int, *args: Any, **kwargs: Any) -> Any:
             hidden = _hidden(args, kwargs)
+            if index in leaves:
+                raise self._unsupported(f"the model runs {self.source.tower(index).path} more than once")
+            if any(isinstance(v, torch.Tensor) and v.requires_grad for v in (*args[1:], *kwargs.values())):
+                raise self._unsupported("towers read each other's outputs inside their layers")
             if index in self._starts:
                 entries.append(hidden)
-            whole = first.setdefault(self.source.span(index).start, hidden)
-            leaves[index] = torch.zeros_like(whole).requires_grad_()
-            return _as_taken(leaves[index], hidden)
+            taker = takers.setdefault(self.source.span(index).start, _Taker(hidden))
+            leaves[index] = torch.zeros_like(taker.first).requires_grad_()
+            return taker.give(leaves[index], hidden)
 
         head: Any = self.source.model.get_output_embeddings()
         if head is not None:  # not loaded, and it would only multiply

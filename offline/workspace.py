@@ -1,7 +1,7 @@
 """The folder of a compression under way: what is finished survives an interruption.
 
 DIR.partial/ lies beside DIR: run.json says which run it belongs to, layers/ holds the calibration
-of every finished decoder layer, factors-*/ the factors for one choice of ranks, checkpoint/ the
+of every finished layer, factors-*/ the factors for one choice of ranks, checkpoint/ the
 result while it is written. The last step renames checkpoint/ to DIR, so DIR appears complete or not at all.
 With --calibration the layers lie in a folder of the user's instead, which other runs share and none deletes.
 """

@@ -54,7 +54,10 @@ def share_graphs(model: nn.Module, config: VllmConfig) -> None:
         if isinstance(method, PgsvdLinearMethod) and method.opaque
     }
     for layer, method in zip(layers, methods, strict=True):
-        if type(method) is UnquantizedLinearMethod and layer.prefix.rpartition(".")[2] in leaves:
+        known = config.compilation_config.static_forward_context
+        if layer.prefix in known or type(method) is not UnquantizedLinearMethod:
+            continue
+        if layer.prefix.rpartition(".")[2] in leaves:
             made: Any = layer
             made.quant_method = DenseBesideFactored(method)
             made.output_size_here = made.weight.shape[0]

@@ -141,7 +141,7 @@ class PgsvdQuantizer(HfQuantizer):
         paths = {stored.names[0]: path.removesuffix(".weight") for path, stored in known.items()}
         modules = dict(model.named_modules())
         for name, row in table.items():
-            target = paths[f"{name}.weight"]
+            target = paths.get(f"{name}.weight", name)
             linear = modules.get(target)
             if not isinstance(linear, nn.Linear | Conv1D):
                 raise CheckpointError(f"config.json: {name} is not a linear layer of {type(model).__name__}")

