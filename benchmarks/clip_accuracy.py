@@ -1,6 +1,6 @@
 """Zero-shot accuracy of a small CLIP, compressed by one tolerance a tower, by one for both, and by measured losses.
 
-    python benchmarks/clip_accuracy.py [--quick] [--json FILE] [--markdown FILE] [--plot FILE]
+    python benchmarks/clip_accuracy.py [--images ZIP] [--quick] [--json FILE] [--markdown FILE] [--plot FILE]
 
 The model is that of small_clip.py. At every size the tolerances of the towers (PGSVD, arXiv 2510.05544) are those of
 some pairs of that size that leave the calibration images' classes nearest to the dense model's (KL divergence); other
@@ -25,7 +25,6 @@ from transformers import AutoModelForZeroShotImageClassification as CLIP
 
 import pgsvd_vllm.hf  # noqa: F401  (registers the format)
 from benchmarks.small_clip import (
-    PHOTOGRAPHS,
     Pictures,
     accuracy,
     class_logits,
@@ -147,9 +146,10 @@ class Judge:
         return float(gap), logits, result.allocation
 
 
-def measure(ratios: tuple[float, ...], tested: Pictures, work: Path, trained: Pictures) -> list[dict[str, Any]]:
+def measure(
+    ratios: tuple[float, ...], folder: Path, tested: Pictures, trained: Pictures, work: Path
+) -> list[dict[str, Any]]:
     """One row a case: accuracy, and what was removed."""
-    folder = small_clip(PHOTOGRAPHS)
     options = CompressOptions(
         str(folder), work / "out", dataset=(str(save_pairs(work / "pairs", trained)),), calibration=work / "calibration"
     )
@@ -186,17 +186,20 @@ def markdown(rows: list[dict[str, Any]], ratios: tuple[float, ...]) -> str:
 
 
 def plot(rows: list[dict[str, Any]], file: Path) -> None:
-    """Accuracy by removed share."""
+    """What is lost, and accuracy, by removed share."""
     from matplotlib import pyplot
 
-    pyplot.figure(figsize=(6, 4))
+    _, (above, below) = pyplot.subplots(2, 1, figsize=(6, 7), sharex=True)
     for name in dict.fromkeys(row["case"].rpartition(", ")[0] for row in rows[1:]):
         own = [row for row in rows if row["case"].rpartition(", ")[0] == name]
-        pyplot.plot([100 * row["removed"] for row in own], [100 * row["all"] for row in own], marker="o", label=name)
-    pyplot.axhline(100 * rows[0]["all"], color="grey", linestyle=":", label="dense")
-    pyplot.xlabel("projections' parameters removed (%)")
-    pyplot.ylabel("zero-shot accuracy (%)")
-    pyplot.legend()
+        removed = [100 * row["removed"] for row in own]
+        above.semilogy(removed, [row["value"] for row in own], marker="o", label=name)
+        below.plot(removed, [100 * row["all"] for row in own], marker="o")
+    below.axhline(100 * rows[0]["all"], color="grey", linestyle=":")
+    above.set_ylabel("from the dense model (nats)")
+    below.set_ylabel("zero-shot accuracy (%)")
+    below.set_xlabel("projections' parameters removed (%)")
+    above.legend()
     pyplot.tight_layout()
     pyplot.savefig(file, dpi=120)
 
@@ -204,15 +207,17 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
 def main() -> int:
     """Measure, print, write; the status is 0 where every bar is met."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--images", type=Path, metavar="ZIP", help="photographs beside the digits, with a labels.json")
     parser.add_argument("--quick", action="store_true", help="only 20 and 40 %%")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--markdown", type=Path, metavar="FILE")
     parser.add_argument("--plot", type=Path, metavar="FILE")
     arguments = parser.parse_args()
     ratios = (0.2, 0.4) if arguments.quick else RATIOS
-    trained, tested = load_pictures(PHOTOGRAPHS)
+    folder = small_clip(arguments.images)
+    trained, tested = load_pictures(arguments.images)
     with tempfile.TemporaryDirectory() as work:
-        rows = measure(ratios, tested, Path(work), trained)
+        rows = measure(ratios, folder, tested, trained, Path(work))
     text = markdown(rows, ratios)
     print(text)
     if arguments.json:
