@@ -403,7 +403,10 @@ def _data(options: CompressOptions, source: ModelSource) -> tuple[Windows, Pairs
     texts = [dataset for dataset in options.dataset if not has_pairs(dataset)]
     folders = [dataset for dataset in options.dataset if has_pairs(dataset)]
     if folders and not source.sees:
-        raise InputError(f"--dataset {folders[0]}: no such file, and {options.model} reads no images")
+        raise InputError(
+            f"--dataset {folders[0]}: no such file, and {options.model} reads no images; give a text file, wikitext2, "
+            f"c4 or {BUILTIN} (offline)"
+        )
     if texts and source.compares:
         raise InputError(
             f"--dataset {texts[0]}: {options.model} compares images with texts, and needs both; give a folder with "
