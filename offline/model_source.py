@@ -31,7 +31,7 @@ from transformers.models.auto.modeling_auto import (
 from transformers.pytorch_utils import Conv1D
 
 from pgsvd_vllm.checkpoint import TensorInfo, read_config, read_headers, read_index
-from pgsvd_vllm.errors import InputError
+from pgsvd_vllm.errors import InputError, reason_of
 from pgsvd_vllm.offline.towers import LANGUAGE, Tower, find_towers
 from pgsvd_vllm.stored_names import Stored, stored_tensors
 
@@ -94,7 +94,7 @@ def resolve_folder(model: str, revision: str | None = None) -> Path:
     try:
         return Path(snapshot_download(model, revision=revision, allow_patterns=HUB_PATTERNS))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = reason_of(error)
         raise InputError(f"MODEL {model}: no such folder here, and the hub does not provide it ({reason})") from None
 
 
@@ -166,15 +166,15 @@ class ModelSource:
         """The tower that layer `index` belongs to."""
         return next(tower for tower, span in zip(self.towers, self.spans, strict=True) if index in span)
 
+    def span(self, index: int) -> range:
+        """The indexes of all layers of that tower."""
+        return next(span for span in self.spans if index in span)
+
     @property
     def placeholders(self) -> set[int]:
         """The ids of tokens that stand where an image goes in."""
         names = ("image_token_id", "image_token_index", "video_token_id")
         return {token for name in names if (token := getattr(self.config, name, None)) is not None}
-
-    def span(self, index: int) -> range:
-        """The indexes of all layers of that tower."""
-        return next(span for span in self.spans if index in span)
 
     def _kind(self) -> Any:
         """The class of transformers that loads the model; raises InputError where it cannot be compressed."""

@@ -8,7 +8,7 @@ whether an image and a text belong together (SigLIP).
 import torch
 import torch.nn.functional as F
 
-from pgsvd_vllm.offline.stream import LayerStream
+from pgsvd_vllm.offline.stream import LayerStream, logits_after
 
 Leaves = dict[int, dict[int, torch.Tensor]]
 
@@ -50,7 +50,9 @@ class Objective:
         last = len(stream.source.layers) - 1
         terms = 0
         for i, row in enumerate(stream.batches[number]["input_ids"]):
-            terms += self._losses(stream.text_logits(row[None], leaves[last][i : i + 1]), row[None])
+            ids = row[None].to(stream.device)
+            logits = logits_after(stream.source.model, stream.source.layers, ids, leaves[last][i : i + 1])
+            terms += self._losses(logits, ids)
         return terms
 
     def _losses(self, logits: torch.Tensor, ids: torch.Tensor) -> int:

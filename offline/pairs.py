@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor
 
-from pgsvd_vllm.errors import InputError
+from pgsvd_vllm.errors import InputError, reason_of
 from pgsvd_vllm.offline.stream import Batch
 
 CAPTIONS = "captions.jsonl"
@@ -59,9 +59,9 @@ def load_processor(folder: Path, trust_remote_code: bool = False) -> Any:
     try:
         return AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises many kinds here
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
-            f"{folder}: no usable processor of images ({reason}); put preprocessor_config.json beside config.json"
+            f"{folder}: no usable processor of images ({reason_of(error)}); put preprocessor_config.json beside "
+            "config.json"
         ) from None
 
 
@@ -151,10 +151,9 @@ def _hub_rows(dataset: str, count: int) -> Iterator[tuple[str, Image.Image, str]
     except InputError:
         raise
     except Exception as error:  # network, hub and parquet layers each raise their own kinds
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
-            f"--dataset {dataset}: neither a file or folder here nor images on the hub ({reason}); give a folder "
-            f"with images and {CAPTIONS}"
+            f"--dataset {dataset}: neither a file or folder here nor images on the hub ({reason_of(error)}); give a "
+            f"folder with images and {CAPTIONS}"
         ) from None
 
 

@@ -2,7 +2,7 @@
 
 For a small change dW of a weight W the loss rises by about 0.5 tr(G dW C dW^T) nats a token, where
 C = E[x x^T] are its inputs and G = E[g g^T] the gradients of the loss at its outputs, with labels
-drawn from the model itself (see `objective`) (the Kronecker-factored Fisher information, Martens and Grosse 2015).
+drawn from the model itself (see `objective`; the Kronecker-factored Fisher information, Martens and Grosse 2015).
 This makes the errors of different projections comparable, which the uniform tolerance assumes and
 which is not so.
 

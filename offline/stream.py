@@ -95,7 +95,7 @@ def output_after(
     layers: Sequence[nn.Module],
     batch: Batch,
     outputs: dict[int, torch.Tensor],
-    starts: Sequence[int] = (0,),
+    starts: Sequence[int] = (),
 ) -> Any:
     """What a model makes of the outputs of its layers, which are not run.
 
@@ -104,13 +104,13 @@ def output_after(
         layers: all of its layers.
         batch: the arguments behind the outputs.
         outputs: index of a layer -> its output; of other layers nobody reads it but the next one.
-        starts: indexes of the layers at which its towers begin.
+        starts: indexes of the layers at which its towers begin, where the batch runs several.
     """
     takers: list[_Taker] = []
 
     def skip(index: int, *args: Any, **kwargs: Any) -> Any:
         arrived = _hidden(args, kwargs)
-        if index in starts:
+        if not takers or index in starts:  # text does not run the first towers
             takers.append(_Taker(arrived))
         return takers[-1].give(outputs.get(index, takers[-1].first), arrived)
 
@@ -119,7 +119,7 @@ def output_after(
 
 
 def logits_after(model: Any, layers: Sequence[nn.Module], ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-    """Logits [windows, length, vocabulary] of a causal language model from the hidden states after its last layer.
+    """Logits [windows, length, vocabulary] of text from the hidden states after a model's last layer.
 
     Args: as of `output_after`; `ids` are int64 [windows, length], `hidden` [windows, length, hidden].
     """
@@ -263,11 +263,6 @@ class LayerStream:
     def output(self, number: int, outputs: dict[int, torch.Tensor]) -> Any:
         """What the model makes of a batch, from the outputs of layers that are read outside of their tower."""
         return output_after(self.source.model, self.source.layers, self.batch(number), outputs, self._starts)
-
-    def text_logits(self, ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits [windows, length, vocabulary] of text from the hidden states after the last layer."""
-        batch, layers = {"input_ids": ids.to(self.device)}, self.source.layers
-        return output_after(self.source.model, layers, batch, {len(layers) - 1: hidden}, self._starts).logits
 
     def _find_read(self) -> set[int]:
         """The layers that something else than the next layer of their tower reads: gradients tell."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from pgsvd_vllm.errors import InputError
+from pgsvd_vllm.errors import InputError, reason_of
 
 BUILTIN = "python-docs"
 HUB_SETS = {
@@ -50,8 +50,9 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedT
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises many kinds here
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"{folder}: no usable tokenizer ({reason}); put tokenizer.json beside config.json") from None
+        raise InputError(
+            f"{folder}: no usable tokenizer ({reason_of(error)}); put tokenizer.json beside config.json"
+        ) from None
     if not len(tokenizer):
         raise InputError(f"{folder}: the tokenizer is empty; put tokenizer.json beside config.json")
     return tokenizer
@@ -161,9 +162,8 @@ def _hub_documents(dataset: str, wanted_chars: int) -> list[str]:
             if size >= wanted_chars:
                 break
     except Exception as error:  # network, hub and parquet layers each raise their own kinds
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
-            f"--dataset {dataset}: the hub does not provide it here ({reason}); "
+            f"--dataset {dataset}: the hub does not provide it here ({reason_of(error)}); "
             f"use --dataset {BUILTIN} (offline) or a local text file"
         ) from None
     return ["".join(documents)] if dataset == "wikitext2" else documents

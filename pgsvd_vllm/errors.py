@@ -1,6 +1,11 @@
 """The errors a user can cause, each with a message that names what to change."""
 
 
+def reason_of(error: Exception) -> str:
+    """The first line of what an error says, or its kind where it says nothing."""
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
 class PgsvdError(Exception):
     """Base of every error whose message is written for the user.
 
