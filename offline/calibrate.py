@@ -4,6 +4,7 @@ Projections that read the same tensor (q, k, v; gate, up) share one matrix, foun
 identity of the tensor they are called with.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,12 +28,14 @@ class LayerGrams:
     Attributes:
         grams: name of a group's first projection -> sum over tokens of x x^T, float64 [in, in].
         leader: projection name -> name of the first projection that reads the same input.
-        tokens: tokens summed.
+        tokens: tokens that ran the layer.
+        counts: name of a group's first projection -> tokens summed.
     """
 
     grams: dict[str, torch.Tensor]
     leader: dict[str, str]
     tokens: int
+    counts: dict[str, int]
 
 
 def token_scale(x: torch.Tensor) -> torch.Tensor:
@@ -86,6 +89,7 @@ class _GramHooks:
     def __init__(self, layer: nn.Module, projections: Sequence[Projection], prefix: str) -> None:
         self.grams: dict[str, torch.Tensor] = {}
         self.leader: dict[str, str] = {}
+        self.counts: Counter[str] = Counter()
         self._seen: list[tuple[torch.Tensor, str]] = []
         self._handles = [
             layer.get_submodule(p.path.removeprefix(prefix)).register_forward_pre_hook(self._hook(p.name))
@@ -103,6 +107,7 @@ class _GramHooks:
             self.leader[name] = name
             rows = robust_rows(x)
             product = gram_of(rows)
+            self.counts[name] += len(rows)
             self.grams[name] = self.grams[name] + product if name in self.grams else product
 
         return hook
@@ -153,7 +158,7 @@ def advance(
             hooks.remove()
     stream.leave(index, stream.flow)
     if collect:
-        missing = [p.name for p in projections if p.name not in hooks.leader]
+        missing = [p.name for p in projections if p.name not in hooks.leader and p.reach == 1]
         if missing:
             raise InputError(f"{missing[0]}: the layer never calls it; leave it dense with --ignore {missing[0]}")
-        yield LayerGrams(hooks.grams, hooks.leader, tokens)
+        yield LayerGrams(hooks.grams, hooks.leader, tokens, dict(hooks.counts))

@@ -6,6 +6,7 @@ from tqdm.auto import tqdm
 from pgsvd_vllm.errors import InputError
 from pgsvd_vllm.offline.allocate import LossFront, loss_front
 from pgsvd_vllm.offline.calibrate import LayerGrams, advance
+from pgsvd_vllm.offline.head import measure_head
 from pgsvd_vllm.offline.model_source import Projection
 from pgsvd_vllm.offline.plan import Plan
 from pgsvd_vllm.offline.response import responses
@@ -18,7 +19,7 @@ from pgsvd_vllm.offline.workspace import LayerCalibration, LayerSensitivity, Wor
 def calibrate_layers(plan: Plan, workspace: Workspace) -> None:
     """Gram matrices, output spectra and sensitivities of every layer that the workspace does not have yet."""
     layers, kind = len(plan.projections), plan.sensitivity
-    done = all(workspace.has_layer(i) for i in range(layers))
+    done = all(workspace.has_layer(i) for i in range(layers)) and (plan.head is None or workspace.has_head())
     if done and (not plan.measured or all(workspace.has_sensitivity(i, kind) for i in range(layers))):
         return
     stream = LayerStream(plan.source, plan.batches(), plan.device, plan.compute_dtype)
@@ -34,16 +35,19 @@ def calibrate_layers(plan: Plan, workspace: Workspace) -> None:
             for step in advance(stream, index, row, collect):
                 if isinstance(step, LayerGrams):
                     _check_tokens(plan, row, step.tokens)
-                    energy = _energies(plan, row, step.grams, step.leader)
-                    workspace.save_layer(index, LayerCalibration(step.grams, step.leader, energy, step.tokens))
+                    workspace.save_layer(index, _calibration(plan, row, step))
                 else:
                     bar.update(step)
             if not row and not workspace.has_layer(index):
-                workspace.save_layer(index, LayerCalibration({}, {}, {}, 0))
+                workspace.save_layer(index, LayerCalibration({}, {}, {}, 0, {}))
             if kind == "forward":
                 data = workspace.load_layer(index, with_grams=False)
-                scaled = {name: energy * (moved[name] / data.tokens) for name, energy in data.energy.items()}
+                scaled = {
+                    name: energy * (moved[name] / data.tokens) for name, energy in data.energy.items() if name in moved
+                }
                 workspace.save_sensitivity(index, kind, LayerSensitivity({}, {}, scaled))
+    if plan.head is not None and not workspace.has_head():
+        workspace.save_head(measure_head(stream, plan.head))
     if gradients is not None:
         _measure_sensitivity(plan, workspace, gradients)
 
@@ -82,6 +86,8 @@ def _loss_spectra(plan: Plan, workspace: Workspace, index: int, found: LayerGrad
     data = workspace.load_layer(index)
     energy = {}
     for p in plan.projections[index]:
+        if p.name not in data.energy or p.name not in found.moments:
+            continue
         gram = data.grams[data.leader[p.name]].to(plan.device)
         gram = weighed(gram, data.tokens, found.grams[p.name])
         target = metric_root(found.moments[p.name]).T @ plan.source.tensor(f"{p.path}.weight").to(plan.device).double()
@@ -89,20 +95,23 @@ def _loss_spectra(plan: Plan, workspace: Workspace, index: int, found: LayerGrad
     return LayerSensitivity(found.moments, found.grams, energy)
 
 
-def _energies(
-    plan: Plan, row: list[Projection], grams: dict[str, torch.Tensor], leader: dict[str, str]
-) -> dict[str, torch.Tensor]:
-    """The output energies of a layer's projections; one at a time, since those of a large layer do not fit together."""
+def _calibration(plan: Plan, row: list[Projection], found: LayerGrams) -> LayerCalibration:
+    """With the output energies of a layer's projections, but for experts that too few tokens reach.
+
+    One projection at a time, since those of a large layer do not fit together.
+    """
     roots: dict[str, torch.Tensor] = {}
     energy = {}
     for p in row:
-        name = leader[p.name]
-        gram = grams[name].to(plan.device).double()
+        name = found.leader.get(p.name)
+        if name is None or found.counts[name] < p.in_features:
+            continue
+        gram = found.grams[name].to(plan.device).double()
         if p.out_features > p.in_features and name not in roots:
             roots[name] = gram_root(gram)
         weight = plan.source.tensor(f"{p.path}.weight").to(plan.device)
         energy[p.name] = output_energy(weight, gram, roots.get(name)).cpu()
-    return energy
+    return LayerCalibration(found.grams, found.leader, energy, found.tokens, found.counts)
 
 
 def output_energies(plan: Plan, workspace: Workspace) -> dict[str, torch.Tensor]:

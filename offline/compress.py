@@ -15,6 +15,8 @@ from pgsvd_vllm.offline.calibrate_pass import calibrate_layers, measured_front
 from pgsvd_vllm.offline.choose import choose_ranks
 from pgsvd_vllm.offline.estimate import check_disk, disk_bytes, fit_into_memory
 from pgsvd_vllm.offline.factor_pass import factor_layers
+from pgsvd_vllm.offline.head import HeadFactors, factor_head
+from pgsvd_vllm.offline.mixtures import expert_tokens, leave_starved
 from pgsvd_vllm.offline.plan import WINDOWS, CompressOptions, Plan, make_plan
 from pgsvd_vllm.offline.refine_pass import refine_layers
 from pgsvd_vllm.offline.report import ModuleReport, front_line, rank_rule, write_config, write_description
@@ -63,6 +65,8 @@ def compress(options: CompressOptions, say: Callable[[str], None] = lambda _line
         check_disk(plan, disk_bytes(plan) - workspace.used_bytes, workspace.folder)
         calibrate_layers(plan, workspace)
         keep = True  # another --ratio or --tolerance may do
+        tokens = expert_tokens(plan, workspace)
+        plan = leave_starved(plan, workspace, tokens, say)
         front = measured_front(plan, workspace) if plan.measured else None
         if front is not None:
             say(front_line(plan, front))
@@ -74,7 +78,11 @@ def compress(options: CompressOptions, say: Callable[[str], None] = lambda _line
         factor_layers(plan, workspace, allocation)
         if plan.options.refine is not None:
             refine_layers(plan, workspace, say)
-        result = write_checkpoint(plan, workspace, allocation, front)
+        head = None
+        if plan.head is not None:
+            head = factor_head(plan, plan.head, workspace.load_head())
+            say(_head_line(plan, head.report))
+        result = write_checkpoint(plan, workspace, allocation, front, tokens, head)
         workspace.publish()
         return result
     except PgsvdError as error:
@@ -104,6 +112,8 @@ def describe(plan: Plan) -> str:
         ignored += (
             f"; {plan.unreachable_parameters / 1e6:.1f} M in other matrices of theirs, such as experts, stay dense"
         )
+        if not plan.source.splits and plan.source.could_split:
+            ignored += " (--include experts factors them)"
     if plan.unused:
         towers = " and ".join(sorted({p.tower for p in plan.unused}))
         reason = "layers whose outputs nobody reads" if plan.pairs else "no images in the calibration data"
@@ -136,10 +146,23 @@ def _time_line(plan: Plan, allocation: Allocation) -> str:
     return f", {allocation.time:.1%} of their time for {tokens} (measured on {plan.costs.machine})"
 
 
+def _head_line(plan: Plan, report: ModuleReport) -> str:
+    wanted = f"with a relative error of {plan.options.head_tolerance}"
+    if report.rank is None:
+        return f"output head stays dense: factors {wanted} would be larger; a larger --head-tolerance may help"
+    removed = 1 - report.rank * (report.out_features + report.in_features) / (report.out_features * report.in_features)
+    return f"output head: rank {report.rank} of {report.in_features} {wanted}, {removed:.1%} of its parameters removed"
+
+
 def write_checkpoint(
-    plan: Plan, workspace: Workspace, allocation: Allocation, front: LossFront | None
+    plan: Plan,
+    workspace: Workspace,
+    allocation: Allocation,
+    front: LossFront | None,
+    tokens: dict[str, int] | None = None,
+    head: HeadFactors | None = None,
 ) -> CompressResult:
-    """Write the factors and everything else, and describe the result."""
+    """Write the factors and everything else, and describe the result; `tokens` are those of `expert_tokens`."""
     folder = workspace.begin_checkpoint()
     writer = ShardWriter(folder)
     modules: list[ModuleReport] = []
@@ -155,6 +178,13 @@ def write_checkpoint(
                 after += tensor.numel()
             modules.append(factors.reports[p.name])
     paths = [p.path for p in plan.flat if p.name in allocation.ranks]
+    if head is not None:
+        modules.append(head.report)
+        if plan.head is not None and head.tensors:
+            paths.append(plan.head.path)
+        for suffix, tensor in head.tensors.items():
+            writer.add(f"{head.name}.{suffix}", tensor)
+            after += tensor.numel()
     factored = {stored for path in paths for stored in plan.source.stored_as(f"{path}.weight")}
     for name in plan.source.tensors:
         if name in factored:
@@ -168,7 +198,8 @@ def write_checkpoint(
     for path in sorted(plan.source.folder.iterdir()):
         if path.is_file() and path.suffix in COPIED_SUFFIXES and path.name not in NOT_COPIED:
             shutil.copyfile(path, folder / path.name)
-    write_config(folder, plan, allocation, after, writer.count)
-    write_description(folder, plan, allocation, front, modules, after)
+    small = head.report if head is not None and head.tensors else None
+    write_config(folder, plan, allocation, after, writer.count, small)
+    write_description(folder, plan, allocation, front, modules, after, tokens or {})
     open_checkpoint(folder)
     return CompressResult(workspace.output, allocation, modules, plan.total_parameters, after, plan.source.compares)

@@ -60,20 +60,21 @@ def memory_bytes(plan: Plan) -> int:
 def estimate(plan: Plan) -> Estimate:
     """Peak memory, disk and time; the time from a short measurement of this machine's speed."""
     tokens = plan.most_tokens
-    grams = [_gram_sizes(row) for row in plan.projections]
     walked = min(tokens, SEQUENTIAL_TOKENS) if plan.sequential else 0
     rates = {d: _flops_per_second(d, plan.device) for d in {plan.compute_dtype, torch.float32, torch.float64}}
-    seconds = 2 * tokens * sum(p.numel for p in plan.flat) / rates[plan.compute_dtype]
-    seconds += 2 * tokens * sum(n * n for sizes in grams for n in sizes) / rates[torch.float32]
+    # A token meets some of the experts.
+    met = sum(p.reach * p.numel for p in plan.flat)
+    squares = sum(p.reach * n * n for row in plan.projections for p, n in _inputs(row))
+    seconds = 2 * tokens * met / rates[plan.compute_dtype] + 2 * tokens * squares / rates[torch.float32]
     if plan.sensitivity == "measured":
         backward = min(tokens, GRADIENT_TOKENS)
-        seconds += 4 * backward * sum(p.numel for p in plan.flat) / rates[plan.compute_dtype]
-        seconds += 2 * backward * sum(p.out_features**2 + p.in_features**2 for p in plan.flat) / rates[torch.float32]
+        seconds += 4 * backward * met / rates[plan.compute_dtype]
+        both = sum(p.reach * (p.out_features**2 + p.in_features**2) for p in plan.flat)
+        seconds += 2 * backward * both / rates[torch.float32]
     if plan.sequential:
         # Every layer dense and factored; of every input C', D and, unless all tokens take part, C, all but D by half.
-        seconds += 2 * 2 * walked * sum(p.numel for p in plan.flat) / rates[plan.compute_dtype]
-        square = sum(n * n for sizes in grams for n in sizes)
-        seconds += (3 if walked == tokens else 4) * walked * square / rates[torch.float32]
+        seconds += 2 * 2 * walked * met / rates[plan.compute_dtype]
+        seconds += (3 if walked == tokens else 4) * walked * squares / rates[torch.float32]
     seconds += 60 * (plan.options.refine or 0)
     for p in plan.flat:
         small = min(p.out_features, p.in_features)
@@ -138,13 +139,17 @@ def _features(plan: Plan) -> int:
     return max(sum(p.out_features + p.in_features for p in row) for row in plan.projections)
 
 
-def _gram_sizes(row: list[Projection]) -> list[int]:
-    """Sizes of the distinct inputs of a layer, taking neighbours of equal width to share one."""
-    sizes: list[int] = []
+def _inputs(row: list[Projection]) -> list[tuple[Projection, int]]:
+    """The distinct inputs of a layer, with their sizes, taking neighbours of equal width to share one."""
+    found: list[tuple[Projection, int]] = []
     for p in row:
-        if not sizes or sizes[-1] != p.in_features:
-            sizes.append(p.in_features)
-    return sizes
+        if not found or found[-1][1] != p.in_features:
+            found.append((p, p.in_features))
+    return found
+
+
+def _gram_sizes(row: list[Projection]) -> list[int]:
+    return [size for _, size in _inputs(row)]
 
 
 def _flops_per_second(dtype: torch.dtype, device: torch.device, size: int = 1024) -> float:

@@ -33,8 +33,11 @@ from transformers.pytorch_utils import Conv1D
 from pgsvd_vllm.checkpoint import TensorInfo, read_config, read_headers, read_index
 from pgsvd_vllm.errors import InputError, reason_of
 from pgsvd_vllm.offline.towers import LANGUAGE, Tower, find_towers
+from pgsvd_vllm.split_experts import SplitExperts, can_split, split_experts
 from pgsvd_vllm.stored_names import Stored, stored_tensors
 
+# In place of a tower's name.
+HEAD = "lm_head"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 # What is compressed: models that generate text, from text alone or from images too, and those that compare both.
@@ -61,6 +64,7 @@ class Projection:
         out_features, in_features: shape of its weight.
         module: its path in the model, where transformers has another one than the checkpoint.
         tower: name of the tower that it belongs to.
+        reach: share of the tokens that it is expected to see: less than 1 of an expert of a mixture.
     """
 
     name: str
@@ -68,6 +72,7 @@ class Projection:
     in_features: int
     module: str = ""
     tower: str = LANGUAGE
+    reach: float = 1.0
 
     @property
     def path(self) -> str:
@@ -104,6 +109,7 @@ class ModelSource:
     Args:
         folder: a Hugging Face model folder with safetensors weights.
         trust_remote_code: run modelling code that comes with the model.
+        experts: take the experts of mixtures for projections as well.
 
     Attributes:
         tensors: tensor name -> header entry.
@@ -114,13 +120,14 @@ class ModelSource:
         model: the skeleton; its parameters are on the meta device unless materialised.
         stored: tensor name of the model -> where the checkpoint has it.
         transposed: names of weights that the checkpoint has as [in, out].
+        could_split, splits: whether experts could be projections, and whether they are.
 
     Raises:
         CheckpointError: config.json or a weight file is missing or damaged.
         InputError: the architecture is not one this tool can compress.
     """
 
-    def __init__(self, folder: Path, trust_remote_code: bool = False) -> None:
+    def __init__(self, folder: Path, trust_remote_code: bool = False, experts: bool = False) -> None:
         self.folder = folder
         self.config_json = read_config(folder)
         self.auto_class: Any = self._kind()
@@ -143,6 +150,13 @@ class ModelSource:
             raise InputError(f"{folder}/config.json: transformers cannot build this model: {error}") from None
         self.model.eval()
         self.transposed = _use_linear(self.model)
+        self.could_split = can_split(self.model, self.tensors)
+        self.splits = experts and split_experts(self.model, self.tensors)
+        if experts and not self.splits:
+            raise InputError(
+                f"--include experts: {folder} has no mixture whose checkpoint stores expert by expert a gate, an up "
+                "and a down projection; leave it out"
+            )
         self.stored = stored_tensors(self.model, list(self.tensors))
         self.towers: list[Tower] = find_towers(self.model)
         if LANGUAGE not in [tower.name for tower in self.towers]:
@@ -223,6 +237,7 @@ class ModelSource:
         for index, layer in enumerate(self.layers):
             row = []
             tower = self.tower(index).name
+            mixtures = [f"{name}." for name, module in layer.named_modules() if isinstance(module, SplitExperts)]
             for name, module in layer.named_modules():
                 if not isinstance(module, nn.Linear):
                     continue
@@ -233,7 +248,8 @@ class ModelSource:
                 hits = [p for p in ignore if fnmatch.fnmatchcase(full, p) or fnmatch.fnmatchcase(name, p)]
                 matched.update(hits)
                 if not hits:
-                    row.append(Projection(full, module.out_features, module.in_features, path, tower))
+                    reach = self._reach if name.startswith(tuple(mixtures)) else 1.0
+                    row.append(Projection(full, module.out_features, module.in_features, path, tower, reach))
             found.append(row)
         for pattern in ignore:
             if pattern not in matched:
@@ -241,6 +257,27 @@ class ModelSource:
         if not any(found):
             raise InputError("--ignore: every linear layer is ignored, nothing is left to compress")
         return found
+
+    def head(self) -> Projection:
+        """The output head; raises InputError where there is none of its own."""
+        module = self.model.get_output_embeddings()
+        path = next((name for name, one in self.model.named_modules() if one is module), "")
+        if not isinstance(module, nn.Linear):
+            raise InputError(f"--include lm_head: {self.folder} has no output head; leave it out")
+        if f"{path}.weight" in (getattr(self.model, "all_tied_weights_keys", None) or {}):
+            raise InputError(
+                f"--include lm_head: {self.folder} shares its output head with the input embeddings, which must stay: "
+                "factors would only come on top; leave it out"
+            )
+        name = self.stored_as(f"{path}.weight")[0].removesuffix(".weight")
+        return Projection(name, module.out_features, module.in_features, path, HEAD)
+
+    @property
+    def _reach(self) -> float:
+        """Share of the tokens that reach an expert, on average."""
+        count = next(len(module) for module in self.model.modules() if isinstance(module, SplitExperts))
+        chosen = getattr(self.config.get_text_config(), "num_experts_per_tok", None) or 1
+        return min(chosen / count, 1.0)
 
     def _checkpoint_name(self, path: str) -> str | None:
         """What vLLM knows a projection by: its name in the checkpoint; None where that has no matrix of it alone."""

@@ -30,6 +30,7 @@ from pgsvd_vllm.offline.towers import LANGUAGE
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT_RATIO = 0.2
+HEAD_TOLERANCE = 0.1
 # Calibration samples where no number is asked for: windows of text, or descriptions of images; pairs to compare.
 WINDOWS, PAIRS = 128, 1024
 # Windows of the text that `refine` never trains on, and judges its result by.
@@ -54,7 +55,10 @@ class CompressOptions:
             yes where sensitivities are measured.
         refine: minutes to train the factors for (see `refine`); None for not at all.
         costs: table of times (see `pgsvd_vllm.costs`) to choose ranks by, instead of by size; None for size.
+        include: what is compressed besides the usual: `experts` of mixtures, and `lm_head`, the output head.
+        head_tolerance: relative error to allow in the output head's weighed logits.
         num_calibration_samples: windows of text, or pairs of an image and a text; None for the usual number.
+        chat_template: whether plain text is put into the turns of conversations.
         calibration: folder that keeps what is measured, for other runs; None for the run's own.
         dtype: `auto` keeps each tensor's own.
         device: `auto` takes a GPU where there is one.
@@ -73,8 +77,11 @@ class CompressOptions:
     dataset: tuple[str, ...] = (BUILTIN,)
     num_calibration_samples: int | None = None
     max_seq_length: int = 1024
+    chat_template: bool = False
     seed: int = 0
     ignore: tuple[str, ...] = ()
+    include: tuple[str, ...] = ()
+    head_tolerance: float = HEAD_TOLERANCE
     calibration: Path | None = None
     dtype: str = "auto"
     device: str = "auto"
@@ -95,6 +102,7 @@ class Plan:
         pairs: images with texts; None where there are none.
         tokens_per_pixel: that the vision model makes of `pixel_values`.
         costs: what products take on the serving machine, or None.
+        head: the output head, if it is to be factored.
         compute_dtype: of the calibration forward.
         store_dtype: of the written tensors, or None to keep each tensor's own.
     """
@@ -108,6 +116,7 @@ class Plan:
     pairs: Pairs | None
     tokens_per_pixel: float
     costs: CostTable | None
+    head: Projection | None
     device: torch.device
     compute_dtype: torch.dtype
     store_dtype: torch.dtype | None
@@ -236,12 +245,16 @@ def check_options(options: CompressOptions) -> None:
         raise InputError("--objective latency: chooses ranks by measured losses; it goes with --ratio alone")
     if options.costs is not None and isinstance(options.ratio, dict):
         raise InputError("--objective latency: takes one --ratio, a share of the time of all towers together")
+    if options.costs is not None and "experts" in options.include:
+        raise InputError("--objective latency: there are no times of experts; leave --include experts out")
     if options.costs is not None and options.sensitivity == "uniform":
         raise InputError("--objective latency: needs measured losses, not --sensitivity uniform")
     if options.refine is not None and not 0 < options.refine < math.inf:
         raise InputError(f"--refine {options.refine}: must be a number of minutes above 0")
     if options.num_calibration_samples is not None and options.num_calibration_samples < 1:
         raise InputError(f"--num-calibration-samples {options.num_calibration_samples}: must be at least 1")
+    if not 0 < options.head_tolerance < 1:
+        raise InputError(f"--head-tolerance {options.head_tolerance}: must lie between 0 and 1, it is a relative error")
     if options.max_seq_length < 8:
         raise InputError(f"--max-seq-length {options.max_seq_length}: must be at least 8")
     if not -(2**63) <= options.seed < 2**63:
@@ -278,9 +291,11 @@ def make_plan(options: CompressOptions) -> Plan:
     """
     check_options(options)
     device = pick_device(options.device)
-    source = ModelSource(resolve_folder(options.model), options.trust_remote_code)
+    source = ModelSource(resolve_folder(options.model), options.trust_remote_code, "experts" in options.include)
     if source.sees and options.refine is not None:
         raise InputError(f"--refine: trains on text alone, and {options.model} reads images; leave it out")
+    if source.splits and options.refine is not None:
+        raise InputError("--refine: does not train experts; leave it or --include experts out")
     projections = source.projections(options.ignore)
     flat = [p for row in projections for p in row]
     for p in flat:
@@ -313,6 +328,7 @@ def make_plan(options: CompressOptions) -> Plan:
         pairs,
         tokens_per_pixel,
         costs,
+        source.head() if "lm_head" in options.include else None,
         device,
         compute_dtype,
         store_dtype,
@@ -432,6 +448,8 @@ def _windows(options: CompressOptions, source: ModelSource, length: int, wanted:
     parts = []
     for dataset, count in wanted:
         left_over = -(-spare // len(wanted))
-        tokens = tokenize(tokenizer, read_documents(dataset, (count + left_over) * length, tokenizer))
+        tokens = tokenize(
+            tokenizer, read_documents(dataset, (count + left_over) * length, tokenizer, options.chat_template)
+        )
         parts.append(cut_windows(tokens, leading_tokens(tokenizer), count, length, options.seed, dataset, left_over))
     return mix_windows(parts)

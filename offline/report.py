@@ -39,8 +39,17 @@ def ratios(plan: Plan, allocation: Allocation, after: int) -> dict[str, float]:
     return {"linear": round(allocation.removed, 6), "total": round(1 - after / plan.total_parameters, 6)}
 
 
-def write_config(folder: Path, plan: Plan, allocation: Allocation, after: int, tensors: int) -> None:
-    """config.json: the base model's, with the module table."""
+def write_config(
+    folder: Path, plan: Plan, allocation: Allocation, after: int, tensors: int, head: ModuleReport | None
+) -> None:
+    """config.json: the base model's, with the module table.
+
+    Args:
+        head: of the output head, if it is factored.
+    """
+    table = {name: {"rank": rank, "form": plan.form} for name, rank in allocation.ranks.items()}
+    if head is not None:
+        table[head.name] = {"rank": head.rank, "form": "factors"}
     config: dict[str, Any] = dict(plan.source.config_json)
     if plan.store_dtype is not None:
         config["dtype"] = str(plan.store_dtype).removeprefix("torch.")
@@ -49,7 +58,8 @@ def write_config(folder: Path, plan: Plan, allocation: Allocation, after: int, t
     config["quantization_config"] = {
         "quant_method": QUANT_METHOD,
         "version": FORMAT_VERSION,
-        "modules": {name: {"rank": rank, "form": plan.form} for name, rank in allocation.ranks.items()},
+        "modules": table,
+        "head": None if head is None else head.name,
         "tensors": tensors,
         "method": METHOD,
         "sensitivity": plan.sensitivity,
@@ -105,12 +115,18 @@ def write_description(
     front: LossFront | None,
     modules: Sequence[ModuleReport],
     after: int,
+    tokens: dict[str, int],
 ) -> None:
-    """The per-module report, with the front of sizes and losses where it was measured, and the model card."""
+    """The per-module report, with the front of sizes and losses where it was measured, and the model card.
+
+    Args:
+        tokens: of the calibration data that reached each projection of an expert.
+    """
     share = "time_removed" if front is not None and front.by_time else "removed"
     report = {
         "modules": [asdict(m) for m in modules],
         "parameters": {"before": plan.total_parameters, "after": after},
+        "expert_tokens": tokens,
         "front": [] if front is None else [{share: r, "loss": loss} for r, loss in front.summary(0.01)],
     }
     (folder / REPORT_NAME).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

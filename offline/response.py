@@ -31,13 +31,15 @@ def responses(stream: LayerStream, index: int, projections: Sequence[Projection]
         seed: of the noise.
 
     Returns:
-        projection -> relative energy of the stream's change per energy of the output's, means over tokens.
+        projection -> relative energy of the stream's change per energy of the output's, means over all tokens; none
+        of an expert that no token of the batch reaches.
     """
     generator = torch.Generator(stream.device).manual_seed(seed)
     if not stream.flow.hidden:
         return {}
     hidden, number = stream.flow.hidden[0], stream.flow.members[0]
     prefix = f"{stream.source.paths[index]}."
+    tokens = hidden.shape[:-1].numel()
     found = {}
     with stream.source.layer(index, stream.device, stream.dtype) as layer:
         plain = stream.run(layer, index, number, hidden).float()
@@ -50,12 +52,14 @@ def responses(stream: LayerStream, index: int, projections: Sequence[Projection]
             ) -> torch.Tensor:
                 noise = torch.randn(output.shape, generator=generator, device=output.device)
                 noise *= NOISE * output.float().square().mean().sqrt()
-                energy.append(float(noise.square().sum(-1).mean()))
+                energy.append(float(noise.square().sum()) / tokens)
                 return output + noise.to(output.dtype)
 
             handle = layer.get_submodule(p.path.removeprefix(prefix)).register_forward_hook(disturb)
             moved = (stream.run(layer, index, number, hidden).float() - plain).square().sum(-1)
             handle.remove()
+            if not energy and p.reach < 1:
+                continue
             # A projection that puts out nothing moves nothing.
             found[p.name] = float((moved / size).mean()) / sum(energy) if sum(energy) > 0 else 0.0
     return found

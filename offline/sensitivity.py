@@ -16,7 +16,7 @@ again from its stored inputs, and run backward. Memory holds one layer, as in ca
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -128,7 +128,8 @@ class GradientPass:
         first = self.stream.source.span(index).start
         tokens = 0
         with self.stream.source.layer(index, self.stream.device, self.stream.dtype) as layer:
-            hooks = _GradientHooks({p.name: layer.get_submodule(p.path.removeprefix(prefix)) for p in projections})
+            modules = {p.name: layer.get_submodule(p.path.removeprefix(prefix)) for p in projections}
+            hooks = _GradientHooks(modules, {p.name for p in projections if p.reach < 1})
             try:
                 for name, hidden in inputs.items():
                     number = int(name)
@@ -176,9 +177,15 @@ class _Sums:
 
 
 class _GradientHooks:
-    """Hooks on a layer's projections that sum what `LayerGradients` holds."""
+    """Hooks on a layer's projections that sum what `LayerGradients` holds.
 
-    def __init__(self, modules: dict[str, nn.Module]) -> None:
+    Args:
+        modules: by name.
+        routed: those that no token need reach; there is no result of them then.
+    """
+
+    def __init__(self, modules: dict[str, nn.Module], routed: Collection[str] = ()) -> None:
+        self._routed = routed
         self._sums = {name: _Sums(0, torch.zeros(()), torch.zeros(())) for name in modules}
         self._handles = [module.register_forward_hook(self._hook(name)) for name, module in modules.items()]
 
@@ -206,6 +213,8 @@ class _GradientHooks:
         moments, grams = {}, {}
         for name, sums in self._sums.items():
             if not sums.tokens:
+                if name in self._routed:
+                    continue
                 raise InputError(
                     f"{name}: none of the calibration text's first {tokens} tokens reaches it; "
                     f"leave it dense with --ignore {name}, or use --sensitivity forward"

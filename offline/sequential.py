@@ -95,7 +95,7 @@ class ErrorAwarePass:
         index: int,
         groups: Sequence[Sequence[Projection]],
         ranked: set[str],
-        fit: Callable[[Projection, Target], torch.Tensor],
+        fit: Callable[[Projection, Target | None], torch.Tensor],
         known: dict[str, torch.Tensor],
     ) -> Iterator[Projection]:
         """Factor layer `index` and run both versions of it.
@@ -105,7 +105,8 @@ class ErrorAwarePass:
             groups: its projections, those that read one input together, in the order the layer
                 calls them.
             ranked: the names of those to factor.
-            fit: gives the factors' product [out, in] for a projection and its target.
+            fit: gives the factors' product [out, in] for a projection and its target; None is the dense weight on
+                the dense model's inputs.
             known: the products, where the layer was factored before: nothing is fitted then.
 
         Yields every projection once it is factored.
@@ -119,6 +120,8 @@ class ErrorAwarePass:
         prefix = f"{self.stream.source.paths[index]}."
         with self.stream.source.layer(index, self.stream.device, self.stream.dtype) as layer:
             modules = {p.name: layer.get_submodule(p.path.removeprefix(prefix)) for row in groups for p in row}
+            routed = [p for g in groups for p in g if p.reach < 1]
+            groups = [g for g in groups if g[0].reach == 1]
             single = [g[0] for g in groups if len(g) == 1 and g[0].out_features == self._width]
             candidates = [] if known else [p.name for p in single]
             leaders = [] if known else [g[0].name for g in groups if any(p.name in ranked for p in g)]
@@ -126,6 +129,11 @@ class ErrorAwarePass:
             writers = self._writers(dense, candidates)
             for name, product in known.items():
                 _set_weight(modules[name], product)
+            # Which tokens an expert sees depends on the weights before it: there are no pairs of its inputs.
+            for p in routed:
+                if p.name in ranked and not known:
+                    _set_weight(modules[p.name], fit(p, None))
+                    yield p
             batches = zip(self.factored.members, self.factored.hidden, strict=True)
             runs = [_Run(partial(self.stream.run, layer, index, number, hidden)) for number, hidden in batches]
             handles = [modules[name].register_forward_pre_hook(_pause(name)) for name in leaders]

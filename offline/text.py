@@ -3,8 +3,10 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +91,9 @@ def held_out_prose(limit: int = 400_000) -> str:
     return "\n\n".join(parts)
 
 
-def read_documents(dataset: str, wanted_tokens: int, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def read_documents(
+    dataset: str, wanted_tokens: int, tokenizer: PreTrainedTokenizerBase, chat: bool = False
+) -> list[str]:
     """The documents of a data set, enough for `wanted_tokens`.
 
     Args:
@@ -97,14 +101,16 @@ def read_documents(dataset: str, wanted_tokens: int, tokenizer: PreTrainedTokeni
             `text` or chat `messages`, or of a plain text file of any other extension.
         tokenizer: renders `messages` through the model's chat template.
         wanted_tokens: hub sets are read only this far.
+        chat: make conversations of plain text, see `conversations`.
 
     Raises:
         InputError: no such file or set, or it cannot be read; names what to give instead.
     """
+    plain = partial(conversations, tokenizer=tokenizer) if chat else list[str]
     if dataset == BUILTIN:
-        return list(builtin_prose())
+        return plain(builtin_prose())
     if dataset in HUB_SETS:
-        return _hub_documents(dataset, wanted_tokens * CHARS_PER_TOKEN)
+        return plain(_hub_documents(dataset, wanted_tokens * CHARS_PER_TOKEN))
     path = Path(dataset)
     if not os.path.isfile(path):  # unlike Path.is_file, also for a name that is too long
         raise InputError(
@@ -116,10 +122,33 @@ def read_documents(dataset: str, wanted_tokens: int, tokenizer: PreTrainedTokeni
         raise InputError(f"--dataset {dataset}: not UTF-8 text") from None
     except OSError as error:
         raise InputError(f"--dataset {dataset}: cannot be read ({error.strerror})") from None
-    return _jsonl_documents(path, text, tokenizer) if path.suffix == ".jsonl" else [text]
+    return _jsonl_documents(path, text, tokenizer, plain) if path.suffix == ".jsonl" else plain([text])
 
 
-def _jsonl_documents(path: Path, text: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def conversations(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Documents as conversations in the model's chat template: what one paragraph asks the next one answers.
+
+    Raises:
+        InputError: the model has no chat template, or it refuses such a conversation.
+    """
+    if not tokenizer.chat_template:
+        raise InputError("--chat-template: the model's tokenizer has none; leave it out")
+    found = []
+    for document in documents:
+        paragraphs = [part.strip() for part in re.split(r"\n\s*\n", document) if part.strip()]
+        for number in range(0, len(paragraphs), 2):
+            roles = zip(("user", "assistant"), paragraphs[number : number + 2], strict=False)
+            messages = [{"role": role, "content": content} for role, content in roles]
+            try:
+                found.append(str(tokenizer.apply_chat_template(messages, tokenize=False)))
+            except Exception as error:  # templates raise what they like
+                raise InputError(f"--chat-template: the model's refuses a question and its answer ({error})") from None
+    return found
+
+
+def _jsonl_documents(
+    path: Path, text: str, tokenizer: PreTrainedTokenizerBase, plain: Callable[[list[str]], list[str]]
+) -> list[str]:
     documents = []
     # Not splitlines: a JSON string may hold U+2028 and its like.
     for number, line in enumerate(text.split("\n"), 1):
@@ -130,7 +159,7 @@ def _jsonl_documents(path: Path, text: str, tokenizer: PreTrainedTokenizerBase) 
         except (ValueError, RecursionError):
             raise InputError(f"--dataset {path}: line {number} is not JSON") from None
         if isinstance(row, dict) and isinstance(row.get("text"), str):
-            documents.append(row["text"])
+            documents += plain([row["text"]])
         elif isinstance(row, dict) and isinstance(row.get("messages"), list):
             documents.append(_rendered(path, number, row["messages"], tokenizer))
         else:

@@ -20,6 +20,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from pgsvd_vllm.errors import InputError
+from pgsvd_vllm.offline.head import HeadCalibration
+from pgsvd_vllm.offline.model_source import HEAD
 from pgsvd_vllm.offline.plan import Plan
 from pgsvd_vllm.offline.report import ModuleReport
 
@@ -36,13 +38,15 @@ class LayerCalibration:
         grams: leader -> float32 [in, in], sum of x x^T.
         leader: projection -> leader of its input.
         energy: projection -> float64 eigenvalues of W C W^T, descending.
-        tokens: that were summed.
+        tokens: that ran the layer.
+        counts: leader -> tokens that were summed.
     """
 
     grams: dict[str, torch.Tensor]
     leader: dict[str, str]
     energy: dict[str, torch.Tensor]
     tokens: int
+    counts: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,9 @@ def fingerprint(plan: Plan) -> dict[str, str]:
         "weights": hashlib.sha256(json.dumps([stamp, source.config_json]).encode()).hexdigest(),
         "calibration text": plan.data_sha256,
         "dtype": str(plan.compute_dtype),
-        "ignore": " ".join(plan.options.ignore),
+        "ignore": " ".join(
+            (*plan.options.ignore, *(f"--include {kind}" for kind in plan.options.include if kind != HEAD))
+        ),
         "program version": CALIBRATION,
     }
 
@@ -139,13 +145,32 @@ class Workspace:
         """Write one layer's calibration; the file appears complete or not at all."""
         tensors = {f"gram:{name}": gram.float() for name, gram in data.grams.items()}
         tensors.update({f"energy:{name}": energy for name, energy in data.energy.items()})
-        _write(self._layer_file(index), tensors, {"layer": json.dumps({"leader": data.leader, "tokens": data.tokens})})
+        layer = {"leader": data.leader, "tokens": data.tokens, "counts": data.counts}
+        _write(self._layer_file(index), tensors, {"layer": json.dumps(layer)})
 
     def load_layer(self, index: int, with_grams: bool = True) -> LayerCalibration:
         """Read one layer's calibration; raises InputError where the file is damaged."""
         kinds = ("gram", "energy") if with_grams else ("energy",)
         found, layer = _read(self._layer_file(index), kinds, "layer")
-        return LayerCalibration(found.get("gram", {}), layer["leader"], found["energy"], layer["tokens"])
+        counts = layer.get("counts", {})  # not kept by earlier versions, which left experts alone
+        return LayerCalibration(found.get("gram", {}), layer["leader"], found["energy"], layer["tokens"], counts)
+
+    @property
+    def _head_file(self) -> Path:
+        return self.layers / "head.safetensors"
+
+    def has_head(self) -> bool:
+        """Whether the output head's calibration is complete on disk."""
+        return self._head_file.is_file()
+
+    def save_head(self, data: HeadCalibration) -> None:
+        """Write the output head's calibration; the file appears complete or not at all."""
+        _write(self._head_file, {f"head:{name}": tensor for name, tensor in vars(data).items()})
+
+    def load_head(self) -> HeadCalibration:
+        """Read the output head's calibration; raises InputError where the file is damaged."""
+        found, _ = _read(self._head_file, ("head",))
+        return HeadCalibration(**found["head"])
 
     def _sensitivity_file(self, index: int, kind: str) -> Path:
         return self.layers / f"{index:05d}.{kind}.safetensors"

@@ -120,6 +120,11 @@ class Checkpoint:
     tensors: dict[str, TensorInfo]
 
     @property
+    def head(self) -> str | None:
+        """The name of the output head, if that is factored."""
+        return self.config.get("quantization_config", {}).get("head")
+
+    @property
     def quantization_config(self) -> dict[str, Any]:
         """The format's own section of config.json."""
         return self.config["quantization_config"]

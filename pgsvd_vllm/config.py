@@ -4,12 +4,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
 from pgsvd_vllm.checkpoint import QUANT_METHOD, FactoredModule, open_checkpoint, parse_modules
 from pgsvd_vllm.errors import CheckpointError
+from pgsvd_vllm.experts import experts_method
+from pgsvd_vllm.head import PgsvdHeadMethod
 from pgsvd_vllm.linear import PgsvdLinearMethod, Shard
 from pgsvd_vllm.sharding import Traffic, collective_bytes
 
@@ -70,7 +74,18 @@ class PgsvdConfig(QuantizationConfig):
         self.modules = {**self.modules, **hf_to_vllm_mapper.apply_dict(self.modules)}
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
-        """The factored method for a linear layer with at least one factored shard."""
+        """The factored method for a linear layer or a mixture with anything factored, or a factored output head."""
+        if isinstance(layer, RoutedExperts):
+            method = experts_method(layer, prefix.removeprefix(DRAFT_PREFIX), self.modules, self.traffic)
+            if method is not None:
+                self.claimed |= {id(shard.module) for expert in method.experts for shard in expert.values()}
+            return method
+        if isinstance(layer, ParallelLMHead):
+            head = self.modules.get(prefix.removeprefix(DRAFT_PREFIX))
+            if head is None:
+                return None
+            self.claimed.add(id(head))
+            return PgsvdHeadMethod(prefix, head)
         if not isinstance(layer, LinearBase):
             return None
         parent, _, leaf = prefix.removeprefix(DRAFT_PREFIX).rpartition(".")

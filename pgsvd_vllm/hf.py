@@ -33,6 +33,7 @@ from pgsvd_vllm.checkpoint import (
 )
 from pgsvd_vllm.errors import CheckpointError
 from pgsvd_vllm.kernels.reference import factored_linear, pivot_linear
+from pgsvd_vllm.split_experts import split_experts, without_stacking
 from pgsvd_vllm.stored_names import stored_tensors, without_weight_norm
 
 
@@ -120,6 +121,7 @@ class PgsvdQuantizer(HfQuantizer):
     """Replaces the factored projections before the weights are loaded."""
 
     requires_calibration = True
+    splits = False
 
     def update_tp_plan(self, config: PreTrainedConfig) -> PreTrainedConfig:
         """Point transformers, which asks before it looks for weights, to the checkpoint's own index."""
@@ -136,6 +138,8 @@ class PgsvdQuantizer(HfQuantizer):
         for file in checkpoint_files or []:
             tensors.update(read_headers(Path(file)))
         check_factors(table, tensors, "checkpoint")
+        if any(".experts." in name for name in table):
+            self.splits = split_experts(model, tensors)
         # The table has the checkpoint's names.
         known = stored_tensors(model, [f"{name}.weight" for name in table])
         paths = {stored.names[0]: path.removesuffix(".weight") for path, stored in known.items()}
@@ -173,7 +177,8 @@ class PgsvdQuantizer(HfQuantizer):
 
     def update_weight_conversions(self, weight_conversions: list[Any]) -> list[Any]:
         """Less those that would take our tensors for others."""
-        return without_weight_norm(weight_conversions)
+        kept = without_weight_norm(weight_conversions)
+        return without_stacking(kept) if self.splits else kept
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_kwargs: Any) -> PreTrainedModel:
         for name, module in model.named_modules():

@@ -283,6 +283,7 @@ class PgsvdLinearMethod(LinearMethodBase):
             self.check_complete()
         before: Any = getattr(layer, "pgsvd_gemms", None)
         packed = self._pack(layer)
+        device = next(layer.parameters(recurse=False)).device
         if hasattr(before, "refill"):  # loaded again, while captured graphs hold the first weights
             try:
                 before.refill(packed)
@@ -294,7 +295,7 @@ class PgsvdLinearMethod(LinearMethodBase):
             # Only some of the layer's rows: nothing may take it for the layer's weight.
             del layer.weight
         # LoRA asks for a layer's device by the names that weights have.
-        layer.weight_packed = torch.empty(0, device=next(layer.parameters(recurse=False)).device)
+        layer.weight_packed = torch.empty(0, device=device)
         # The products hold what they need; on CPU that is packed, elsewhere it may be these tensors themselves.
         for parameter in layer.parameters(recurse=False):
             if parameter is not layer.bias:

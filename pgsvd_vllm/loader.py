@@ -20,6 +20,7 @@ from pgsvd_vllm.checkpoint import QUANT_METHOD, check_factors, parse_modules, re
 from pgsvd_vllm.config import PgsvdConfig
 from pgsvd_vllm.dense import share_graphs
 from pgsvd_vllm.errors import CheckpointError
+from pgsvd_vllm.experts import MultipliedBackMethod
 from pgsvd_vllm.linear import PgsvdLinearMethod
 
 logger = logging.getLogger("vllm.pgsvd")
@@ -101,6 +102,14 @@ class PgsvdModelLoader(DefaultModelLoader):
         if vllm_config.parallel_config.tensor_parallel_size > 1:
             _tell_cuts(model)
         return model
+
+    def track_weights_loading(self, model: nn.Module, loaded_weights: set[str] | None, quantized: bool = False) -> None:
+        """vLLM's check, which does not know that experts may come as factors; their method counts them."""
+        if loaded_weights is not None:
+            for name, module in model.named_modules():
+                if isinstance(getattr(module, "quant_method", None), MultipliedBackMethod):
+                    loaded_weights |= {f"{name}.w13_weight", f"{name}.w2_weight"}
+        super().track_weights_loading(model, loaded_weights, quantized)
 
     def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
         """Settle which layers compute their activations, then load."""

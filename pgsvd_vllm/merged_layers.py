@@ -35,8 +35,13 @@ class LayerSizes:
 
 
 def merged_layers(checkpoint: Checkpoint, tensor_parallel: int = 1) -> Iterator[LayerSizes]:
-    """Every layer with a factored module, in the order of the checkpoint's table."""
+    """Every layer with a factored module, in the order of the checkpoint's table, but those that no kernel runs.
+
+    Those are experts, which are multiplied back on GPUs, and the output head.
+    """
     for names, by_inputs in groups(checkpoint):
+        if ".experts." in names[0] or names[0] == checkpoint.head:
+            continue
         cuts = [_cut(checkpoint, one, tensor_parallel, by_inputs) for one in names]
         yield LayerSizes(cuts[0][0], tuple(shard for _, shard in cuts))
 

@@ -47,7 +47,7 @@ def parallel_plan(checkpoint: Checkpoint, workers: int, least: int) -> Iterator[
         itemsize = stored.nbytes // stored.numel
         sent, dense = traffic.sent, traffic.dense
         cut = Cut.PLAIN
-        if runs_beside_others(first):
+        if runs_beside_others(first) or first == checkpoint.head:
             pass
         elif workers > 1 and by_inputs:
             up = modules[first].shapes(out, columns)[modules[first].suffixes[1]]

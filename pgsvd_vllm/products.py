@@ -14,6 +14,7 @@ from torch import nn
 from vllm import _custom_ops as vllm_ops
 from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 from vllm.platforms import current_platform
+from vllm.utils.torch_utils import direct_register_custom_op
 
 from pgsvd_vllm.exchange import exchange_of
 from pgsvd_vllm.kernels.blocks import columns_of, spread
@@ -92,6 +93,22 @@ def gemm(weight: torch.Tensor) -> Run:
     inputs = weight.shape[1]
     suits = inputs <= PACKED_INPUTS and inputs % PACKED_IN == 0 and can_pack(weight.dtype)
     return packed_gemm(weight) if suits else vllm_gemm(weight)
+
+
+def _join(outputs: list[torch.Tensor], order: torch.Tensor | None) -> torch.Tensor:
+    y = torch.cat(outputs, dim=-1)
+    # Not index_select: on CPU, along the last dimension, it takes five times as long.
+    return y if order is None else y.gather(1, order.expand(len(y), -1))
+
+
+def _join_fake(outputs: list[torch.Tensor], order: torch.Tensor | None) -> torch.Tensor:
+    width = sum(y.shape[1] for y in outputs) if order is None else order.shape[0]
+    return outputs[0].new_empty(outputs[0].shape[0], width)
+
+
+# Hidden from the compiler, which would make code for every mix of ranks: half a second of a start each (docs/log.md).
+_library = torch.library.Library("pgsvd", "FRAGMENT")
+direct_register_custom_op("joined", _join, fake_impl=_join_fake, target_lib=_library)
 
 
 class FactoredGemms:
@@ -175,6 +192,8 @@ class FactoredGemms:
         # The packed kernel divides by the number of tokens. No graph is ever run, or should be traced, for none.
         if not torch.compiler.is_compiling() and len(x) == 0:
             return x.new_empty(0, self.out)
+        if not self.ups:  # an expert that is dense, among others that are not
+            return self.first(x, bias).contiguous()
         s = self.first(x, None)
         if self.exchange is not None:
             z, dense = s[:, : self.own], s[:, self.own :]
@@ -184,8 +203,7 @@ class FactoredGemms:
             return up(s[:, columns], bias).contiguous()
         outputs = [s, *(up(s[:, columns], None) for up, columns in self.ups)]
         if self.order is None:
-            y = torch.cat([outputs[index][:, columns] for index, columns in self.pieces], dim=-1)
-        else:
-            # Not index_select: on CPU, along the last dimension, it takes five times as long.
-            y = torch.cat(outputs, dim=-1).gather(1, self.order.expand(len(x), -1))
+            outputs = [outputs[index][:, columns] for index, columns in self.pieces]
+        join = torch.ops.pgsvd.joined if torch.compiler.is_compiling() else _join
+        y = join(outputs, self.order)
         return y if bias is None else y.add_(bias)

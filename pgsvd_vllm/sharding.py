@@ -42,8 +42,9 @@ def collective_bytes() -> int:
 
 
 def runs_beside_others(name: str) -> bool:
-    """Whether vLLM may run a layer of this name on a stream of its own, where its collective would meet others'."""
-    return any(part in name for part in ("shared_expert", "share_expert", "shared_mlp"))
+    """Whether vLLM may run a layer of this name on a stream of its own, where its collective would meet others', or
+    only where tokens choose it."""
+    return any(part in name for part in ("shared_expert", "share_expert", "shared_mlp", ".experts."))
 
 
 class Traffic:

@@ -13,6 +13,8 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
+from pgsvd_vllm.split_experts import SplitExperts, without_stacking
+
 
 @dataclass(frozen=True)
 class Stored:
@@ -58,6 +60,8 @@ def stored_tensors(model: PreTrainedModel, names: Sequence[str]) -> dict[str, St
         names: of the checkpoint's tensors.
     """
     conversions = without_weight_norm(get_model_conversion_mapping(model))
+    if any(isinstance(module, SplitExperts) for module in model.modules()):
+        conversions = without_stacking(conversions)
     renamings = [one for one in conversions if isinstance(one, WeightRenaming)]
     converters = [one for one in conversions if isinstance(one, WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}

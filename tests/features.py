@@ -35,9 +35,11 @@ REMARKS = """
 - LoRA in vLLM 0.32 on CPU: a request without an adapter, in a batch with others, gets the adapter of the last
   slot. Give `--max-loras` one more than there are.
 - Pipeline stages in vLLM 0.32 on CPU: not with `--enforce-eager`, dense models neither.
-- Mixtures: experts stay dense, and are most of such a model: of Mixtral-8x7B's 46.7 billion parameters 1.3 are
-  projections that are factored, so that `--ratio 0.2` removes 0.6 % of it. Attention, shared experts and all of
-  DeepSeek's latent attention are factored; vLLM multiplies its `kv_b_proj` back.
+- Mixtures: without `--include experts` these stay dense, and are most of such a model: of Mixtral-8x7B's 46.7 billion
+  parameters 1.3 are other projections, so that `--ratio 0.2` removes 0.6 % of it. Factored experts are computed from
+  their factors on CPU (`benchmarks/experts_cpu.py`, performance.md); on GPUs, with expert parallelism and with LoRA
+  they are multiplied back as they are loaded: smaller on disk, as large and as fast as dense in memory. Factored
+  experts are loaded once: `reload_weights` is an error that says so. vLLM multiplies DeepSeek's `kv_b_proj` back.
 """
 
 

@@ -95,6 +95,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     data.add_argument("--max-seq-length", type=int, default=1024, metavar="L", help="tokens of a window (default 1024)")
     data.add_argument(
+        "--chat-template",
+        action="store_true",
+        help="put plain text into the turns of conversations by the model's chat template: what one paragraph asks the "
+        "next one answers (messages of a .jsonl file always go through it)",
+    )
+    data.add_argument(
         "--calibration",
         type=Path,
         metavar="FOLDER",
@@ -108,6 +114,22 @@ def configure(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="PATTERN",
         help="leave matching projections dense, such as '*.down_proj' or 'model.layers.0.*'; they count as kept",
+    )
+    parser.add_argument(
+        "--include",
+        nargs="+",
+        action="extend",
+        default=[],
+        choices=["experts", "lm_head"],
+        help="compress as well: the experts of mixtures (vLLM on CPU computes with their factors, on GPUs it "
+        "multiplies them back as it loads them: smaller on disk alone); the output head, if it is not the embeddings",
+    )
+    parser.add_argument(
+        "--head-tolerance",
+        type=float,
+        default=0.1,
+        metavar="E",
+        help="relative error allowed in the output head, likely words counting most (default 0.1)",
     )
     parser.add_argument(
         "--dtype",
@@ -159,8 +181,11 @@ def run(arguments: argparse.Namespace) -> int:
         dataset=tuple(arguments.dataset or ["python-docs"]),
         num_calibration_samples=arguments.num_calibration_samples,
         max_seq_length=arguments.max_seq_length,
+        chat_template=arguments.chat_template,
         seed=arguments.seed,
         ignore=tuple(arguments.ignore),
+        include=tuple(dict.fromkeys(arguments.include)),
+        head_tolerance=arguments.head_tolerance,
         calibration=arguments.calibration,
         dtype=arguments.dtype,
         device=arguments.device,

@@ -29,6 +29,7 @@ class Architecture:
         dense: leaves of projections that stay dense.
         like_transformers: whether vLLM's tokens of the dense model are those of transformers; where they are not,
             factored models are compared with the multiplied-back dense one in vLLM.
+        experts: whether it is a mixture, whose experts are compressed as well.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Architecture:
     core: bool = False
     dense: frozenset[str] = field(default_factory=frozenset)
     like_transformers: bool = True
+    experts: bool = False
 
 
 ARCHITECTURES = (
@@ -87,16 +89,24 @@ ARCHITECTURES = (
         "Mixtral",
         "MixtralConfig",
         GQA | {"num_local_experts": 4, "num_experts_per_tok": 2},
-        "experts stay dense",
+        "experts with `--include experts`",
         core=True,
+        experts=True,
     ),
     Architecture(
         "Qwen2-MoE",
         "Qwen2MoeConfig",
         GQA | EXPERTS | {"num_experts": 4, "shared_expert_intermediate_size": 128},
-        "experts stay dense, the shared one does not",
+        "experts with `--include experts`, the shared one without",
+        experts=True,
     ),
-    Architecture("Qwen3-MoE", "Qwen3MoeConfig", HEADS | EXPERTS | {"num_experts": 4}, "experts stay dense"),
+    Architecture(
+        "Qwen3-MoE",
+        "Qwen3MoeConfig",
+        HEADS | EXPERTS | {"num_experts": 4},
+        "experts with `--include experts`",
+        experts=True,
+    ),
     Architecture(
         "DeepSeek-V2, V2-Lite",
         "DeepseekV2Config",
@@ -116,8 +126,9 @@ ARCHITECTURES = (
             "topk_group": 1,
             "topk_method": "greedy",
         },
-        "latent attention; vLLM multiplies kv_b_proj back; experts stay dense",
+        "latent attention; vLLM multiplies kv_b_proj back; experts with `--include experts`",
         core=True,
+        experts=True,
         like_transformers=False,
     ),
 )

@@ -32,7 +32,8 @@ def test_compressed_and_served(
 ) -> None:
     """Once with the ranks that the tool chooses, and once, to be served, with every projection factored."""
     model = save_model(architecture, tmp_path / "model")
-    for output, options in ((tmp_path / "chosen", ()), (tmp_path / "all", ("--baseline", "pifa"))):
+    experts = ("--include", "experts") if architecture.experts else ()
+    for output, options in ((tmp_path / "chosen", ()), (tmp_path / "all", ("--baseline", "pifa", *experts))):
         assert main(["compress", str(model), "-o", str(output), "--ratio", "0.25", *FEW, *options]) == 0
         assert main(["verify", str(output)]) == 0
     chosen, served = (open_checkpoint(tmp_path / name).modules for name in ("chosen", "all"))

@@ -54,3 +54,10 @@ def test_every_factored_module_of_a_real_checkpoint_is_in_a_layer(tiny_compresse
     assert sorted((shard.out, shard.rank) for shard in shards) == sorted(
         (out, rank) for out, _, rank in map(found.shape, found.modules)
     )
+
+
+def test_experts_and_the_output_head_are_no_layers_of_kernels() -> None:
+    names = ("m.0.mlp.experts.0.gate_proj", "m.0.mlp.experts.0.up_proj", "lm_head")
+    found = checkpoint(dict.fromkeys((*names, "fc1"), (60, 50)), dict.fromkeys((*names, "fc1"), FACTORS))
+    found.config["quantization_config"] = {"head": "lm_head"}
+    assert list(merged_layers(found)) == [LayerSizes(50, (Shard(60, 16),))]

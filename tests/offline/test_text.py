@@ -196,3 +196,30 @@ def test_gemma_reads_text_as_it_was_trained_to() -> None:
     }
     print(found)
     assert found["with"] < 0.7 * found["without"]
+
+
+def test_plain_text_becomes_conversations(tmp_path: Path, tiny_model: Path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text("One\nline.\n\n Two. \n \nThree.\n", encoding="utf-8")
+    own = load_tokenizer(tiny_model)
+    with pytest.raises(InputError, match=r"--chat-template: the model's tokenizer has none"):
+        read_documents(str(path), 10, own, chat=True)
+    own.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    assert read_documents(str(path), 10, own, chat=True) == ["<user>One\nline.<assistant>Two.", "<user>Three."]
+    assert read_documents(BUILTIN, 10, own, chat=True)[0].startswith("<user>")
+    rows = path.with_suffix(".jsonl")
+    messages = [{"role": "user", "content": "Hi"}]
+    rows.write_text(json.dumps({"text": "a\n\nb"}) + "\n" + json.dumps({"messages": messages}), encoding="utf-8")
+    assert read_documents(str(rows), 10, own, chat=True) == ["<user>a<assistant>b", "<user>Hi"]
+    own.chat_template = "{{ raise_exception('no system') }}"
+    with pytest.raises(
+        InputError, match=r"--chat-template: the model's refuses a question and its answer \(no system\)"
+    ):
+        read_documents(str(path), 10, own, chat=True)
+
+
+def test_conversations_of_a_real_model_are_in_its_template(smollm2: Path) -> None:
+    tokenizer = load_tokenizer(smollm2)
+    document = read_documents(BUILTIN, 10, tokenizer, chat=True)[0]
+    assert document.count("<|im_start|>assistant\n") == 1
+    assert document.count("<|im_start|>user\n") == 1

@@ -1,0 +1,123 @@
+"""What --include adds, on real engines: experts of mixtures, and the output head; on one worker, on two, compiled."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from pgsvd_vllm.checkpoint import open_checkpoint
+from pgsvd_vllm.cli import main
+from tests.conftest import save_tiny_model
+from tests.e2e.architectures import ARCHITECTURES, save_model
+from tests.e2e.checkpoints import transformers_greedy
+from tests.e2e.engine import greedy, one_core_each, run_engine, tokens
+
+NEW_TOKENS = 24
+FEW = ("--num-calibration-samples", "64", "--max-seq-length", "64")
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[list[int]]:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(2, 258, (8, 9), generator=generator).tolist()
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Mixtral with experts of different rank, some of them dense."""
+    folder = tmp_path_factory.mktemp("mixture")
+    row = next(row for row in ARCHITECTURES if row.name == "Mixtral")
+    command = ["compress", str(save_model(row, folder / "model")), "-o", str(folder / "out"), "--ratio", "0.3"]
+    assert main([*command, "--include", "experts", *FEW]) == 0
+    assert main(["verify", str(folder / "out")]) == 0
+    modules = open_checkpoint(folder / "out").modules
+    ranks = {module.rank for name, module in modules.items() if ".experts." in name}
+    assert len(ranks) > 3
+    return folder / "out"
+
+
+@pytest.fixture(scope="module")
+def with_head(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama whose output head is factored as well."""
+    folder = tmp_path_factory.mktemp("head")
+    model = save_tiny_model(folder / "model", tie=False)
+    command = ["compress", str(model), "-o", str(folder / "out"), "--ratio", "0.3"]
+    assert main([*command, "--include", "lm_head", "--head-tolerance", "0.3", *FEW]) == 0
+    assert main(["verify", str(folder / "out")]) == 0
+    assert open_checkpoint(folder / "out").modules["lm_head"].form == "factors"
+    return folder / "out"
+
+
+@pytest.mark.feature("Factored experts of a mixture")
+def test_factored_experts_say_what_transformers_says(mixture: Path, prompts: list[list[int]]) -> None:
+    found = tokens(run_engine(mixture, [(prompts, greedy(NEW_TOKENS))])[0])
+    assert found == transformers_greedy(mixture, prompts, NEW_TOKENS)
+    assert len({token for answer in found for token in answer}) > 7
+
+
+@pytest.mark.feature("Factored experts, compiled")
+def test_factored_experts_compiled(mixture: Path, prompts: list[list[int]]) -> None:
+    found = tokens(run_engine(mixture, [(prompts, greedy(NEW_TOKENS))], enforce_eager=False)[0])
+    assert found == transformers_greedy(mixture, prompts, NEW_TOKENS)
+
+
+@pytest.mark.feature("Factored experts, tensor parallelism")
+def test_factored_experts_on_two_workers(mixture: Path, prompts: list[list[int]]) -> None:
+    done = run_engine(mixture, [(prompts, greedy(NEW_TOKENS))], tensor_parallel_size=2, environment=one_core_each())
+    assert tokens(done[0]) == transformers_greedy(mixture, prompts, NEW_TOKENS)
+
+
+@pytest.mark.feature("Factored output head")
+def test_a_factored_head_says_what_transformers_says(with_head: Path, prompts: list[list[int]]) -> None:
+    found = tokens(run_engine(with_head, [(prompts, greedy(NEW_TOKENS))])[0])
+    assert found == transformers_greedy(with_head, prompts, NEW_TOKENS)
+    assert len({token for answer in found for token in answer}) > 7
+
+
+@pytest.mark.feature("Factored output head, tensor parallelism")
+def test_a_factored_head_on_two_workers(with_head: Path, prompts: list[list[int]]) -> None:
+    done = run_engine(with_head, [(prompts, greedy(NEW_TOKENS))], tensor_parallel_size=2, environment=one_core_each())
+    assert tokens(done[0]) == transformers_greedy(with_head, prompts, NEW_TOKENS)
+
+
+def test_experts_that_too_few_tokens_reach_stay_dense(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], one_thread: None
+) -> None:
+    row = next(row for row in ARCHITECTURES if row.name == "Qwen2-MoE")
+    few = ("--num-calibration-samples", "8", "--max-seq-length", "32")
+    command = ["compress", str(save_model(row, tmp_path / "model")), "-o", str(tmp_path / "out"), *few]
+    assert main([*command, "--include", "experts", "--ratio", "0.2"]) == 0
+    said = capsys.readouterr().out
+    assert "tokens per expert: " in said
+    assert "projections stay dense, since fewer tokens than they have inputs reach them: model.layers." in said
+    report = json.loads((tmp_path / "out" / "pgsvd_report.json").read_text(encoding="utf-8"))
+    reached = report["expert_tokens"]
+    assert len(reached) == 3 * 4 * 3  # layers, experts, projections of each
+    # Every token chooses two experts.
+    first = {name: n for name, n in reached.items() if ".layers.0." in name and name.endswith("up_proj")}
+    assert sum(first.values()) == 2 * 8 * 32
+    modules = open_checkpoint(tmp_path / "out").modules
+    sizes = {"gate_proj": 128, "up_proj": 128, "down_proj": 64}
+    starved = {name for name, n in reached.items() if n < sizes[name.rpartition(".")[2]]}
+    assert starved
+    assert not starved & modules.keys()
+    assert {name for name in modules if ".experts." in name} <= reached.keys() - starved
+    assert main(["verify", str(tmp_path / "out")]) == 0
+
+
+@pytest.mark.parametrize(
+    ("model", "include", "told"),
+    [
+        ("Llama 2, 3", "experts", "has no mixture whose checkpoint stores expert by expert"),
+        ("Gemma 2", "lm_head", "shares its output head with the input embeddings"),
+    ],
+)
+def test_nothing_to_include_is_told(
+    model: str, include: str, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = next(row for row in ARCHITECTURES if row.name == model)
+    command = ["compress", str(save_model(row, tmp_path / "model")), "-o", str(tmp_path / "out")]
+    assert main([*command, "--include", include, *FEW]) != 0
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
