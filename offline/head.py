@@ -1,8 +1,8 @@
 """The output head, on request: factored by a tolerance of its own, where the model's predictions need it exact.
 
-A small change dz of a token's logits costs 0.5 dz^T (diag(p) - p p^T) dz nats, p being the model's predictions. Its
+A small change dz of a token's logits costs 0.5 dz^T (diag(p) - p p^T) dz nats, p being the model's predictions. The
 diagonal, averaged over the calibration text, says how much each row of the head matters: rows are weighed by its
-root. Words that the text never makes likely may then lose nearly all of their precision, which FLOOR prevents.
+root. Words that this text makes unlikely may be likely in another, so none weighs less than the mean (docs/log.md).
 """
 
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from pgsvd_vllm.offline.stream import LayerStream, logits_after
 # Logits are wide: no more tokens than this take part.
 HEAD_TOKENS = 32768
 # The least weight of a row, as a share of the mean.
-FLOOR = 0.1
+FLOOR = 1.0
 
 
 @dataclass(frozen=True)

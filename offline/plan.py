@@ -30,7 +30,7 @@ from pgsvd_vllm.offline.towers import LANGUAGE
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT_RATIO = 0.2
-HEAD_TOLERANCE = 0.1
+HEAD_TOLERANCE = 0.02
 # Calibration samples where no number is asked for: windows of text, or descriptions of images; pairs to compare.
 WINDOWS, PAIRS = 128, 1024
 # Windows of the text that `refine` never trains on, and judges its result by.

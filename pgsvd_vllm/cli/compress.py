@@ -127,9 +127,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--head-tolerance",
         type=float,
-        default=0.1,
+        default=0.02,
         metavar="E",
-        help="relative error allowed in the output head, likely words counting most (default 0.1)",
+        help="relative error allowed in the output head, likely words counting most (default 0.02)",
     )
     parser.add_argument(
         "--dtype",

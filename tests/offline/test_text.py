@@ -213,7 +213,7 @@ def test_plain_text_becomes_conversations(tmp_path: Path, tiny_model: Path) -> N
     assert read_documents(str(rows), 10, own, chat=True) == ["<user>a<assistant>b", "<user>Hi"]
     own.chat_template = "{{ raise_exception('no system') }}"
     with pytest.raises(
-        InputError, match=r"--chat-template: the model's refuses a question and its answer \(no system\)"
+        InputError, match=r"the model's refuses a question and its answer \(no system\)"
     ):
         read_documents(str(path), 10, own, chat=True)
 
