@@ -35,8 +35,9 @@ from benchmarks.small_clip import (
 from pgsvd_vllm.offline.allocate import Allocation, at_tolerance
 from pgsvd_vllm.offline.calibrate_pass import output_energies
 from pgsvd_vllm.offline.compress import compress
+from pgsvd_vllm.offline.options import CompressOptions
 from pgsvd_vllm.offline.pairs import load_processor
-from pgsvd_vllm.offline.plan import CompressOptions, Plan, make_plan
+from pgsvd_vllm.offline.plan import Plan, make_plan
 from pgsvd_vllm.offline.spectrum import error_profile
 from pgsvd_vllm.offline.workspace import Workspace
 

@@ -17,7 +17,8 @@ from benchmarks import reference_model
 from pgsvd_vllm.offline.allocate import at_ratio
 from pgsvd_vllm.offline.calibrate import LayerGrams, advance
 from pgsvd_vllm.offline.factorize import als, closed_form, relative_error
-from pgsvd_vllm.offline.plan import CompressOptions, make_plan
+from pgsvd_vllm.offline.options import CompressOptions
+from pgsvd_vllm.offline.plan import make_plan
 from pgsvd_vllm.offline.spectrum import error_profile, output_energy
 from pgsvd_vllm.offline.stream import LayerStream, text_batches
 

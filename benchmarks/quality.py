@@ -34,7 +34,8 @@ from pgsvd_vllm.offline.choose import choose_ranks
 from pgsvd_vllm.offline.compress import write_checkpoint
 from pgsvd_vllm.offline.evaluate import perplexity
 from pgsvd_vllm.offline.factor_pass import factor_layers
-from pgsvd_vllm.offline.plan import CompressOptions, Plan, make_plan
+from pgsvd_vllm.offline.options import CompressOptions
+from pgsvd_vllm.offline.plan import Plan, make_plan
 from pgsvd_vllm.offline.refine_pass import refine_layers
 from pgsvd_vllm.offline.text import leading_tokens, load_tokenizer, read_documents, tokenize
 from pgsvd_vllm.offline.workspace import Workspace

@@ -23,7 +23,8 @@ def calibrate_layers(plan: Plan, workspace: Workspace) -> None:
     if done and (not plan.measured or all(workspace.has_sensitivity(i, kind) for i in range(layers))):
         return
     stream = LayerStream(plan.source, plan.batches(), plan.device, plan.compute_dtype)
-    gradients = GradientPass(stream, workspace.folder / "inputs") if kind == "measured" else None
+    missing = [index for index in range(layers) if plan.measured and not workspace.has_sensitivity(index, kind)]
+    gradients = GradientPass(stream, workspace.folder / "inputs") if missing and kind == "measured" else None
     with tqdm(total=_tokens_of_all(plan), unit="tok", unit_scale=True, desc="calibrate") as bar:
         for index, row in enumerate(plan.projections):
             collect = bool(row) and not workspace.has_layer(index)
@@ -31,7 +32,8 @@ def calibrate_layers(plan: Plan, workspace: Workspace) -> None:
             stream.enter(index, stream.flow)
             if gradients is not None:
                 gradients.remember(index)
-            moved = responses(stream, index, row, plan.options.seed) if kind == "forward" else {}
+            answers = kind == "forward" and index in missing
+            moved = responses(stream, index, row, plan.options.seed) if answers else {}
             for step in advance(stream, index, row, collect):
                 if isinstance(step, LayerGrams):
                     _check_tokens(plan, row, step.tokens)
@@ -40,7 +42,7 @@ def calibrate_layers(plan: Plan, workspace: Workspace) -> None:
                     bar.update(step)
             if not row and not workspace.has_layer(index):
                 workspace.save_layer(index, LayerCalibration({}, {}, {}, 0, {}))
-            if kind == "forward":
+            if answers:
                 data = workspace.load_layer(index, with_grams=False)
                 scaled = {
                     name: energy * (moved[name] / data.tokens) for name, energy in data.energy.items() if name in moved
@@ -103,8 +105,8 @@ def _calibration(plan: Plan, row: list[Projection], found: LayerGrams) -> LayerC
     roots: dict[str, torch.Tensor] = {}
     energy = {}
     for p in row:
-        name = found.leader.get(p.name)
-        if name is None or found.counts[name] < p.in_features:
+        name = found.leader.get(p.name, "")
+        if p.reach < 1 and found.counts.get(name, 0) < p.in_features:
             continue
         gram = found.grams[name].to(plan.device).double()
         if p.out_features > p.in_features and name not in roots:

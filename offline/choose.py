@@ -6,7 +6,8 @@ from pgsvd_vllm.errors import InputError
 from pgsvd_vllm.offline.allocate import Allocation, LossFront, at_ratio, at_tolerance
 from pgsvd_vllm.offline.baselines import at_equal_ratio
 from pgsvd_vllm.offline.calibrate_pass import measured_front, output_energies
-from pgsvd_vllm.offline.plan import DEFAULT_RATIO, Plan
+from pgsvd_vllm.offline.options import DEFAULT_RATIO
+from pgsvd_vllm.offline.plan import Plan
 from pgsvd_vllm.offline.spectrum import error_profile
 from pgsvd_vllm.offline.workspace import Workspace
 

@@ -1,6 +1,7 @@
 """The pipeline: plan, calibrate, allocate ranks, factorize, write."""
 
 import errno
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +18,8 @@ from pgsvd_vllm.offline.estimate import check_disk, disk_bytes, fit_into_memory
 from pgsvd_vllm.offline.factor_pass import factor_layers
 from pgsvd_vllm.offline.head import HeadFactors, factor_head
 from pgsvd_vllm.offline.mixtures import expert_tokens, leave_starved
-from pgsvd_vllm.offline.plan import WINDOWS, CompressOptions, Plan, make_plan
+from pgsvd_vllm.offline.options import WINDOWS, CompressOptions
+from pgsvd_vllm.offline.plan import Plan, make_plan
 from pgsvd_vllm.offline.refine_pass import refine_layers
 from pgsvd_vllm.offline.report import ModuleReport, front_line, rank_rule, write_config, write_description
 from pgsvd_vllm.offline.workspace import Workspace
@@ -118,12 +120,28 @@ def describe(plan: Plan) -> str:
         towers = " and ".join(sorted({p.tower for p in plan.unused}))
         reason = "layers whose outputs nobody reads" if plan.pairs else "no images in the calibration data"
         ignored += f"; {sum(p.numel for p in plan.unused) / 1e6:.1f} M of the {towers} model stay dense ({reason})"
+    starving = _starving_line(plan)
     return (
         f"{plan.options.model}: {plan.total_parameters / 1e6:.1f} M parameters, "
         f"{sum(p.numel for p in plan.flat) / 1e6:.1f} M in {len(plan.flat)} projections of "
         f"{len(plan.projections)} layers{ignored}\n"
         f"calibration: {_data_line(plan)}, "
-        f"on {plan.device} in {str(plan.compute_dtype).removeprefix('torch.')}"
+        f"on {plan.device} in {str(plan.compute_dtype).removeprefix('torch.')}{starving}"
+    )
+
+
+def _starving_line(plan: Plan) -> str:
+    """What to do where the average expert will see too few tokens; empty where it sees enough."""
+    experts = [p for p in plan.flat if p.reach < 1]
+    short = [p for p in experts if plan.tokens * p.reach < p.in_features]
+    if not short:
+        return ""
+    needed = max(p.in_features / p.reach for p in short) / plan.tokens
+    samples = len(plan.windows.ids) + (plan.pairs.count if plan.pairs else 0)
+    return (
+        f"\nWARNING: an expert sees about {plan.tokens * short[0].reach:.0f} tokens, and to be compressed needs as "
+        f"many as it has inputs, up to {max(p.in_features for p in short)}; --num-calibration-samples "
+        f"{math.ceil(2 * needed * samples)} would do for most"
     )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from pgsvd_vllm.errors import InputError
+from pgsvd_vllm.offline.head import HEAD_ROWS
 from pgsvd_vllm.offline.model_source import Projection
 from pgsvd_vllm.offline.plan import Plan
 from pgsvd_vllm.offline.sensitivity import GRADIENT_TOKENS
@@ -48,7 +49,12 @@ def memory_bytes(plan: Plan) -> int:
         memory += 3 * _activation_bytes(plan, width)
     walked = min(tokens, SEQUENTIAL_TOKENS) if plan.sequential else 0
     # The factored hidden states, the dense layer's inputs of its projections, and what the paused runs hold: as much.
-    memory += walked * (hidden + 2 * max(sum(sizes) for sizes in grams)) * width
+    # Nothing of experts is kept.
+    paused = max(sum(_gram_sizes([p for p in row if p.reach == 1])) for row in plan.projections)
+    memory += walked * (hidden + 2 * paused) * width
+    if plan.head is not None:
+        # The matrix and its float32 logits, and blocks and square matrices in float64.
+        memory += plan.head.numel * width + 6 * plan.head.in_features**2 * 8 + HEAD_ROWS * plan.head.in_features * 8 * 4
     if plan.options.refine is not None:
         # Dense model, student, and float32 numbers with gradients and Adam's two moments.
         memory += 2 * plan.total_parameters * width + 16 * sum(p.numel for p in plan.flat)
@@ -135,8 +141,8 @@ def _activation_bytes(plan: Plan, width: int) -> int:
 
 
 def _features(plan: Plan) -> int:
-    """Inputs and outputs of the widest layer's projections, numbers a token."""
-    return max(sum(p.out_features + p.in_features for p in row) for row in plan.projections)
+    """Inputs and outputs of the widest layer's projections, numbers a token, which meets some of the experts."""
+    return max(round(sum(p.reach * (p.out_features + p.in_features) for p in row)) for row in plan.projections)
 
 
 def _inputs(row: list[Projection]) -> list[tuple[Projection, int]]:

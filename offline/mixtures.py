@@ -50,8 +50,8 @@ def leave_starved(plan: Plan, workspace: Workspace, tokens: dict[str, int], say:
     shown = ", ".join(f"{p.name} ({tokens[p.name]} of {p.in_features})" for p in starved[:SHOWN])
     more = f" and {len(starved) - SHOWN} more" if len(starved) > SHOWN else ""
     say(
-        f"WARNING: {len(starved)} of the experts' {len(tokens)} projections stay dense, since fewer tokens than they "
-        f"have inputs reach them: {shown}{more}; more --num-calibration-samples may help"
+        f"WARNING: {len(starved)} of the experts' {len(tokens)} projections stay dense, since too few tokens reach "
+        f"them (a projection needs as many as it has inputs): {shown}{more}; more --num-calibration-samples may help"
     )
     rows = [[p for p in row if p not in starved] for row in plan.projections]
     return replace(plan, projections=rows, ignored=[*plan.ignored, *starved])

@@ -277,7 +277,7 @@ class ModelSource:
         """Share of the tokens that reach an expert, on average."""
         count = next(len(module) for module in self.model.modules() if isinstance(module, SplitExperts))
         chosen = getattr(self.config.get_text_config(), "num_experts_per_tok", None) or 1
-        return min(chosen / count, 1.0)
+        return min((max(chosen) if isinstance(chosen, list) else chosen) / count, 1.0)
 
     def _checkpoint_name(self, path: str) -> str | None:
         """What vLLM knows a projection by: its name in the checkpoint; None where that has no matrix of it alone."""

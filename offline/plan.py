@@ -1,10 +1,7 @@
 """What a compression will do, worked out before anything is computed or written."""
 
 import itertools
-import math
-import os
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -12,82 +9,13 @@ from pgsvd_vllm.checkpoint import FLOAT_DTYPES
 from pgsvd_vllm.costs import CostTable, read_costs
 from pgsvd_vllm.errors import InputError
 from pgsvd_vllm.offline.allocate import check_times
+from pgsvd_vllm.offline.calibration_data import read_data
 from pgsvd_vllm.offline.model_source import ModelSource, Projection, resolve_folder
-from pgsvd_vllm.offline.pairs import Pairs, has_pairs, load_processor, mix_pairs, read_pairs
+from pgsvd_vllm.offline.options import DEFAULT_RATIO, DTYPES, CompressOptions, check_options
+from pgsvd_vllm.offline.pairs import Pairs
 from pgsvd_vllm.offline.stream import Batch, LayerStream, text_batches
-from pgsvd_vllm.offline.text import (
-    BUILTIN,
-    Windows,
-    cut_windows,
-    leading_tokens,
-    load_tokenizer,
-    mix_windows,
-    no_windows,
-    read_documents,
-    tokenize,
-)
+from pgsvd_vllm.offline.text import Windows
 from pgsvd_vllm.offline.towers import LANGUAGE
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-DEFAULT_RATIO = 0.2
-HEAD_TOLERANCE = 0.02
-# Calibration samples where no number is asked for: windows of text, or descriptions of images; pairs to compare.
-WINDOWS, PAIRS = 128, 1024
-# Windows of the text that `refine` never trains on, and judges its result by.
-HELD_OUT = 8
-
-
-@dataclass(frozen=True)
-class CompressOptions:
-    """What the user asked for; the command line's options, field for field.
-
-    Attributes:
-        model: local folder or hub id.
-        output: folder to write; must not exist.
-        ratio: share of the projections' parameters to remove, of their time where `costs` is given, or None; a dict
-            has the shares of towers, and those that it does not name stay dense.
-        tolerance: uniform relative error to allow instead, of all towers or, in a dict, of each, or None.
-        sensitivity: `measured`, `forward` or `uniform`; None is `uniform` with a tolerance or a baseline,
-            else `measured`, or `forward` where gradients do not fit in memory.
-        baseline: one of `BASELINES`, a rival's method in place of this one; None for none.
-        form: `pivot` or `factors`; None is `pivot` where sensitivities are measured.
-        sequential: whether the factors are fitted layer after layer (see `sequential`); None is
-            yes where sensitivities are measured.
-        refine: minutes to train the factors for (see `refine`); None for not at all.
-        costs: table of times (see `pgsvd_vllm.costs`) to choose ranks by, instead of by size; None for size.
-        include: what is compressed besides the usual: `experts` of mixtures, and `lm_head`, the output head.
-        head_tolerance: relative error to allow in the output head's weighed logits.
-        num_calibration_samples: windows of text, or pairs of an image and a text; None for the usual number.
-        chat_template: whether plain text is put into the turns of conversations.
-        calibration: folder that keeps what is measured, for other runs; None for the run's own.
-        dtype: `auto` keeps each tensor's own.
-        device: `auto` takes a GPU where there is one.
-    """
-
-    model: str
-    output: Path
-    ratio: float | dict[str, float] | None = None
-    tolerance: float | dict[str, float] | None = None
-    sensitivity: str | None = None
-    baseline: str | None = None
-    form: str | None = None
-    sequential: bool | None = None
-    refine: float | None = None
-    costs: Path | None = None
-    dataset: tuple[str, ...] = (BUILTIN,)
-    num_calibration_samples: int | None = None
-    max_seq_length: int = 1024
-    chat_template: bool = False
-    seed: int = 0
-    ignore: tuple[str, ...] = ()
-    include: tuple[str, ...] = ()
-    head_tolerance: float = HEAD_TOLERANCE
-    calibration: Path | None = None
-    dtype: str = "auto"
-    device: str = "auto"
-    resume: bool = False
-    trust_remote_code: bool = False
-    command: str = ""
 
 
 @dataclass(frozen=True)
@@ -221,50 +149,6 @@ class Plan:
         return sum(info.numel for info in self.source.tensors.values())
 
 
-def _values(shares: float | dict[str, float] | None) -> list[float]:
-    if isinstance(shares, dict):
-        return list(shares.values())
-    return [] if shares is None else [shares]
-
-
-def check_options(options: CompressOptions) -> None:
-    """Refuse option values that cannot work; raises InputError naming the option."""
-    if options.ratio is not None and options.tolerance is not None:
-        raise InputError("--ratio and --tolerance: give one of them, each follows from the other")
-    for value in _values(options.ratio):
-        if not 0 < value < 1:
-            raise InputError(f"--ratio {value}: must lie between 0 and 1, it is the share that is removed")
-    for value in _values(options.tolerance):
-        if not 0 < value < 1:
-            raise InputError(f"--tolerance {value}: must lie between 0 and 1, it is a relative error")
-    if options.tolerance is not None and options.sensitivity not in (None, "uniform"):
-        raise InputError("--tolerance: is a uniform error, it goes with --sensitivity uniform")
-    if options.baseline is not None and (options.tolerance is not None or options.sensitivity is not None):
-        raise InputError("--baseline: a rival's method gives every projection the same --ratio, nothing else")
-    if options.costs is not None and (options.tolerance is not None or options.baseline is not None):
-        raise InputError("--objective latency: chooses ranks by measured losses; it goes with --ratio alone")
-    if options.costs is not None and isinstance(options.ratio, dict):
-        raise InputError("--objective latency: takes one --ratio, a share of the time of all towers together")
-    if options.costs is not None and "experts" in options.include:
-        raise InputError("--objective latency: there are no times of experts; leave --include experts out")
-    if options.costs is not None and options.sensitivity == "uniform":
-        raise InputError("--objective latency: needs measured losses, not --sensitivity uniform")
-    if options.refine is not None and not 0 < options.refine < math.inf:
-        raise InputError(f"--refine {options.refine}: must be a number of minutes above 0")
-    if options.num_calibration_samples is not None and options.num_calibration_samples < 1:
-        raise InputError(f"--num-calibration-samples {options.num_calibration_samples}: must be at least 1")
-    if not 0 < options.head_tolerance < 1:
-        raise InputError(f"--head-tolerance {options.head_tolerance}: must lie between 0 and 1, it is a relative error")
-    if options.max_seq_length < 8:
-        raise InputError(f"--max-seq-length {options.max_seq_length}: must be at least 8")
-    if not -(2**63) <= options.seed < 2**63:
-        raise InputError(f"--seed {options.seed}: must fit into 64 bits")
-    if options.dtype != "auto" and options.dtype not in DTYPES:
-        raise InputError(f"--dtype {options.dtype}: must be one of auto, {', '.join(DTYPES)}")
-    if os.path.lexists(options.output):
-        raise InputError(f"--output-dir {options.output}: already exists; remove it or choose another folder")
-
-
 def pick_device(name: str) -> torch.device:
     """`auto` is a GPU where torch sees one.
 
@@ -310,7 +194,7 @@ def make_plan(options: CompressOptions) -> Plan:
     compute_dtype = store_dtype or source.weight_dtype
     if device.type == "cpu" and not _multiplies_on_cpu(compute_dtype):
         compute_dtype = torch.float32
-    windows, pairs = _data(options, source)
+    windows, pairs = read_data(options, source)
     projections, unused, tokens_per_pixel = _reached(source, projections, pairs, device, compute_dtype)
     if not any(projections):
         raise InputError(
@@ -410,46 +294,3 @@ def _check_data(plan: Plan) -> None:
             f"{plan.source.folder}: the tokenizer makes id {largest}, the model has {rows} embeddings; "
             "the tokenizer belongs to another model"
         )
-
-
-def _data(options: CompressOptions, source: ModelSource) -> tuple[Windows, Pairs | None]:
-    """The calibration data: an equal share from every data set."""
-    limit = getattr(source.config.get_text_config(), "max_position_embeddings", None) or options.max_seq_length
-    length = min(options.max_seq_length, limit)
-    texts = [dataset for dataset in options.dataset if not has_pairs(dataset)]
-    folders = [dataset for dataset in options.dataset if has_pairs(dataset)]
-    if folders and not source.sees:
-        raise InputError(
-            f"--dataset {folders[0]}: no such file, and {options.model} reads no images; give a text file, wikitext2, "
-            f"c4 or {BUILTIN} (offline)"
-        )
-    if texts and source.compares:
-        raise InputError(
-            f"--dataset {texts[0]}: {options.model} compares images with texts, and needs both; give a folder with "
-            "images and captions.jsonl, a row with image and text for each"
-        )
-    wanted = options.num_calibration_samples or (PAIRS if source.compares else WINDOWS)
-    counts = {dataset: len(range(i, wanted, len(options.dataset))) for i, dataset in enumerate(options.dataset)}
-    windows = _windows(options, source, length, [(dataset, max(1, counts[dataset])) for dataset in texts])
-    if not folders:
-        return windows, None
-    processor = load_processor(source.folder, options.trust_remote_code)
-    longest = source.config.get_text_config().max_position_embeddings if source.compares else None
-    parts = [read_pairs(f, max(1, counts[f]), options.seed, processor, longest) for f in folders]
-    return windows, mix_pairs(parts)
-
-
-def _windows(options: CompressOptions, source: ModelSource, length: int, wanted: list[tuple[str, int]]) -> Windows:
-    """The calibration windows of some texts, so many of each."""
-    if not wanted:
-        return no_windows(length)
-    tokenizer = load_tokenizer(source.folder, options.trust_remote_code)
-    spare = 0 if options.refine is None else HELD_OUT
-    parts = []
-    for dataset, count in wanted:
-        left_over = -(-spare // len(wanted))
-        tokens = tokenize(
-            tokenizer, read_documents(dataset, (count + left_over) * length, tokenizer, options.chat_template)
-        )
-        parts.append(cut_windows(tokens, leading_tokens(tokenizer), count, length, options.seed, dataset, left_over))
-    return mix_windows(parts)

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from pgsvd_vllm.offline.factorize import product, relative_error
-from pgsvd_vllm.offline.plan import HELD_OUT, Plan
+from pgsvd_vllm.offline.options import HELD_OUT
+from pgsvd_vllm.offline.plan import Plan
 from pgsvd_vllm.offline.refine import Healer, Tensors
 from pgsvd_vllm.offline.workspace import LayerFactors, Workspace
 

@@ -131,6 +131,7 @@ def write_description(
     }
     (folder / REPORT_NAME).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     removed = ratios(plan, allocation, after)
+    factored = sum(module.rank is not None for module in modules)
     (folder / "README.md").write_text(
         f"""---
 base_model: {plan.options.model}
@@ -140,7 +141,7 @@ tags: [pgsvd, low-rank, compressed]
 
 # {Path(plan.options.model).name}, {removed["linear"]:.0%} of the projections' parameters removed
 
-{len(allocation.ranks)} of {len(modules)} projections are stored as two low-rank matrices (PGSVD, arXiv 2510.05544).
+{factored} of {len(modules)} projections are stored as two low-rank matrices (PGSVD, arXiv 2510.05544).
 The whole model has {after / 1e6:.1f} M parameters, {removed["total"]:.1%} fewer than the
 {plan.total_parameters / 1e6:.1f} M of its base.
 

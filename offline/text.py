@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ HUB_SETS = {
 }
 # Read no more of a hub set than this many characters per wanted token: English has about 4.5.
 CHARS_PER_TOKEN = 8
+# In chat templates that want one.
+DATE = datetime(2026, 1, 1)
 
 
 @dataclass(frozen=True)
@@ -140,7 +143,7 @@ def conversations(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase) 
             roles = zip(("user", "assistant"), paragraphs[number : number + 2], strict=False)
             messages = [{"role": role, "content": content} for role, content in roles]
             try:
-                found.append(str(tokenizer.apply_chat_template(messages, tokenize=False)))
+                found.append(_render(messages, tokenizer))
             except Exception as error:  # templates raise what they like
                 raise InputError(f"--chat-template: the model's refuses a question and its answer ({error})") from None
     return found
@@ -167,11 +170,16 @@ def _jsonl_documents(
     return documents
 
 
+def _render(messages: list[Any], tokenizer: PreTrainedTokenizerBase) -> str:
+    # Some templates write the date: the same text must not be another one tomorrow.
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, strftime_now=DATE.strftime))
+
+
 def _rendered(path: Path, number: int, messages: list[Any], tokenizer: PreTrainedTokenizerBase) -> str:
     if not tokenizer.chat_template:
         raise InputError(f'--dataset {path}: line {number} has "messages", but the model has no chat template')
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+        return _render(messages, tokenizer)
     except Exception as error:  # templates raise what they like
         raise InputError(f"--dataset {path}: line {number}: the model's chat template refuses it ({error})") from None
 

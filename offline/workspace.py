@@ -88,9 +88,8 @@ def fingerprint(plan: Plan) -> dict[str, str]:
         "weights": hashlib.sha256(json.dumps([stamp, source.config_json]).encode()).hexdigest(),
         "calibration text": plan.data_sha256,
         "dtype": str(plan.compute_dtype),
-        "ignore": " ".join(
-            (*plan.options.ignore, *(f"--include {kind}" for kind in plan.options.include if kind != HEAD))
-        ),
+        "ignore": " ".join(plan.options.ignore),
+        "include": " ".join(kind for kind in plan.options.include if kind != HEAD),
         "program version": CALIBRATION,
     }
 
@@ -277,7 +276,8 @@ def _check_owner(folder: Path, run: dict[str, str], label: str) -> None:
         old = dict(json.loads(run_file.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         raise InputError(f"{run_file}: unreadable, this run cannot be resumed; delete {folder}") from None
-    changed = [key for key in run if old.get(key) != run[key]]
+    # Earlier versions knew no --include.
+    changed = [key for key in run if old.get(key, "" if key == "include" else None) != run[key]]
     if changed:
         raise InputError(
             f"{label} belongs to a run with another {', '.join(changed)}; use the same options or delete it"

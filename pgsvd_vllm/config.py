@@ -29,12 +29,14 @@ class PgsvdConfig(QuantizationConfig):
 
     Attributes:
         modules: checkpoint module name (in vLLM's naming once a mapper was applied) -> its form.
+        head: name of the output head in the checkpoint, if that is factored.
         claimed: ids of those forms that a layer has taken.
     """
 
-    def __init__(self, modules: dict[str, FactoredModule]) -> None:
+    def __init__(self, modules: dict[str, FactoredModule], head: str | None = None) -> None:
         super().__init__()
         self.modules = modules
+        self.head = head
         self.claimed: set[int] = set()
         self.traffic = Traffic(collective_bytes())
 
@@ -62,7 +64,7 @@ class PgsvdConfig(QuantizationConfig):
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "PgsvdConfig":
         """Parse the section of config.json; raises CheckpointError."""
-        return cls(parse_modules(config, "config.json"))
+        return cls(parse_modules(config, "config.json"), config.get("head"))
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
         """Check a local checkpoint's files before anything is allocated; raises CheckpointError."""
@@ -71,12 +73,14 @@ class PgsvdConfig(QuantizationConfig):
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Add vLLM's names of the modules; names already known stay, so it can be applied twice."""
-        self.modules = {**self.modules, **hf_to_vllm_mapper.apply_dict(self.modules)}
+        # Rules may end in a dot, so they are shown names of tensors.
+        named = hf_to_vllm_mapper.apply_dict({f"{name}.weight": module for name, module in self.modules.items()})
+        self.modules |= {name.removesuffix(".weight"): module for name, module in named.items()}
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """The factored method for a linear layer or a mixture with anything factored, or a factored output head."""
         if isinstance(layer, RoutedExperts):
-            method = experts_method(layer, prefix.removeprefix(DRAFT_PREFIX), self.modules, self.traffic)
+            method = experts_method(layer, prefix, prefix.removeprefix(DRAFT_PREFIX), self.modules, self.traffic)
             if method is not None:
                 self.claimed |= {id(shard.module) for expert in method.experts for shard in expert.values()}
             return method
@@ -103,8 +107,14 @@ class PgsvdConfig(QuantizationConfig):
     def check_claimed(self) -> None:
         """Raise CheckpointError naming a factored module that no layer of the model has taken."""
         for name, module in self.modules.items():
-            if id(module) not in self.claimed:
-                raise CheckpointError(
-                    f"{name}: vLLM's model has no linear layer of this name, so its factors cannot be served; compress "
-                    f"the model with --ignore '*.{name.rpartition('.')[2]}'"
-                )
+            if id(module) in self.claimed:
+                continue
+            instead = f"with --ignore '*.{name.rpartition('.')[2]}'"
+            if ".experts." in name:
+                instead = "without --include experts"
+            elif name == self.head:
+                instead = "without --include lm_head"
+            raise CheckpointError(
+                f"{name}: vLLM's model has no linear layer of this name, so its factors cannot be served; compress the "
+                f"model {instead}"
+            )

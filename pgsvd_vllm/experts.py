@@ -4,7 +4,6 @@ On CPU every expert is computed from its factors, by the same products as linear
 runs all experts and wants them equal, the factors are multiplied back while they are loaded.
 """
 
-import weakref
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -29,7 +28,7 @@ from vllm.utils.torch_utils import (
 from pgsvd_vllm.checkpoint import FactoredModule, check_pivots
 from pgsvd_vllm.errors import CheckpointError
 from pgsvd_vllm.kernels.reference import pivot_weight
-from pgsvd_vllm.linear import PgsvdLinearMethod, Shard
+from pgsvd_vllm.linear import PgsvdLinearMethod, Shard, find_layer, make_findable
 from pgsvd_vllm.sharding import Traffic
 
 # What vLLM calls the gate, up and down projections of an expert, and their places in a merged layer.
@@ -46,21 +45,22 @@ Expert = dict[str, Shard]
 
 
 def experts_method(
-    layer: RoutedExperts, prefix: str, modules: Mapping[str, FactoredModule], traffic: Traffic
+    layer: RoutedExperts, prefix: str, name: str, modules: Mapping[str, FactoredModule], traffic: Traffic
 ) -> "FactoredExpertsMethod | MultipliedBackMethod | None":
     """The method of a mixture, or None where none of its experts is factored.
 
     Args:
         layer: being made.
-        prefix: its name.
+        prefix: its name in vLLM.
+        name: the same in the checkpoint.
         modules: the checkpoint's table.
         traffic: of the model's layers before this one.
     """
     leaves = {GATE: layer.ckpt_gate_proj_name, UP: layer.ckpt_up_proj_name, DOWN: layer.ckpt_down_proj_name}
     experts: list[Expert] = []
     for number in range(layer.moe_config.num_logical_experts):
-        names = {kind: f"{prefix}.{number}.{leaf}" for kind, leaf in leaves.items()}
-        experts.append({kind: Shard(name, modules.get(name)) for kind, name in names.items()})
+        names = {kind: f"{name}.{number}.{leaf}" for kind, leaf in leaves.items()}
+        experts.append({kind: Shard(one, modules.get(one)) for kind, one in names.items()})
     if all(shard.module is None for expert in experts for shard in expert.values()):
         return None
     config = layer.moe_config
@@ -121,10 +121,11 @@ class FactoredExpertsMethod(FusedMoEMethodBase):
 
     def __init__(self, moe: FusedMoEConfig, prefix: str, experts: list[Expert], traffic: Traffic) -> None:
         super().__init__(moe)
-        self.prefix, self.experts, self.traffic = prefix, experts, traffic
+        # The name belongs to the mixture itself.
+        self.prefix = f"{prefix}.factored"
+        self.experts, self.traffic = experts, traffic
         self.parts: list[tuple[_Part, _Part]] = []
         self.packed = False
-        _methods[prefix] = self
 
     def create_weights(
         self,
@@ -139,15 +140,22 @@ class FactoredExpertsMethod(FusedMoEMethodBase):
         here = intermediate_size_per_partition
         whole = here * self.moe.tp_size
         self.activation = ACTIVATIONS[layer.activation]
-        self.is_dummy = get_current_vllm_config().load_config.load_format == "dummy"
+        config = get_current_vllm_config()
+        self.is_dummy = config.load_config.load_format == "dummy"
+        make_findable(self, config)
         for number, expert in enumerate(self.experts):
-            name = f"{self.prefix}.{number}"
+            name = f"{self.prefix}.experts.{number}"
             inner = _Part(f"{name}.gate_up", self.moe, [expert[GATE], expert[UP]], self.traffic)
             outer = _Part(f"{name}.down", self.moe, [expert[DOWN]], self.traffic)
             inner.quant_method.create_weights(inner, hidden_size, [here, here], hidden_size, 2 * whole, params_dtype)
             outer.quant_method.create_weights(outer, here, [hidden_size], whole, hidden_size, params_dtype)
             self.parts.append((inner, outer))
         _register(layer, self.experts, self._load)
+
+    @property
+    def layers(self) -> list[PgsvdLinearMethod]:
+        """The methods of all experts' layers."""
+        return [part.quant_method for pair in self.parts for part in pair]
 
     def _load(
         self,
@@ -160,9 +168,7 @@ class FactoredExpertsMethod(FusedMoEMethodBase):
     ) -> bool:
         """What vLLM calls with each tensor of an expert."""
         if self.packed:
-            raise CheckpointError(
-                f"layer {self.prefix}: weights of factored experts are loaded once; restart the server"
-            )
+            raise _loaded(self.experts)
         part = self.parts[expert_id][shard_id == DOWN]
         part.load(_kind(weight_name), loaded_weight, PLACE[shard_id])
         return True
@@ -222,6 +228,12 @@ class MultipliedBackMethod(UnquantizedFusedMoEMethod):
     def __init__(self, moe: FusedMoEConfig, experts: list[Expert]) -> None:
         super().__init__(moe)
         self.experts = experts
+        self.packed = False
+
+    @property
+    def supports_eplb(self) -> bool:
+        """Experts that move between ranks would have to be multiplied back there."""
+        return False
 
     def create_weights(self, layer: Any, *args: Any, **kwargs: Any) -> None:
         """vLLM's dense parameters, and what it finds the factors by."""
@@ -244,18 +256,21 @@ class MultipliedBackMethod(UnquantizedFusedMoEMethod):
         return_success: bool = False,
     ) -> bool:
         """What vLLM calls with each factor of an expert."""
+        if self.packed:
+            raise _loaded(self.experts)
         shard, kind = self.experts[expert_id][shard_id], _kind(weight_name)
         if shard.module is None or kind not in shard.kinds:
             raise CheckpointError(f"tensor {shard.name}.{kind}: config.json says {shard.name} has none such")
         if self.local(expert_id) == -1:
             return False
         parts = self.waiting.setdefault((expert_id, shard_id), {})
-        parts[kind] = loaded_weight.clone()
+        dense = self.dense[shard_id == DOWN]
+        # Not a view of the file, and multiplied where it is served.
+        parts[kind] = loaded_weight.to(dense.device, copy=True)
         if len(parts) < len(shard.kinds):
             return True
         del self.waiting[expert_id, shard_id]
         self.done.add((expert_id, shard_id))
-        dense = self.dense[shard_id == DOWN]
         weight = _multiplied(shard, parts).to(dense.dtype)
         name = f"{weight_name.removesuffix(kind)}weight"
         return self.loads(dense, weight, name, shard_id, expert_id, return_success=True)
@@ -268,6 +283,13 @@ class MultipliedBackMethod(UnquantizedFusedMoEMethod):
                 if here and shard.module is not None and (number, shard_id) not in self.done:
                     raise CheckpointError(f"{shard.name}: not all of its factors are in the checkpoint")
         super().process_weights_after_loading(layer)
+        # What was packed is not needed any more.
+        self.dense.clear()
+        self.packed = True
+
+
+def _loaded(experts: list[Expert]) -> CheckpointError:
+    return CheckpointError(f"{experts[0][GATE].name}: factored experts are loaded once; restart the server")
 
 
 def _kind(weight_name: str) -> str:
@@ -283,12 +305,8 @@ def _multiplied(shard: Shard, parts: dict[str, torch.Tensor]) -> torch.Tensor:
     return parts["weight_u"].float() @ parts["weight_v"].float()
 
 
-# By name, for the op.
-_methods: weakref.WeakValueDictionary[str, FactoredExpertsMethod] = weakref.WeakValueDictionary()
-
-
 def _experts(x: torch.Tensor, weights: torch.Tensor, numbers: torch.Tensor, layer_name: LayerNameType) -> torch.Tensor:
-    return _methods[_resolve_layer_name(layer_name)].run(x, weights, numbers)
+    return find_layer(_resolve_layer_name(layer_name)).run(x, weights, numbers)
 
 
 def _experts_fake(

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+from vllm.model_executor.model_loader.reload import record_metadata_for_reloading
 
 from pgsvd_vllm.checkpoint import FactoredModule
 from pgsvd_vllm.errors import CheckpointError
@@ -46,9 +47,28 @@ class PgsvdHeadMethod(QuantizeMethodBase):
                 parameter.output_dim = 0
             layer.register_parameter(name, parameter)
 
+    def take_over(self, layer: Any) -> None:
+        """Be the method of a head that was made with another one."""
+        device, dtype = layer.weight.device, layer.weight.dtype
+        del layer.weight
+        layer.quant_method = self
+        with device:
+            self.create_weights(
+                layer,
+                layer.embedding_dim,
+                [layer.num_embeddings_per_partition],
+                layer.embedding_dim,
+                layer.num_embeddings_padded,
+                dtype,
+                weight_loader=layer.weight_loader,
+            )
+            record_metadata_for_reloading(layer)
+
     def process_weights_after_loading(self, layer: Any) -> None:
         """Pack the products; the originals are released."""
         layer.pgsvd_gemms = FactoredGemms([layer.weight_v.data], [layer.weight_u.data], [None])
+        # LoRA asks it for its dtype and device.
+        layer.weight = layer.weight_v.data.new_empty(0)
         for parameter in (layer.weight_v, layer.weight_u):
             parameter.data = parameter.data.new_empty(0)
 

@@ -344,7 +344,7 @@ def _model_type(config: VllmConfig) -> str:
 
 
 # Layers by name for code that runs without vLLM's forward context, such as vision encoders.
-_layers_without_context: weakref.WeakValueDictionary[str, nn.Module] = weakref.WeakValueDictionary()
+_layers_without_context: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
 
 
 def make_findable(layer: Any, config: VllmConfig) -> None:
@@ -353,7 +353,8 @@ def make_findable(layer: Any, config: VllmConfig) -> None:
     _layers_without_context[layer.prefix] = layer
 
 
-def _find_layer(name: str) -> Any:
+def find_layer(name: str) -> Any:
+    """What `make_findable` was told of; in a running model its own, whatever else the process holds."""
     if is_forward_context_available():
         layer = get_forward_context().no_compile_layers.get(name)
         if layer is not None:
@@ -372,7 +373,7 @@ def _outputs(layer: Any, x: torch.Tensor, bias: torch.Tensor | None, out_feature
 
 
 def _linear(x: torch.Tensor, bias: torch.Tensor | None, out_features: int, layer_name: LayerNameType) -> torch.Tensor:
-    return _outputs(_find_layer(_resolve_layer_name(layer_name)), x, bias, out_features)
+    return _outputs(find_layer(_resolve_layer_name(layer_name)), x, bias, out_features)
 
 
 def _linear_fake(

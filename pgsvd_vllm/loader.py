@@ -1,6 +1,7 @@
 """The load format `pgsvd`: refuses what is not a complete factored checkpoint, then loads it."""
 
 import copy
+import dataclasses
 import logging
 from collections import Counter
 from pathlib import Path
@@ -10,6 +11,7 @@ from torch import nn
 from vllm.config import ModelConfig, VllmConfig, set_current_vllm_config
 from vllm.config.load import LoadConfig
 from vllm.model_executor.layers.linear import ColumnParallelLinear, LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, UnquantizedEmbeddingMethod
 from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.model_loader.reload import record_metadata_for_reloading
@@ -20,8 +22,10 @@ from pgsvd_vllm.checkpoint import QUANT_METHOD, check_factors, parse_modules, re
 from pgsvd_vllm.config import PgsvdConfig
 from pgsvd_vllm.dense import share_graphs
 from pgsvd_vllm.errors import CheckpointError
-from pgsvd_vllm.experts import MultipliedBackMethod
+from pgsvd_vllm.experts import FactoredExpertsMethod, MultipliedBackMethod
+from pgsvd_vllm.head import PgsvdHeadMethod
 from pgsvd_vllm.linear import PgsvdLinearMethod
+from pgsvd_vllm.stored_names import without_weight_norm
 
 logger = logging.getLogger("vllm.pgsvd")
 
@@ -30,6 +34,7 @@ def _tell_cuts(model: nn.Module) -> None:
     """Log what a rank of tensor parallelism holds and sends."""
     methods = [getattr(module, "quant_method", None) for module in model.modules()]
     factored = [method for method in methods if isinstance(method, PgsvdLinearMethod)]
+    factored += [part for method in methods if isinstance(method, FactoredExpertsMethod) for part in method.layers]
     cuts = Counter(method.cut.name.lower() for method in factored)
     traffic = {id(method.traffic): method.traffic for method in factored}.values()
     logger.info(
@@ -42,11 +47,20 @@ def _tell_cuts(model: nn.Module) -> None:
 
 
 def _take_left_out(model: nn.Module, config: PgsvdConfig) -> None:
-    """Give the factored method to layers that did not ask for it: MLPs of SigLIP of sizes that 64 does not divide."""
+    """Give the factored method to layers that did not ask for it.
+
+    MLPs of SigLIP of sizes that 64 does not divide, and output heads of some models.
+    """
     # vLLM does not make towers whose input is switched off, but their layers are there.
     left_out = [module.module for module in model.modules() if isinstance(module, StageMissingLayer) and module.module]
     for missing in (module for part in left_out for module in part.modules() if isinstance(module, LinearBase)):
         config.get_quant_method(missing, missing.prefix)
+    for name, one in model.named_modules():
+        # Some models make their output head without saying what it is called.
+        if isinstance(one, ParallelLMHead) and isinstance(one.quant_method, UnquantizedEmbeddingMethod):
+            found = config.get_quant_method(one, name)
+            if isinstance(found, PgsvdHeadMethod):
+                found.take_over(one)
     for layer in model.modules():
         if not isinstance(layer, LinearBase) or not isinstance(layer.quant_method, UnquantizedLinearMethod):
             continue
@@ -115,6 +129,11 @@ class PgsvdModelLoader(DefaultModelLoader):
         """Settle which layers compute their activations, then load."""
         if self.vllm_config is not None:  # not where weights are loaded again
             config = self.vllm_config.quant_config
+            mapper = getattr(model, "hf_to_vllm_mapper", None)
+            if mapper is not None and mapper.orig_to_new_renaming:
+                made: Any = model
+                names = without_weight_norm(mapper.orig_to_new_renaming)
+                made.hf_to_vllm_mapper = dataclasses.replace(mapper, orig_to_new_renaming=names)
             if isinstance(config, PgsvdConfig):
                 with set_current_vllm_config(self.vllm_config):
                     _take_left_out(model, config)

@@ -127,7 +127,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--head-tolerance",
         type=float,
-        default=0.02,
         metavar="E",
         help="relative error allowed in the output head, likely words counting most (default 0.02)",
     )
@@ -160,13 +159,16 @@ def run(arguments: argparse.Namespace) -> int:
     """Compress, or show the plan; raises PgsvdError."""
     from pgsvd_vllm.offline.compress import compress, describe
     from pgsvd_vllm.offline.estimate import estimate, fit_into_memory
-    from pgsvd_vllm.offline.plan import CompressOptions, make_plan
+    from pgsvd_vllm.offline.options import HEAD_TOLERANCE, CompressOptions
+    from pgsvd_vllm.offline.plan import make_plan
 
     if (arguments.objective == "latency") != (arguments.costs is not None):
         raise InputError(
             "--objective latency and --costs FILE go together; make the file on the serving machine with: "
             f"pgsvd-vllm profile {arguments.model} -o FILE"
         )
+    if arguments.head_tolerance is not None and "lm_head" not in arguments.include:
+        raise InputError("--head-tolerance: goes with --include lm_head")
     options = CompressOptions(
         model=arguments.model,
         output=arguments.output_dir,
@@ -185,7 +187,7 @@ def run(arguments: argparse.Namespace) -> int:
         seed=arguments.seed,
         ignore=tuple(arguments.ignore),
         include=tuple(dict.fromkeys(arguments.include)),
-        head_tolerance=arguments.head_tolerance,
+        head_tolerance=HEAD_TOLERANCE if arguments.head_tolerance is None else arguments.head_tolerance,
         calibration=arguments.calibration,
         dtype=arguments.dtype,
         device=arguments.device,

@@ -95,6 +95,8 @@ def ranks(checkpoint: Checkpoint, workers: int) -> list[str]:
     sent, dense = sum(p.sent for p in plans), sum(p.dense for p in plans)
     lines += ["", f"on each of {workers} ranks     {here / 1e6:.1f} MB of {whole / 1e6:.1f} MB ({here / whole:.1%})"]
     lines.append(f"sent a token          {sent} numbers of each sum twice, of each gathering once; dense {dense}")
+    if any(".experts." in p.names[0] for p in plans):
+        lines.append("Experts are counted as CPUs hold them: on GPUs they are multiplied back")
     lines += [f"  {cut.name.lower():8} {cut.value}" for cut in Cut if any(p.cut is cut for p in plans)]
     lines.append(
         f"One more collective must save a rank {least / 1e6:.1f} MB ({VARIABLE}, for vllm serve as well; "

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
+import pgsvd_vllm.hf  # noqa: F401  (registers the format)
 from pgsvd_vllm.checkpoint import open_checkpoint
 from pgsvd_vllm.cli import main
 from tests.conftest import save_tiny_model
@@ -75,10 +77,60 @@ def test_a_factored_head_says_what_transformers_says(with_head: Path, prompts: l
     assert len({token for answer in found for token in answer}) > 7
 
 
+@pytest.mark.feature("Factored output head, LoRA enabled")
+def test_a_factored_head_with_lora_enabled(with_head: Path, prompts: list[list[int]]) -> None:
+    found = tokens(run_engine(with_head, [(prompts, greedy(NEW_TOKENS))], enable_lora=True, max_loras=1)[0])
+    assert found == transformers_greedy(with_head, prompts, NEW_TOKENS)
+
+
+def test_a_head_of_another_name_is_served(tmp_path: Path, prompts: list[list[int]], one_thread: None) -> None:
+    row = next(row for row in ARCHITECTURES if row.name == "GPT-NeoX, Pythia")
+    command = ["compress", str(save_model(row, tmp_path / "model")), "-o", str(tmp_path / "out"), *FEW]
+    head = ("--include", "lm_head", "--head-tolerance", "0.3")
+    # In vLLM this model is one of transformers, whose rules take every `weight_v` for one of weight normalisation.
+    assert main([*command, "--ratio", "0.3", "--form", "factors", *head]) == 0
+    assert "embed_out" in open_checkpoint(tmp_path / "out").modules
+    found = tokens(run_engine(tmp_path / "out", [(prompts, greedy(NEW_TOKENS))])[0])
+    assert found == transformers_greedy(tmp_path / "out", prompts, NEW_TOKENS)
+
+
 @pytest.mark.feature("Factored output head, tensor parallelism")
 def test_a_factored_head_on_two_workers(with_head: Path, prompts: list[list[int]]) -> None:
     done = run_engine(with_head, [(prompts, greedy(NEW_TOKENS))], tensor_parallel_size=2, environment=one_core_each())
     assert tokens(done[0]) == transformers_greedy(with_head, prompts, NEW_TOKENS)
+
+
+def test_a_mixture_may_be_saved_again(mixture: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(mixture, dtype=torch.float32).eval()
+    model.save_pretrained(tmp_path / "again")
+    before, after = open_checkpoint(mixture), open_checkpoint(tmp_path / "again")
+    assert after.modules == before.modules
+    assert after.tensors.keys() == before.tensors.keys()
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype=torch.float32).eval()
+    ids = torch.arange(2, 40)[None]
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("options", [("--sensitivity", "forward"), ("--tolerance", "0.4"), ("--ratio", "language=0.3")])
+def test_experts_by_other_rules(options: tuple[str, ...], tmp_path: Path, one_thread: None) -> None:
+    row = next(row for row in ARCHITECTURES if row.name == "Qwen3-MoE")
+    command = ["compress", str(save_model(row, tmp_path / "model")), "-o", str(tmp_path / "out"), *FEW]
+    assert main([*command, "--include", "experts", *options]) == 0
+    assert any(".experts." in name for name in open_checkpoint(tmp_path / "out").modules)
+    assert main(["verify", str(tmp_path / "out")]) == 0
+
+
+def test_a_head_may_be_added_to_a_finished_calibration(tmp_path: Path, one_thread: None) -> None:
+    model = save_tiny_model(tmp_path / "model", tie=False)
+    command = ["compress", str(model), "--ratio", "0.3", "--calibration", str(tmp_path / "kept"), *FEW]
+    assert main([*command, "-o", str(tmp_path / "without")]) == 0
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "kept").glob("*.safetensors")}
+    assert len(files) == 6
+    assert main([*command, "-o", str(tmp_path / "with"), "--include", "lm_head", "--head-tolerance", "0.3"]) == 0
+    assert all(path.stat().st_mtime_ns == stamp for path, stamp in files.items())
+    without, with_head = (open_checkpoint(tmp_path / name).modules for name in ("without", "with"))
+    assert with_head.keys() == {*without, "lm_head"}
 
 
 def test_experts_that_too_few_tokens_reach_stay_dense(
@@ -90,7 +142,8 @@ def test_experts_that_too_few_tokens_reach_stay_dense(
     assert main([*command, "--include", "experts", "--ratio", "0.2"]) == 0
     said = capsys.readouterr().out
     assert "tokens per expert: " in said
-    assert "projections stay dense, since fewer tokens than they have inputs reach them: model.layers." in said
+    assert "WARNING: an expert sees about 128 tokens" not in said
+    assert "projections stay dense, since too few tokens reach them" in said
     report = json.loads((tmp_path / "out" / "pgsvd_report.json").read_text(encoding="utf-8"))
     reached = report["expert_tokens"]
     assert len(reached) == 3 * 4 * 3  # layers, experts, projections of each

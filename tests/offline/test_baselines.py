@@ -12,7 +12,7 @@ from pgsvd_vllm.offline.baselines import ASVD_ALPHA, BASELINES, at_equal_ratio, 
 from pgsvd_vllm.offline.compress import compress
 from pgsvd_vllm.offline.factorize import closed_form
 from pgsvd_vllm.offline.model_source import Projection
-from pgsvd_vllm.offline.plan import CompressOptions
+from pgsvd_vllm.offline.options import CompressOptions
 from tests.conftest import run_cli
 from tests.offline.test_compress import check_output, section_of
 

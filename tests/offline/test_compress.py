@@ -18,7 +18,8 @@ from pgsvd_vllm.offline.calibrate import LayerGrams, advance
 from pgsvd_vllm.offline.compress import compress
 from pgsvd_vllm.offline.estimate import fit_into_memory, free_memory, memory_bytes
 from pgsvd_vllm.offline.model_source import ModelSource
-from pgsvd_vllm.offline.plan import CompressOptions, make_plan
+from pgsvd_vllm.offline.options import CompressOptions
+from pgsvd_vllm.offline.plan import make_plan
 from pgsvd_vllm.offline.stream import LayerStream, text_batches
 from tests.conftest import save_tiny_model
 

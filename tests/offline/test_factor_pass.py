@@ -12,7 +12,8 @@ from pgsvd_vllm.offline.calibrate_pass import calibrate_layers, measured_front
 from pgsvd_vllm.offline.choose import choose_ranks
 from pgsvd_vllm.offline.factor_pass import factor_layers
 from pgsvd_vllm.offline.model_source import Projection
-from pgsvd_vllm.offline.plan import CompressOptions, make_plan
+from pgsvd_vllm.offline.options import CompressOptions
+from pgsvd_vllm.offline.plan import make_plan
 from pgsvd_vllm.offline.sequential import Target
 from pgsvd_vllm.offline.workspace import Workspace
 from tests.offline.test_calibrate import clipped, reference_inputs

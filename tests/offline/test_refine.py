@@ -15,7 +15,8 @@ from pgsvd_vllm.offline import refine
 from pgsvd_vllm.offline.compress import compress
 from pgsvd_vllm.offline.estimate import estimate
 from pgsvd_vllm.offline.factorize import product
-from pgsvd_vllm.offline.plan import HELD_OUT, CompressOptions, make_plan
+from pgsvd_vllm.offline.options import HELD_OUT, CompressOptions
+from pgsvd_vllm.offline.plan import make_plan
 from pgsvd_vllm.offline.refine import Healer, Tensors, TrainedProjection
 from tests.offline.test_calibrate import CPU, windows
 

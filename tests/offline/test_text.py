@@ -212,9 +212,7 @@ def test_plain_text_becomes_conversations(tmp_path: Path, tiny_model: Path) -> N
     rows.write_text(json.dumps({"text": "a\n\nb"}) + "\n" + json.dumps({"messages": messages}), encoding="utf-8")
     assert read_documents(str(rows), 10, own, chat=True) == ["<user>a<assistant>b", "<user>Hi"]
     own.chat_template = "{{ raise_exception('no system') }}"
-    with pytest.raises(
-        InputError, match=r"the model's refuses a question and its answer \(no system\)"
-    ):
+    with pytest.raises(InputError, match=r"the model's refuses a question and its answer \(no system\)"):
         read_documents(str(path), 10, own, chat=True)
 
 

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from pgsvd_vllm.offline.calibrate import LayerGrams, advance
 from pgsvd_vllm.offline.compress import compress
 from pgsvd_vllm.offline.model_source import ModelSource
+from pgsvd_vllm.offline.options import CompressOptions
 from pgsvd_vllm.offline.pairs import load_processor, read_pairs
-from pgsvd_vllm.offline.plan import CompressOptions, make_plan
+from pgsvd_vllm.offline.plan import make_plan
 from pgsvd_vllm.offline.sensitivity import GradientPass, LayerGradients
 from pgsvd_vllm.offline.sequential import ErrorAwarePass
 from pgsvd_vllm.offline.stream import Batch, LayerStream

@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from pgsvd_vllm.errors import InputError
 from pgsvd_vllm.offline.compress import compress
 from pgsvd_vllm.offline.estimate import estimate
-from pgsvd_vllm.offline.plan import CompressOptions, make_plan
+from pgsvd_vllm.offline.options import CompressOptions
+from pgsvd_vllm.offline.plan import make_plan
 from tests.conftest import run_cli, save_tiny_model
 
 SMALL: dict[str, Any] = {"num_calibration_samples": 20, "max_seq_length": 48}

@@ -38,7 +38,9 @@ pytestmark = pytest.mark.usefixtures("vllm_world")
 class Mixture:
     """vLLM's mixture, made and loaded, and its experts' matrices in float64."""
 
-    def __init__(self, dtype: torch.dtype, table: dict[str, FactoredModule] | None = None) -> None:
+    def __init__(
+        self, dtype: torch.dtype, table: dict[str, FactoredModule] | None = None, prefix: str = PREFIX
+    ) -> None:
         generator = torch.Generator().manual_seed(0)
         self.table = {
             f"{PREFIX}.{number}.{leaf}": FactoredModule(rank, form)
@@ -67,7 +69,7 @@ class Mixture:
                 intermediate_size=INNER,
                 params_dtype=dtype,
                 quant_config=PgsvdConfig(self.table if table is None else table),
-                prefix=PREFIX,
+                prefix=prefix,
             )
         self.layer = self.runner.routed_experts
         self.method = self.layer.quant_method
@@ -164,10 +166,24 @@ def test_the_op_is_what_torch_expects_of_one() -> None:
     mixture = Mixture(torch.float32)
     mixture.load()
     x = torch.randn(6, HIDDEN)
-    torch.library.opcheck(torch.ops.pgsvd.experts, (x, *routed(6), _encode_layer_name(PREFIX)))
+    torch.library.opcheck(torch.ops.pgsvd.experts, (x, *routed(6), _encode_layer_name(mixture.method.prefix)))
 
 
-def test_weights_are_loaded_once() -> None:
+def test_a_drafts_experts_are_not_the_targets() -> None:
+    target, draft = Mixture(torch.float32), Mixture(torch.float32, prefix=f"draft_model.{PREFIX}")
+    draft.tensors = {name: 2 * t if t.is_floating_point() else t for name, t in draft.tensors.items()}
+    for mixture in (target, draft):
+        mixture.load()
+    x, (weights, numbers) = torch.randn(3, HIDDEN), routed(3)
+    found = [m.method.apply(m.layer, x, weights, numbers, None, None) for m in (target, draft)]
+    torch.testing.assert_close(found[0].double(), target.expected(x, weights, numbers), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(found[0], found[1], atol=0.1)
+
+
+@pytest.mark.parametrize("kind", [FactoredExpertsMethod, MultipliedBackMethod])
+def test_weights_are_loaded_once(kind: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    if kind is MultipliedBackMethod:
+        monkeypatch.setattr(experts, "ACTIVATIONS", {})
     mixture = Mixture(torch.float32)
     mixture.load()
     with pytest.raises(CheckpointError, match="loaded once; restart the server"):
