@@ -1,6 +1,7 @@
 """What --include adds, on real engines: experts of mixtures, and the output head; on one worker, on two, compiled."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -83,13 +84,24 @@ def test_a_factored_head_with_lora_enabled(with_head: Path, prompts: list[list[i
     assert found == transformers_greedy(with_head, prompts, NEW_TOKENS)
 
 
-def test_a_head_of_another_name_is_served(tmp_path: Path, prompts: list[list[int]], one_thread: None) -> None:
-    row = next(row for row in ARCHITECTURES if row.name == "GPT-NeoX, Pythia")
+@pytest.mark.parametrize(
+    ("name", "head"),
+    [
+        # vLLM runs it with transformers' code, whose rules take every `weight_v` for one of weight normalisation.
+        ("GPT-NeoX, Pythia", "embed_out"),
+        # vLLM makes its head without asking for a method.
+        ("OPT", "lm_head"),
+    ],
+)
+def test_heads_of_other_models_are_served(
+    name: str, head: str, tmp_path: Path, prompts: list[list[int]], one_thread: None
+) -> None:
+    row = next(row for row in ARCHITECTURES if row.name == name)
+    row = replace(row, options=row.options | {"tie_word_embeddings": False})
     command = ["compress", str(save_model(row, tmp_path / "model")), "-o", str(tmp_path / "out"), *FEW]
-    head = ("--include", "lm_head", "--head-tolerance", "0.3")
-    # In vLLM this model is one of transformers, whose rules take every `weight_v` for one of weight normalisation.
-    assert main([*command, "--ratio", "0.3", "--form", "factors", *head]) == 0
-    assert "embed_out" in open_checkpoint(tmp_path / "out").modules
+    options = ("--ratio", "0.3", "--form", "factors", "--include", "lm_head", "--head-tolerance", "0.3")
+    assert main([*command, *options]) == 0
+    assert head in open_checkpoint(tmp_path / "out").modules
     found = tokens(run_engine(tmp_path / "out", [(prompts, greedy(NEW_TOKENS))])[0])
     assert found == transformers_greedy(tmp_path / "out", prompts, NEW_TOKENS)
 
