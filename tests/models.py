@@ -30,8 +30,8 @@ embeddings, are those of transformers.
 TAIL = """
 Anything else: every `nn.Linear` (or transposed `Conv1D`) in the list of layers that holds most of a causal language
 model's linear weights is compressed, whatever it is called; of models that read images, in one such list for each
-part of the configuration. What lies outside of it, such as the projector between the two towers, and what a
-checkpoint stores in another form (experts that it has stacked), stays dense. Experts that it stores one by one are
+part of the configuration. What lies outside of it, such as the projector between the two towers (0.3 % of LLaVA 1.5
+7B's parameters), and what a checkpoint stores in another form (experts that it has stacked), stays dense. Experts that it stores one by one are
 compressed with `--include experts`, on the tokens that reach each; where these are fewer than a projection has inputs
 it stays dense, and a warning says so. The output head is compressed with `--include lm_head`, unless it is the input
 embeddings. What nothing is computed from stays dense: the last layer of LLaVA's vision model. Layers between which a

@@ -45,6 +45,7 @@ def test_compressed_and_served(
         row["name"] for row in report if row["out_features"] == 1
     }
     assert not {name.rpartition(".")[2] for name in served} & architecture.dense
+    assert any(".experts." in name for name in served) == architecture.experts
     found = tokens(run_engine(tmp_path / "all", [(prompts, greedy(NEW_TOKENS))])[0])
     if architecture.like_transformers:
         expected = transformers_greedy(tmp_path / "all", prompts, NEW_TOKENS)
