@@ -31,12 +31,12 @@ TAIL = """
 Anything else: every `nn.Linear` (or transposed `Conv1D`) in the list of layers that holds most of a causal language
 model's linear weights is compressed, whatever it is called; of models that read images, in one such list for each
 part of the configuration. What lies outside of it, such as the projector between the two towers (0.3 % of LLaVA 1.5
-7B's parameters), and what a checkpoint stores in another form (experts that it has stacked), stays dense. Experts that it stores one by one are
-compressed with `--include experts`, on the tokens that reach each; where these are fewer than a projection has inputs
-it stays dense, and a warning says so. The output head is compressed with `--include lm_head`, unless it is the input
-embeddings. What nothing is computed from stays dense: the last layer of LLaVA's vision model. Layers between which a
-model changes what they hand on are refused. If vLLM's model has no linear layer of a projection's name, loading with
-`--load-format pgsvd` stops with an error that says which to `--ignore`.
+7B's parameters), and what a checkpoint stores in another form (experts that it has stacked), stays dense. Experts that
+it stores one by one are compressed with `--include experts`, on the tokens that reach each; where these are fewer than
+a projection has inputs it stays dense, and a warning says so. The output head is compressed with `--include lm_head`,
+unless it is the input embeddings. What nothing is computed from stays dense: the last layer of LLaVA's vision model.
+Layers between which a model changes what they hand on are refused. If vLLM's model has no linear layer of a
+projection's name, loading with `--load-format pgsvd` stops with an error that says which to `--ignore`.
 
 vLLM leaves the MLPs of SigLIP out of every quantization where 64 does not divide their sizes; with `--load-format
 pgsvd` they are factored all the same, without it such a checkpoint does not load.
