@@ -22,9 +22,8 @@ and servers, whose tokens are compared with transformers' or the plain engine's.
 """
 # What no test shows.
 REMARKS = """
-- Data parallelism, several nodes: vLLM's own (`vllm serve DIR --load-format pgsvd --data-parallel-size 2`;
-  `--tensor-parallel-size 8 --pipeline-parallel-size 2 --distributed-executor-backend ray`). Nothing of a factored
-  model is in their way, and nothing of it was run.
+- Several nodes: vLLM's own (`vllm serve DIR --load-format pgsvd --tensor-parallel-size 8 --pipeline-parallel-size 2
+  --distributed-executor-backend ray`). Nothing of a factored model is in its way, and nothing of it was run.
 - Tensor parallelism: `pgsvd-vllm inspect DIR --tp N` shows what each rank holds and sends, PGSVD_COLLECTIVE_BYTES=0
   gives the least memory. With LoRA row-parallel layers sum their outputs, as dense ones do. Not run on more than two
   workers; 4 and 8 ranks are simulated (`tests/serving/test_ranks.py`).
