@@ -112,7 +112,8 @@ def describe(plan: Plan) -> str:
     ignored = f", {plan.ignored_parameters / 1e6:.1f} M more ignored" if plan.ignored_parameters else ""
     if plan.unreachable_parameters:
         ignored += (
-            f"; {plan.unreachable_parameters / 1e6:.1f} M in other matrices of theirs, such as experts, stay dense"
+            f"; {plan.unreachable_parameters / 1e6:.1f} M in other matrices of theirs, such as "
+            f"{'routers' if plan.source.splits else 'experts'}, stay dense"
         )
         if not plan.source.splits and plan.source.could_split:
             ignored += " (--include experts factors them)"

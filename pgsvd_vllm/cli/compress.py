@@ -117,12 +117,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--include",
-        nargs="+",
-        action="extend",
+        action="append",
         default=[],
         choices=["experts", "lm_head"],
         help="compress as well: the experts of mixtures (vLLM on CPU computes with their factors, on GPUs it "
-        "multiplies them back as it loads them: smaller on disk alone); the output head, if it is not the embeddings",
+        "multiplies them back as it loads them: smaller on disk alone), or the output head, where not the embeddings; "
+        "repeat it for both",
     )
     parser.add_argument(
         "--head-tolerance",
