@@ -19,11 +19,11 @@ from pgsvd_vllm.offline.workspace import LayerCalibration, LayerSensitivity, Wor
 def calibrate_layers(plan: Plan, workspace: Workspace) -> None:
     """Gram matrices, output spectra and sensitivities of every layer that the workspace does not have yet."""
     layers, kind = len(plan.projections), plan.sensitivity
+    missing = [index for index in range(layers) if plan.measured and not workspace.has_sensitivity(index, kind)]
     done = all(workspace.has_layer(i) for i in range(layers)) and (plan.head is None or workspace.has_head())
-    if done and (not plan.measured or all(workspace.has_sensitivity(i, kind) for i in range(layers))):
+    if done and not missing:
         return
     stream = LayerStream(plan.source, plan.batches(), plan.device, plan.compute_dtype)
-    missing = [index for index in range(layers) if plan.measured and not workspace.has_sensitivity(index, kind)]
     gradients = GradientPass(stream, workspace.folder / "inputs") if missing and kind == "measured" else None
     with tqdm(total=_tokens_of_all(plan), unit="tok", unit_scale=True, desc="calibrate") as bar:
         for index, row in enumerate(plan.projections):

@@ -79,15 +79,42 @@ def _kinds(experts: list[Expert], down: bool) -> list[str]:
     return list(dict.fromkeys(kind for shard in shards for kind in shard.kinds))
 
 
-def _register(layer: Any, experts: list[Expert], load: Callable[..., bool], known: tuple[str, ...] = ()) -> None:
-    """Empty parameters of the names that vLLM looks for when it comes to an expert's tensors."""
-    for stem, down in (("w13", False), ("w2", True)):
-        for kind in _kinds(experts, down):
+def _stem(shard_id: str) -> str:
+    """How vLLM's parameters of a projection begin."""
+    return "w2" if shard_id == DOWN else "w13"
+
+
+def _register(
+    layer: Any, experts: list[Expert], take: Callable[[int, str, str, torch.Tensor], bool], known: tuple[str, ...] = ()
+) -> None:
+    """Empty parameters of the names that vLLM looks for when it comes to an expert's tensors.
+
+    Args:
+        layer: vLLM's.
+        experts: their shards.
+        take: gets an expert's number, vLLM's name of the projection, the kind of a tensor and the tensor; says whether
+            it belongs to this rank.
+        known: kinds that have parameters already.
+    """
+
+    def load(
+        param: torch.Tensor,
+        loaded_weight: torch.Tensor,
+        weight_name: str,
+        shard_id: str,
+        expert_id: int,
+        return_success: bool = False,
+    ) -> bool:
+        kind = weight_name.rpartition(".")[2].removeprefix(f"{_stem(shard_id)}_")
+        return take(expert_id, shard_id, kind, loaded_weight)
+
+    for shard_id in (GATE, DOWN):
+        for kind in _kinds(experts, shard_id == DOWN):
             if kind in known:
                 continue
             parameter: Any = nn.Parameter(torch.empty(0), requires_grad=False)
             parameter.weight_loader = load
-            layer.register_parameter(f"{stem}_{kind}", parameter)
+            layer.register_parameter(f"{_stem(shard_id)}_{kind}", parameter)
 
 
 class _Part(nn.Module):
@@ -150,27 +177,19 @@ class FactoredExpertsMethod(FusedMoEMethodBase):
             inner.quant_method.create_weights(inner, hidden_size, [here, here], hidden_size, 2 * whole, params_dtype)
             outer.quant_method.create_weights(outer, here, [hidden_size], whole, hidden_size, params_dtype)
             self.parts.append((inner, outer))
-        _register(layer, self.experts, self._load)
+        _register(layer, self.experts, self._take)
 
     @property
     def layers(self) -> list[PgsvdLinearMethod]:
         """The methods of all experts' layers."""
         return [part.quant_method for pair in self.parts for part in pair]
 
-    def _load(
-        self,
-        param: torch.Tensor,
-        loaded_weight: torch.Tensor,
-        weight_name: str,
-        shard_id: str,
-        expert_id: int,
-        return_success: bool = False,
-    ) -> bool:
-        """What vLLM calls with each tensor of an expert."""
+    def _take(self, expert_id: int, shard_id: str, kind: str, tensor: torch.Tensor) -> bool:
+        """One tensor of an expert; see `_register`."""
         if self.packed:
             raise _loaded(self.experts)
         part = self.parts[expert_id][shard_id == DOWN]
-        part.load(_kind(weight_name), loaded_weight, PLACE[shard_id])
+        part.load(kind, tensor, PLACE[shard_id])
         return True
 
     def process_weights_after_loading(self, layer: Any) -> None:
@@ -244,21 +263,13 @@ class MultipliedBackMethod(UnquantizedFusedMoEMethod):
         self.dense = {False: layer.w13_weight, True: layer.w2_weight}
         self.local = layer._map_global_expert_id_to_local_expert_id
         self.is_dummy = get_current_vllm_config().load_config.load_format == "dummy"
-        _register(layer, self.experts, self._load, ("weight",))
+        _register(layer, self.experts, self._take, ("weight",))
 
-    def _load(
-        self,
-        param: torch.Tensor,
-        loaded_weight: torch.Tensor,
-        weight_name: str,
-        shard_id: str,
-        expert_id: int,
-        return_success: bool = False,
-    ) -> bool:
-        """What vLLM calls with each factor of an expert."""
+    def _take(self, expert_id: int, shard_id: str, kind: str, tensor: torch.Tensor) -> bool:
+        """One factor of an expert; see `_register`."""
         if self.packed:
             raise _loaded(self.experts)
-        shard, kind = self.experts[expert_id][shard_id], _kind(weight_name)
+        shard = self.experts[expert_id][shard_id]
         if shard.module is None or kind not in shard.kinds:
             raise CheckpointError(f"tensor {shard.name}.{kind}: config.json says {shard.name} has none such")
         if self.local(expert_id) == -1:
@@ -266,14 +277,13 @@ class MultipliedBackMethod(UnquantizedFusedMoEMethod):
         parts = self.waiting.setdefault((expert_id, shard_id), {})
         dense = self.dense[shard_id == DOWN]
         # Not a view of the file, and multiplied where it is served.
-        parts[kind] = loaded_weight.to(dense.device, copy=True)
+        parts[kind] = tensor.to(dense.device, copy=True)
         if len(parts) < len(shard.kinds):
             return True
         del self.waiting[expert_id, shard_id]
         self.done.add((expert_id, shard_id))
         weight = _multiplied(shard, parts).to(dense.dtype)
-        name = f"{weight_name.removesuffix(kind)}weight"
-        return self.loads(dense, weight, name, shard_id, expert_id, return_success=True)
+        return self.loads(dense, weight, f"{_stem(shard_id)}_weight", shard_id, expert_id, return_success=True)
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """vLLM's own; raises CheckpointError where a factor has not come."""
@@ -290,10 +300,6 @@ class MultipliedBackMethod(UnquantizedFusedMoEMethod):
 
 def _loaded(experts: list[Expert]) -> CheckpointError:
     return CheckpointError(f"{experts[0][GATE].name}: factored experts are loaded once; restart the server")
-
-
-def _kind(weight_name: str) -> str:
-    return weight_name.rpartition(".")[2].removeprefix("w13_").removeprefix("w2_")
 
 
 def _multiplied(shard: Shard, parts: dict[str, torch.Tensor]) -> torch.Tensor:
