@@ -26,11 +26,20 @@ import triton
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from pgsvd_vllm.kernels.launch import Workspace, can_overlap, room, run, run_gated, run_library
+from pgsvd_vllm.kernels.launch import Workspace, can_overlap, room, run, run_gated
+from pgsvd_vllm.kernels.library import run_library, run_library_gated
 from pgsvd_vllm.kernels.packed import Gate, PackedLayer
 from pgsvd_vllm.kernels.reference import gated_difference, layer_difference
-from pgsvd_vllm.kernels.sizes import Shard
-from pgsvd_vllm.kernels.tiles import ALIGNMENT, MOST_TOKENS, usual_steps
+from pgsvd_vllm.kernels.sizes import ALIGNMENT, Shard
+from pgsvd_vllm.kernels.tiles import (
+    FEW_TOKENS,
+    FEW_TOKENS_OF_MANY,
+    MOST_TOKENS,
+    Step,
+    own_tiles,
+    tiles_for,
+    usual_steps,
+)
 from pgsvd_vllm.kernels.timing import COPY_BYTES, seconds
 from pgsvd_vllm.kernels.tune import LayerTuner, RandomLayer
 from tests.kernels.interpreted import Layer, gated_layer
@@ -52,15 +61,23 @@ REPEATS = 200
 MOST_OF_IDEAL = 1.15
 
 
-def rank_for(out: int, columns: int, removed: float) -> int:
+def rank_for(out: int, columns: int, removed: float, pivots: bool = False) -> int:
     """The largest rank that removes a share of a shard's numbers."""
-    return int((1 - removed) * out * columns / (out + columns)) // ALIGNMENT * ALIGNMENT
+    both, kept = out + columns, (1 - removed) * out * columns
+    rank = (both - (both**2 - 4 * kept) ** 0.5) / 2 if pivots else kept / both
+    return int(rank) // ALIGNMENT * ALIGNMENT
+
+
+def most_room(space: Workspace, packed: PackedLayer) -> None:
+    """Make room for our kernels at any number of tokens."""
+    steps = [Step(most, own_tiles(most, packed.sizes)) for most in (16, FEW_TOKENS, FEW_TOKENS_OF_MANY, MOST_TOKENS)]
+    space.grow(*room(len(packed.v), tuple(steps)))
 
 
 def shards_of(name: str, removed: float, pivots: bool = False) -> list[Shard]:
     """A layer's shards, as plain factors or with all pivot rows."""
     outs, columns = LAYERS[name]
-    ranks = [rank_for(out, columns, removed) for out in outs]
+    ranks = [rank_for(out, columns, removed, pivots) for out in outs]
     return [Shard(out, rank, rank if pivots else None) for out, rank in zip(outs, ranks, strict=True)]
 
 
@@ -78,18 +95,22 @@ def correctness(device: torch.device, overlap: bool, count: int) -> Iterator[Row
             for tensors in (layer.readers, layer.ups, layer.places):
                 tensors[:] = [tensor if tensor is None else tensor.to(device) for tensor in tensors]
             packed = PackedLayer(layer.readers, layer.ups, layer.places)
-            space.grow(*room(len(packed.v), usual_steps(len(packed.v), packed.columns)))
+            most_room(space, packed)
             tokens = rng.choice([0, 1, 2, 7, 16, 17, 40, 64, 65, 200, MOST_TOKENS])
             x = torch.randn(tokens, packed.columns, device=device).to(dtype)
             bias = torch.randn(packed.out, device=device).to(dtype) if rng.random() < 0.5 else None
             shards = layer.readers, layer.ups, layer.places
-            wrong.append(layer_difference(x, *shards, bias, run_library(x, packed, bias)))
+            wrong.append(layer_difference(x, *shards, bias, run_library(x, packed, bias, kernels=True)))
             if dtype == torch.float32:  # is never served by the kernels: it spills registers
                 continue
             wrong.append(layer_difference(x, *shards, bias, run(x, packed, space, bias, overlap=overlap)))
             if gated:
-                y = run_gated(x, packed, Gate(packed, layer.ups, layer.places), space, bias, overlap=overlap)
-                wrong.append(gated_difference(x, *shards, bias, y))
+                gate = Gate(packed, layer.ups, layer.places)
+                wrong.append(
+                    gated_difference(x, *shards, bias, run_gated(x, packed, gate, space, bias, overlap=overlap))
+                )
+                if packed.sources is not None:
+                    wrong.append(gated_difference(x, *shards, bias, run_library_gated(x, packed, gate, bias)))
         found = [text for text in wrong if text]
         yield row(f"random layers, {dtype}, wrong" + (f" ({found[0]})" if found else ""), len(found), 0)
 
@@ -102,11 +123,12 @@ def row(case: str, value: float, bar: float | None) -> Row:
 class Stack:
     """Copies of one layer of random numbers, dense or factored."""
 
-    def __init__(self, name: str, removed: float, device: torch.device, space: Workspace) -> None:
+    def __init__(self, name: str, removed: float, device: torch.device, space: Workspace, pivots: bool = False) -> None:
         outs, columns = LAYERS[name]
-        ranks = [rank_for(out, columns, removed) for out in outs]
         dense = sum(outs) * columns
-        kept = sum(rank * (out + columns) for out, rank in zip(outs, ranks, strict=True)) if removed else dense
+        shards = shards_of(name, removed, pivots)
+        kept = sum((shard.rank or 0) * (shard.out - (shard.pivots or 0) + columns) for shard in shards)
+        kept = kept if removed else dense
         self.share = kept / dense
         self.columns = columns
         self.dense: list[torch.Tensor] = []
@@ -120,12 +142,11 @@ class Stack:
             ]
             return
         for _ in range(copies):
-            layer = RandomLayer(shards_of(name, removed), columns, torch.bfloat16, device)
+            layer = RandomLayer(shards, columns, torch.bfloat16, device)
             self.packed.append(layer.pack())
             if name == "gate_up":
                 self.gates.append(Gate(self.packed[-1], layer.ups, layer.places))
-        rows = len(self.packed[0].v)
-        space.grow(*room(rows, usual_steps(rows, columns)))
+        most_room(space, self.packed[0])
 
 
 def real_layers(device: torch.device, overlap: bool) -> Iterator[Row]:
@@ -135,8 +156,7 @@ def real_layers(device: torch.device, overlap: bool) -> Iterator[Row]:
         columns = LAYERS[name][1]
         layer = RandomLayer(shards_of(name, 0.4, pivots), columns, torch.bfloat16, device)
         packed = layer.pack()
-        rows = len(packed.v)
-        space.grow(*room(rows, usual_steps(rows, columns)))
+        most_room(space, packed)
         gate = Gate(packed, layer.ups, layer.places) if name == "gate_up" else None
         weights = layer.readers, layer.ups, layer.places
         wrong: list[str] = []
@@ -157,10 +177,50 @@ def real_layers(device: torch.device, overlap: bool) -> Iterator[Row]:
         yield row(f"{at}, counters left", int(space.counters.count_nonzero()), 0)
 
 
-def speed(device: torch.device, overlap: bool, tokens_of: tuple[int, ...]) -> Iterator[Row]:
-    """Factored beside dense, in turn on the same inputs; at last a decoder layer's four together."""
+def in_graphs(device: torch.device, overlap: bool) -> Iterator[Row]:
+    """Chains of layers in CUDA graphs, where launches follow each other at once, for one input after the other."""
     space = Workspace(device)
-    totals: dict[tuple[float, int, str], list[float]] = {}
+    kinds = {
+        "factors": [Shard(4096, 1232), Shard(1024, 400), Shard(1024, 512)],
+        "factors and a dense shard": [Shard(4096, 1232), Shard(1024, 400), Shard(1024)],
+        "pivots": [Shard(4096, 1504, 1504), Shard(1024, 512, 512)],
+        "pivots, factors and a dense shard": [Shard(4096, 1504, 1504), Shard(1024, 400), Shard(1024)],
+        "gate": [Shard(11008, 2048, 2048), Shard(11008, 1776)],
+    }
+    for (name, shards), tokens in itertools.product(kinds.items(), (1, 16, 32, 64)):
+        layers = [RandomLayer(shards, 4096, torch.bfloat16, device) for _ in range(4)]
+        packed = [layer.pack() for layer in layers]
+        most_room(space, packed[0])
+        judge, calls = layer_difference, [partial(run, layer=p, workspace=space, overlap=overlap) for p in packed]
+        if name == "gate":
+            gates = [Gate(p, layer.ups, layer.places) for p, layer in zip(packed, layers, strict=True)]
+            judge = gated_difference
+            calls = [
+                partial(run_gated, layer=p, gate=gate, workspace=space, overlap=overlap)
+                for p, gate in zip(packed, gates, strict=True)
+            ]
+        x = torch.randn(tokens, 4096, device=device).bfloat16()
+        for call in calls:
+            call(x)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            outputs = [call(x) for call in calls]
+        wrong = []
+        for _ in range(5):
+            x.copy_(torch.randn(tokens, 4096, device=device))
+            graph.replay()
+            wrong += [
+                judge(x, layer.readers, layer.ups, layer.places, None, y)
+                for layer, y in zip(layers, outputs, strict=True)
+            ]
+        found = [text for text in wrong if text]
+        yield row(f"in a graph, {name}, {tokens} tokens, wrong" + (f" ({found[0]})" if found else ""), len(found), 0)
+
+
+def speed(device: torch.device, overlap: bool, tokens_of: tuple[int, ...]) -> Iterator[Row]:
+    """Factored as it is served beside dense, in turn on the same inputs; at last a decoder layer's four together."""
+    space = Workspace(device)
+    totals: dict[tuple[str, float, int], list[float]] = {}
 
     def timed(product: Callable[[Any], object], weights: Sequence[Any]) -> float:
         return seconds([partial(product, one) for one in weights], device)
@@ -169,36 +229,37 @@ def speed(device: torch.device, overlap: bool, tokens_of: tuple[int, ...]) -> It
         dense = Stack(name, 0.0, device, space)
         inputs = {tokens: torch.randn(tokens, dense.columns, device=device).bfloat16() for tokens in tokens_of}
         times = {tokens: timed(lambda w, x=x: F.linear(x, w), dense.dense) for tokens, x in inputs.items()}
-        for removed in REMOVED:
-            stack = Stack(name, removed, device, space)
+        for form, removed in itertools.product(("factors", "pivots"), REMOVED):
+            stack = Stack(name, removed, device, space, form == "pivots")
+            steps = usual_steps(stack.packed[0].sizes)
             for tokens, x in inputs.items():
-                at = f"{name}, {removed:.0%} removed, {tokens} tokens"
-                found = {"torch": timed(lambda p, x=x: run_library(x, p), stack.packed)}
-                if tokens <= MOST_TOKENS:
-                    found["triton"] = timed(lambda p, x=x: run(x, p, space, overlap=overlap), stack.packed)
-                    numbers = stack.share * dense.dense[0].numel()
-                    yield row(f"{at}, triton, GB/s of weights", 2e-9 * numbers / found["triton"], None)
-                for how, taken in found.items():
-                    bar = MOST_OF_IDEAL if how == "triton" and tokens <= 64 else None
-                    yield row(f"{at}, {how}, time / (dense x share)", taken / times[tokens] / stack.share, bar)
-                    yield row(f"{at}, {how}, dense / time", times[tokens] / taken, None)
-                    whole = totals.setdefault((removed, tokens, how), [0.0, 0.0])
-                    whole[0] += times[tokens]
-                    whole[1] += taken
-                if tokens <= MOST_TOKENS and stack.gates:
+                at = f"{name}, {form}, {removed:.0%} removed, {tokens} tokens"
+                library = timed(lambda p, x=x: run_library(x, p, kernels=True), stack.packed)
+                taken, tiles = library, tiles_for(steps, tokens)
+                if tiles:
+                    taken = timed(lambda p, x=x, t=tiles: run(x, p, space, tiles=t, overlap=overlap), stack.packed)
+                    yield row(f"{at}, torch's products / ours", library / taken, None)
+                bar = MOST_OF_IDEAL if tokens <= FEW_TOKENS else None
+                yield row(f"{at}, time / (dense x share)", taken / times[tokens] / stack.share, bar)
+                yield row(f"{at}, dense / time", times[tokens] / taken, None)
+                whole = totals.setdefault((form, removed, tokens), [0.0, 0.0])
+                whole[0] += times[tokens]
+                whole[1] += taken
+                if tiles and stack.gates:
                     # vLLM's kernel is not here: another one that reads and writes as much stands for it.
                     half = x.new_empty(tokens, stack.gates[0].half)
+                    own = own_tiles(tokens, stack.packed[0].sizes, gated=True)
 
-                    def apart(p: PackedLayer, x: torch.Tensor = x, half: torch.Tensor = half) -> None:
-                        torch.mul(*run(x, p, space, overlap=overlap).chunk(2, 1), out=half)
+                    def apart(p: PackedLayer, x: torch.Tensor = x, half: torch.Tensor = half, t: Any = tiles) -> None:
+                        torch.mul(*run(x, p, space, tiles=t, overlap=overlap).chunk(2, 1), out=half)
 
-                    def within(p: tuple[PackedLayer, Gate], x: torch.Tensor = x) -> None:
-                        run_gated(x, *p, space, overlap=overlap)
+                    def within(p: tuple[PackedLayer, Gate], x: torch.Tensor = x, t: Any = own) -> None:
+                        run_gated(x, *p, space, tiles=t, overlap=overlap)
 
                     gain = timed(apart, stack.packed) / timed(within, list(zip(stack.packed, stack.gates, strict=True)))
                     yield row(f"{at}, with SiLU, apart / in one", gain, None)
-    for (removed, tokens, how), (plain, taken) in totals.items():
-        yield row(f"all four, {removed:.0%} removed, {tokens} tokens, {how}, dense / time", plain / taken, None)
+    for (form, removed, tokens), (plain, taken) in totals.items():
+        yield row(f"all four, {form}, {removed:.0%} removed, {tokens} tokens, dense / time", plain / taken, None)
 
 
 def tuned(device: torch.device, overlap: bool) -> Iterator[Row]:
@@ -218,20 +279,24 @@ def tuned(device: torch.device, overlap: bool) -> Iterator[Row]:
 
 
 def whole_model() -> Iterator[Row]:
-    """A random model of TinyLlama-1.1B's shape in vLLM, dense and factored in turn, where both are installed."""
+    """Random models in vLLM, dense and factored in turn, in Llama-2-7B's shape, where both are installed."""
     plugins = entry_points(group="vllm.general_plugins")
     if find_spec("vllm") is None or not any(plugin.name == "pgsvd" for plugin in plugins):
         print("whole models: left out, there is no vLLM with pgsvd-vllm installed beside it")
         return
+    from benchmarks.random_model import LLAMA_2_7B
     from benchmarks.reference_model import cache_folder
-    from benchmarks.serve_cpu import measure
+    from benchmarks.serve_cpu import FORMS, measure
 
     cache_folder().mkdir(parents=True, exist_ok=True)
-    # Two engines share the memory.
-    for found in measure("pivot", 0.4, 3, cache_folder() / "gpu-check.log", gpu_memory_utilization=0.4):
-        # Of the engine's process alone, not of the GPU.
-        if "memory" not in found["case"]:
-            yield row(f"whole model, {found['case']}, speed-up of {found['ideal']:.2f}", found["value"], None)
+    log = cache_folder() / "gpu-check.log"
+    for form in FORMS:
+        # Two engines share the memory.
+        options = {"gpu_memory_utilization": 0.4, "max_num_seqs": 64}
+        for found in measure(form, 0.4, 3, log, LLAMA_2_7B, (1, 8, 64), **options):
+            # Of the engine's process alone, not of the GPU.
+            if "memory" not in found["case"]:
+                yield row(f"whole model, {found['case']}, speed-up of {found['ideal']:.2f}", found["value"], None)
 
 
 def main() -> int:
@@ -261,6 +326,7 @@ def main() -> int:
     for part in (
         correctness(device, overlap, count),
         real_layers(device, overlap),
+        in_graphs(device, overlap),
         speed(device, overlap, tokens_of),
         tuned(device, overlap),
         whole_model(),
@@ -268,7 +334,7 @@ def main() -> int:
         for found in part:
             rows.append(found)
             missed = "" if found["bar"] is None else f"  bar {found['bar']:g} {'ok' if found['ok'] else 'MISSED'}"
-            print(f"{found['case']:70} {found['value']:9.3f}{missed}", flush=True)
+            print(f"{found['case']:74} {found['value']:9.3f}{missed}", flush=True)
             wrong += found["bar"] == 0 and not found["ok"]
             if arguments.json:
                 arguments.json.write_text(json.dumps(rows, indent=1) + "\n")

@@ -27,7 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from pgsvd_vllm.kernels.down import down_kernel
 from pgsvd_vllm.kernels.gated import gated_kernel
-from pgsvd_vllm.kernels.tiles import Tile, usual_tiles
+from pgsvd_vllm.kernels.sizes import Sizes
+from pgsvd_vllm.kernels.tiles import Tile, own_tiles
 from pgsvd_vllm.kernels.tune import TOKENS as TUNED_TOKENS
 from pgsvd_vllm.kernels.tune import candidates
 from pgsvd_vllm.kernels.up import up_kernel
@@ -42,13 +43,15 @@ TARGETS = {
 }
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 DTYPES = ("bf16", "fp16")
-TYPES = {"places": "*i32", "partials": "*fp32", "counters": "*i32"}
-NUMBERS = ("x", "v", "z", "u", "y", "bias")
+TYPES = {"places": "*i32", "own": "*i32", "partials": "*fp32", "counters": "*i32"}
+NUMBERS = ("x", "v", "s", "z", "u", "y", "bias")
 # Arguments that are no multiples of 16: all others are, as the launcher makes them.
 UNALIGNED = {"tokens", "n0", "n1", "n2", "y0", "y1", "y2"}
 # Llama-2-7B's merged QKV at 40 % removed.
-ROWS, COLUMNS = 3696, 4096
-TOKENS = (1, 17, 65)
+SIZES = Sizes(4096, 3696, 3 * 4096, 1232, 3, False)
+# Its output projection at 40 % in the pivot form.
+SMALL = Sizes(4096, 1504, 2592, 1504, 1, True)
+TOKENS = (1, 17, 33, 65)
 
 Row = dict[str, Any]
 
@@ -71,17 +74,16 @@ def _features(full: bool, pdl: bool) -> tuple[dict[str, Any], str]:
     return constants, (" with places and bias" if full else "") + (", PDL" if pdl else "")
 
 
-def down_case(name: str, target: str, tile: Tile, full: bool, pdl: bool) -> Case:
+def down_case(name: str, target: str, tile: Tile, pdl: bool) -> Case:
     """A down kernel."""
-    constants, after = _features(full, pdl)
-    own = {"BLOCK_R": tile.block_out, "SPLIT_K": tile.split_k, "EVEN_K": True, "SWAP": tile.swap}
-    return Case(f"down, {name}{after}", target, down_kernel, tile, own | constants)
+    constants = {"BLOCK_R": tile.block_out, "SPLIT_K": tile.split_k, "EVEN_K": True, "SWAP": tile.swap, "PDL": pdl}
+    return Case(f"down, {name}" + (", PDL" if pdl else ""), target, down_kernel, tile, constants)
 
 
 def up_case(name: str, target: str, tile: Tile, shards: int, full: bool, pdl: bool) -> Case:
     """An up kernel."""
     constants, after = _features(full, pdl)
-    own = {"BLOCK_N": tile.block_out, "SHARDS": shards, "SWAP": tile.swap}
+    own = {"BLOCK_N": tile.block_out, "SHARDS": shards, "SWAP": tile.swap, "HAS_OWN": full}
     words = f"up, {name}, {shards} shard{'s'[: shards - 1]}{after}"
     return Case(words, target, up_kernel, tile, own | constants)
 
@@ -102,13 +104,19 @@ def usual_cases(targets: list[str], quick: bool) -> Iterator[Case]:
     """Every kernel that is launched where nothing has been tuned; the quick ones with every feature, in bf16 alone."""
     for target in targets:
         for tokens, pdl in itertools.product(TOKENS, overlaps(target)):
-            down, up = usual_tiles(tokens, ROWS, COLUMNS, amd=target.startswith("gfx"))
+            down, up = own_tiles(tokens, SIZES, amd=target.startswith("gfx"))
+            _, small = own_tiles(tokens, SMALL, amd=target.startswith("gfx"))
+            _, gated = own_tiles(tokens, SIZES, gated=True, amd=target.startswith("gfx"))
             for full, dtype in [(True, DTYPES[0])] if quick else itertools.product((False, True), DTYPES):
                 name = f"{tokens} tokens" + ("" if dtype == DTYPES[0] else f", {dtype}")
-                yield replace(down_case(name, target, down, full, pdl), dtype=dtype)
+                if down is not None and full:
+                    yield replace(down_case(name, target, down, pdl), dtype=dtype)
                 for shards in (1, 3):
                     yield replace(up_case(name, target, up, shards, full, pdl), dtype=dtype)
-                yield replace(gated_case(name, target, up, full, pdl), dtype=dtype)
+                if small != up:
+                    yield replace(up_case(f"{name}, few rows", target, small, 1, full, pdl), dtype=dtype)
+                if down is not None:
+                    yield replace(gated_case(name, target, gated, full, pdl), dtype=dtype)
 
 
 def candidate_cases(targets: list[str]) -> Iterator[Case]:
@@ -117,14 +125,14 @@ def candidate_cases(targets: list[str]) -> Iterator[Case]:
         amd = target.startswith("gfx")
         tried: dict[str, dict[Tile, None]] = {"down": {}, "up": {}}
         for tokens in TUNED_TOKENS:
-            downs, ups = candidates(tokens, usual_tiles(tokens, ROWS, COLUMNS, amd), amd)
+            downs, ups = candidates(tokens, own_tiles(tokens, SIZES, amd=amd), amd)
             tried["down"] |= dict.fromkeys(downs)
             tried["up"] |= dict.fromkeys(ups)
         for kind, tile in ((kind, tile) for kind, tiles in tried.items() for tile in tiles):
             blocks = f"{tile.block_m}x{tile.block_out}x{tile.block_k}, {tile.warps} warps, {tile.stages} stages"
             pdl = overlaps(target)[-1]
             if kind == "down":
-                yield down_case(f"{blocks}, {tile.split_k} parts", target, tile, True, pdl)
+                yield down_case(f"{blocks}, {tile.split_k} parts", target, tile, pdl)
             else:
                 yield up_case(blocks, target, tile, 3, True, pdl)
 
@@ -147,7 +155,11 @@ def resources(case: Case) -> Row:
     device, most_shared = TARGETS[target]
     built = triton.compile(source, target=device, options=options)
     row: Row = {"case": f"{target} {case.name}", "shared": built.metadata.shared, "warps": tile.warps}
-    row |= nvidia_figures(built.asm) if device.backend == "cuda" else _amd(built.asm["amdgcn"], constants["HAS_PLACES"])
+    row |= (
+        nvidia_figures(built.asm)
+        if device.backend == "cuda"
+        else _amd(built.asm["amdgcn"], constants.get("HAS_PLACES", False))
+    )
     missed = []
     if row["spills"]:
         missed.append(f"{row['spills']} spills")

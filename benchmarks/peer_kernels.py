@@ -41,7 +41,8 @@ from benchmarks.kernel_resources import (
     resources,
     up_case,
 )
-from pgsvd_vllm.kernels.tiles import usual_tiles
+from pgsvd_vllm.kernels.sizes import Shard, sizes_of
+from pgsvd_vllm.kernels.tiles import own_tiles
 
 REMOVED = 0.4
 # The MLP is gate_up, with the activation, and down.
@@ -207,14 +208,16 @@ def ours(target: str) -> Iterator[Row]:
     """Our kernels' figures."""
     pdl = overlaps(target)[-1]
     for layer, (outs, columns) in LAYERS.items():
-        rows = sum(rank_for(out, columns, REMOVED) for out in outs)
-        down, up = usual_tiles(1, rows, columns)
+        sizes = sizes_of([Shard(out, rank_for(out, columns, REMOVED)) for out in outs], columns)
+        rows = sizes.rows
+        down, up = own_tiles(1, sizes, gated=layer == "gate_up")
+        assert down is not None
         programs = triton.cdiv(rows, down.block_out) * down.split_k, sum(triton.cdiv(n, up.block_out) for n in outs)
         above = up_case("", target, up, len(outs), False, pdl)
         if layer == "gate_up":
             programs = programs[0], triton.cdiv(outs[0], up.block_out)
             above = gated_case("", target, up, False, pdl)
-        cases = down_case("", target, down, False, pdl), above
+        cases = down_case("", target, down, pdl), above
         for kind, case, started in zip(("down", "up"), cases, programs, strict=True):
             tile, row = case.tile, resources(case)
             split = f" in {tile.split_k} parts" if tile.split_k > 1 else ""

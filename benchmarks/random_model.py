@@ -1,4 +1,4 @@
-"""Models with random weights in the shape of TinyLlama-1.1B, dense and factored, to measure speed with.
+"""Models with random weights in the shape of TinyLlama-1.1B or Llama-2-7B, dense and factored, for speed.
 
     python benchmarks/random_model.py [FORM RATIO]    e.g. pivot 0.4
 
@@ -14,6 +14,7 @@ import json
 import shutil
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -30,22 +31,35 @@ from benchmarks.reference_model import cache_folder
 from pgsvd_vllm.checkpoint import FORMAT_VERSION, LOAD_GUARD, QUANT_METHOD, FactoredModule, ShardWriter, stored_size
 from pgsvd_vllm.offline.allocate import RANK_MULTIPLE
 
-CONFIG = {
-    "vocab_size": 32000,
-    "hidden_size": 2048,
-    "intermediate_size": 5632,
-    "num_hidden_layers": 22,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 2048,
-}
+
+@dataclass(frozen=True)
+class Shape:
+    """A Llama's sizes."""
+
+    name: str
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    vocab_size: int = 32000
+    max_position_embeddings: int = 2048
+
+    @property
+    def config(self) -> dict[str, int]:
+        """As transformers names them."""
+        return {name: value for name, value in vars(self).items() if name != "name"}
+
+
+TINYLLAMA = Shape("tinyllama", 2048, 5632, 22, 32, 4)
+LLAMA_2_7B = Shape("llama-2-7b", 4096, 11008, 32, 32, 32)
 SHARES = Path(__file__).with_name("kept_shares.json")
 
 
-def projections() -> Iterator[tuple[str, str, float, int, int]]:
+def projections(shape: Shape = TINYLLAMA) -> Iterator[tuple[str, str, float, int, int]]:
     """Name, kind, relative depth, outputs and inputs of every projection."""
-    hidden, wide, layers = CONFIG["hidden_size"], CONFIG["intermediate_size"], CONFIG["num_hidden_layers"]
-    key = hidden // CONFIG["num_attention_heads"] * CONFIG["num_key_value_heads"]
+    hidden, wide, layers = shape.hidden_size, shape.intermediate_size, shape.num_hidden_layers
+    key = hidden // shape.num_attention_heads * shape.num_key_value_heads
     shapes = {"q_proj": (hidden, hidden), "k_proj": (key, hidden), "v_proj": (key, hidden), "o_proj": (hidden, hidden)}
     shapes |= {"gate_proj": (wide, hidden), "up_proj": (wide, hidden), "down_proj": (hidden, wide)}
     for layer in range(layers):
@@ -54,11 +68,11 @@ def projections() -> Iterator[tuple[str, str, float, int, int]]:
             yield f"model.layers.{layer}.{block}.{kind}", kind, layer / (layers - 1), rows, columns
 
 
-def modules(form: str, ratio: float) -> dict[str, FactoredModule]:
+def modules(form: str, ratio: float, shape: Shape = TINYLLAMA) -> dict[str, FactoredModule]:
     """The module table: ranks that keep the shares of SHARES."""
     shares = json.loads(SHARES.read_text(encoding="utf-8"))[form][str(ratio)]
     table = {}
-    for name, kind, depth, rows, columns in projections():
+    for name, kind, depth, rows, columns in projections(shape):
         share = shares[kind][round(depth * (len(shares[kind]) - 1))] / 100
         rank = largest_rank(form, rows, columns, share)
         if share < 1 and rank:
@@ -73,47 +87,50 @@ def largest_rank(form: str, rows: int, columns: int, share: float) -> int:
     return max(fitting, default=0)
 
 
-def tensors(table: dict[str, FactoredModule]) -> Iterator[tuple[str, torch.Tensor]]:
+def tensors(table: dict[str, FactoredModule], shape: Shape = TINYLLAMA) -> Iterator[tuple[str, torch.Tensor]]:
     """Every tensor of the model, bf16, of a size that keeps activations near 1."""
-    generator = torch.Generator().manual_seed(0)
+    # A GPU is much faster at it.
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    generator, order = torch.Generator(device).manual_seed(0), torch.Generator().manual_seed(0)
 
-    def random(*shape: int) -> torch.Tensor:
-        spread = (3 / shape[1]) ** 0.5
-        return torch.empty(shape, dtype=torch.bfloat16).uniform_(-spread, spread, generator=generator)
+    def random(*size: int) -> torch.Tensor:
+        spread = (3 / size[1]) ** 0.5
+        made = torch.empty(size, dtype=torch.bfloat16, device=device)
+        return made.uniform_(-spread, spread, generator=generator).cpu()
 
-    hidden, vocabulary = CONFIG["hidden_size"], CONFIG["vocab_size"]
+    hidden, vocabulary = shape.hidden_size, shape.vocab_size
     yield "model.embed_tokens.weight", random(vocabulary, hidden)
     yield "lm_head.weight", random(vocabulary, hidden)
-    for name, _, _, rows, columns in projections():
+    for name, _, _, rows, columns in projections(shape):
         module = table.get(name)
         shapes = {"weight": (rows, columns)} if module is None else module.shapes(rows, columns)
-        for suffix, shape in shapes.items():
+        for suffix, size in shapes.items():
             if suffix == "pivots":
-                yield f"{name}.pivots", torch.randperm(rows, generator=generator)[: shape[0]].sort().values.int()
+                yield f"{name}.pivots", torch.randperm(rows, generator=order)[: size[0]].sort().values.int()
             else:
-                yield f"{name}.{suffix}", random(*shape)
-    for layer in range(CONFIG["num_hidden_layers"]):
+                yield f"{name}.{suffix}", random(*size)
+    for layer in range(shape.num_hidden_layers):
         for norm in ("input_layernorm", "post_attention_layernorm"):
             yield f"model.layers.{layer}.{norm}.weight", torch.ones(hidden, dtype=torch.bfloat16)
     yield "model.norm.weight", torch.ones(hidden, dtype=torch.bfloat16)
 
 
-def folder(form: str = "dense", ratio: float = 0.0) -> Path:
+def folder(form: str = "dense", ratio: float = 0.0, shape: Shape = TINYLLAMA) -> Path:
     """The model in a form, made on the first call."""
-    table = {} if form == "dense" else modules(form, ratio)
+    table = {} if form == "dense" else modules(form, ratio, shape)
     # Other ranks or another shape are another folder.
-    content = json.dumps([CONFIG, {name: module.rank for name, module in table.items()}])
+    content = json.dumps([shape.config, {name: module.rank for name, module in table.items()}])
     digest = hashlib.sha256(content.encode()).hexdigest()[:8]
-    target = cache_folder() / f"tinyllama-{form}-{ratio}-{digest}"
+    target = cache_folder() / f"{shape.name}-{form}-{ratio}-{digest}"
     if target.is_dir():
         return target
     unfinished = target.with_name(f"{target.name}.writing")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
-    config = LlamaConfig(**CONFIG, dtype="bfloat16", architectures=["LlamaForCausalLM"]).to_dict()
+    config = LlamaConfig(**shape.config, dtype="bfloat16", architectures=["LlamaForCausalLM"]).to_dict()
     if table:
         writer = ShardWriter(unfinished)
-        for name, tensor in tensors(table):
+        for name, tensor in tensors(table, shape):
             writer.add(name, tensor)
         writer.close()
         config["transformers_weights"] = LOAD_GUARD
@@ -130,9 +147,9 @@ def folder(form: str = "dense", ratio: float = 0.0) -> Path:
             "command": "benchmarks/random_model.py",
         }
     else:
-        save_file(dict(tensors({})), unfinished / "model.safetensors", metadata={"format": "pt"})
+        save_file(dict(tensors({}, shape)), unfinished / "model.safetensors", metadata={"format": "pt"})
     (unfinished / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-    words = Tokenizer(WordLevel({f"t{i}": i for i in range(CONFIG["vocab_size"])}, unk_token="t0"))
+    words = Tokenizer(WordLevel({f"t{i}": i for i in range(shape.vocab_size)}, unk_token="t0"))
     words.pre_tokenizer = Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="t0", eos_token="t2").save_pretrained(unfinished)
     unfinished.rename(target)

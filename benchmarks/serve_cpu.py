@@ -32,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from benchmarks import random_model, reference_model
+from benchmarks.random_model import Shape
 from pgsvd_vllm.checkpoint import stored_size
 
 FORMS = ("factors", "pivot")
@@ -114,7 +115,7 @@ def engine_main(options: dict[str, Any]) -> None:
     if options.pop("piecewise", False):
         compile_layer_by_layer()
     begin = time.perf_counter()
-    options.setdefault("load_format", "auto" if Path(options["model"]) == random_model.folder() else "pgsvd")
+    options.setdefault("load_format", "auto" if "-dense-" in Path(options["model"]).name else "pgsvd")
     llm = LLM(**options)
     seconds = time.perf_counter() - begin
     gc.collect()
@@ -174,9 +175,10 @@ def check(engine: Engine) -> float:
     import pgsvd_vllm.hf  # noqa: F401  (registers the format)
 
     answer = engine.ask(1, DECODE_PROMPT, 16, checked=True)
-    model = AutoModelForCausalLM.from_pretrained(engine.folder, dtype="auto").eval()
-    ids = torch.tensor([answer["prompt"] + answer["tokens"]])
-    expected = model(ids).logits[0, DECODE_PROMPT - 1 : -1].float().log_softmax(-1)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(engine.folder, dtype="auto").eval().to(device)
+    ids = torch.tensor([answer["prompt"] + answer["tokens"]], device=device)
+    expected = model(ids).logits[0, DECODE_PROMPT - 1 : -1].float().log_softmax(-1).cpu()
     chosen = expected.gather(1, torch.tensor(answer["tokens"])[:, None])[:, 0]
     gap = float((chosen - torch.tensor(answer["logprobs"])).abs().mean())
     if not gap < GATE:
@@ -196,28 +198,35 @@ def in_turn(engines: Sequence[Engine], rounds: int, batch: int, length: int, ste
     return found
 
 
-def sizes(form: str, ratio: float) -> tuple[float, float]:
+def sizes(form: str, ratio: float, shape: Shape) -> tuple[float, float]:
     """What is left, beside dense: of the bytes read a decode step, and of a prefill's FLOPs."""
-    config = random_model.CONFIG
-    table = random_model.modules(form, ratio)
-    shapes = {name: (rows, columns) for name, _, _, rows, columns in random_model.projections()}
+    table = random_model.modules(form, ratio, shape)
+    shapes = {name: (rows, columns) for name, _, _, rows, columns in random_model.projections(shape)}
     dense = sum(rows * columns for rows, columns in shapes.values())
     saved = sum(
         shapes[name][0] * shapes[name][1] - stored_size(module.form, *shapes[name], module.rank)
         for name, module in table.items()
     )
-    head = config["vocab_size"] * config["hidden_size"]
+    head = shape.vocab_size * shape.hidden_size
     # Scores and values, over half of the square: causal.
-    attention = config["num_hidden_layers"] * config["hidden_size"] * PREFILL
+    attention = shape.num_hidden_layers * shape.hidden_size * PREFILL
     return 1 - saved / (dense + head), 1 - saved / (dense + attention)
 
 
-def measure(form: str, ratio: float, rounds: int, log: Path, **options: Any) -> Iterator[dict[str, Any]]:
+def measure(
+    form: str,
+    ratio: float,
+    rounds: int,
+    log: Path,
+    shape: Shape = random_model.TINYLLAMA,
+    batches: Sequence[int] = BATCHES,
+    **options: Any,
+) -> Iterator[dict[str, Any]]:
     """One row a batch size of decode, one of prefill, one of memory; `options` are vLLM's, besides the usual ones."""
-    byte_ratio, flop_ratio = sizes(form, ratio)
+    byte_ratio, flop_ratio = sizes(form, ratio, shape)
     with ExitStack() as stack:
         engines = []
-        for folder in (random_model.folder(), random_model.folder(form, ratio)):
+        for folder in (random_model.folder(shape=shape), random_model.folder(form, ratio, shape)):
             file = log.with_name(f"{log.stem}-{folder.name}.log")
             engines.append(stack.enter_context(Engine(folder, file, engine_options() | options)))
         for engine in engines:
@@ -240,7 +249,7 @@ def measure(form: str, ratio: float, rounds: int, log: Path, **options: Any) -> 
                 "factored spread": spread[1],
             }
 
-        for batch in BATCHES:
+        for batch in batches:
             times = in_turn(engines, rounds, batch, DECODE_PROMPT, DECODE_STEPS)
             yield row(f"decode batch {batch}", times, 1 / byte_ratio, batch)
         yield row(f"prefill {PREFILL}", in_turn(engines, 2 * rounds, 1, PREFILL, 0), 1 / flop_ratio, PREFILL)

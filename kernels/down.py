@@ -1,7 +1,7 @@
 """The down product of a layer: everything that reads x, in one launch.
 
-z = x V^T for the low-rank shards' down factors, stacked. Rows that are outputs of the layer by themselves
-(a dense shard's rows, the pivot rows of a pivot form) are written into y as well, at `places`.
+The low-rank shards' down factors, stacked, and below them the rows of dense shards. What of it is an output of the
+layer by itself the next launch moves to where it belongs: here it would keep the programs that end last.
 """
 
 import triton
@@ -12,27 +12,19 @@ import triton.language as tl
 def down_kernel(
     x,
     v,
-    z,
-    y,
-    places,
-    bias,
+    s,
     partials,
     counters,
     tokens,
     rows,
     columns,
-    z_rows,
     x_stride,
-    z_stride,
-    y_stride,
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SPLIT_K: tl.constexpr,
     SWAP: tl.constexpr,
     EVEN_K: tl.constexpr,
-    HAS_PLACES: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """One tile of tokens and rows, or one of SPLIT_K parts of its sum over columns.
@@ -40,9 +32,7 @@ def down_kernel(
     Args:
         x: [tokens, columns], rows `x_stride` apart.
         v: [rows, columns], without gaps.
-        z: [tokens, z_rows], rows `z_stride` apart; gets the first `z_rows` rows of v.
-        y: the layer's outputs; `places` int32 [rows] tells which of its columns a row of v is, -1 for none.
-        bias: of the layer's outputs, added to those columns.
+        s: [tokens, rows], without gaps: x v^T.
         partials: float32 [SPLIT_K, tokens, rows].
         counters: int32, zero, one a tile; zero again afterwards.
 
@@ -78,11 +68,9 @@ def down_kernel(
         else:
             acc = tl.dot(a, tl.trans(b), acc, input_precision="ieee")
     if SWAP:
-        m2 = m[None, :]
-        r2 = r[:, None]
-    else:
-        m2 = m[:, None]
-        r2 = r[None, :]
+        acc = tl.trans(acc)
+    m2 = m[:, None]
+    r2 = r[None, :]
     inside = (m2 < tokens) & (r2 < rows)
     if SPLIT_K > 1:
         part = m2.to(tl.int64) * rows + r2
@@ -93,14 +81,8 @@ def down_kernel(
         ended = tl.atomic_add(counters + tile, 1, sem="acq_rel", scope="gpu")
         if ended < SPLIT_K - 1:
             return
-        acc = tl.zeros((BLOCK_R, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_R), dtype=tl.float32)
+        acc = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
         for i in range(SPLIT_K):
             acc += tl.load(partials + i * size + part, mask=inside, other=0.0, cache_modifier=".cg")
         tl.store(counters + tile, 0)
-    tl.store(z + m2.to(tl.int64) * z_stride + r2, acc.to(z.dtype.element_ty), mask=inside & (r2 < z_rows))
-    if HAS_PLACES:
-        place = tl.load(places + r2, mask=r2 < rows, other=-1)
-        known = place >= 0
-        if HAS_BIAS:
-            acc += tl.load(bias + place, mask=known, other=0.0).to(tl.float32)
-        tl.store(y + m2.to(tl.int64) * y_stride + place, acc.to(y.dtype.element_ty), mask=inside & known)
+    tl.store(s + m2.to(tl.int64) * rows + r2, acc.to(s.dtype.element_ty), mask=inside)

@@ -18,34 +18,6 @@ def _rows(u, places, o, r, HAS_PLACES: tl.constexpr):
 
 
 @triton.jit
-def _product(
-    acc,
-    z_row,
-    u_row,
-    place,
-    in_tokens,
-    r,
-    begin,
-    BLOCK_K: tl.constexpr,
-    SWAP: tl.constexpr,
-    HAS_PLACES: tl.constexpr,
-):
-    """acc plus the sums over components from `begin` on."""
-    for k in range(begin, r, BLOCK_K):
-        c = k + tl.arange(0, BLOCK_K)
-        a = tl.load(z_row + c[None, :], mask=in_tokens & (c[None, :] < r), other=0.0)
-        known = c[None, :] < r
-        if HAS_PLACES:
-            known = known & (place[:, None] >= 0)
-        b = tl.load(u_row + c[None, :], mask=known, other=0.0)
-        if SWAP:
-            acc = tl.dot(b, tl.trans(a), acc, input_precision="ieee")
-        else:
-            acc = tl.dot(a, tl.trans(b), acc, input_precision="ieee")
-    return acc
-
-
-@triton.jit
 def _finished(
     acc,
     z,
@@ -55,15 +27,13 @@ def _finished(
     o2,
     inside,
     z_stride,
-    SWAP: tl.constexpr,
     HAS_PLACES: tl.constexpr,
     HAS_BIAS: tl.constexpr,
 ):
     """acc plus the outputs that are components of z, plus bias."""
     if HAS_PLACES:
-        place2 = place[:, None] if SWAP else place[None, :]
-        own = inside & (place2 < 0)
-        acc += tl.load(z + m2.to(tl.int64) * z_stride - 1 - place2, mask=own, other=0.0).to(tl.float32)
+        own = inside & (place < 0)[None, :]
+        acc += tl.load(z + m2.to(tl.int64) * z_stride - 1 - place[None, :], mask=own, other=0.0).to(tl.float32)
     if HAS_BIAS:
         acc += tl.load(bias + o2).to(tl.float32)
     return acc
@@ -112,31 +82,36 @@ def gated_kernel(
     last = tl.minimum(o, half - 1)
     u0_row, place0 = _rows(u, places, last, r0, HAS_PLACES)
     u1_row, place1 = _rows(u + n0.to(tl.int64) * r0, places + half, last, r1, HAS_PLACES)
-    c = tl.arange(0, BLOCK_K)
-    # Weights before the wait: they do not depend on the launch before.
-    known = c[None, :] < r0
-    if HAS_PLACES:
-        known = known & (place0[:, None] >= 0)
-    b = tl.load(u0_row + c[None, :], mask=known, other=0.0)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     z_row = z + m.to(tl.int64)[:, None] * z_stride
     z0_row, z1_row = z_row + z0, z_row + z1
-    a = tl.load(z0_row + c[None, :], mask=in_tokens & (c[None, :] < r0), other=0.0)
-    zero = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), dtype=tl.float32)
+    gate = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), dtype=tl.float32)
+    other = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), dtype=tl.float32)
+    # Both sums in one loop: between two, nothing would be on its way from memory.
+    for k in range(0, tl.maximum(r0, r1), BLOCK_K):
+        c = k + tl.arange(0, BLOCK_K)
+        known0 = c[None, :] < r0
+        known1 = c[None, :] < r1
+        a0 = tl.load(z0_row + c[None, :], mask=in_tokens & known0, other=0.0)
+        a1 = tl.load(z1_row + c[None, :], mask=in_tokens & known1, other=0.0)
+        if HAS_PLACES:
+            known0 = known0 & (place0[:, None] >= 0)
+            known1 = known1 & (place1[:, None] >= 0)
+        b0 = tl.load(u0_row + c[None, :], mask=known0, other=0.0)
+        b1 = tl.load(u1_row + c[None, :], mask=known1, other=0.0)
+        if SWAP:
+            gate = tl.dot(b0, tl.trans(a0), gate, input_precision="ieee")
+            other = tl.dot(b1, tl.trans(a1), other, input_precision="ieee")
+        else:
+            gate = tl.dot(a0, tl.trans(b0), gate, input_precision="ieee")
+            other = tl.dot(a1, tl.trans(b1), other, input_precision="ieee")
     if SWAP:
-        gate = tl.dot(b, tl.trans(a), zero, input_precision="ieee")
-    else:
-        gate = tl.dot(a, tl.trans(b), zero, input_precision="ieee")
-    gate = _product(gate, z0_row, u0_row, place0, in_tokens, r0, BLOCK_K, BLOCK_K, SWAP, HAS_PLACES)
-    other = _product(zero, z1_row, u1_row, place1, in_tokens, r1, 0, BLOCK_K, SWAP, HAS_PLACES)
-    if SWAP:
-        m2, o2, last2 = m[None, :], o[:, None], last[:, None]
-    else:
-        m2, o2, last2 = m[:, None], o[None, :], last[None, :]
+        gate, other = tl.trans(gate), tl.trans(other)
+    m2, o2, last2 = m[:, None], o[None, :], last[None, :]
     inside = (m2 < tokens) & (o2 < half)
-    gate = _finished(gate, z + z0, bias, place0, m2, last2, inside, z_stride, SWAP, HAS_PLACES, HAS_BIAS)
-    other = _finished(other, z + z1, bias + half, place1, m2, last2, inside, z_stride, SWAP, HAS_PLACES, HAS_BIAS)
+    gate = _finished(gate, z + z0, bias, place0, m2, last2, inside, z_stride, HAS_PLACES, HAS_BIAS)
+    other = _finished(other, z + z1, bias + half, place1, m2, last2, inside, z_stride, HAS_PLACES, HAS_BIAS)
     result = gate / (1.0 + tl.exp(-gate)) * other
     tl.store(y + m2.to(tl.int64) * half + o2, result.to(y.dtype.element_ty), mask=inside)

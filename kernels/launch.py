@@ -1,4 +1,4 @@
-"""A whole layer in two launches, or by torch's products."""
+"""A whole layer in two launches."""
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +9,7 @@ from pgsvd_vllm.kernels.blocks import Exchange
 from pgsvd_vllm.kernels.down import down_kernel
 from pgsvd_vllm.kernels.gated import gated_kernel
 from pgsvd_vllm.kernels.packed import MOST_SHARDS, Gate, PackedLayer
-from pgsvd_vllm.kernels.tiles import Steps, Tile, Tiles, usual_tiles
+from pgsvd_vllm.kernels.tiles import Steps, Tile, Tiles, own_tiles
 from pgsvd_vllm.kernels.up import up_kernel
 
 # What Triton raises of a kernel that cannot be compiled, or not be started, on a device.
@@ -20,9 +20,9 @@ def room(rows: int, steps: Steps) -> tuple[int, int]:
     """(partial sums, counters) that the down products of a layer need, with so many rows that read x."""
     numbers = tiles = 0
     for step in steps:
+        down, tokens = step.tiles[0] if step.tiles else None, step.most_tokens
         # The most tokens of a step need the most room.
-        if step.tiles and step.tiles[0].split_k > 1:
-            down, tokens = step.tiles[0], step.most_tokens
+        if down and down.split_k > 1:
             numbers = max(numbers, down.split_k * tokens * rows)
             tiles = max(tiles, triton.cdiv(tokens, down.block_m) * triton.cdiv(rows, down.block_out))
     return numbers, tiles
@@ -71,7 +71,7 @@ def run(
     Args:
         x: [tokens, in]; copied only where the numbers of a row do not lie side by side.
         bias: [out] or None.
-        tiles: other than the usual ones.
+        tiles: other than our kernels' own.
         overlap: start the up product's loads of weights while the down product ends; see `can_overlap`.
         exchange: what lies between the products, where the layer was packed for that.
 
@@ -85,28 +85,33 @@ def run(
     y = x.new_empty(len(x), layer.out)
     if len(x) == 0:
         return y
-    down, up = tiles or _usual(len(x), layer)
-    z = x.new_empty(len(x), layer.z_rows)
-    _launch_down(x, layer, workspace, z, y, layer.own_places, bias, down, overlap)
+    down, up = tiles or own_tiles(len(x), layer.sizes, amd=bool(torch.version.hip))
+    above, own = layer.up_places, layer.own_places
+    overlap = overlap and down is not None  # the library's kernel does not let the next one start
+    s = F.linear(x, layer.v) if down is None else _launch_down(x, layer, workspace, down, overlap)
+    z = s[:, : layer.z_rows]
     if exchange is not None:
         overlap = False  # with another kernel in between
         z = exchange(z)
         _place_pivots(z, y, layer, bias)
-    above = layer.up_places
     empty = [0] * (MOST_SHARDS - len(layer.ranks))
     blocks = sum(triton.cdiv(height, up.block_out) for height in layer.heights)
+    if own is not None:
+        blocks += triton.cdiv(len(own), up.block_out)
     if not blocks:
         return y
     up_kernel[blocks, triton.cdiv(len(x), up.block_m)](
-        *(z, layer.u, y, z if above is None else above, z if bias is None else bias),
-        *(len(x), z.stride(0), y.stride(0), *layer.heights, *empty, *layer.ranks, *empty, *layer.offsets, *empty),
+        *(z, layer.u, y, z if above is None else above, z if bias is None else bias, s, z if own is None else own),
+        *(len(x), s.shape[1], z.stride(0), s.stride(0), y.stride(0)),
+        *(*layer.heights, *empty, *layer.ranks, *empty, *layer.offsets, *empty),
         BLOCK_M=up.block_m,
         BLOCK_N=up.block_out,
         BLOCK_K=up.block_k,
-        SHARDS=len(layer.ranks),
+        SHARDS=max(len(layer.ranks), 1),
         SWAP=up.swap,
         HAS_PLACES=above is not None,
         HAS_BIAS=bias is not None,
+        HAS_OWN=own is not None,
         PDL=overlap,
         num_warps=up.warps,
         num_stages=up.stages,
@@ -133,9 +138,9 @@ def run_gated(
     y = x.new_empty(len(x), gate.half)
     if len(x) == 0:
         return y
-    down, up = tiles or _usual(len(x), layer)
-    z = x.new_empty(len(x), gate.z_rows)
-    _launch_down(x, layer, workspace, z, y, None, None, down, overlap)
+    down, up = tiles or own_tiles(len(x), layer.sizes, gated=True, amd=bool(torch.version.hip))
+    overlap = overlap and down is not None
+    z = F.linear(x, layer.v) if down is None else _launch_down(x, layer, workspace, down, overlap)
     gated_kernel[triton.cdiv(gate.half, up.block_out), triton.cdiv(len(x), up.block_m)](
         *(z, layer.u, y, z if gate.places is None else gate.places, z if bias is None else bias),
         *(len(x), z.stride(0), gate.half, gate.height, *gate.ranks, *gate.starts),
@@ -162,49 +167,33 @@ def _checked(x: torch.Tensor, layer: PackedLayer, bias: torch.Tensor | None) -> 
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-def _usual(tokens: int, layer: PackedLayer) -> Tiles:
-    return usual_tiles(tokens, len(layer.v), layer.columns, amd=bool(torch.version.hip))
-
-
 def _extra(overlap: bool) -> dict[str, bool]:
     return {"launch_pdl": True} if overlap else {}
 
 
-def _launch_down(
-    x: torch.Tensor,
-    layer: PackedLayer,
-    workspace: Workspace,
-    z: torch.Tensor,
-    y: torch.Tensor,
-    own: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    down: Tile,
-    overlap: bool,
-) -> None:
-    """The first launch: z, and of y the outputs that `own` places."""
+def _launch_down(x: torch.Tensor, layer: PackedLayer, workspace: Workspace, down: Tile, overlap: bool) -> torch.Tensor:
+    """The first launch: x v^T, [tokens, rows of v]."""
     tokens, rows = len(x), len(layer.v)
+    s = x.new_empty(tokens, rows)
     grid = triton.cdiv(rows, down.block_out), down.split_k, triton.cdiv(tokens, down.block_m)
     if down.split_k > 1 and (
         workspace.partials.numel() < down.split_k * tokens * rows or workspace.counters.numel() < grid[0] * grid[2]
     ):
         raise ValueError(f"the workspace is too small for {tokens} tokens in {down.split_k} parts")
     down_kernel[grid](
-        *(x, layer.v, z, y, z if own is None else own, z if bias is None else bias),
-        *(workspace.partials, workspace.counters, tokens, rows, layer.columns, z.shape[1]),
-        *(x.stride(0), z.stride(0), y.stride(0)),
+        *(x, layer.v, s, workspace.partials, workspace.counters, tokens, rows, layer.columns, x.stride(0)),
         BLOCK_M=down.block_m,
         BLOCK_R=down.block_out,
         BLOCK_K=down.block_k,
         SPLIT_K=down.split_k,
         SWAP=down.swap,
         EVEN_K=layer.columns % down.block_k == 0,
-        HAS_PLACES=own is not None,
-        HAS_BIAS=bias is not None,
         PDL=overlap,
         num_warps=down.warps,
         num_stages=down.stages,
         **_extra(overlap),
     )
+    return s
 
 
 def _place_pivots(z: torch.Tensor, y: torch.Tensor, layer: PackedLayer, bias: torch.Tensor | None) -> None:
@@ -213,30 +202,3 @@ def _place_pivots(z: torch.Tensor, y: torch.Tensor, layer: PackedLayer, bias: to
         return
     part = z.index_select(1, layer.pivots)
     y.index_copy_(1, layer.pivot_columns, part if bias is None else part.add_(bias[layer.pivot_columns]))
-
-
-def run_library(
-    x: torch.Tensor, layer: PackedLayer, bias: torch.Tensor | None = None, exchange: Exchange | None = None
-) -> torch.Tensor:
-    """As `run`, by torch's products: for many tokens, and to compare with.
-
-    Args:
-        x: [tokens, in].
-        bias: [out] or None.
-        exchange: as of `run`.
-    """
-    s = F.linear(x, layer.v)
-    y = x.new_empty(len(x), layer.out)
-    whole = s if exchange is None else exchange(s[:, : layer.z_rows])
-    read = written = 0
-    for i, (rank, height, offset) in enumerate(zip(layer.ranks, layer.heights, layer.offsets, strict=True)):
-        z, u = whole[:, read : read + rank], layer.u[written : written + height * rank].view(height, rank)
-        if layer.up_columns is None:
-            torch.mm(z, u.T, out=y[:, offset : offset + height])
-        else:
-            y.index_copy_(1, layer.up_columns[i], F.linear(z, u))
-        read, written = read + rank, written + height * rank
-    if layer.own_rows is not None and layer.own_columns is not None:
-        y.index_copy_(1, layer.own_columns, s.index_select(1, layer.own_rows))
-    _place_pivots(whole, y, layer, None)
-    return y if bias is None else y.add_(bias)

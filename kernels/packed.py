@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from pgsvd_vllm.kernels.blocks import columns_of, spread
-from pgsvd_vllm.kernels.sizes import Sizes
-from pgsvd_vllm.kernels.tiles import ALIGNMENT
+from pgsvd_vllm.kernels.sizes import ALIGNMENT, Sizes
 
 MOST_SHARDS = 3
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -92,27 +91,48 @@ class PackedLayer:
         self.offsets = [starts[i] for i in low_rank]
         has_own = any(up is None for up in ups) or (not exchanged and any(place is not None for place in places))
         self.own_places = torch.cat(own).int() if has_own else None
-        # Rows of v that are outputs of the layer by themselves.
-        self.own_rows = (self.own_places >= 0).nonzero()[:, 0] if self.own_places is not None else None
         has_pivots = any(places[i] is not None for i in low_rank)
         self.up_places = torch.cat(above).int() if has_pivots else None
-        # For torch's products: of every up product the columns of y, of y's columns the rows of v.
-        self.up_columns = above if has_pivots else None
         self.pivots = torch.cat(pivots) if pivots else None
         self.pivot_columns = torch.cat(pivot_columns) if pivots else None
-        self.own_columns = self.own_places[self.own_rows].long() if self.own_places is not None else None
+        # For torch's products: of the rows of v, the exchanged components and the up products' rows, side by side,
+        # which is an output; None where the up products' rows are the outputs as they are.
+        self.between = sum(self.ranks) if pivots else 0
+        self.sources = self._sources(above) if self.own_places is not None or has_pivots else None
+        self.beside = self.heights if self.sources is None else [len(self.v), self.between, *self.heights]
+        sizes = [height * rank for height, rank in zip(self.heights, self.ranks, strict=True)]
+        self.up_factors = [
+            part.view(height, rank)
+            for part, height, rank in zip(self.u.split(sizes), self.heights, self.ranks, strict=True)
+        ]
 
     def tensors(self) -> list[torch.Tensor]:
         """All that launches and torch's products read, in a fixed order."""
-        found = [self.v, self.u, self.own_places, self.own_rows, self.up_places, self.own_columns]
-        found += [self.pivots, self.pivot_columns]
-        return [tensor for tensor in (*found, *(self.up_columns or [])) if tensor is not None]
+        found = [self.v, self.u, self.own_places, self.up_places, self.pivots, self.pivot_columns, self.sources]
+        return [tensor for tensor in found if tensor is not None]
 
     @property
     def sizes(self) -> Sizes:
         """What its best tiles depend on."""
         heights = sum(self.heights)
-        return Sizes(self.columns, len(self.v), heights, len(self.u) // heights if heights else 0)
+        rank = len(self.u) // heights if heights else 0
+        return Sizes(self.columns, len(self.v), heights, rank, len(self.ranks), self.sources is not None)
+
+    def _sources(self, above: Sequence[torch.Tensor]) -> torch.Tensor:
+        """int32 [out]: which column of torch's products, side by side, an output is."""
+        rows = len(self.v)
+        places = [] if self.own_places is None else [self.own_places.long()]
+        if not places:
+            places = [torch.full((rows,), -1, device=self.v.device)]
+        if self.pivots is not None and self.pivot_columns is not None:
+            exchanged = torch.full((self.between,), -1, device=self.v.device)
+            exchanged[self.pivots] = self.pivot_columns
+            places.append(exchanged)
+        place = torch.cat([*places, *above])
+        columns = (place >= 0).nonzero()[:, 0]
+        sources = torch.empty(self.out, dtype=torch.int32, device=self.v.device)
+        sources[place[columns]] = columns.int()
+        return sources
 
     def _check(self, readers: Sequence[torch.Tensor], ups: Sequence[torch.Tensor | None]) -> None:
         low_rank = [(reader, up) for reader, up in zip(readers, ups, strict=True) if up is not None]
@@ -139,7 +159,6 @@ class Gate:
     Attributes:
         half: outputs.
         ranks, height: the shards' padded ranks, 0 without an up product; the rows of the first one's.
-        z_rows: rows of the layer's `v` that are wanted in z.
         starts: where each shard's begin.
         places: int32 [2, half] as of `gated_kernel`, None where both shards are plain factors.
 
@@ -158,7 +177,6 @@ class Gate:
         ranks = iter(layer.ranks)
         self.ranks = [next(ranks) if height else 0 for height in heights]
         self.height = heights[0]
-        self.z_rows = layer.z_rows if all(heights) else len(layer.v)
         # Where an output of each shard is found; a dense shard's are all rows of v.
         outputs = torch.arange(self.half, device=layer.v.device)
         found = [

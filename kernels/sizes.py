@@ -2,9 +2,10 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 
-from pgsvd_vllm.kernels.tiles import ALIGNMENT
+# Ranks are padded to a multiple of this: loads of 16 bytes need it.
+ALIGNMENT = 16
 
 
 @dataclass(frozen=True)
@@ -31,18 +32,23 @@ class Sizes:
         rows: of the matrix that reads x.
         heights: rows of all up factors together; 0 without any.
         rank: of the up factors, on average.
+        shards: how many up factors there are.
+        scattered: whether some outputs are rows of the matrix that reads x, or lie in another order than the up
+            factors' rows.
     """
 
     columns: int
     rows: int
     heights: int
     rank: int
+    shards: int
+    scattered: bool
 
     def distance(self, other: "Sizes") -> float:
-        """The largest ratio of two sizes, 1 or more; infinite for other columns."""
-        if self.columns != other.columns or (self.heights == 0) != (other.heights == 0):
+        """The largest ratio of two sizes, 1 or more; infinite for layers of other columns or another sort."""
+        if (self.columns, self.shards, self.scattered) != (other.columns, other.shards, other.scattered):
             return math.inf
-        pairs = zip(astuple(self)[1:], astuple(other)[1:], strict=True)
+        pairs = (self.rows, other.rows), (self.heights, other.heights), (self.rank, other.rank)
         return max(max(a, b, 1) / max(min(a, b), 1) for a, b in pairs)
 
 
@@ -53,4 +59,5 @@ def sizes_of(shards: Sequence[Shard], columns: int) -> Sizes:
     heights = sum(height for _, _, height in low_rank)
     others = sum(shard.rank or shard.out for shard in shards) - sum(shard.rank or 0 for shard, _, _ in low_rank)
     mean = sum(rank * height for _, rank, height in low_rank) // heights if heights else 0
-    return Sizes(columns, others + sum(rank for _, rank, _ in low_rank), heights, mean)
+    scattered = any(shard.rank is None or shard.pivots is not None for shard in shards)
+    return Sizes(columns, others + sum(rank for _, rank, _ in low_rank), heights, mean, len(low_rank), scattered)

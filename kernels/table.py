@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from pgsvd_vllm.kernels.sizes import Sizes
-from pgsvd_vllm.kernels.tiles import MOST_TOKENS, Step, Steps, Tile
+from pgsvd_vllm.kernels.tiles import MOST_TOKENS, Step, Steps, Tile, Tiles
 
-TABLE_VERSION = 1
+TABLE_VERSION = 2
 # Layers are similar whose sizes differ by no more than this.
 SIMILAR = 1.25
 # More than any kernel that can be compiled.
@@ -55,7 +55,10 @@ def write_table(table: Table, path: Path) -> None:
     for sizes, steps in table.layers.items():
         rows: list[dict[str, Any]] = []
         for step in steps:
-            tiles = None if step.tiles is None else dict(zip(("down", "up"), map(asdict, step.tiles), strict=True))
+            tiles = None
+            if step.tiles is not None:
+                down, up = step.tiles
+                tiles = {"down": None if down is None else asdict(down), "up": asdict(up)}
             rows.append({"most_tokens": step.most_tokens, "tiles": tiles})
         layers.append({**asdict(sizes), "steps": rows})
     content = {"version": TABLE_VERSION, "device": table.device, "layers": layers}
@@ -91,15 +94,15 @@ def read_table(path: Path) -> Table:
 
 def _sizes(row: Mapping[str, Any]) -> Sizes:
     columns, rows = (_whole(row[name], 1, MOST_SIZE) for name in ("columns", "rows"))
-    heights, rank = (_whole(row[name], 0, MOST_SIZE) for name in ("heights", "rank"))
-    return Sizes(columns, rows, heights, rank)
+    heights, rank, shards = (_whole(row[name], 0, MOST_SIZE) for name in ("heights", "rank", "shards"))
+    return Sizes(columns, rows, heights, rank, shards, _flag(row, "scattered"))
 
 
 def _steps(rows: list[Mapping[str, Any]]) -> Steps:
     steps = tuple(
         Step(
             _whole(row["most_tokens"], 1, MOST_TOKENS),
-            None if row["tiles"] is None else (_tile(row["tiles"]["down"]), _tile(row["tiles"]["up"])),
+            None if row["tiles"] is None else _tiles(row["tiles"]),
         )
         for row in rows
     )
@@ -108,14 +111,23 @@ def _steps(rows: list[Mapping[str, Any]]) -> Steps:
     return steps
 
 
+def _tiles(row: Mapping[str, Any]) -> Tiles:
+    return None if row["down"] is None else _tile(row["down"]), _tile(row["up"])
+
+
 def _tile(row: Mapping[str, Any]) -> Tile:
-    if not isinstance(row["swap"], bool):
-        raise TypeError(f"swap is {row['swap']!r}")
+    swap = _flag(row, "swap")
     block_m, block_out, block_k = (
         _whole(row[name], 16, MOST_BLOCK, power=True) for name in ("block_m", "block_out", "block_k")
     )
     warps, stages = _whole(row["warps"], 1, MOST_WARPS, power=True), _whole(row["stages"], 1, MOST_STAGES)
-    return Tile(block_m, block_out, block_k, warps, stages, _whole(row["split_k"], 1, MOST_SPLIT), row["swap"])
+    return Tile(block_m, block_out, block_k, warps, stages, _whole(row["split_k"], 1, MOST_SPLIT), swap)
+
+
+def _flag(row: Mapping[str, Any], name: str) -> bool:
+    if not isinstance(row[name], bool):
+        raise TypeError(f"{name} is {row[name]!r}")
+    return row[name]
 
 
 def _whole(value: Any, least: int, most: int, power: bool = False) -> int:

@@ -1,13 +1,25 @@
-"""Tile sizes of the low-rank kernels for a number of tokens and a layer's sizes."""
+"""Tile sizes of the low-rank kernels for a number of tokens and a layer's sizes.
+
+Measured on an H200 (docs/kernels.md): with few tokens our kernels are the fastest; then the vendor's library is,
+first in the down product, then, unless it would take one product after the other for three shards, in all.
+"""
 
 from dataclasses import dataclass, replace
 
-# More tokens than this are left to the vendor's library, which computes what no longer waits for memory faster.
+from pgsvd_vllm.kernels.sizes import Sizes
+
+# More tokens than this are always the vendor's library's.
 MOST_TOKENS = 256
-# Ranks are padded to a multiple of this: loads of 16 bytes need it.
-ALIGNMENT = 16
-# Programs that a device of any size should have to choose from; four a multiprocessor of an H100.
-ENOUGH_PROGRAMS = 528
+# Up to so many tokens our kernels are taken for one up product; for several, and with the activation.
+LEAST_TOKENS = 16
+FEW_TOKENS = 32
+# Of three up products whose rows are the outputs as they are, which the library makes one after the other; and up to
+# how many our up products after the library's down product.
+FEW_TOKENS_OF_MANY = 64
+MIXED_TOKENS = 128
+MANY_SHARDS = 3
+# Programs of a product below which it is cut finer; about one a multiprocessor of an H100.
+ENOUGH_PROGRAMS = 100
 MOST_PARTS = 8
 
 
@@ -33,7 +45,8 @@ class Tile:
     swap: bool = False
 
 
-Tiles = tuple[Tile, Tile]  # of the down product and of the up products
+# Of the down product, None where that is the vendor's library's, and of the up products.
+Tiles = tuple[Tile | None, Tile]
 
 
 @dataclass(frozen=True)
@@ -52,22 +65,28 @@ class Step:
 Steps = tuple[Step, ...]
 
 
-def usual_tiles(tokens: int, rows: int, columns: int, amd: bool = False) -> Tiles:
-    """The tiles of a layer that nothing is known of but its sizes.
+def own_tiles(tokens: int, sizes: Sizes, gated: bool = False, amd: bool = False) -> Tiles:
+    """The tiles of our kernels for a layer that nothing is known of but its sizes, whether or not they are the fastest.
 
     Args:
         tokens: at most MOST_TOKENS.
-        rows: of the matrix that reads x.
-        columns: the layer's inputs.
+        sizes: the layer's.
+        gated: with the activation.
         amd: two stages: AMD's programs have 64 KB of shared memory.
     """
-    down, up = down_tile(tokens, rows, columns), up_tile(tokens)
-    return (replace(down, stages=2), replace(up, stages=2)) if amd else (down, up)
+    down = down_tile(tokens, sizes) if tokens <= FEW_TOKENS_OF_MANY else None
+    up = gated_tile(tokens) if gated else up_tile(tokens, sizes)
+    return (down and replace(down, stages=2), replace(up, stages=2)) if amd else (down, up)
 
 
-def usual_steps(rows: int, columns: int, amd: bool = False) -> Steps:
-    """The usual tiles for all numbers of tokens that the kernels take; arguments as of `usual_tiles`."""
-    return tuple(Step(most, usual_tiles(most, rows, columns, amd)) for most in (16, 32, 64, MOST_TOKENS))
+def usual_steps(sizes: Sizes, gated: bool = False, amd: bool = False) -> Steps:
+    """What is taken where nothing has been tuned; arguments as of `own_tiles`."""
+    numbers = [LEAST_TOKENS]
+    if gated or sizes.shards >= MANY_SHARDS or (sizes.shards > 1 and not sizes.scattered):
+        numbers.append(FEW_TOKENS)
+    if sizes.shards >= MANY_SHARDS and not sizes.scattered:
+        numbers += [FEW_TOKENS_OF_MANY, MIXED_TOKENS]
+    return tuple(Step(most, own_tiles(most, sizes, gated, amd)) for most in numbers)
 
 
 def tiles_for(steps: Steps, tokens: int) -> Tiles | None:
@@ -78,33 +97,42 @@ def tiles_for(steps: Steps, tokens: int) -> Tiles | None:
     return None
 
 
-def down_tile(tokens: int, rows: int, columns: int) -> Tile:
+def down_tile(tokens: int, sizes: Sizes) -> Tile:
     """The tile of the down product: `rows` sums over `columns`.
 
     With few tokens the weights' bytes are all that counts, and the rows are too few to occupy a device:
     the sums are split.
     """
-    if tokens <= 16:
-        return Tile(16, 32, 128, 4, 4, _parts(-(-rows // 32), columns, 128))
-    if tokens <= 64:
-        tiles = -(-rows // 64) * -(-tokens // 32)
-        return Tile(32, 64, 128, 4, 3, _parts(tiles, columns, 128), swap=True)
-    # Four warps would spill registers with fp16 on sm_100; up products of 128 rows too, or they take all on sm_80.
-    return Tile(64, 64, 64, 8, 4)
+    block_k, stages = (64, 6) if tokens > FEW_TOKENS else (128, 4)
+    parts = _parts(-(-sizes.rows // 64), sizes.columns, block_k)
+    return Tile(_block_m(tokens), 64, block_k, 4, stages, parts, swap=True)
 
 
-def up_tile(tokens: int) -> Tile:
+def up_tile(tokens: int, sizes: Sizes) -> Tile:
     """The tile of the up products."""
-    if tokens <= 16:
-        return Tile(16, 32, 128, 4, 3)
-    if tokens <= 64:
-        return Tile(32, 64, 128, 4, 3, swap=True)
-    return Tile(64, 64, 64, 4, 4)
+    if tokens > FEW_TOKENS_OF_MANY:
+        return Tile(128, 64, 64, 8, 4)
+    if sizes.heights < 64 * ENOUGH_PROGRAMS // 2:
+        return Tile(_block_m(tokens), 32, 128, 4, 3)
+    return Tile(_block_m(tokens), 64, 64, 4, 6, swap=True)
+
+
+def gated_tile(tokens: int) -> Tile:
+    """The tile of the up products of a gate and of what it gates, which are two sums at once."""
+    return Tile(_block_m(tokens), 64, 64, 4, 4 if tokens <= FEW_TOKENS else 3, swap=True)
+
+
+def _block_m(tokens: int) -> int:
+    """All tokens in one program, or the weights would be read again."""
+    return 16 if tokens <= 16 else 32 if tokens <= 32 else 64
 
 
 def _parts(tiles: int, columns: int, block_k: int) -> int:
-    """The power of two of parts that makes enough programs, while each part has a few steps to overlap."""
-    parts = 1
+    """The power of two of parts that makes enough programs, while each part has a few steps to overlap, and none no
+    columns."""
+    steps, parts = -(-columns // block_k), 1
     while parts < MOST_PARTS and tiles * parts < ENOUGH_PROGRAMS and columns >= 4 * block_k * parts:
+        if -(-steps // (2 * parts)) * (2 * parts - 1) >= steps:
+            break
         parts *= 2
     return parts

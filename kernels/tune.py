@@ -6,15 +6,17 @@ up products' tile; at last the two launches are compared with the vendor's libra
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 
 import torch
 
-from pgsvd_vllm.kernels.launch import REFUSALS, Workspace, room, run, run_library
+from pgsvd_vllm.kernels.launch import REFUSALS, Workspace, room, run
+from pgsvd_vllm.kernels.library import run_library
 from pgsvd_vllm.kernels.packed import PackedLayer
 from pgsvd_vllm.kernels.reference import layer_difference
 from pgsvd_vllm.kernels.sizes import Shard, Sizes
-from pgsvd_vllm.kernels.tiles import MOST_TOKENS, Step, Steps, Tile, Tiles, usual_tiles
+from pgsvd_vllm.kernels.tiles import MOST_TOKENS, Step, Steps, Tile, Tiles, own_tiles, tiles_for, usual_steps
 from pgsvd_vllm.kernels.timing import COPY_BYTES, Call, seconds
 
 TOKENS = (1, 16, 32, 64, 128, MOST_TOKENS)
@@ -44,9 +46,14 @@ class RandomLayer:
             self.ups.append(None if shard.rank is None else weight(shard.out - own, shard.rank))
             place = None
             if shard.rank is not None and shard.pivots is not None:
-                taken = torch.randperm(shard.rank, device=device)[:own]
-                place = torch.cat([torch.arange(shard.out - own, device=device), -1 - taken])
-                place = place[torch.randperm(shard.out, device=device)]
+                taken = torch.randperm(shard.rank, device=device)[:own].sort().values
+                # As in a checkpoint: pivots and the other rows ascend.
+                place = torch.arange(shard.out, device=device)
+                outputs = torch.randperm(shard.out, device=device)[:own].sort().values
+                others = torch.ones(shard.out, dtype=torch.bool, device=device)
+                others[outputs] = False
+                place[others] = torch.arange(shard.out - own, device=device)
+                place[outputs] = -1 - taken
             self.places.append(place)
 
     def pack(self) -> PackedLayer:
@@ -54,49 +61,46 @@ class RandomLayer:
         return PackedLayer(self.readers, self.ups, self.places)
 
 
-# Of up to so many tokens, of the down product and of the up products: (block_m, block_out, block_k, warps, stages), and
-# `swap`. With bf16 none spills registers on sm_80 to sm_100 and gfx942 (benchmarks/kernel_resources.py --candidates).
-SHAPES = {
+# Of up to so many tokens, of the down product and of the up products: block_m, block_out, block_k, warps, stages and
+# swap. With bf16 none spills registers on sm_80 to sm_100 and gfx942 (benchmarks/kernel_resources.py --candidates).
+Shape = tuple[int, int, int, int, int, bool]
+SHAPES: dict[int, tuple[tuple[Shape, ...], tuple[Shape, ...]]] = {
     16: (
-        ((16, 16, 128, 4, 4), (16, 16, 256, 4, 3), (16, 32, 64, 4, 5), (16, 32, 128, 4, 3), (16, 32, 256, 4, 3))
-        + ((16, 64, 128, 4, 3),),
-        ((16, 16, 128, 4, 3), (16, 16, 256, 4, 2), (16, 32, 64, 4, 4), (16, 32, 256, 4, 2), (16, 64, 64, 4, 3))
-        + ((16, 64, 128, 4, 3),),
-        False,
+        ((16, 64, 64, 4, 6, True), (16, 128, 64, 4, 5, True), (16, 32, 128, 2, 4, False), (16, 32, 128, 4, 3, False))
+        + ((16, 16, 128, 2, 5, False),),
+        ((16, 64, 64, 4, 4, True), (16, 64, 128, 4, 3, False), (16, 32, 128, 2, 4, False), (16, 16, 128, 2, 5, False)),
     ),
     32: (
-        ((32, 64, 64, 4, 4), (32, 64, 128, 4, 2), (32, 128, 64, 4, 3)),
-        ((32, 64, 64, 4, 3), (32, 64, 128, 4, 2)),
-        True,
+        ((32, 64, 64, 4, 6, True), (32, 128, 64, 4, 4, True), (32, 32, 128, 4, 4, False)),
+        ((32, 64, 64, 4, 4, True), (32, 64, 128, 4, 4, True), (32, 32, 128, 4, 4, False)),
     ),
     64: (
-        ((32, 64, 64, 4, 4), (32, 64, 128, 4, 2), (64, 64, 64, 4, 4), (64, 64, 128, 4, 3), (64, 128, 64, 4, 3)),
-        ((32, 64, 64, 4, 3), (64, 64, 64, 4, 3), (64, 64, 128, 4, 2), (64, 64, 128, 4, 3), (64, 128, 64, 4, 3)),
-        True,
+        ((64, 64, 64, 4, 4, True), (64, 64, 128, 4, 3, True), (64, 32, 128, 4, 4, False), (64, 128, 64, 4, 4, True)),
+        ((64, 64, 64, 4, 4, True), (64, 64, 128, 4, 3, True), (64, 32, 128, 4, 3, False), (64, 128, 64, 4, 3, True)),
     ),
     MOST_TOKENS: (
-        ((64, 64, 64, 4, 4), (64, 64, 128, 4, 2), (64, 128, 64, 8, 3), (128, 64, 64, 4, 3), (128, 64, 64, 4, 4)),
-        ((64, 128, 64, 4, 4), (64, 128, 64, 8, 4), (128, 64, 64, 4, 4), (128, 128, 64, 8, 3)),
-        False,
+        ((64, 64, 64, 4, 4, True), (128, 64, 64, 4, 4, False)),
+        ((64, 128, 64, 4, 4, False), (128, 128, 64, 8, 3, False)),
     ),
 }
 
 
-def candidates(tokens: int, usual: Tiles, amd: bool = False) -> tuple[list[Tile], list[Tile]]:
-    """Tiles to try besides the usual ones: of the down product, with the usual one's parts, and of the up products.
+def candidates(tokens: int, own: Tiles, amd: bool = False) -> tuple[list[Tile], list[Tile]]:
+    """Tiles to try besides our kernels' own: of the down product, with that one's parts, and of the up products.
 
     Args:
         tokens: of TOKENS.
-        usual: the usual tiles there.
-        amd: two stages, as the usual tiles have.
+        own: `own_tiles` there.
+        amd: two stages, as those have.
     """
-    downs, ups, swap = SHAPES[next(most for most in SHAPES if tokens <= most)]
+    downs, ups = SHAPES[next(most for most in SHAPES if tokens <= most)]
 
-    def tiles(one: Tile, shapes: Sequence[tuple[int, int, int, int, int]]) -> list[Tile]:
-        found = [Tile(*shape[:4], 2 if amd else shape[4], one.split_k, swap) for shape in shapes]
+    def tiles(one: Tile | None, shapes: Sequence[Shape]) -> list[Tile]:
+        parts = one.split_k if one else 1
+        found = [Tile(*shape[:4], 2 if amd else shape[4], parts, shape[5]) for shape in shapes]
         return [tile for tile in dict.fromkeys(found) if tile != one]
 
-    return tiles(usual[0], downs), tiles(usual[1], ups)
+    return tiles(own[0], downs), tiles(own[1], ups)
 
 
 @dataclass(frozen=True)
@@ -165,13 +169,12 @@ class LayerTuner:
         self.refused, self.wrong = 0, []
         layer = self.layers[0]
         x = torch.randn(tokens, layer.columns, device=self.device).to(layer.dtype)
-        rows, columns = len(layer.v), layer.columns
         amd = bool(torch.version.hip)
-        tiles = usual_tiles(tokens, rows, columns, amd)
-        usual = self._time(tiles, x)
-        if usual is None:
+        tiles = own_tiles(tokens, layer.sizes, amd=amd)
+        best = self._time(tiles, x)
+        if best is None:
             raise ValueError(f"the usual tiles fail on this GPU: {', '.join(self.wrong) or 'they do not fit'}")
-        best = usual
+        own = best
         downs, ups = candidates(tokens, tiles, amd)
 
         def better(tried: Iterator[Tiles]) -> None:
@@ -183,15 +186,19 @@ class LayerTuner:
 
         better((tile, tiles[1]) for tile in downs)
         down = tiles[0]
-        better(
-            (replace(down, split_k=parts), tiles[1])
-            for parts in SPLITS
-            # Each part has two steps at least.
-            if parts != down.split_k and columns >= 2 * down.block_k * parts
-        )
+        if down is not None:
+            better(
+                (replace(down, split_k=parts), tiles[1])
+                for parts in SPLITS
+                # Each part has two steps at least.
+                if parts != down.split_k and layer.columns >= 2 * down.block_k * parts
+            )
+            # The library's down product.
+            better(iter([(None, tiles[1])]))
         if layer.ranks:
             better((tiles[0], tile) for tile in ups)
-        library = self.clock([lambda one=one: run_library(x, one) for one in self.layers], self.device)  # type: ignore[misc]
+        library = self.clock([partial(run_library, x, one, kernels=True) for one in self.layers], self.device)
+        usual = library if tiles_for(usual_steps(layer.sizes, amd=amd), tokens) is None else own
         step = Step(tokens, tiles if best <= library else None)
         return Finding(step, usual, best, library, self.refused, self.wrong)
 

@@ -4,17 +4,50 @@ import triton
 import triton.language as tl
 
 
+@triton.jit
+def _place(
+    s,
+    own,
+    y,
+    bias,
+    tile,
+    pid_m,
+    tokens,
+    rows,
+    s_stride,
+    y_stride,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+):
+    """Columns of s to where they belong in y."""
+    row = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    place = tl.load(own + row, mask=row < rows, other=-1)
+    # Few tokens at a time: the addresses of all would spill registers.
+    for first in range(0, BLOCK_M, 16):
+        m = (pid_m * BLOCK_M + first + tl.arange(0, 16))[:, None]
+        known = (m < tokens) & (place >= 0)[None, :]
+        found = tl.load(s + m.to(tl.int64) * s_stride + row[None, :], mask=known, other=0.0).to(tl.float32)
+        if HAS_BIAS:
+            found += tl.load(bias + place, mask=place >= 0, other=0.0).to(tl.float32)[None, :]
+        tl.store(y + m.to(tl.int64) * y_stride + place[None, :], found.to(y.dtype.element_ty), mask=known)
+
+
 # Numbers of outputs are not specialised: one compiled kernel serves all. Of ranks it must be known that they are
 # multiples of 16, and `tl.multiple_of` says nothing of a bare argument.
-@triton.jit(do_not_specialize=["tokens", "n0", "n1", "n2", "y0", "y1", "y2"])
+@triton.jit(do_not_specialize=["tokens", "rows", "n0", "n1", "n2", "y0", "y1", "y2"])
 def up_kernel(
     z,
     u,
     y,
     places,
     bias,
+    s,
+    own,
     tokens,
+    rows,
     z_stride,
+    s_stride,
     y_stride,
     n0,
     n1,
@@ -32,9 +65,10 @@ def up_kernel(
     SWAP: tl.constexpr,
     HAS_PLACES: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_OWN: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One tile of tokens and of one shard's outputs.
+    """One tile of tokens and of one shard's outputs, or of the rows of s that are outputs by themselves.
 
     Args:
         z: [tokens, r0 + r1 + r2], rows `z_stride` apart.
@@ -42,6 +76,8 @@ def up_kernel(
         y: [tokens, out], rows `y_stride` apart; shard i begins at column y_i, or
         places: int32 [n0 + n1 + n2], the column of y of every row of every shard.
         bias: of the layer's outputs.
+        s: [tokens, rows], rows `s_stride` apart: what another kernel made of x. `own`, int32 [rows], tells which column
+            of y a column of s is, -1 for none. Read by the programs past the shards', where HAS_OWN.
 
     Sums are float32, and rounded once, with the bias.
     """
@@ -67,6 +103,18 @@ def up_kernel(
             z_at, u_at = tl.where(third, r0 + r1, z_at), tl.where(third, u_end, u_at)
             p_at = tl.where(third, n0 + n1, p_at)
     # Without these, loads are as narrow as the least aligned of several shards could be.
+    if HAS_OWN:
+        blocks = tl.cdiv(n0, BLOCK_N)
+        if SHARDS > 1:
+            blocks += tl.cdiv(n1, BLOCK_N)
+        if SHARDS > 2:
+            blocks += tl.cdiv(n2, BLOCK_N)
+        if pid_n >= blocks:
+            if PDL:
+                tl.extra.cuda.gdc_launch_dependents()
+                tl.extra.cuda.gdc_wait()
+            _place(s, own, y, bias, pid_n - blocks, pid_m, tokens, rows, s_stride, y_stride, BLOCK_M, BLOCK_N, HAS_BIAS)
+            return
     r = tl.multiple_of(r, 16)
     z_at = tl.multiple_of(z_at, 16)
     u_at = tl.multiple_of(u_at, 16)
@@ -76,19 +124,11 @@ def up_kernel(
     in_tokens = m[:, None] < tokens
     # Rows past the last are read as the last and never stored.
     u_row = u + u_at + tl.minimum(o, n - 1).to(tl.int64)[:, None] * r
-    c = tl.arange(0, BLOCK_K)
-    # Weights before the wait: they do not depend on the launch before.
-    b = tl.load(u_row + c[None, :], mask=c[None, :] < r, other=0.0)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    a = tl.load(z_row + c[None, :], mask=in_tokens & (c[None, :] < r), other=0.0)
     acc = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), dtype=tl.float32)
-    if SWAP:
-        acc = tl.dot(b, tl.trans(a), acc, input_precision="ieee")
-    else:
-        acc = tl.dot(a, tl.trans(b), acc, input_precision="ieee")
-    for k in range(BLOCK_K, r, BLOCK_K):
+    for k in range(0, r, BLOCK_K):
         c = k + tl.arange(0, BLOCK_K)
         a = tl.load(z_row + c[None, :], mask=in_tokens & (c[None, :] < r), other=0.0)
         b = tl.load(u_row + c[None, :], mask=c[None, :] < r, other=0.0)
@@ -97,11 +137,10 @@ def up_kernel(
         else:
             acc = tl.dot(a, tl.trans(b), acc, input_precision="ieee")
     if SWAP:
-        m2 = m[None, :]
-        o2 = o[:, None]
-    else:
-        m2 = m[:, None]
-        o2 = o[None, :]
+        # Outputs side by side, or what is stored at places would not be.
+        acc = tl.trans(acc)
+    m2 = m[:, None]
+    o2 = o[None, :]
     place = y_at + o2
     if HAS_PLACES:
         place = tl.load(places + p_at + o2, mask=o2 < n, other=0)

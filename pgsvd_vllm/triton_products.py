@@ -16,10 +16,11 @@ import torch
 from pgsvd_vllm.errors import InputError
 from pgsvd_vllm.exchange import exchange_of
 from pgsvd_vllm.kernels.blocks import Exchange
-from pgsvd_vllm.kernels.launch import REFUSALS, Workspace, can_overlap, room, run, run_gated, run_library
+from pgsvd_vllm.kernels.launch import REFUSALS, Workspace, can_overlap, room, run, run_gated
+from pgsvd_vllm.kernels.library import run_library, run_library_gated
 from pgsvd_vllm.kernels.packed import MOST_SHARDS, Gate, PackedLayer
 from pgsvd_vllm.kernels.table import Table, default_path, read_table
-from pgsvd_vllm.kernels.tiles import Step, Steps, tiles_for, usual_steps
+from pgsvd_vllm.kernels.tiles import MOST_TOKENS, Step, Steps, gated_tile, tiles_for, usual_steps
 from pgsvd_vllm.sharding import Cut
 
 __all__ = ["MOST_SHARDS", "TritonProducts", "wants_triton"]
@@ -160,7 +161,7 @@ class TritonProducts:
             except REFUSALS as error:
                 # Made with another Triton, or for another GPU.
                 logger.warning("%s: tiles of the table cannot be compiled (%s)", self.layer.sizes, error)
-        self._take(usual_steps(len(self.layer.v), self.layer.columns, self.amd), has_bias)
+        self._take(usual_steps(self.layer.sizes, self.gate is not None, self.amd), has_bias)
 
     def _measured(self, device: torch.device) -> Steps | None:
         """The steps that a table has for this layer."""
@@ -169,20 +170,18 @@ class TritonProducts:
         steps = table.steps(self.layer.sizes) if table else None
         if steps is None or self.gate is None:
             return steps
-        # Measured without the activation, which takes twice the registers: that keeps its usual tiles.
-        usual = usual_steps(len(self.layer.v), self.layer.columns, self.amd)
-        found = []
-        for most in sorted({step.most_tokens for step in (*steps, *usual)}):
-            tiles, own = tiles_for(steps, most), tiles_for(usual, most)
-            found.append(Step(most, (tiles[0], own[1]) if tiles and own else None))
-        return tuple(found)
+        # Measured without the activation, which takes twice the registers: that keeps its own tiles.
+        return tuple(
+            Step(step.most_tokens, step.tiles and (step.tiles[0], gated_tile(step.most_tokens))) for step in steps
+        )
 
     def _take(self, steps: Steps, has_bias: bool) -> None:
         """Make room for the steps, and run every kernel once, which otherwise would be compiled under a request."""
         self.workspaces.reserve(len(self.layer.v), steps)
         self.steps = steps
-        for before, step in pairwise((Step(0, None), *steps)):
-            if step.tiles:
+        # The last one is the library's, which has a kernel of ours where outputs lie scattered.
+        for before, step in pairwise((Step(0, None), *steps, Step(MOST_TOKENS + 1, None))):
+            if step.tiles or self.layer.sources is not None:
                 x = self.layer.v.new_zeros(before.most_tokens + 1, self.layer.columns)
                 stand_in = self._no_exchange if self.exchange else None
                 self._run(x, None, stand_in)
@@ -220,7 +219,10 @@ class TritonProducts:
         tiles = tiles_for(self.steps, len(x))
         space = self.workspaces.here() if tiles else None
         if tiles is None or space is None:
-            y = run_library(x, self.layer, bias, exchange)
+            kernels = bool(self.steps)
+            if self.gate and kernels and self.layer.sources is not None:
+                return run_library_gated(x, self.layer, self.gate, bias)
+            y = run_library(x, self.layer, bias, exchange, kernels)
             return self.activation(y) if self.activation else y
         if self.gate:
             return run_gated(x, self.layer, self.gate, space, bias, tiles, self.overlap)

@@ -2,7 +2,8 @@
 
     TRITON_INTERPRET=1 python tests/kernels/interpreted.py SEED CASES [FOLDER]
 
-FOLDER holds down.py, up.py and gated.py to take instead of the project's. Ends with an error at the first wrong number.
+FOLDER holds down.py, up.py, gated.py and gather.py to take instead of the project's. Ends with an error at the first
+wrong number.
 """
 
 import importlib.util
@@ -18,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 from pgsvd_vllm.kernels.packed import Gate, PackedLayer
 from pgsvd_vllm.kernels.reference import gated_difference, layer_difference
 from pgsvd_vllm.kernels.sizes import Shard
-from pgsvd_vllm.kernels.tiles import Tile
+from pgsvd_vllm.kernels.tiles import Tile, Tiles
 
 TOKENS = (0, 1, 2, 3, 5, 8, 16, 17, 33, 67)
 COLUMNS = (16, 24, 40, 64, 96, 100, 129, 256, 300)
@@ -26,7 +27,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def replace_kernels(folder: Path) -> None:
-    for name in ("down", "up", "gated"):
+    for name in ("down", "up", "gated", "gather"):
         module = f"pgsvd_vllm.kernels.{name}"
         spec = importlib.util.spec_from_file_location(module, folder / f"{name}.py")
         assert spec is not None
@@ -74,20 +75,23 @@ class Layer:
         return layer_difference(x, self.readers, self.ups, self.places, bias, y)
 
 
-def random_tiles(rng: random.Random) -> tuple[Tile, Tile]:
+def random_tiles(rng: random.Random) -> Tiles:
     blocks = [16, 32, 64]
     parts = rng.choice([1, 2, 3, 5])
+    down = Tile(rng.choice([16, 32]), rng.choice(blocks), rng.choice(blocks), 4, 2, parts, rng.random() < 0.5)
     return (
-        Tile(rng.choice([16, 32]), rng.choice(blocks), rng.choice(blocks), 4, 2, parts, rng.random() < 0.5),
+        down if rng.random() < 0.8 else None,
         Tile(rng.choice([16, 32]), rng.choice(blocks), rng.choice(blocks), 4, 2, 1, rng.random() < 0.5),
     )
 
 
-def room(packed: PackedLayer, tokens: int, down: Tile) -> Any:
+def room(packed: PackedLayer, tokens: int, down: Tile | None) -> Any:
     """A workspace that is just large enough, poisoned."""
     from pgsvd_vllm.kernels.launch import Workspace
 
     workspace = Workspace(torch.device("cpu"))
+    if down is None:
+        return workspace
     rows, tiles = len(packed.v), -(-tokens // down.block_m) * -(-len(packed.v) // down.block_out)
     workspace.partials = poisoned(down.split_k * tokens * rows + 1, dtype=torch.float32)
     workspace.counters = torch.zeros(tiles + 1, dtype=torch.int32)
@@ -96,6 +100,7 @@ def room(packed: PackedLayer, tokens: int, down: Tile) -> Any:
 
 def check_one(rng: random.Random) -> None:
     from pgsvd_vllm.kernels import launch
+    from pgsvd_vllm.kernels.library import run_library
     from pgsvd_vllm.kernels.packed import PackedLayer
     from tests.kernels.interpreter import watch
 
@@ -108,17 +113,18 @@ def check_one(rng: random.Random) -> None:
     down, up = random_tiles(rng)
     workspace = room(packed, tokens, down)
     described = f"{dtype}, {tokens} tokens, {columns} columns, ranks {packed.ranks}, outputs {layer.outs}, {down}, {up}"
-    before = watch.launches
+    before, overlap = watch.launches, rng.random() < 0.5
     try:
-        y = launch.run(x, packed, workspace, bias, (down, up))
+        y = launch.run(x, packed, workspace, bias, (down, up), overlap)
         launches = watch.launches - before
-        again = launch.run(x, packed, workspace, bias, (down, up))
+        again = launch.run(x, packed, workspace, bias, (down, up), overlap)
+        ordered = run_library(x, packed, bias, kernels=True)
     except Exception as error:
         raise SystemExit(f"{described}: {error}") from error
-    wrong = layer.difference(x, bias, y)
+    wrong = layer.difference(x, bias, y) or layer.difference(x, bias, ordered)
     if wrong:
         raise SystemExit(f"{described}: {wrong}")
-    if launches != ((2 if packed.ranks else 1) if tokens else 0):
+    if launches != ((2 if down else 1) if tokens else 0):
         raise SystemExit(f"{described}: {launches} launches")
     if not torch.equal(y, again) or workspace.counters.any():
         raise SystemExit(f"{described}: the second run differs, or counters are left")
@@ -141,6 +147,7 @@ def gated_layer(rng: random.Random, dtype: torch.dtype, columns: int) -> Any:
 def check_gated(rng: random.Random) -> None:
     """A gate and what it gates."""
     from pgsvd_vllm.kernels import launch
+    from pgsvd_vllm.kernels.library import run_library_gated
     from tests.kernels.interpreter import watch
 
     dtype, tokens, columns = rng.choice(DTYPES), rng.choice(TOKENS), rng.choice(COLUMNS)
@@ -155,17 +162,19 @@ def check_gated(rng: random.Random) -> None:
     described = (
         f"gated, {dtype}, {tokens} tokens, {columns} columns, half {gate.half}, ranks {gate.ranks}, {down}, {up}"
     )
-    before = watch.launches
+    before, overlap = watch.launches, rng.random() < 0.5
     try:
-        y = launch.run_gated(x, packed, gate, workspace, bias, (down, up))
+        y = launch.run_gated(x, packed, gate, workspace, bias, (down, up), overlap)
         launches = watch.launches - before
-        again = launch.run_gated(x, packed, gate, workspace, bias, (down, up))
+        again = launch.run_gated(x, packed, gate, workspace, bias, (down, up), overlap)
+        ordered = y if packed.sources is None else run_library_gated(x, packed, gate, bias)
     except Exception as error:
         raise SystemExit(f"{described}: {error}") from error
     wrong = gated_difference(x, layer.readers, layer.ups, layer.places, bias, y)
+    wrong = wrong or gated_difference(x, layer.readers, layer.ups, layer.places, bias, ordered)
     if wrong:
         raise SystemExit(f"{described}: {wrong}")
-    if launches != (2 if tokens else 0):
+    if launches != ((2 if down else 1) if tokens else 0):
         raise SystemExit(f"{described}: {launches} launches")
     if not torch.equal(y, again) or workspace.counters.any():
         raise SystemExit(f"{described}: the second run differs, or counters are left")

@@ -9,6 +9,7 @@ import itertools
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -21,11 +22,18 @@ from vllm.model_executor.models.qwen2 import Qwen2MLP
 from vllm.platforms import current_platform
 
 from benchmarks.linear_cpu import one_rank
+from pgsvd_vllm.kernels.tiles import tiles_for
 from pgsvd_vllm.sharding import Cut
 from pgsvd_vllm.triton_products import TritonProducts
 from tests.kernels.interpreter import prepare, watch
 from tests.serving.test_linear import HIDDEN, MIXES, WIDE, Case, check
 from tests.serving.test_ranks import check_ranks
+
+
+def expected_launches(products: Any, tokens: int) -> int:
+    """Two of ours, or what puts the library's scattered outputs in order."""
+    ours = tokens <= 16 or tiles_for(products.steps, tokens)
+    return 0 if tokens == 0 else 2 if ours else int(products.layer.sources is not None)
 
 
 class OtherMLP(LlamaMLP):
@@ -91,11 +99,11 @@ def check_activation() -> int:
         added = torch.cat([kinds["bias"] for kinds in case.tensors.values()]) if bias else None
         if not case.layer.quant_method.opaque:
             raise SystemExit("the layer is not called through the op")
-        for tokens, launches in ((0, 0), (1, 2), (17, 2), (300, 0)):
+        for tokens in (0, 1, 17, 300):
             x = torch.randn(tokens, HIDDEN)
             earlier = watch.launches
             hidden, _ = mlp.gate_up_proj(x)
-            if watch.launches - earlier != launches:
+            if watch.launches - earlier != expected_launches(case.layer.pgsvd_gemms, tokens):
                 raise SystemExit(f"{kind.__name__} {ranks}, {tokens} tokens: {watch.launches - earlier} launches")
             with FakeTensorMode(allow_non_fake_inputs=True):
                 traced, _ = mlp.gate_up_proj(torch.empty(tokens, HIDDEN))
@@ -131,8 +139,9 @@ def check_cuts() -> int:
             earlier = watch.launches
             cuts, _, _ = check_ranks(leaf, ranks, size, True, torch.bfloat16, rich, tokens)
             launches.append(watch.launches - earlier)
-        # Both have those that compile the kernels. A rank starts anew when it has been handed what it waits for.
-        if launches[0] - launches[1] < 2 * size:
+        # Both have those that compile the kernels, and for many tokens there may be one that puts outputs in order.
+        # A rank starts anew when it has been handed what it waits for.
+        if launches[0] - launches[1] < size:
             raise SystemExit(f"{leaf} {ranks}, {size} ranks: {launches} launches for 5 and for 300 tokens")
         layers += cuts != {Cut.PLAIN}
     return layers
@@ -150,10 +159,10 @@ def main() -> None:
                     case = Case(leaf, ranks, bias, dtype).load().finish()
                     if not isinstance(case.layer.pgsvd_gemms, TritonProducts):
                         raise SystemExit(f"{leaf} {ranks}: {type(case.layer.pgsvd_gemms).__name__}")
-                    for tokens, launched in ((0, False), (1, True), (17, True), (300, False)):
+                    for tokens in (0, 1, 17, 300):
                         earlier = watch.launches
                         check(case, torch.randn(tokens, case.columns).to(dtype))
-                        if watch.launches - earlier != (2 if launched else 0):
+                        if watch.launches - earlier != expected_launches(case.layer.pgsvd_gemms, tokens):
                             raise SystemExit(f"{leaf} {ranks}, {tokens} tokens: {watch.launches - earlier} launches")
                     layers += 1
         check_reload()

@@ -68,7 +68,7 @@ def check_search() -> Any:
     """The best of each search is found, what fails is not taken, the library is where it is faster."""
     from pgsvd_vllm.kernels import tune
     from pgsvd_vllm.kernels.sizes import Shard, sizes_of
-    from pgsvd_vllm.kernels.tiles import usual_tiles
+    from pgsvd_vllm.kernels.tiles import own_tiles
 
     tune.run = spy(tune.run)
     shards, columns = (Shard(48, 17), Shard(40, 16, 16), Shard(20)), 640
@@ -76,9 +76,9 @@ def check_search() -> Any:
     one = (17 + 15 + 16 + 20) * columns * 2 + (48 * 32 + 24 * 16) * 2
     tuner = tune.LayerTuner(shards, columns, torch.bfloat16, CPU, False, clock, copy_bytes=2.5 * one)
     expect(tuner.sizes, sizes_of(shards, columns), "sizes")
-    down, up = usual_tiles(1, tuner.sizes.rows, columns)
+    down, up = own_tiles(1, tuner.sizes)
     downs, ups = tune.candidates(1, (down, up))
-    best = replace(downs[2], split_k=4)
+    best = replace(downs[2], split_k=1)
     clock.times = {(downs[2], up): 0.9, (best, up): 0.8, (best, ups[1]): 0.7, (downs[0], up): 0.5, (downs[1], up): 0.4}
     broken.update({downs[0]: "does not fit", downs[1]: "wrong"})
     found = tuner.step(1)
@@ -87,6 +87,13 @@ def check_search() -> Any:
     expect((found.refused, len(found.wrong)), (1, 1), "failures")
     clock.library = 0.6
     expect(tuner.step(16).step.tiles, None, "the library's step")
+    # The library's down product before our up products.
+    clock.times[(None, up)] = 0.5
+    expect(tuner.step(1).step.tiles, (None, up), "mixed tiles")
+    # Where the usual choice is the library's, its time is the usual one.
+    found_many = tuner.step(128)
+    expect((found_many.usual, found_many.step.tiles), (0.6, None), "the usual choice")
+    del clock.times[(None, up)]
     broken.clear()
     clock.library = 2.0
     steps = tune.merged([tuner.step(tokens).step for tokens in (1, 16, 32)])
@@ -109,7 +116,7 @@ def check_table(folder: Path, tuner: Any, step: Any) -> None:
     from pgsvd_vllm.kernels.reference import gated_difference, layer_difference
     from pgsvd_vllm.kernels.sizes import Shard, sizes_of
     from pgsvd_vllm.kernels.table import Table, write_table
-    from pgsvd_vllm.kernels.tiles import Step, Tile, tiles_for, up_tile, usual_steps
+    from pgsvd_vllm.kernels.tiles import Step, Tile, gated_tile, tiles_for, usual_steps
     from pgsvd_vllm.kernels.tune import RandomLayer
     from pgsvd_vllm.triton_products import TritonProducts
 
@@ -121,7 +128,7 @@ def check_table(folder: Path, tuner: Any, step: Any) -> None:
     write_table(Table("cpu", both), path)
     os.environ["PGSVD_KERNEL_TABLE"] = str(path)
     similar = (Shard(48, 17), Shard(40, 16, 16), Shard(22))
-    for shards, wanted in ((similar, steps), ((Shard(48, 17),), usual_steps(32, 640))):
+    for shards, wanted in ((similar, steps), ((Shard(48, 17),), usual_steps(sizes_of((Shard(48, 17),), 640)))):
         layer = RandomLayer(shards, 640, torch.bfloat16, CPU)
         products = TritonProducts(layer.readers, layer.ups, layer.places, has_bias=True)
         expect(products.steps, wanted, "steps")
@@ -133,7 +140,7 @@ def check_table(folder: Path, tuner: Any, step: Any) -> None:
     layer = RandomLayer(gated, 640, torch.bfloat16, CPU)
     products = TritonProducts(layer.readers, layer.ups, layer.places, True, lambda y: silu(y[:, :40]) * y[:, 40:])
     for tokens in (1, 5, 40, 70, 256):
-        wanted = (tiles[0], up_tile(tokens)) if tokens in (1, 70, 256) else None
+        wanted = (tiles[0], gated_tile(1 if tokens == 1 else 256)) if tokens in (1, 70, 256) else None
         expect(tiles_for(products.steps, tokens), wanted, f"a gate's tiles for {tokens} tokens")
         x = torch.randn(tokens, 640).bfloat16()
         wrong = gated_difference(x, layer.readers, layer.ups, layer.places, None, products(x))

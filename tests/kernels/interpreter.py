@@ -3,7 +3,8 @@
 Import before any kernel, with TRITON_INTERPRET=1 set before triton is imported. Triton keeps bf16 as uint16
 there: products multiply those integers, and casts to bf16 cut off instead of rounding. Addresses are checked
 against the launch's tensors, because a load beyond them is not seen otherwise; no address may be stored twice
-in one launch, because the interpreter runs programs one after the other and hides what would be a race.
+in one launch, because the interpreter runs programs one after the other and hides what would be a race. A
+launch that may overlap the one before must wait before it touches what that one makes.
 """
 
 import random
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import triton.language as tl
+from triton.language.extra import cuda
 from triton.runtime import interpreter
 
 Builder = interpreter.InterpreterBuilder
@@ -59,34 +61,57 @@ def _mend_dot() -> None:
     Builder.create_dot = dot
 
 
+# Arguments that the launch before, or one before that, may still read or write.
+MADE = ("x", "z", "s", "y", "partials", "counters")
+Region = tuple[int, int]
+
+
+def _within(used: np.ndarray, regions: list[Region]) -> np.ndarray:
+    inside = np.zeros(used.shape, bool)
+    for low, high in regions:
+        inside |= (used >= low) & (used < high)
+    return inside
+
+
 class Watch:
     """The addresses of a launch.
 
     Attributes:
         launches: how many there have been.
+        waited: whether this program has waited for the launch before, or need not.
     """
 
     def __init__(self) -> None:
         self.launches = 0
-        self.regions: list[tuple[int, int]] = []
+        self.waited = True
+        self.regions: dict[str, Region] = {}
         self.stored: set[int] = set()
+        self.overlaps = False
 
-    def begin(self, arguments: list[Any]) -> None:
+    def begin(self, arguments: dict[str, Any]) -> None:
         self.launches += 1
-        self.regions = []
+        self.regions = {}
         self.stored = set()
-        for tensor in arguments:
+        self.overlaps = bool(arguments.get("PDL"))
+        for name, tensor in arguments.items():
             if hasattr(tensor, "data_ptr") and tensor.numel():
                 reach = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True)) + 1
-                self.regions.append((tensor.data_ptr(), tensor.data_ptr() + reach * tensor.element_size()))
+                self.regions[name] = tensor.data_ptr(), tensor.data_ptr() + reach * tensor.element_size()
+
+    def program(self) -> None:
+        self.waited = not self.overlaps
+
+    def wait(self) -> None:
+        self.waited = True
 
     def check(self, pointers: Any, mask: Any, what: str) -> np.ndarray:
         used = np.asarray(pointers.data)[np.broadcast_to(np.asarray(mask.data, bool), np.shape(pointers.data))].ravel()
-        inside = np.zeros(used.shape, bool)
-        for low, high in self.regions:
-            inside |= (used >= low) & (used < high)
+        inside = _within(used, list(self.regions.values()))
         if not inside.all():
             raise IndexError(f"{what}: {int((~inside).sum())} of {used.size} addresses are in no tensor of the launch")
+        made = [region for name, region in self.regions.items() if name in MADE]
+        if not self.waited and _within(used, made).any():
+            raise IndexError(f"{what} of what the launch before makes, before it has ended")
         return used
 
     def store(self, pointers: Any, mask: Any) -> None:
@@ -105,7 +130,7 @@ def _watch_addresses() -> None:
 
     def begin(self: Any, positional: Any, named: Any) -> Any:
         found = arguments(self, positional, named)
-        watch.begin([*found[0], *found[1].values()])
+        watch.begin(dict(zip(self.arg_names, found[0], strict=False)) | found[1])
         return found
 
     def checked_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
@@ -138,6 +163,7 @@ def _shuffle(seed: int) -> None:
 
     def index(*_own: int) -> None:
         set_index(*order.pop())
+        watch.program()
 
     builder.set_grid_dim, builder.set_grid_idx = dim, index
 
@@ -148,3 +174,4 @@ def prepare(seed: int) -> None:
     _mend_dot()
     _watch_addresses()
     _shuffle(seed)
+    cuda.gdc_wait, cuda.gdc_launch_dependents = watch.wait, lambda: None

@@ -8,16 +8,16 @@ import pytest
 
 from pgsvd_vllm.kernels.sizes import Shard, Sizes, sizes_of
 from pgsvd_vllm.kernels.table import Table, default_path, read_table, write_table
-from pgsvd_vllm.kernels.tiles import MOST_TOKENS, Step, Tile, tiles_for, usual_steps, usual_tiles
+from pgsvd_vllm.kernels.tiles import MOST_TOKENS, Step, Tile, own_tiles, tiles_for, usual_steps
 
-FEW = (Tile(16, 64, 128, 4, 3, 8), Tile(16, 32, 256, 4, 2))
-MANY = (Tile(64, 64, 64, 4, 4, swap=True), Tile(128, 64, 64, 8, 3))
+FEW = (Tile(16, 64, 128, 4, 3, 8), Tile(16, 32, 256, 4, 2, swap=True))
+MANY = (None, Tile(128, 64, 64, 8, 3))
 STEPS = (Step(1, FEW), Step(16, None), Step(MOST_TOKENS, MANY))
-SIZES = Sizes(4096, 3696, 12288, 1232)
+SIZES = Sizes(4096, 3696, 12288, 1232, 3, False)
 
 
 def test_a_table_is_read_as_it_was_written(tmp_path: Path) -> None:
-    table = Table("GPU of a test", {SIZES: STEPS, Sizes(64, 32, 0, 0): STEPS[:1]})
+    table = Table("GPU of a test", {SIZES: STEPS, Sizes(64, 32, 0, 0, 0, True): STEPS[:1]})
     write_table(table, tmp_path / "new" / "table.json")
     assert read_table(tmp_path / "new" / "table.json") == table
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["table.json"]
@@ -31,36 +31,47 @@ def test_numbers_of_tokens_find_their_step(tokens: int, tiles: Any) -> None:
 
 
 @pytest.mark.parametrize("amd", [False, True])
-def test_the_usual_steps_are_the_usual_tiles(amd: bool) -> None:
-    steps = usual_steps(3696, 4096, amd)
+@pytest.mark.parametrize(
+    ("shards", "scattered", "gated", "most"),
+    [(1, False, False, 16), (1, True, False, 16), (2, False, False, 32), (2, True, False, 16), (3, True, False, 32)]
+    + [(3, False, False, 128), (2, True, True, 32), (1, True, True, 32)],
+)
+def test_the_usual_steps_are_our_kernels_tiles_as_long_as_they_are_the_fastest(
+    shards: int, scattered: bool, gated: bool, most: int, amd: bool
+) -> None:
+    sizes = Sizes(4096, 3696, 12288, 1232, shards, scattered)
+    steps = usual_steps(sizes, gated, amd)
     for tokens in range(1, MOST_TOKENS + 1):
-        assert tiles_for(steps, tokens) == usual_tiles(tokens, 3696, 4096, amd)
+        assert tiles_for(steps, tokens) == (own_tiles(tokens, sizes, gated, amd) if tokens <= most else None)
 
 
 @pytest.mark.parametrize(
     ("sizes", "found"),
     [
         (SIZES, 1),
-        (Sizes(4096, 3696, 12288, 1000), 1),
-        (Sizes(4096, 3696, 12288, 800), None),
-        (Sizes(4096, 4800, 12288, 1232), None),
-        (Sizes(4096, 3400, 12288, 1200), 1),
-        (Sizes(4096, 3100, 12288, 1130), 2),
-        (Sizes(2048, 3696, 12288, 1232), None),
-        (Sizes(4096, 3696, 0, 0), None),
+        (Sizes(4096, 3696, 12288, 1000, 3, False), 1),
+        (Sizes(4096, 3696, 12288, 800, 3, False), None),
+        (Sizes(4096, 4800, 12288, 1232, 3, False), None),
+        (Sizes(4096, 3400, 12288, 1200, 3, False), 1),
+        (Sizes(4096, 3100, 12288, 1130, 3, False), 2),
+        (Sizes(2048, 3696, 12288, 1232, 3, False), None),
+        (Sizes(4096, 3696, 12288, 1232, 2, False), None),
+        (Sizes(4096, 3696, 12288, 1232, 3, True), None),
     ],
 )
 def test_a_layer_takes_the_most_similar_ones_steps(sizes: Sizes, found: int | None) -> None:
-    table = Table("", {SIZES: (Step(1, FEW),), Sizes(4096, 3000, 12288, 1100): (Step(2, FEW),)})
+    table = Table("", {SIZES: (Step(1, FEW),), Sizes(4096, 3000, 12288, 1100, 3, False): (Step(2, FEW),)})
     steps = table.steps(sizes)
     assert (steps[0].most_tokens if steps else None) == found
     assert Table("").steps(sizes) is None
 
 
 def test_sizes_count_padded_ranks_and_rows_of_the_up_product() -> None:
-    assert sizes_of([Shard(100, 17), Shard(60, 16, 16), Shard(20)], 64) == Sizes(64, 32 + 16 + 20, 144, 4016 // 144)
+    assert sizes_of([Shard(100, 17), Shard(60, 16, 16), Shard(20)], 64) == Sizes(
+        64, 32 + 16 + 20, 144, 4016 // 144, 2, True
+    )
     # All outputs are pivots: nothing is left for the up product, and nothing is padded.
-    assert sizes_of([Shard(17, 17, 17)], 64) == Sizes(64, 17, 0, 0)
+    assert sizes_of([Shard(17, 17, 17)], 64) == Sizes(64, 17, 0, 0, 0, True)
 
 
 def test_the_default_file_is_named_after_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,14 +84,16 @@ def test_the_default_file_is_named_after_the_gpu(monkeypatch: pytest.MonkeyPatch
 def content() -> dict[str, Any]:
     tile = {"block_m": 16, "block_out": 32, "block_k": 64, "warps": 4, "stages": 3, "split_k": 2, "swap": False}
     steps = [{"most_tokens": 1, "tiles": {"down": dict(tile), "up": dict(tile)}}, {"most_tokens": 16, "tiles": None}]
-    layer = {"columns": 64, "rows": 32, "heights": 100, "rank": 16, "steps": steps}
-    return {"version": 1, "device": "a GPU", "layers": [layer]}
+    layer = {"columns": 64, "rows": 32, "heights": 100, "rank": 16, "shards": 2, "scattered": False, "steps": steps}
+    return {"version": 2, "device": "a GPU", "layers": [layer]}
 
 
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (("version",), 2, "version 2, this program reads 1"),
+        (("version",), 1, "version 1, this program reads 2"),
+        (("layers", 0, "scattered"), 0, "scattered is 0"),
+        (("layers", 0, "shards"), -1, "-1 is no whole number from 0"),
         (("layers",), None, "not a table of tiles"),
         (("layers", 0), "x", "not a table of tiles"),
         (("layers", 0, "rows"), 0, "0 is no whole number from 1"),
@@ -110,7 +123,7 @@ def test_what_is_no_table_is_refused(path: tuple[Any, ...], value: Any, message:
         read_table(file)
 
 
-@pytest.mark.parametrize("text", ["", "[1, 2]", "[" * 100000, '{"version": 1}'])
+@pytest.mark.parametrize("text", ["", "[1, 2]", "[" * 100000, '{"version": 2}'])
 def test_other_files_are_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text(text)
     with pytest.raises(ValueError, match=rf"^{tmp_path / 'file'}: not a table of tiles \(.*pgsvd-vllm tune$"):

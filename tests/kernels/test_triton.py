@@ -16,9 +16,11 @@ from tests.conftest import ROOT
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
-from pgsvd_vllm.kernels.launch import Workspace, room, run, run_library  # noqa: E402
+from pgsvd_vllm.kernels.launch import Workspace, room, run  # noqa: E402
+from pgsvd_vllm.kernels.library import run_library  # noqa: E402
 from pgsvd_vllm.kernels.packed import PackedLayer  # noqa: E402
-from pgsvd_vllm.kernels.tiles import MOST_TOKENS, down_tile, usual_steps  # noqa: E402
+from pgsvd_vllm.kernels.sizes import Sizes  # noqa: E402
+from pgsvd_vllm.kernels.tiles import FEW_TOKENS_OF_MANY, down_tile, usual_steps  # noqa: E402
 from pgsvd_vllm.triton_products import TritonProducts, Workspaces  # noqa: E402
 from tests.kernels.interpreted import Layer  # noqa: E402
 
@@ -29,8 +31,16 @@ MUTANTS = {
     "reads z past the rank": ("up", "mask=in_tokens & (c[None, :] < r)", "mask=in_tokens"),
     "third shard's z": ("up", "z_at, u_at = tl.where(third, r0 + r1, z_at)", "z_at, u_at = tl.where(third, r1, z_at)"),
     "second shard's places": ("up", "tl.where(second, n0, 0)", "tl.where(second, 0, 0)"),
-    "bias of the row, not of its place": ("up", "tl.load(bias + place", "tl.load(bias + o2"),
-    "a step left out": ("up", "range(BLOCK_K, r, BLOCK_K)", "range(BLOCK_K, r - BLOCK_K, BLOCK_K)"),
+    "bias of the row, not of its place": ("up", "acc += tl.load(bias + place", "acc += tl.load(bias + o2"),
+    "a step left out": ("up", "range(0, r, BLOCK_K)", "range(BLOCK_K, r, BLOCK_K)"),
+    "rows moved that are no outputs": (
+        "up",
+        "known = (m < tokens) & (place >= 0)",
+        "known = (m < tokens) & (place >= -1)",
+    ),
+    "rows moved from elsewhere": ("up", "pid_n - blocks, pid_m", "pid_n - blocks + 1, pid_m"),
+    "the first shard's rows are not counted": ("up", "blocks += tl.cdiv(n1, BLOCK_N)", "blocks += 0"),
+    "rows moved without their bias": ("up", "mask=place >= 0, other=0.0)", "mask=place < 0, other=0.0)"),
     "parts overlap": (
         "down",
         "end = tl.minimum(columns, begin + each)",
@@ -43,7 +53,7 @@ MUTANTS = {
     "x past the last token": ("down", "in_tokens = m[:, None] < tokens", "in_tokens = m[:, None] < tokens + 1"),
     "columns past the last": ("down", "mask=in_tokens & (c[None, :] < columns)", "mask=in_tokens"),
     "weights past the last row": ("down", "tl.minimum(r, rows - 1)", "r"),
-    "dense rows into z": ("down", "mask=inside & (r2 < z_rows)", "mask=inside"),
+    "rows past the last": ("down", "inside = (m2 < tokens) & (r2 < rows)", "inside = m2 < tokens"),
     "sums rounded at each step": (
         "down",
         "acc, input_precision",
@@ -52,13 +62,27 @@ MUTANTS = {
     "the gate's components for both": ("gated", "z_row + z0, z_row + z1", "z_row + z0, z_row + z0"),
     "the second up factor begins elsewhere": ("gated", "u + n0.to(tl.int64) * r0", "u + n0.to(tl.int64) * r1"),
     "the gate's places for both": ("gated", "places + half", "places"),
-    "pivots read as rows": ("gated", "known = known & (place[:, None] >= 0)\n        b", "known = known\n        b"),
-    "the wrong component": ("gated", "z_stride - 1 - place2", "z_stride - place2"),
+    "pivots read as rows": ("gated", "known1 = known1 & (place1[:, None] >= 0)", "known1 = known1"),
+    "the wrong component": ("gated", "z_stride - 1 - place", "z_stride - place"),
     "the gate's bias for both": ("gated", "bias + half", "bias"),
     "a gate without its slope": ("gated", "gate / (1.0 + tl.exp(-gate))", "gate / (1.0 + tl.exp(-other))"),
     "gated outputs past the last": ("gated", "inside = (m2 < tokens) & (o2 < half)", "inside = m2 < tokens"),
-    "the second product begins late": ("gated", "in_tokens, r1, 0, BLOCK_K", "in_tokens, r1, BLOCK_K, BLOCK_K"),
-    "outputs of shards that have none": ("down", "known = place >= 0", "known = place >= -1"),
+    "rows moved before they are made": (
+        "up",
+        "                tl.extra.cuda.gdc_wait()\n            _place",
+        "            _place",
+    ),
+    "x read before it is made": ("down", "        tl.extra.cuda.gdc_wait()\n", ""),
+    "z read before it is made": ("gated", "        tl.extra.cuda.gdc_wait()\n", ""),
+    "outputs past the last are ordered": ("gather", "(m < tokens) & there[None, :]", "m < tokens"),
+    "the gate's sources for both": ("gather", "sources + half + o", "sources + o"),
+    "the gate's bias for both outputs": ("gather", "bias + half + o", "bias + o"),
+    "the sums end with the first one": ("gated", "tl.maximum(r0, r1)", "r0"),
+    "the second sum runs past its end": (
+        "gated",
+        "known1 = c[None, :] < r1",
+        "known1 = c[None, :] < tl.maximum(r0, r1)",
+    ),
 }
 
 
@@ -114,7 +138,7 @@ def test_layers_of_vllm_use_the_kernels_where_there_is_a_gpu() -> None:
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_planted_bug_is_found(name: str, tmp_path: Path) -> None:
     file, right, wrong = MUTANTS[name]
-    for kernel in ("down", "up", "gated"):
+    for kernel in ("down", "up", "gated", "gather"):
         source = (ROOT / "kernels" / f"{kernel}.py").read_text(encoding="utf-8")
         if kernel == file:
             assert right in source
@@ -123,7 +147,7 @@ def test_a_planted_bug_is_found(name: str, tmp_path: Path) -> None:
     done = interpreted(3, 100, tmp_path)
     assert done.returncode == 1
     # Found by what the test compares, not by Python refusing the source.
-    found = "off by|stored twice|in no tensor of the launch|the second run differs|launches"
+    found = "off by|stored twice|in no tensor of the launch|the second run differs|launches|before it has ended"
     assert re.search(found, done.stderr), done.stderr[-2000:]
 
 
@@ -131,8 +155,8 @@ def test_machine_code_keeps_within_the_bars(tmp_path: Path) -> None:
     done = script("benchmarks/kernel_resources.py", "--quick", "--json", tmp_path / "rows.json")
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     rows = json.loads((tmp_path / "rows.json").read_text())
-    # On two targets with and without overlap; three tiles, each of a down, two up and a gated kernel.
-    assert len(rows) == (5 + 2) * 3 * 4
+    # On two targets with and without overlap; three tiles, each of a down, three up and a gated kernel, and two up.
+    assert len(rows) == (5 + 2) * (3 * 5 + 2)
     assert all(row["registers"] > 0 for row in rows)
 
 
@@ -140,8 +164,8 @@ def test_machine_code_keeps_within_the_bars(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "kernels"),
     [
-        # With and without places and bias, two dtypes; else as above.
-        ([], (5 + 2) * 3 * 4 * 2 * 2),
+        # All but the down kernels with and without places and bias, two dtypes; else as above.
+        ([], (5 + 2) * (3 * (1 + 2 * 4) + 2 * 2) * 2),
         (["--candidates"], None),
     ],
 )
@@ -222,7 +246,7 @@ def test_inputs_that_do_not_fit_are_refused(x: torch.Tensor, bias: torch.Tensor 
 
 def test_a_workspace_that_is_too_small_is_refused() -> None:
     wide = layer((8, 4096, 4))
-    assert down_tile(2, 16, 4096).split_k > 1
+    assert down_tile(2, wide.sizes).split_k > 1
     with pytest.raises(ValueError, match=r"the workspace is too small for 2 tokens in 8 parts"):
         run(torch.zeros(2, 4096), wide, Workspace(torch.device("cpu")))
 
@@ -247,10 +271,11 @@ def test_a_chosen_table_that_cannot_be_used_is_refused(monkeypatch: pytest.Monke
 
 def test_every_stream_has_its_own_workspace() -> None:
     spaces = Workspaces(torch.device("cpu"))
-    spaces.reserve(640, usual_steps(640, 2048))
+    small, large = (usual_steps(Sizes(2048, rows, 4096, rows, 1, False)) for rows in (160, 3200))
+    spaces.reserve(160, small)
     first = spaces.of_stream(1, capturing=False)
     assert first is not None
-    assert (len(first.partials), len(first.counters)) >= room(640, usual_steps(640, 2048))
+    assert (len(first.partials), len(first.counters)) >= room(160, small)
     # Nothing is made while a graph is captured; what was made before is taken.
     assert spaces.of_stream(2, capturing=True) is None
     second = spaces.of_stream(2, capturing=False)
@@ -259,8 +284,8 @@ def test_every_stream_has_its_own_workspace() -> None:
     assert spaces.of_stream(2, capturing=True) is second
     # Larger layers find room on all of them; what a captured graph may still write stays.
     before = first.partials
-    spaces.reserve(6400, usual_steps(6400, 2048))
-    numbers, tiles = room(6400, usual_steps(6400, 2048))
+    spaces.reserve(3200, large)
+    numbers, tiles = room(3200, large)
     for space in (first, second):
         assert len(space.partials) >= numbers
         assert len(space.counters) >= tiles
@@ -271,10 +296,11 @@ def test_every_stream_has_its_own_workspace() -> None:
 @pytest.mark.parametrize(("rows", "columns"), [(16, 576), (640, 2048), (3696, 4096), (11008, 4096), (2816, 11008)])
 def test_the_workspace_has_room_for_every_number_of_tokens(rows: int, columns: int) -> None:
     space = Workspace(torch.device("cpu"))
-    space.grow(*room(16, usual_steps(16, 16)))
-    space.grow(*room(rows, usual_steps(rows, columns)))
-    for tokens in range(1, MOST_TOKENS + 1):
-        tile = down_tile(tokens, rows, columns)
+    sizes = Sizes(columns, rows, 3 * columns, rows // 3, 3, False)
+    space.grow(*room(16, usual_steps(Sizes(16, 16, 16, 16, 3, False))))
+    space.grow(*room(rows, usual_steps(sizes)))
+    for tokens in range(1, FEW_TOKENS_OF_MANY + 1):
+        tile = down_tile(tokens, sizes)
         # A part without columns would be a program for nothing.
         steps = -(-columns // tile.block_k)
         assert -(-steps // tile.split_k) * (tile.split_k - 1) < steps
