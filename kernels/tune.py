@@ -171,10 +171,10 @@ class LayerTuner:
         x = torch.randn(tokens, layer.columns, device=self.device).to(layer.dtype)
         amd = bool(torch.version.hip)
         tiles = own_tiles(tokens, layer.sizes, amd=amd)
-        best = self._time(tiles, x)
-        if best is None:
+        own = self._time(tiles, x)
+        if own is None:
             raise ValueError(f"the usual tiles fail on this GPU: {', '.join(self.wrong) or 'they do not fit'}")
-        own = best
+        best = own
         downs, ups = candidates(tokens, tiles, amd)
 
         def better(tried: Iterator[Tiles]) -> None:
