@@ -82,7 +82,7 @@ def shards_of(name: str, removed: float, pivots: bool = False) -> list[Shard]:
 
 
 def correctness(device: torch.device, overlap: bool, count: int) -> Iterator[Row]:
-    """Random layers against float64, with the tiles that serving uses."""
+    """Random layers against float64, by our kernels with their own tiles, and by the library."""
     rng = random.Random(0)
     torch.manual_seed(0)
     space = Workspace(device)
@@ -218,7 +218,7 @@ def in_graphs(device: torch.device, overlap: bool) -> Iterator[Row]:
 
 
 def speed(device: torch.device, overlap: bool, tokens_of: tuple[int, ...]) -> Iterator[Row]:
-    """Factored as it is served beside dense, in turn on the same inputs; at last a decoder layer's four together."""
+    """Factored, as served without the activation, beside dense, in turn; at last a decoder layer's four together."""
     space = Workspace(device)
     totals: dict[tuple[str, float, int], list[float]] = {}
 
@@ -231,7 +231,8 @@ def speed(device: torch.device, overlap: bool, tokens_of: tuple[int, ...]) -> It
         times = {tokens: timed(lambda w, x=x: F.linear(x, w), dense.dense) for tokens, x in inputs.items()}
         for form, removed in itertools.product(("factors", "pivots"), REMOVED):
             stack = Stack(name, removed, device, space, form == "pivots")
-            steps = usual_steps(stack.packed[0].sizes)
+            amd = bool(torch.version.hip)
+            steps = usual_steps(stack.packed[0].sizes, amd=amd)
             for tokens, x in inputs.items():
                 at = f"{name}, {form}, {removed:.0%} removed, {tokens} tokens"
                 library = timed(lambda p, x=x: run_library(x, p, kernels=True), stack.packed)
@@ -248,7 +249,7 @@ def speed(device: torch.device, overlap: bool, tokens_of: tuple[int, ...]) -> It
                 if tiles and stack.gates:
                     # vLLM's kernel is not here: another one that reads and writes as much stands for it.
                     half = x.new_empty(tokens, stack.gates[0].half)
-                    own = own_tiles(tokens, stack.packed[0].sizes, gated=True)
+                    own = own_tiles(tokens, stack.packed[0].sizes, gated=True, amd=amd)
 
                     def apart(p: PackedLayer, x: torch.Tensor = x, half: torch.Tensor = half, t: Any = tiles) -> None:
                         torch.mul(*run(x, p, space, tiles=t, overlap=overlap).chunk(2, 1), out=half)

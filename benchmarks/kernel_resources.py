@@ -45,8 +45,6 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 DTYPES = ("bf16", "fp16")
 TYPES = {"places": "*i32", "own": "*i32", "partials": "*fp32", "counters": "*i32"}
 NUMBERS = ("x", "v", "s", "z", "u", "y", "bias")
-# Arguments that are no multiples of 16: all others are, as the launcher makes them.
-UNALIGNED = {"tokens", "n0", "n1", "n2", "y0", "y1", "y2"}
 # Llama-2-7B's merged QKV at 40 % removed.
 SIZES = Sizes(4096, 3696, 3 * 4096, 1232, 3, False)
 # Its output projection at 40 % in the pivot form.
@@ -143,10 +141,11 @@ def resources(case: Case) -> Row:
     constants = case.constants | {"BLOCK_M": tile.block_m, "BLOCK_K": tile.block_k}
     numbers = dict.fromkeys(NUMBERS, f"*{case.dtype}")
     types = {n: "constexpr" if n in constants else (numbers | TYPES).get(n, "i32") for n in kernel.arg_names}
+    # The others are multiples of 16 in most layers.
     aligned = {
-        (i,): [["tt.divisibility", 16]]
-        for i, n in enumerate(kernel.arg_names)
-        if n not in constants and n not in UNALIGNED
+        (parameter.num,): [["tt.divisibility", 16]]
+        for parameter in kernel.params
+        if parameter.name not in constants and not parameter.do_not_specialize
     }
     source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=aligned)
     options: dict[str, Any] = {"num_warps": tile.warps, "num_stages": tile.stages}

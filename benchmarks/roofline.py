@@ -17,7 +17,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.gpu_check import LAYERS, REMOVED, rank_for, row
-from pgsvd_vllm.kernels.tiles import MOST_TOKENS
+from pgsvd_vllm.kernels.sizes import Shard, sizes_of
+from pgsvd_vllm.kernels.tiles import tiles_for, usual_steps
 
 TOKENS = (1, 8, 32, 128, 512, 2048)
 NUMBER = 2  # bytes
@@ -60,8 +61,11 @@ def factored(gpu: Gpu, tokens: int, name: str, removed: float) -> float:
     ranks = [rank_for(out, columns, removed) for out in outs]
     down = product(gpu, tokens, sum(ranks), columns)
     ups = [product(gpu, tokens, out, rank) for out, rank in zip(outs, ranks, strict=True)]
-    own = tokens <= MOST_TOKENS
-    launches = FIXED + (OVERLAPPED if gpu.overlaps else FIXED) if own else FIXED * (1 + len(ups))
+    shards = [Shard(out, rank) for out, rank in zip(outs, ranks, strict=True)]
+    tiles = tiles_for(usual_steps(sizes_of(shards, columns)), tokens)
+    launches = FIXED * (1 + len(ups))
+    if tiles:
+        launches = FIXED + (OVERLAPPED if gpu.overlaps and tiles[0] else FIXED)
     return down + sum(ups) + launches
 
 

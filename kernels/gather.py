@@ -26,8 +26,8 @@ def gather_kernel(
         y: [tokens, half], without gaps; where GATED silu(first half) * second half.
         bias: of the outputs before the activation.
     """
-    o = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    m = (tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
+    o = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
     there = o < half
     inside = (m < tokens) & there[None, :]
     row = products + m.to(tl.int64) * p_stride

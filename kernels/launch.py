@@ -72,7 +72,7 @@ def run(
         x: [tokens, in]; copied only where the numbers of a row do not lie side by side.
         bias: [out] or None.
         tiles: other than our kernels' own.
-        overlap: start the up product's loads of weights while the down product ends; see `can_overlap`.
+        overlap: start the up product while the down product ends; see `can_overlap`.
         exchange: what lies between the products, where the layer was packed for that.
 
     Returns:

@@ -63,7 +63,7 @@ def _side_by_side(x: torch.Tensor, layer: PackedLayer, exchange: Exchange | None
     Few calls: where no graph replays them, with some hundreds of tokens the GPU waits for the host.
     """
     whole = x.new_empty(len(x), sum(layer.beside))
-    parts = whole.split(layer.beside, 1)
+    parts = whole.split(layer.beside, 1)[::2]
     s = F.linear(x, layer.v) if layer.sources is None else torch.mm(x, layer.v.T, out=parts[0])
     z = s if s.shape[1] == layer.z_rows else s[:, : layer.z_rows]
     if exchange is not None:
@@ -83,7 +83,8 @@ def _ordered(
     y = products.new_empty(len(products), out)
     if len(y):
         block_m, block_n = ORDERED
-        gather_kernel[triton.cdiv(out, block_n), triton.cdiv(len(y), block_m)](
+        # Tokens first: a grid's other axes end at 65535.
+        gather_kernel[triton.cdiv(len(y), block_m), triton.cdiv(out, block_n)](
             *(products, sources, y, products if bias is None else bias, len(y), out, products.stride(0)),
             BLOCK_M=block_m,
             BLOCK_N=block_n,

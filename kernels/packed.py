@@ -13,6 +13,8 @@ from pgsvd_vllm.kernels.blocks import columns_of, spread
 from pgsvd_vllm.kernels.sizes import ALIGNMENT, Sizes
 
 MOST_SHARDS = 3
+# Numbers; 16 bytes of float16 and bfloat16.
+GAP = 8
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -98,8 +100,11 @@ class PackedLayer:
         # For torch's products: of the rows of v, the exchanged components and the up products' rows, side by side,
         # which is an output; None where the up products' rows are the outputs as they are.
         self.between = sum(self.ranks) if pivots else 0
-        self.sources = self._sources(above) if self.own_places is not None or has_pivots else None
-        self.beside = self.heights if self.sources is None else [len(self.v), self.between, *self.heights]
+        scattered = self.own_places is not None or has_pivots
+        # Widths of what lies side by side, each with the gap to the next: all begin aligned, or cuBLAS would be slower.
+        widths = [len(self.v), self.between, *self.heights] if scattered else self.heights
+        self.beside = [size for width in widths for size in (width, -width % GAP if scattered else 0)]
+        self.sources = self._sources(above) if scattered else None
         sizes = [height * rank for height, rank in zip(self.heights, self.ranks, strict=True)]
         self.up_factors = [
             part.view(height, rank)
@@ -120,17 +125,17 @@ class PackedLayer:
 
     def _sources(self, above: Sequence[torch.Tensor]) -> torch.Tensor:
         """int32 [out]: which column of torch's products, side by side, an output is."""
-        rows = len(self.v)
-        places = [] if self.own_places is None else [self.own_places.long()]
-        if not places:
-            places = [torch.full((rows,), -1, device=self.v.device)]
+        device = self.v.device
+        own, exchanged = (torch.full((width,), -1, device=device) for width in (len(self.v), self.between))
+        if self.own_places is not None:
+            own = self.own_places.long()
         if self.pivots is not None and self.pivot_columns is not None:
-            exchanged = torch.full((self.between,), -1, device=self.v.device)
             exchanged[self.pivots] = self.pivot_columns
-            places.append(exchanged)
-        place = torch.cat([*places, *above])
+        gaps = [torch.full((gap,), -1, device=device) for gap in self.beside[1::2]]
+        found = zip((own, exchanged, *above), gaps, strict=True)
+        place = torch.cat([part for pair in found for part in pair])
         columns = (place >= 0).nonzero()[:, 0]
-        sources = torch.empty(self.out, dtype=torch.int32, device=self.v.device)
+        sources = torch.empty(self.out, dtype=torch.int32, device=device)
         sources[place[columns]] = columns.int()
         return sources
 

@@ -10,13 +10,16 @@ from pgsvd_vllm.kernels.sizes import Sizes
 
 # More tokens than this are always the vendor's library's.
 MOST_TOKENS = 256
-# Up to so many tokens our kernels are taken for one up product; for several, and with the activation.
-LEAST_TOKENS = 16
+# Up to so many tokens our kernels are taken: with one up product, or two of a layer whose outputs lie scattered,
+SINGLE_TOKENS = 16
+# with two otherwise, with three, and with the activation,
 FEW_TOKENS = 32
-# Of three up products whose rows are the outputs as they are, which the library makes one after the other; and up to
-# how many our up products after the library's down product.
+# and with three whose rows are the outputs as they are: the library makes them one after the other.
 FEW_TOKENS_OF_MANY = 64
+# For those, up to so many our up products after the library's down product.
 MIXED_TOKENS = 128
+# The most tokens that one program of the down product takes; for more it would read the weights again.
+MOST_BLOCK_M = 64
 MANY_SHARDS = 3
 # Programs of a product below which it is cut finer; about one a multiprocessor of an H100.
 ENOUGH_PROGRAMS = 100
@@ -74,14 +77,14 @@ def own_tiles(tokens: int, sizes: Sizes, gated: bool = False, amd: bool = False)
         gated: with the activation.
         amd: two stages: AMD's programs have 64 KB of shared memory.
     """
-    down = down_tile(tokens, sizes) if tokens <= FEW_TOKENS_OF_MANY else None
+    down = down_tile(tokens, sizes) if tokens <= MOST_BLOCK_M else None
     up = gated_tile(tokens) if gated else up_tile(tokens, sizes)
     return (down and replace(down, stages=2), replace(up, stages=2)) if amd else (down, up)
 
 
 def usual_steps(sizes: Sizes, gated: bool = False, amd: bool = False) -> Steps:
     """What is taken where nothing has been tuned; arguments as of `own_tiles`."""
-    numbers = [LEAST_TOKENS]
+    numbers = [SINGLE_TOKENS]
     if gated or sizes.shards >= MANY_SHARDS or (sizes.shards > 1 and not sizes.scattered):
         numbers.append(FEW_TOKENS)
     if sizes.shards >= MANY_SHARDS and not sizes.scattered:
@@ -98,19 +101,20 @@ def tiles_for(steps: Steps, tokens: int) -> Tiles | None:
 
 
 def down_tile(tokens: int, sizes: Sizes) -> Tile:
-    """The tile of the down product: `rows` sums over `columns`.
+    """The tile of the down product, of at most MOST_BLOCK_M tokens.
 
     With few tokens the weights' bytes are all that counts, and the rows are too few to occupy a device:
     the sums are split.
     """
-    block_k, stages = (64, 6) if tokens > FEW_TOKENS else (128, 4)
+    block_m = _block_m(tokens)
+    block_k, stages = (64, 6) if block_m == MOST_BLOCK_M else (128, 4)
     parts = _parts(-(-sizes.rows // 64), sizes.columns, block_k)
-    return Tile(_block_m(tokens), 64, block_k, 4, stages, parts, swap=True)
+    return Tile(block_m, 64, block_k, 4, stages, parts, swap=True)
 
 
 def up_tile(tokens: int, sizes: Sizes) -> Tile:
     """The tile of the up products."""
-    if tokens > FEW_TOKENS_OF_MANY:
+    if tokens > MOST_BLOCK_M:
         return Tile(128, 64, 64, 8, 4)
     if sizes.heights < 64 * ENOUGH_PROGRAMS // 2:
         return Tile(_block_m(tokens), 32, 128, 4, 3)
@@ -119,12 +123,13 @@ def up_tile(tokens: int, sizes: Sizes) -> Tile:
 
 def gated_tile(tokens: int) -> Tile:
     """The tile of the up products of a gate and of what it gates, which are two sums at once."""
-    return Tile(_block_m(tokens), 64, 64, 4, 4 if tokens <= FEW_TOKENS else 3, swap=True)
+    block_m = _block_m(tokens)
+    return Tile(block_m, 64, 64, 4, 3 if block_m == MOST_BLOCK_M else 4, swap=True)
 
 
 def _block_m(tokens: int) -> int:
-    """All tokens in one program, or the weights would be read again."""
-    return 16 if tokens <= 16 else 32 if tokens <= 32 else 64
+    """Of a program that takes all tokens, if they are not too many."""
+    return 16 if tokens <= 16 else 32 if tokens <= 32 else MOST_BLOCK_M
 
 
 def _parts(tiles: int, columns: int, block_k: int) -> int:

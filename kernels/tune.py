@@ -1,7 +1,7 @@
 """The fastest tiles of a layer on this GPU, each candidate checked against float64 and then timed.
 
-The down product's tile is chosen with the usual one of the up products, then the parts of its sums, then the
-up products' tile; at last the two launches are compared with the vendor's library.
+The down product's tile is chosen with our own one of the up products, then the parts of its sums or the library in
+its place, then the up products' tile; at last the two launches are compared with the vendor's library.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -109,7 +109,7 @@ class Finding:
 
     Attributes:
         step: for the table.
-        usual, best, library: seconds of the usual tiles, of the best ones, and of the vendor's library.
+        usual, best, library: seconds of the usual choice, of the best one, and of the vendor's library.
         refused: tiles that could not be compiled or did not fit the device.
         wrong: tiles whose result was wrong; none ought to be.
     """
@@ -193,14 +193,16 @@ class LayerTuner:
                 # Each part has two steps at least.
                 if parts != down.split_k and layer.columns >= 2 * down.block_k * parts
             )
-            # The library's down product.
+            # The library's down product before our up products.
             better(iter([(None, tiles[1])]))
         if layer.ranks:
             better((tiles[0], tile) for tile in ups)
         library = self.clock([partial(run_library, x, one, kernels=True) for one in self.layers], self.device)
-        usual = library if tiles_for(usual_steps(layer.sizes, amd=amd), tokens) is None else own
-        step = Step(tokens, tiles if best <= library else None)
-        return Finding(step, usual, best, library, self.refused, self.wrong)
+        ours = tiles_for(usual_steps(layer.sizes, amd=amd), tokens) is not None
+        # The usual one of both stays unless the other saves enough.
+        chosen = best * (1 - LEAST_GAIN) <= library if ours else best < library * (1 - LEAST_GAIN)
+        step = Step(tokens, tiles if chosen else None)
+        return Finding(step, own if ours else library, best if chosen else library, library, self.refused, self.wrong)
 
     def _time(self, tiles: Tiles, x: torch.Tensor) -> float | None:
         """Seconds, or None of what does not fit the device or is wrong."""

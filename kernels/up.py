@@ -79,7 +79,7 @@ def up_kernel(
         s: [tokens, rows], rows `s_stride` apart: what another kernel made of x. `own`, int32 [rows], tells which column
             of y a column of s is, -1 for none. Read by the programs past the shards', where HAS_OWN.
 
-    Sums are float32, and rounded once, with the bias.
+    Sums are float32, and rounded once, with the bias; what is moved has been rounded before its bias is added.
     """
     pid_n = tl.program_id(0)
     pid_m = tl.program_id(1)
@@ -102,7 +102,6 @@ def up_kernel(
             u_end += n1.to(tl.int64) * r1
             z_at, u_at = tl.where(third, r0 + r1, z_at), tl.where(third, u_end, u_at)
             p_at = tl.where(third, n0 + n1, p_at)
-    # Without these, loads are as narrow as the least aligned of several shards could be.
     if HAS_OWN:
         blocks = tl.cdiv(n0, BLOCK_N)
         if SHARDS > 1:
@@ -115,6 +114,7 @@ def up_kernel(
                 tl.extra.cuda.gdc_wait()
             _place(s, own, y, bias, pid_n - blocks, pid_m, tokens, rows, s_stride, y_stride, BLOCK_M, BLOCK_N, HAS_BIAS)
             return
+    # Without these, loads are as narrow as the least aligned of several shards could be.
     r = tl.multiple_of(r, 16)
     z_at = tl.multiple_of(z_at, 16)
     u_at = tl.multiple_of(u_at, 16)

@@ -13,7 +13,8 @@ from pgsvd_vllm.sharding import Cut
 
 def sum_of(z: torch.Tensor) -> torch.Tensor:
     """z [tokens, r] of this rank's inputs -> of all inputs."""
-    return tensor_model_parallel_all_reduce(z)
+    # NCCL takes the first numel numbers from where a tensor begins, whatever its strides.
+    return tensor_model_parallel_all_reduce(z.contiguous())
 
 
 class Gathering:

@@ -8,7 +8,6 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from functools import cache
-from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -20,7 +19,7 @@ from pgsvd_vllm.kernels.launch import REFUSALS, Workspace, can_overlap, room, ru
 from pgsvd_vllm.kernels.library import run_library, run_library_gated
 from pgsvd_vllm.kernels.packed import MOST_SHARDS, Gate, PackedLayer
 from pgsvd_vllm.kernels.table import Table, default_path, read_table
-from pgsvd_vllm.kernels.tiles import MOST_TOKENS, Step, Steps, gated_tile, tiles_for, usual_steps
+from pgsvd_vllm.kernels.tiles import Step, Steps, tiles_for, usual_steps
 from pgsvd_vllm.sharding import Cut
 
 __all__ = ["MOST_SHARDS", "TritonProducts", "wants_triton"]
@@ -170,19 +169,24 @@ class TritonProducts:
         steps = table.steps(self.layer.sizes) if table else None
         if steps is None or self.gate is None:
             return steps
-        # Measured without the activation, which takes twice the registers: that keeps its own tiles.
-        return tuple(
-            Step(step.most_tokens, step.tiles and (step.tiles[0], gated_tile(step.most_tokens))) for step in steps
-        )
+        # Measured without the activation, which takes twice the registers and saves a launch: only the down tile holds.
+        usual = usual_steps(self.layer.sizes, True, self.amd)
+        found = []
+        for most in sorted({step.most_tokens for step in (*steps, *usual)}):
+            own, measured = tiles_for(usual, most), tiles_for(steps, most)
+            if own:
+                found.append(Step(most, ((measured[0] if measured else None) or own[0], own[1])))
+        return tuple(found)
 
     def _take(self, steps: Steps, has_bias: bool) -> None:
         """Make room for the steps, and run every kernel once, which otherwise would be compiled under a request."""
         self.workspaces.reserve(len(self.layer.v), steps)
         self.steps = steps
-        # The last one is the library's, which has a kernel of ours where outputs lie scattered.
-        for before, step in pairwise((Step(0, None), *steps, Step(MOST_TOKENS + 1, None))):
-            if step.tiles or self.layer.sources is not None:
-                x = self.layer.v.new_zeros(before.most_tokens + 1, self.layer.columns)
+        # After the last step it is the library's turn, with a kernel of ours where outputs lie scattered.
+        first = [1, *(step.most_tokens + 1 for step in steps)]
+        for tokens, tiles in zip(first, (*(step.tiles for step in steps), None), strict=True):
+            if tiles or self.layer.sources is not None:
+                x = self.layer.v.new_zeros(tokens, self.layer.columns)
                 stand_in = self._no_exchange if self.exchange else None
                 self._run(x, None, stand_in)
                 if has_bias:
@@ -195,7 +199,8 @@ class TritonProducts:
             ValueError: it has other sizes.
         """
         mine, theirs = self._tensors(), other._tensors()
-        if [tensor.shape for tensor in mine] != [tensor.shape for tensor in theirs]:
+        same = all(getattr(self.layer, name) == getattr(other.layer, name) for name in ("heights", "ranks", "v_starts"))
+        if not same or [tensor.shape for tensor in mine] != [tensor.shape for tensor in theirs]:
             raise ValueError("the new weights have other ranks or pivots than the old ones; restart the engine")
         for old, new in zip(mine, theirs, strict=True):
             old.copy_(new)

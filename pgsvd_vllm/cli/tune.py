@@ -79,7 +79,7 @@ def _tune(kinds: dict[Sizes, LayerSizes], output: Path | None) -> int:
     name = torch.cuda.get_device_name(device)
     path = output or default_path(name)
     table = _table(path, name)
-    print(f"{name}; times in microseconds: of the usual tiles, of the best ones, of torch's products")
+    print(f"{name}; times in microseconds: of the usual choice, of the best one, of torch's products")
     wrong: list[str] = []
     for number, (sizes, layer) in enumerate(kinds.items(), 1):
         begun = time.monotonic()

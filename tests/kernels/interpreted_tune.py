@@ -116,7 +116,7 @@ def check_table(folder: Path, tuner: Any, step: Any) -> None:
     from pgsvd_vllm.kernels.reference import gated_difference, layer_difference
     from pgsvd_vllm.kernels.sizes import Shard, sizes_of
     from pgsvd_vllm.kernels.table import Table, write_table
-    from pgsvd_vllm.kernels.tiles import Step, Tile, gated_tile, tiles_for, usual_steps
+    from pgsvd_vllm.kernels.tiles import Step, Tile, own_tiles, tiles_for, usual_steps
     from pgsvd_vllm.kernels.tune import RandomLayer
     from pgsvd_vllm.triton_products import TritonProducts
 
@@ -136,11 +136,12 @@ def check_table(folder: Path, tuner: Any, step: Any) -> None:
             x = torch.randn(tokens, 640).bfloat16()
             wrong = layer_difference(x, layer.readers, layer.ups, layer.places, None, products(x))
             expect(wrong, "", f"{tokens} tokens")
-    # With the activation the up tile is the usual one, at every number of tokens.
+    # With the activation all but the down tile is the usual choice.
     layer = RandomLayer(gated, 640, torch.bfloat16, CPU)
     products = TritonProducts(layer.readers, layer.ups, layer.places, True, lambda y: silu(y[:, :40]) * y[:, 40:])
     for tokens in (1, 5, 40, 70, 256):
-        wanted = (tiles[0], gated_tile(1 if tokens == 1 else 256)) if tokens in (1, 70, 256) else None
+        own = own_tiles(tokens, products.layer.sizes, gated=True)
+        wanted = (tiles[0], own[1]) if tokens == 1 else own if tokens == 5 else None
         expect(tiles_for(products.steps, tokens), wanted, f"a gate's tiles for {tokens} tokens")
         x = torch.randn(tokens, 640).bfloat16()
         wrong = gated_difference(x, layer.readers, layer.ups, layer.places, None, products(x))

@@ -39,7 +39,7 @@ MUTANTS = {
         "known = (m < tokens) & (place >= -1)",
     ),
     "rows moved from elsewhere": ("up", "pid_n - blocks, pid_m", "pid_n - blocks + 1, pid_m"),
-    "the first shard's rows are not counted": ("up", "blocks += tl.cdiv(n1, BLOCK_N)", "blocks += 0"),
+    "the second shard's programs are not counted": ("up", "blocks += tl.cdiv(n1, BLOCK_N)", "blocks += 0"),
     "rows moved without their bias": ("up", "mask=place >= 0, other=0.0)", "mask=place < 0, other=0.0)"),
     "parts overlap": (
         "down",
@@ -72,6 +72,7 @@ MUTANTS = {
         "                tl.extra.cuda.gdc_wait()\n            _place",
         "            _place",
     ),
+    "z read before it is made by the up product": ("up", "        tl.extra.cuda.gdc_wait()\n    acc", "    acc"),
     "x read before it is made": ("down", "        tl.extra.cuda.gdc_wait()\n", ""),
     "z read before it is made": ("gated", "        tl.extra.cuda.gdc_wait()\n", ""),
     "outputs past the last are ordered": ("gather", "(m < tokens) & there[None, :]", "m < tokens"),

@@ -59,6 +59,8 @@ class Ranks:
     def _exchanged(self, kind: str, mine: torch.Tensor, dim: int = -1) -> torch.Tensor:
         if self.size == 1:
             return mine
+        # A GPU's collectives take the numbers as they lie.
+        assert mine.is_contiguous()
         self._count += 1
         if self._count > len(self._results):
             raise _Waiting(kind, mine.clone(), dim % mine.dim())
