@@ -111,13 +111,18 @@ def correctness(device: torch.device, overlap: bool, count: int) -> Iterator[Row
                 )
                 if packed.sources is not None:
                     wrong.append(gated_difference(x, *shards, bias, run_library_gated(x, packed, gate, bias)))
-        found = [text for text in wrong if text]
-        yield row(f"random layers, {dtype}, wrong" + (f" ({found[0]})" if found else ""), len(found), 0)
+        yield verdict(f"random layers, {dtype}", wrong)
 
 
 def row(case: str, value: float, bar: float | None) -> Row:
     """A finished measurement; the bar is the most that is well."""
     return {"case": case, "value": value, "bar": bar, "ok": bar is None or value <= bar}
+
+
+def verdict(case: str, wrong: Sequence[str]) -> Row:
+    """How many of several judgements found something wrong, and what the first of them did."""
+    found = [text for text in wrong if text]
+    return row(f"{case}, wrong" + (f" ({found[0]})" if found else ""), len(found), 0)
 
 
 class Stack:
@@ -170,9 +175,8 @@ def real_layers(device: torch.device, overlap: bool) -> Iterator[Row]:
                 first = compute()
                 wrong.append(judge(x, *weights, None, first))
                 differing += sum(not torch.equal(first, compute()) for _ in range(REPEATS // 4))
-        found = [text for text in wrong if text]
         at = f"{name}, {'pivots' if pivots else 'factors'}"
-        yield row(f"{at}, wrong" + (f" ({found[0]})" if found else ""), len(found), 0)
+        yield verdict(at, wrong)
         yield row(f"{at}, runs that differ from the first", differing, 0)
         yield row(f"{at}, counters left", int(space.counters.count_nonzero()), 0)
 
@@ -213,8 +217,7 @@ def in_graphs(device: torch.device, overlap: bool) -> Iterator[Row]:
                 judge(x, layer.readers, layer.ups, layer.places, None, y)
                 for layer, y in zip(layers, outputs, strict=True)
             ]
-        found = [text for text in wrong if text]
-        yield row(f"in a graph, {name}, {tokens} tokens, wrong" + (f" ({found[0]})" if found else ""), len(found), 0)
+        yield verdict(f"in a graph, {name}, {tokens} tokens", wrong)
 
 
 def speed(device: torch.device, overlap: bool, tokens_of: tuple[int, ...]) -> Iterator[Row]:

@@ -88,7 +88,7 @@ def run(
     down, up = tiles or own_tiles(len(x), layer.sizes, amd=bool(torch.version.hip))
     above, own = layer.up_places, layer.own_places
     overlap = overlap and down is not None  # the library's kernel does not let the next one start
-    s = F.linear(x, layer.v) if down is None else _launch_down(x, layer, workspace, down, overlap)
+    s = _down_product(x, layer, workspace, down, overlap)
     z = s[:, : layer.z_rows]
     if exchange is not None:
         overlap = False  # with another kernel in between
@@ -140,7 +140,7 @@ def run_gated(
         return y
     down, up = tiles or own_tiles(len(x), layer.sizes, gated=True, amd=bool(torch.version.hip))
     overlap = overlap and down is not None
-    z = F.linear(x, layer.v) if down is None else _launch_down(x, layer, workspace, down, overlap)
+    z = _down_product(x, layer, workspace, down, overlap)
     gated_kernel[triton.cdiv(gate.half, up.block_out), triton.cdiv(len(x), up.block_m)](
         *(z, layer.u, y, z if gate.places is None else gate.places, z if bias is None else bias),
         *(len(x), z.stride(0), gate.half, gate.height, *gate.ranks, *gate.starts),
@@ -171,8 +171,12 @@ def _extra(overlap: bool) -> dict[str, bool]:
     return {"launch_pdl": True} if overlap else {}
 
 
-def _launch_down(x: torch.Tensor, layer: PackedLayer, workspace: Workspace, down: Tile, overlap: bool) -> torch.Tensor:
-    """The first launch: x v^T, [tokens, rows of v]."""
+def _down_product(
+    x: torch.Tensor, layer: PackedLayer, workspace: Workspace, down: Tile | None, overlap: bool
+) -> torch.Tensor:
+    """x v^T, [tokens, rows of v], in the first launch or, without a tile, by the library."""
+    if down is None:
+        return F.linear(x, layer.v)
     tokens, rows = len(x), len(layer.v)
     s = x.new_empty(tokens, rows)
     grid = triton.cdiv(rows, down.block_out), down.split_k, triton.cdiv(tokens, down.block_m)
