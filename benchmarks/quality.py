@@ -1,14 +1,14 @@
 """Perplexity of compressed models, methods x removed shares x texts, as multiples of dense.
 
     python benchmarks/quality.py --wikitext DIR [--c4 FILE] [--model NAME] [--seed N] [--quick]
-        [--json FILE] [--markdown FILE] [--plot FILE]
+        [--calibration-windows N] [--json FILE] [--markdown FILE] [--plot FILE]
 
 DIR holds wiki.valid.raw, which is calibrated on, and wiki.test.raw, which is judged on; nothing is
 chosen by looking at the test text. Of FILE every second document is judged on; the others are mixed
 into the calibration text of the mixed case alone. Calibration is done once for all methods and shares,
 and it and every finished case are kept in the work folder, for every model and seed apart, so that an
 interrupted run continues where it was. Every case is judged as a checkpoint read back by transformers.
-The bars are SmolLM2's.
+The bars are SmolLM2's, calibrated on 128 windows.
 """
 
 import argparse
@@ -92,7 +92,12 @@ def spread_windows(folder: Path, documents: list[str], count: int) -> torch.Tens
 
 
 def quality_plan(
-    wikitext: Path, work: Path | None, documents: Sequence[str] = (), model: str = "smollm2", seed: int = 0
+    wikitext: Path,
+    work: Path | None,
+    documents: Sequence[str] = (),
+    model: str = "smollm2",
+    seed: int = 0,
+    windows: int = WINDOWS,
 ) -> Plan:
     """A model calibrated on WikiText-2's validation text; finished work is in the work folder.
 
@@ -102,6 +107,7 @@ def quality_plan(
         documents: mixed with that text, half and half.
         model: one of MODELS.
         seed: of the windows that are drawn from the text, and of the labels that gradients are taken for.
+        windows: of LENGTH tokens to calibrate on.
     """
     work = work or reference_model.cache_folder() / "quality"
     work.mkdir(parents=True, exist_ok=True)
@@ -111,12 +117,13 @@ def quality_plan(
     others = work / "others.jsonl"
     if documents:
         others.write_text("".join(json.dumps({"text": row}) + "\n" for row in documents), encoding="utf-8")
+    name = f"{model}-{seed}" + ("-mixed" if documents else "") + (f"-{windows}" if windows != WINDOWS else "")
     return make_plan(
         CompressOptions(
             str(MODELS[model]()),
-            work / (f"{model}-{seed}-mixed" if documents else f"{model}-{seed}"),
+            work / name,
             dataset=(str(text), str(others)) if documents else (str(text),),
-            num_calibration_samples=WINDOWS,
+            num_calibration_samples=windows,
             max_seq_length=LENGTH,
             seed=seed,
             resume=True,
@@ -206,7 +213,14 @@ def main() -> int:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--ratios", nargs="+", type=float, choices=RATIOS)
     parser.add_argument("--refine-minutes", type=float, default=20.0, metavar="M", help="of the trained case")
-    parser.add_argument("--quick", action="store_true", help="only 20, 40 and 60 %%, a quarter of the windows")
+    parser.add_argument("--quick", action="store_true", help="only 20, 40 and 60 %%, a quarter of the judged windows")
+    parser.add_argument(
+        "--calibration-windows",
+        type=int,
+        default=WINDOWS,
+        metavar="N",
+        help=f"of {LENGTH} tokens; {WINDOWS} if not given",
+    )
     parser.add_argument("--work", type=Path, help="kept between runs (default: in the user's cache)")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--markdown", type=Path, metavar="FILE")
@@ -216,7 +230,8 @@ def main() -> int:
     count = 15 if arguments.quick else 60
 
     def planned(documents: Sequence[str] = ()) -> Plan:
-        return quality_plan(arguments.wikitext, arguments.work, documents, arguments.model, arguments.seed)
+        given = (arguments.model, arguments.seed, arguments.calibration_windows)
+        return quality_plan(arguments.wikitext, arguments.work, documents, *given)
 
     plan = planned()
     folder = plan.source.folder
@@ -257,7 +272,8 @@ def main() -> int:
             judge(model, f"{method} {ratio}")
             shutil.rmtree(workspace.checkpoint, ignore_errors=True)
 
-    table = list(rows_of(found, ratios, list(windows), BARS if arguments.model == "smollm2" else {}))
+    barred = arguments.model == "smollm2" and arguments.calibration_windows == WINDOWS
+    table = list(rows_of(found, ratios, list(windows), BARS if barred else {}))
     text = markdown(found, ratios, list(windows))
     print(text)
     for row in table:

@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.reference_model import cache_folder
+from pgsvd_vllm.offline.device import multiplied_dtype
 
 SIDE, PATCH = 32, 4
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -151,6 +152,7 @@ def train(folder: Path, pictures: Pictures) -> None:
         torch.tensor(getattr(processor.image_processor, name))[:, None, None] for name in ("image_mean", "image_std")
     )
     generator = torch.Generator().manual_seed(SEED)
+    dtype = multiplied_dtype(model.device, torch.bfloat16)
     photo = torch.tensor([kind == "photo" for kind, _ in pictures.classes])
     with tqdm(range(STEPS), desc="train") as bar:
         for _ in bar:
@@ -160,7 +162,7 @@ def train(folder: Path, pictures: Pictures) -> None:
             pixels[flipped] = pixels[flipped].flip(-1)
             picked = torch.randint(3, (BATCH,), generator=generator).tolist()
             texts = [captions[y][i] for y, i in zip(labels.tolist(), picked, strict=True)]
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
                 ids = tokenizer(texts, padding=True, return_tensors="pt")
                 logits = model(pixel_values=(pixels - mean) / std, **ids).logits_per_text.float()
             # Several captions of a batch fit an image.

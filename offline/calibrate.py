@@ -150,8 +150,8 @@ def advance(
                         f"{path}: the layer's output overflows in {stream.dtype}; "
                         "calibrate with --dtype float32 or bfloat16"
                     )
+                done = stream.flow.hidden[i].shape[:-1].numel()
                 stream.flow.hidden[i] = output
-                done = output.shape[:-1].numel()
                 tokens += done
                 yield done
         finally:

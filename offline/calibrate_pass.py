@@ -60,8 +60,8 @@ def _tokens_of_all(plan: Plan) -> int:
 
 
 def _check_tokens(plan: Plan, row: list[Projection], tokens: int) -> None:
-    widest = max(row, key=lambda p: p.in_features)
-    if tokens < widest.in_features:
+    widest = max((p for p in row if not p.scarce), key=lambda p: p.in_features, default=None)
+    if widest is not None and tokens < widest.in_features:
         raise InputError(
             f"--dataset {plan.data_name}: {tokens} tokens of the {widest.tower} model are too little; "
             f"{widest.name} has {widest.in_features} inputs and needs at least as many"
@@ -98,7 +98,7 @@ def _loss_spectra(plan: Plan, workspace: Workspace, index: int, found: LayerGrad
 
 
 def _calibration(plan: Plan, row: list[Projection], found: LayerGrams) -> LayerCalibration:
-    """With the output energies of a layer's projections, but for experts that too few tokens reach.
+    """With the output energies of a layer's projections, but for those that too few tokens reach.
 
     One projection at a time, since those of a large layer do not fit together.
     """
@@ -106,7 +106,7 @@ def _calibration(plan: Plan, row: list[Projection], found: LayerGrams) -> LayerC
     energy = {}
     for p in row:
         name = found.leader.get(p.name, "")
-        if p.reach < 1 and found.counts.get(name, 0) < p.in_features:
+        if p.scarce and found.counts.get(name, 0) < p.in_features:
             continue
         gram = found.grams[name].to(plan.device).double()
         if p.out_features > p.in_features and name not in roots:

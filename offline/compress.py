@@ -17,11 +17,11 @@ from pgsvd_vllm.offline.choose import choose_ranks
 from pgsvd_vllm.offline.estimate import check_disk, disk_bytes, fit_into_memory
 from pgsvd_vllm.offline.factor_pass import factor_layers
 from pgsvd_vllm.offline.head import HeadFactors, factor_head
-from pgsvd_vllm.offline.mixtures import expert_tokens, leave_starved
 from pgsvd_vllm.offline.options import WINDOWS, CompressOptions
 from pgsvd_vllm.offline.plan import Plan, make_plan
 from pgsvd_vllm.offline.refine_pass import refine_layers
 from pgsvd_vllm.offline.report import ModuleReport, front_line, rank_rule, write_config, write_description
+from pgsvd_vllm.offline.scarce import leave_starved, tokens_reached
 from pgsvd_vllm.offline.workspace import Workspace
 
 COPIED_SUFFIXES = {".json", ".jinja", ".txt", ".model", ".tiktoken"}
@@ -67,7 +67,7 @@ def compress(options: CompressOptions, say: Callable[[str], None] = lambda _line
         check_disk(plan, disk_bytes(plan) - workspace.used_bytes, workspace.folder)
         calibrate_layers(plan, workspace)
         keep = True  # another --ratio or --tolerance may do
-        tokens = expert_tokens(plan, workspace)
+        tokens = tokens_reached(plan, workspace)
         plan = leave_starved(plan, workspace, tokens, say)
         front = measured_front(plan, workspace) if plan.measured else None
         if front is not None:
@@ -181,7 +181,7 @@ def write_checkpoint(
     tokens: dict[str, int] | None = None,
     head: HeadFactors | None = None,
 ) -> CompressResult:
-    """Write the factors and everything else, and describe the result; `tokens` are those of `expert_tokens`."""
+    """Write the factors and everything else, and describe the result; `tokens` are those of `tokens_reached`."""
     folder = workspace.begin_checkpoint()
     writer = ShardWriter(folder)
     modules: list[ModuleReport] = []

@@ -4,8 +4,11 @@ import math
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
+
+from pgsvd_vllm.offline.device import multiplied_dtype
 
 
 @torch.no_grad()
@@ -13,11 +16,12 @@ def perplexity(model: PreTrainedModel, windows: torch.Tensor, batch: int = 4, de
     """Perplexity over token windows; a non-finite loss is not skipped but makes the result NaN.
 
     Args:
-        model: a causal language model.
+        model: a causal language model; where this processor has no instructions for its dtype it becomes float32.
         windows: int64 [count, length]; every window is predicted from its own start.
         batch: windows at a time.
         desc: of the progress bar.
     """
+    nn.Module.to(model, multiplied_dtype(model.device, model.dtype))
     total, count = 0.0, 0
     for ids in tqdm(windows.split(batch), desc=desc, unit="batch"):
         ids = ids.to(model.device)

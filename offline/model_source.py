@@ -32,7 +32,7 @@ from transformers.pytorch_utils import Conv1D
 
 from pgsvd_vllm.checkpoint import TensorInfo, read_config, read_headers, read_index
 from pgsvd_vllm.errors import InputError, reason_of
-from pgsvd_vllm.offline.towers import LANGUAGE, Tower, find_towers
+from pgsvd_vllm.offline.towers import LANGUAGE, PROJECTOR, Tower, find_towers
 from pgsvd_vllm.split_experts import SplitExperts, can_split, split_experts
 from pgsvd_vllm.stored_names import Stored, stored_tensors
 
@@ -78,6 +78,11 @@ class Projection:
     def path(self) -> str:
         """Its module path in the model."""
         return self.module or self.name
+
+    @property
+    def scarce(self) -> bool:
+        """Whether the calibration data may well be too little for it, and it then stays dense."""
+        return self.reach < 1 or self.tower == PROJECTOR
 
     @property
     def numel(self) -> int:
@@ -164,7 +169,7 @@ class ModelSource:
         ends = list(itertools.accumulate((len(tower.layers) for tower in self.towers), initial=0))
         self.spans = [range(start, stop) for start, stop in itertools.pairwise(ends)]
         self.layers: list[nn.Module] = [layer for tower in self.towers for layer in tower.layers]
-        self.paths = [f"{tower.path}.{i}" for tower in self.towers for i in range(len(tower.layers))]
+        self.paths = [path for tower in self.towers for path in tower.paths]
 
     @property
     def sees(self) -> bool:

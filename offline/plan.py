@@ -10,6 +10,7 @@ from pgsvd_vllm.costs import CostTable, read_costs
 from pgsvd_vllm.errors import InputError
 from pgsvd_vllm.offline.allocate import check_times
 from pgsvd_vllm.offline.calibration_data import read_data
+from pgsvd_vllm.offline.device import multiplied_dtype, pick_device
 from pgsvd_vllm.offline.model_source import ModelSource, Projection, resolve_folder
 from pgsvd_vllm.offline.options import DEFAULT_RATIO, DTYPES, CompressOptions, check_options
 from pgsvd_vllm.offline.pairs import Pairs
@@ -149,23 +150,6 @@ class Plan:
         return sum(info.numel for info in self.source.tensors.values())
 
 
-def pick_device(name: str) -> torch.device:
-    """`auto` is a GPU where torch sees one.
-
-    Raises:
-        InputError: no such device, or one without float64.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.ones(1, device=device, dtype=torch.float64).item()
-    except (RuntimeError, AssertionError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"--device {name}: cannot be used ({reason})") from None
-    return device
-
-
 def make_plan(options: CompressOptions) -> Plan:
     """Check the request and read everything but the weights.
 
@@ -191,9 +175,7 @@ def make_plan(options: CompressOptions) -> Plan:
     ignored = [p for row in everything for p in row if p.name not in factored]
 
     store_dtype = None if options.dtype == "auto" else DTYPES[options.dtype]
-    compute_dtype = store_dtype or source.weight_dtype
-    if device.type == "cpu" and not _multiplies_on_cpu(compute_dtype):
-        compute_dtype = torch.float32
+    compute_dtype = multiplied_dtype(device, store_dtype or source.weight_dtype)
     windows, pairs = read_data(options, source)
     projections, unused, tokens_per_pixel = _reached(source, projections, pairs, device, compute_dtype)
     if not any(projections):
@@ -241,14 +223,6 @@ def _costs(options: CompressOptions) -> CostTable:
             f"choose --dtype {table.dtype}"
         )
     return table
-
-
-def _multiplies_on_cpu(dtype: torch.dtype) -> bool:
-    """Whether this processor has the instructions; emulated, products are 10 times slower than float32."""
-    if dtype == torch.bfloat16:
-        able = torch.cpu.get_capabilities()
-        return any(able.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-    return dtype != torch.float16
 
 
 def _reached(

@@ -120,13 +120,13 @@ def write_description(
     """The per-module report, with the front of sizes and losses where it was measured, and the model card.
 
     Args:
-        tokens: of the calibration data that reached each projection of an expert.
+        tokens: of the calibration data that reached each projection of an expert or a projector.
     """
     share = "time_removed" if front is not None and front.by_time else "removed"
     report = {
         "modules": [asdict(m) for m in modules],
         "parameters": {"before": plan.total_parameters, "after": after},
-        "expert_tokens": tokens,
+        "tokens": tokens,
         "front": [] if front is None else [{share: r, "loss": loss} for r, loss in front.summary(0.01)],
     }
     (folder / REPORT_NAME).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

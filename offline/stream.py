@@ -15,6 +15,7 @@ from torch import nn
 
 from pgsvd_vllm.errors import InputError
 from pgsvd_vllm.offline.model_source import ModelSource
+from pgsvd_vllm.offline.towers import PROJECTOR
 
 TOKENS_PER_BATCH = 4096
 
@@ -279,7 +280,11 @@ class LayerStream:
             if index in self._starts:
                 entries.append(hidden)
             taker = takers.setdefault(self.source.span(index).start, _Taker(hidden))
-            leaves[index] = torch.zeros_like(taker.first).requires_grad_()
+            like = taker.first
+            if self.source.tower(index).name == PROJECTOR:  # the only layer that changes the shape
+                with self.source.layer(index, self.device, self.dtype) as layer, torch.no_grad():
+                    like = type(layer).forward(layer, *args, **kwargs)
+            leaves[index] = torch.zeros_like(like).requires_grad_()
             return taker.give(leaves[index], hidden)
 
         head: Any = self.source.model.get_output_embeddings()

@@ -1,4 +1,7 @@
-"""A model's towers: its lists of layers that run one after the other, such as a vision encoder and a language model."""
+"""A model's towers: its lists of layers that run one after the other, such as a vision encoder and a language model.
+
+What makes the language model's embeddings of what the vision encoder puts out is a tower of one layer: the projector.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -7,6 +10,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 LANGUAGE = "language"
+PROJECTOR = "projector"
+# Types of models whose projector vLLM makes of its own linear layers, which may be factored; that of others stays
+# dense. Each is a row of tests/e2e/vision_models.py.
+SERVED_PROJECTORS = ("llava", "qwen2_vl", "qwen2_5_vl", "idefics3", "smolvlm")
 
 
 @dataclass(frozen=True)
@@ -14,14 +21,19 @@ class Tower:
     """A list of layers, each of which reads what the one before it puts out.
 
     Attributes:
-        name: `language`, or what the configuration calls its part of the model, such as `vision`.
-        path: module path of the list, such as `model.layers`.
-        layers: the list.
+        name: `language`, `projector`, or what the configuration calls its part of the model, such as `vision`.
+        path: module path of the list, such as `model.layers`, or of the projector.
+        layers: the list's, or the projector alone.
     """
 
     name: str
     path: str
-    layers: nn.ModuleList
+    layers: tuple[nn.Module, ...]
+
+    @property
+    def paths(self) -> list[str]:
+        """The module paths of the layers."""
+        return [self.path] if self.name == PROJECTOR else [f"{self.path}.{i}" for i in range(len(self.layers))]
 
 
 def find_towers(model: PreTrainedModel) -> list[Tower]:
@@ -35,8 +47,28 @@ def find_towers(model: PreTrainedModel) -> list[Tower]:
         size = sum(m.weight.numel() for m in layers.modules() if isinstance(m, nn.Linear))
         name = _part(model, path)
         if size > found.get(name, (0, None))[0]:
-            found[name] = size, Tower(name, path, layers)
-    return [tower for _, tower in sorted(found.values(), key=lambda entry: entry[1].name == LANGUAGE)]
+            found[name] = size, Tower(name, path, tuple(layers))
+    towers = [tower for _, tower in found.values()]
+    projector = _projector(model, [tower.path for tower in towers])
+    if projector is not None and LANGUAGE in found:
+        towers.append(projector)
+    return sorted(towers, key=lambda tower: (tower.name == LANGUAGE, tower.name == PROJECTOR))
+
+
+def _projector(model: PreTrainedModel, towers: list[str]) -> Tower | None:
+    """The last module with linear layers before the language model that is no part of a tower, nor has one."""
+    if len(towers) < 2 or model.config.model_type not in SERVED_PROJECTORS:
+        return None
+    text = type(model.config.get_text_config())
+    last = None
+    for path, module in model.named_modules():
+        if isinstance(module, PreTrainedModel) and isinstance(module.config, text):
+            break
+        outside = not any(f"{tower}.".startswith(f"{path}.") or path.startswith(f"{tower}.") for tower in towers)
+        inside = last is not None and path.startswith(f"{last.path}.")
+        if path and outside and not inside and any(isinstance(m, nn.Linear) for m in module.modules()):
+            last = Tower(PROJECTOR, path, (module,))
+    return last
 
 
 def _outermost(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from tests.e2e.architectures import ARCHITECTURES  # noqa: E402
-from tests.e2e.vision_models import SEEING  # noqa: E402
+from tests.e2e.vision_models import SEEING, SeeingModel  # noqa: E402
 
 DOCUMENT = ROOT / "docs" / "models.md"
 HEAD = """# Models
@@ -21,8 +21,8 @@ Written by `python tests/models.py` after a run of `tests/e2e/test_architectures
 {vllm} (CPU) and transformers {transformers}: a tiny random model of every architecture is compressed by 25 %,
 verified, served by vLLM with every projection factored, and says in float32, token by token, what transformers makes
 of the same folder (where noted, what the multiplied-back dense model says in vLLM). Of those that read images both
-towers are compressed, calibrated on images with texts; vLLM's log-probabilities of what they say of an image, or
-embeddings, are those of transformers.
+towers are compressed, and the projector where noted, calibrated on images with texts; vLLM's log-probabilities of what
+they say of an image, or embeddings, are those of transformers.
 
 | models | class of the configuration | | |
 |---|---|---|---|
@@ -30,11 +30,13 @@ embeddings, are those of transformers.
 TAIL = """
 Anything else: every `nn.Linear` (or transposed `Conv1D`) in the list of layers that holds most of a causal language
 model's linear weights is compressed, whatever it is called; of models that read images, in one such list for each
-part of the configuration. What lies outside of it, such as the projector between the two towers (0.3 % of LLaVA 1.5
-7B's parameters), and what a checkpoint stores in another form (experts that it has stacked), stays dense. Experts that
-it stores one by one are compressed with `--include experts`, on the tokens that reach each; where these are fewer than
-a projection has inputs it stays dense, and a warning says so. The output head is compressed with `--include lm_head`,
-unless it is the input embeddings. What nothing is computed from stays dense: the last layer of LLaVA's vision model.
+part of the configuration, and in the projector between the two towers (0.3 % of LLaVA 1.5 7B's parameters), which is a
+tower of its own. Where vLLM does not make that of its own linear layers (PaliGemma, Gemma 3) it stays dense
+(`SERVED_PROJECTORS` in `offline/towers.py`), as does what lies outside of all these, such as CLIP's two projections,
+and what a checkpoint stores in another form (experts that it has stacked). Experts that it stores one by one are
+compressed with `--include experts`, on the tokens that reach each. An expert's or projector's matrix with more inputs
+than tokens reach it stays dense, and a warning says so. The output head is compressed with `--include lm_head`, unless
+it is the input embeddings. What nothing is computed from stays dense: the last layer of LLaVA's vision model.
 Layers between which a model changes what they hand on are refused. If vLLM's model has no linear layer of a
 projection's name, loading with `--load-format pgsvd` stops with an error that says which to `--ignore`.
 
@@ -52,7 +54,9 @@ def rows() -> list[str]:
     found = []
     for row in (*ARCHITECTURES, *SEEING):
         compared = "" if row.like_transformers else "; compared with the multiplied-back dense model"
-        found.append(f"| {row.name} | `{row.config}` | {row.note}{compared} | passed |")
+        projector = "; with its projector" if isinstance(row, SeeingModel) and row.projector else ""
+        note = f"{row.note}{projector}{compared}".removeprefix("; ")
+        found.append(f"| {row.name} | `{row.config}` | {note} | passed |")
     return found
 
 

@@ -157,7 +157,7 @@ def test_experts_that_too_few_tokens_reach_stay_dense(
     assert "WARNING: an expert sees about 128 tokens" not in said
     assert "projections stay dense, since too few tokens reach them" in said
     report = json.loads((tmp_path / "out" / "pgsvd_report.json").read_text(encoding="utf-8"))
-    reached = report["expert_tokens"]
+    reached = report["tokens"]
     assert len(reached) == 3 * 4 * 3  # layers, experts, projections of each
     # Every token chooses two experts.
     first = {name: n for name, n in reached.items() if ".layers.0." in name and name.endswith("up_proj")}

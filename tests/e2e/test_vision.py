@@ -25,7 +25,7 @@ CLOSE = 2e-3
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_pairs(tmp_path_factory.mktemp("pairs") / "pairs", 64)
+    return save_pairs(tmp_path_factory.mktemp("pairs") / "pairs", 128)
 
 
 def rows_of(pairs: Path) -> list[dict[str, str]]:
@@ -45,8 +45,8 @@ def test_compressed_and_served(seeing: SeeingModel, pairs: Path, tmp_path: Path,
         assert main(["verify", str(output)]) == 0
     chosen, served = (open_checkpoint(tmp_path / name).modules for name in ("chosen", "all"))
     towers = {p.name: p.tower for row in ModelSource(model).projections() for p in row}
-    for table in (chosen, served):
-        assert {towers[name] for name in table} == {"vision", "language"}
+    assert {towers[name] for name in chosen} >= {"vision", "language"}
+    assert {towers[name] for name in served} == {"vision", "language"} | ({"projector"} if seeing.projector else set())
     if seeing.compares:
         compared(tmp_path / "all", pairs)
     else:
@@ -113,6 +113,7 @@ def logprobs(answer: Answer) -> torch.Tensor:
 def forced(model: Any, inputs: Any, answer: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probabilities of a given answer in transformers, and the largest ones at each of its steps, [steps]."""
     start = inputs["input_ids"].shape[1]
+    model.generation_config.eos_token_id = None  # answers go on, whatever they say
     outputs = model.generate(
         **inputs,
         max_new_tokens=len(answer),

@@ -80,6 +80,7 @@ class SeeingModel:
         like_transformers: whether vLLM's probabilities of the dense model are those of transformers; where they are
             not, factored models are compared with the multiplied-back dense one in vLLM.
         core: whether it is tested every time, and not only with all.
+        projector: whether what joins its towers may be factored.
     """
 
     name: str
@@ -91,6 +92,7 @@ class SeeingModel:
     note: str = ""
     like_transformers: bool = True
     core: bool = False
+    projector: bool = False
 
 
 def clip_processor(tokenizer: Any) -> Any:
@@ -272,12 +274,18 @@ SEEING = (
         VISION_MODEL,
         note="reads the last vision layer but one",
         core=True,
+        projector=True,
     ),
-    SeeingModel("Qwen2-VL", "Qwen2VLConfig", qwen2_options, qwen_processor, note="images of any size"),
+    SeeingModel("Qwen2-VL", "Qwen2VLConfig", qwen2_options, qwen_processor, note="images of any size", projector=True),
     SeeingModel(
-        "Qwen2.5-VL", "Qwen2_5_VLConfig", qwen25_options, qwen_processor, note="images of any size, in windows"
+        "Qwen2.5-VL",
+        "Qwen2_5_VLConfig",
+        qwen25_options,
+        qwen_processor,
+        note="images of any size, in windows",
+        projector=True,
     ),
-    SeeingModel("Idefics 3, SmolVLM", "Idefics3Config", idefics_options, idefics_processor),
+    SeeingModel("Idefics 3, SmolVLM", "Idefics3Config", idefics_options, idefics_processor, projector=True),
     SeeingModel(
         "Gemma 3",
         "Gemma3Config",

@@ -1,5 +1,7 @@
 """Several towers: what flows between them, forwards and backwards, is what flows in the whole model."""
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from pgsvd_vllm.errors import InputError
 from pgsvd_vllm.offline.calibrate import LayerGrams, advance
 from pgsvd_vllm.offline.compress import compress
 from pgsvd_vllm.offline.model_source import ModelSource
@@ -22,8 +25,9 @@ from tests.offline.test_calibrate import CPU, clipped
 from tests.offline.test_compress import section_of
 
 SEED = 7
-# The first compares, the second reads a layer that is not the last, the third's images have no batch dimension.
-TESTED = ("CLIP", "LLaVA 1.5", "Qwen2-VL")
+# The first compares, the second reads a layer that is not the last, the third's images have no batch dimension; its
+# projector and the last one's make one token of four.
+TESTED = ("CLIP", "LLaVA 1.5", "Qwen2-VL", "Idefics 3, SmolVLM")
 
 
 @pytest.fixture(scope="module", params=TESTED)
@@ -83,12 +87,14 @@ def test_grams_and_gradients_are_those_of_the_whole_model(
     stream = LayerStream(source, batches, CPU, torch.float32)
     gradients = GradientPass(stream, tmp_path / "inputs")
     grams: dict[str, tuple[torch.Tensor, int]] = {}
+    seen: dict[str, int] = {}
     for index, row in enumerate(rows):
         stream.enter(index, stream.flow)
         gradients.remember(index)
         *_, found = advance(stream, index, row, collect=True)
         assert isinstance(found, LayerGrams)
-        grams |= {p.name: (found.grams[found.leader[p.name]], found.tokens) for p in row}
+        grams |= {p.name: (found.grams[found.leader[p.name]], found.counts[found.leader[p.name]]) for p in row}
+        seen |= {p.name: found.tokens for p in row}
     gradients.start(SEED)
     last = max(end for end in stream.read if end in source.spans[0])
     moments: dict[str, torch.Tensor] = {}
@@ -106,7 +112,7 @@ def test_grams_and_gradients_are_those_of_the_whole_model(
         assert tokens == len(x) == len(g)
         np.testing.assert_allclose(gram.numpy(), x.T @ x, atol=1e-4 * np.abs(x.T @ x).max())
         if name in moments:
-            moment = g.T @ g / gradients.losses
+            moment = g.T @ g / gradients.losses * (seen[name] / tokens)
             assert np.abs(moment).max() > 0
             np.testing.assert_allclose(moments[name].numpy(), moment, atol=2e-3 * np.abs(moment).max())
         else:
@@ -150,7 +156,7 @@ def options(folder: Path, name: str, **more: Any) -> CompressOptions:
 
 @pytest.mark.parametrize("sensitivity", ["measured", "uniform", "forward"])
 def test_a_share_for_each_tower(tmp_path: Path, sensitivity: str, one_thread: None) -> None:
-    ratios = {"vision": 0.2, "language": 0.4}
+    ratios = {"vision": 0.2, "projector": 0.3, "language": 0.4}
     wanted = options(tmp_path, "LLaVA 1.5", ratio=ratios, sensitivity=sensitivity)
     result = compress(wanted)
     section = section_of(result.output)
@@ -184,8 +190,22 @@ def test_text_alone_compresses_the_language_model_alone(tmp_path: Path, one_thre
     wanted = options(tmp_path, "LLaVA 1.5", dataset=("python-docs",), num_calibration_samples=8, max_seq_length=64)
     plan = make_plan(wanted)
     assert plan.towers == ["language"]
-    assert {p.tower for p in plan.unused} == {"vision"}
+    assert {p.tower for p in plan.unused} == {"vision", "projector"}
     assert compress(wanted).allocation.ranks
+
+
+def test_a_projector_that_few_tokens_reach_stays_dense(tmp_path: Path, one_thread: None) -> None:
+    """64 images make 256 tokens, four of which become one; it has 384 inputs."""
+    wanted = options(tmp_path, "Idefics 3, SmolVLM")
+    said: list[str] = []
+    result = compress(wanted, said.append)
+    name = "model.connector.modality_projection.proj"
+    assert any(f"{name} (256 of 384)" in line for line in said)
+    assert name not in result.allocation.ranks
+    report = json.loads((result.output / "pgsvd_report.json").read_text(encoding="utf-8"))
+    assert report["tokens"] == {name: 256}
+    with pytest.raises(InputError, match=rf"--ratio projector=.*{name} \(256 of 384\)"):
+        compress(replace(wanted, output=tmp_path / "other", ratio={"projector": 0.3}))
 
 
 def test_texts_and_images_may_be_mixed(tmp_path: Path, one_thread: None) -> None:
