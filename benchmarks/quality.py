@@ -242,7 +242,8 @@ def main() -> int:
         mixed_in, texts["c4"] = documents[::2], documents[1::2]
     windows = {name: spread_windows(folder, documents, count) for name, documents in texts.items()}
 
-    results = plan.options.output.with_name(f"results-{plan.options.output.name}-{count}.json")
+    dtype = str(plan.compute_dtype).removeprefix("torch.")  # that of `perplexity`
+    results = plan.options.output.with_name(f"results-{plan.options.output.name}-{count}-{dtype}.json")
     found: dict[str, float] = json.loads(results.read_text(encoding="utf-8")) if results.is_file() else {}
 
     def judge(model: PreTrainedModel, case: str) -> None:

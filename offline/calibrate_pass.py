@@ -76,7 +76,8 @@ def _measure_sensitivity(plan: Plan, workspace: Workspace, gradients: GradientPa
     with tqdm(total=round(share * _tokens_of_all(plan)), unit="tok", unit_scale=True, desc="gradients") as bar:
         for index in reversed(range(layers)):
             bar.set_postfix_str(f"layer {index + 1}/{layers}")
-            for step in gradients.retreat(index, plan.projections[index]):
+            known = workspace.load_layer(index, with_grams=False).energy
+            for step in gradients.retreat(index, [p for p in plan.projections[index] if p.name in known]):
                 if isinstance(step, int):
                     bar.update(step)
                 else:
@@ -88,7 +89,7 @@ def _loss_spectra(plan: Plan, workspace: Workspace, index: int, found: LayerGrad
     data = workspace.load_layer(index)
     energy = {}
     for p in plan.projections[index]:
-        if p.name not in data.energy or p.name not in found.moments:
+        if p.name not in found.moments:
             continue
         gram = data.grams[data.leader[p.name]].to(plan.device)
         gram = weighed(gram, data.tokens, found.grams[p.name])
@@ -113,7 +114,9 @@ def _calibration(plan: Plan, row: list[Projection], found: LayerGrams) -> LayerC
             roots[name] = gram_root(gram)
         weight = plan.source.tensor(f"{p.path}.weight").to(plan.device)
         energy[p.name] = output_energy(weight, gram, roots.get(name)).cpu()
-    return LayerCalibration(found.grams, found.leader, energy, found.tokens, found.counts)
+    used = {found.leader[name] for name in energy}
+    grams = {name: gram for name, gram in found.grams.items() if name in used}
+    return LayerCalibration(grams, found.leader, energy, found.tokens, found.counts)
 
 
 def output_energies(plan: Plan, workspace: Workspace) -> dict[str, torch.Tensor]:

@@ -122,10 +122,12 @@ def describe(plan: Plan) -> str:
         reason = "layers whose outputs nobody reads" if plan.pairs else "no images in the calibration data"
         ignored += f"; {sum(p.numel for p in plan.unused) / 1e6:.1f} M of the {towers} model stay dense ({reason})"
     starving = _starving_line(plan)
+    sizes = {tower: sum(p.numel for p in plan.flat if p.tower == tower) for tower in plan.towers}
+    parts = ", ".join(f"{tower} {size / 1e6:.1f} M" for tower, size in sizes.items())
     return (
         f"{plan.options.model}: {plan.total_parameters / 1e6:.1f} M parameters, "
         f"{sum(p.numel for p in plan.flat) / 1e6:.1f} M in {len(plan.flat)} projections of "
-        f"{len(plan.projections)} layers{ignored}\n"
+        f"{len(plan.projections)} layers{f' ({parts})' if len(sizes) > 1 else ''}{ignored}\n"
         f"calibration: {_data_line(plan)}, "
         f"on {plan.device} in {str(plan.compute_dtype).removeprefix('torch.')}{starving}"
     )

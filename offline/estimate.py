@@ -37,11 +37,16 @@ def memory_bytes(plan: Plan) -> int:
     layer = max(sum(p.numel for p in row) for row in plan.projections) * width
     embeddings = plan.source.vocabulary * hidden * width
     widest = max(max(p.in_features, p.out_features) for p in plan.flat)
+    # In float64, of the layer-by-layer fit of a projection with many inputs.
+    square = max((p.in_features**2 for p in plan.flat if p.reach == 1), default=0)
+    # What a tower hands on stays until the model has run, and of the factored model as well.
+    kept = sum(plan.tokens_of(tower.name) for tower in plan.source.towers[:-1]) * (2 if plan.sequential else 1)
     memory = (
         layer + embeddings + tokens * hidden * width
         + max(sum(n * n for n in sizes) for sizes in grams) * 8
         + min(TOKENS_PER_BATCH, tokens) * widest * 8
-        + 4 * widest * min(widest, 4096) * 8
+        + max(4 * widest * min(widest, 4096), (7 if plan.sequential else 0) * square) * 8
+        + kept * hidden * width
         + 400 * 1024**2  # torch and transformers themselves
     )  # fmt: skip
     if plan.sensitivity == "measured":

@@ -21,7 +21,9 @@ def perplexity(model: PreTrainedModel, windows: torch.Tensor, batch: int = 4, de
         batch: windows at a time.
         desc: of the progress bar.
     """
-    nn.Module.to(model, multiplied_dtype(model.device, model.dtype))
+    dtype = multiplied_dtype(model.device, model.dtype)
+    if dtype != model.dtype:  # else nothing is cast: buffers in float32, such as rotary frequencies, must stay so
+        nn.Module.to(model, dtype)
     total, count = 0.0, 0
     for ids in tqdm(windows.split(batch), desc=desc, unit="batch"):
         ids = ids.to(model.device)

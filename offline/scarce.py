@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from pgsvd_vllm.errors import InputError
 from pgsvd_vllm.offline.plan import Plan
+from pgsvd_vllm.offline.towers import PROJECTOR
 from pgsvd_vllm.offline.workspace import Workspace
 
 # Projections named in the warning.
@@ -27,7 +28,7 @@ def tokens_reached(plan: Plan, workspace: Workspace) -> dict[str, int]:
 
 
 def leave_starved(plan: Plan, workspace: Workspace, tokens: dict[str, int], say: Callable[[str], None]) -> Plan:
-    """The plan without the projections that too few tokens reach: they stay dense, and count as kept.
+    """The plan without the matrices that too few tokens reach: they stay dense, and count as kept.
 
     Too few are fewer than the projection has inputs, so that its Gram matrix has not full rank.
 
@@ -60,12 +61,16 @@ def leave_starved(plan: Plan, workspace: Workspace, tokens: dict[str, int], say:
     lost = set(plan.towers) - set(left.towers)
     shown = ", ".join(f"{p.name} ({tokens[p.name]} of {p.in_features})" for p in starved[:SHOWN])
     more = f" and {len(starved) - SHOWN} more" if len(starved) > SHOWN else ""
-    reason = (
-        f"{len(starved)} projections stay dense, since too few tokens reach them (a projection needs as many as it has "
-        f"inputs): {shown}{more}; more --num-calibration-samples may help"
-    )
+    reason = f"too few tokens reach them (a projection needs as many as it has inputs): {shown}{more}"
     for option, shares in (("--ratio", plan.options.ratio), ("--tolerance", plan.options.tolerance)):
         for tower in lost.intersection(shares if isinstance(shares, dict) else ()):
-            raise InputError(f"{option} {tower}=...: {reason}")
-    say(f"WARNING: {reason}")
+            raise InputError(
+                f"{option} {tower}=...: all its matrices must stay dense, since {reason}; leave {tower} out, or start "
+                "anew with more --num-calibration-samples"
+            )
+    kinds = sorted({"the projector" if p.tower == PROJECTOR else "experts" for p in starved})
+    say(
+        f"WARNING: {len(starved)} matrices of {' and '.join(kinds)} stay dense, since {reason}; more "
+        "--num-calibration-samples may help"
+    )
     return left

@@ -196,8 +196,8 @@ class ErrorAwarePass:
 
     def _target(
         self, module: Any, name: str, dense: _Dense, runs: Sequence["_Run"], before: Sequence[str] | None
-    ) -> Target:
-        """The target of a projection.
+    ) -> Target | None:
+        """The target of a projection; None where fewer tokens than it has inputs run it: they would be learnt by heart.
 
         Args:
             module, name: the projection.
@@ -209,6 +209,7 @@ class ErrorAwarePass:
         gram = torch.zeros(width, width, dtype=torch.float64, device=self.stream.device)
         cross, plain = torch.zeros_like(gram), None if self.whole else torch.zeros_like(gram)
         stream = None if before is None else gram.new_zeros(module.out_features, width)
+        tokens = 0
         for i, run in enumerate(runs):
             x = run.up_to(name)
             seen, wanted = by_window(x), by_window(dense.inputs[name][i].to(x.device))
@@ -216,6 +217,7 @@ class ErrorAwarePass:
                 raise _other_tokens(name)
             scale = token_scale(seen)
             rows = (seen * scale).flatten(0, 1)
+            tokens += len(rows)
             gram += gram_of(rows)
             cross += ((wanted * scale).flatten(0, 1).T @ rows).double()
             if plain is not None:
@@ -227,9 +229,14 @@ class ErrorAwarePass:
                 stream += ((error * scale).flatten(0, 1).T @ rows).double()
         if not torch.isfinite(gram).all():
             raise self._overflow(name)
-        ridge = RIDGE * gram.diagonal().mean() * torch.eye(width, dtype=gram.dtype, device=gram.device)
-        root = torch.linalg.cholesky(gram + ridge)
-        mixed = (1 - CORRECTED) * gram + CORRECTED * cross + ridge
+        if tokens < width:
+            return None
+        ridge = RIDGE * gram.diagonal().mean()
+        mixed = cross.mul_(CORRECTED).add_(gram, alpha=1 - CORRECTED)  # in place: a wide input's matrices fill a memory
+        mixed.diagonal().add_(ridge)
+        root = gram.clone()
+        root.diagonal().add_(ridge)
+        root = torch.linalg.cholesky(root)
         change = torch.cholesky_solve(mixed.T, root).T
         shift = None if stream is None else STREAM_CORRECTED * torch.cholesky_solve(stream.T, root).T
         return Target(change, shift, gram, plain)

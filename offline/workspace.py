@@ -26,7 +26,7 @@ from pgsvd_vllm.offline.plan import Plan
 from pgsvd_vllm.offline.report import ModuleReport
 
 # Raised whenever other things are kept of a layer: what an older program left cannot be continued.
-CALIBRATION = "3"
+CALIBRATION = "4"
 RUN_FILE = "run.json"
 
 

@@ -17,8 +17,12 @@ MERGED = (
     ("w1", "w3"),
     ("c_fc_0", "c_fc_1"),
 )
-# These are cut by inputs, all others by outputs.
-ROW_PARALLEL = ("o_proj", "out_proj", "down_proj", "c_proj", "dense", "dense_4h_to_h", "fc2", "w2", "wo", "proj")
+# Ends of names. These are cut by inputs, those below not at all, all others by outputs.
+ROW_PARALLEL = (
+    *(".o_proj", ".out_proj", ".down_proj", ".c_proj", ".dense", ".dense_4h_to_h", ".fc2", ".w2", ".wo", ".proj"),
+    *("_projector.linear_2", ".merger.mlp.2"),
+)
+REPLICATED = (".modality_projection.proj", ".q_a_proj", ".kv_a_proj_with_mqa")
 
 
 @dataclass(frozen=True)
@@ -42,12 +46,16 @@ def merged_layers(checkpoint: Checkpoint, tensor_parallel: int = 1) -> Iterator[
     for names, by_inputs in groups(checkpoint):
         if ".experts." in names[0] or names[0] == checkpoint.head:
             continue
-        cuts = [_cut(checkpoint, one, tensor_parallel, by_inputs) for one in names]
+        ranks = 1 if by_inputs is None else tensor_parallel
+        cuts = [_cut(checkpoint, one, ranks, bool(by_inputs)) for one in names]
         yield LayerSizes(cuts[0][0], tuple(shard for _, shard in cuts))
 
 
-def groups(checkpoint: Checkpoint) -> Iterator[tuple[tuple[str, ...], bool]]:
-    """The modules of every layer with a factored one, and whether ranks cut it by inputs, in the table's order."""
+def groups(checkpoint: Checkpoint) -> Iterator[tuple[tuple[str, ...], bool | None]]:
+    """The modules of every layer with a factored one, and whether ranks cut it by inputs, in the table's order.
+
+    None instead where every rank has all of it.
+    """
     seen: set[str] = set()
     for name in checkpoint.modules:
         if name in seen:
@@ -57,7 +65,8 @@ def groups(checkpoint: Checkpoint) -> Iterator[tuple[tuple[str, ...], bool]]:
         names = [f"{parent}.{part}" if parent else part for part in group]
         known = [one for one in names if one in checkpoint.modules or f"{one}.weight" in checkpoint.tensors]
         seen.update(known)
-        yield tuple(known), leaf in ROW_PARALLEL
+        dotted = f".{name}"
+        yield tuple(known), None if dotted.endswith(REPLICATED) else dotted.endswith(ROW_PARALLEL)
 
 
 def _cut(checkpoint: Checkpoint, name: str, ranks: int, by_inputs: bool) -> tuple[int, Shard]:

@@ -40,6 +40,7 @@ def parallel_plan(checkpoint: Checkpoint, workers: int, least: int) -> Iterator[
     """
     traffic = Traffic(least)
     for names, by_inputs in groups(checkpoint):
+        ranks = 1 if by_inputs is None else workers
         modules = {name: checkpoint.modules[name] for name in names if name in checkpoint.modules}
         first = next(iter(modules))
         out, columns, _ = checkpoint.shape(first)
@@ -49,11 +50,11 @@ def parallel_plan(checkpoint: Checkpoint, workers: int, least: int) -> Iterator[
         cut = Cut.PLAIN
         if runs_beside_others(first) or first == checkpoint.head:
             pass
-        elif workers > 1 and by_inputs:
+        elif ranks > 1 and by_inputs:
             up = modules[first].shapes(out, columns)[modules[first].suffixes[1]]
-            cut = traffic.by_inputs(modules[first].rank, up[0], out, workers, itemsize)
-        elif workers > 1:
-            cut = traffic.by_outputs([module.rank for module in modules.values()], columns, workers, itemsize)
+            cut = traffic.by_inputs(modules[first].rank, up[0], out, ranks, itemsize)
+        elif ranks > 1:
+            cut = traffic.by_outputs([module.rank for module in modules.values()], columns, ranks, itemsize)
         here = whole = 0
         for name in names:
             module = modules.get(name)
@@ -66,7 +67,7 @@ def parallel_plan(checkpoint: Checkpoint, workers: int, least: int) -> Iterator[
                 if kind == "pivots":
                     continue
                 whole += itemsize * math.prod(shape)
-                here += itemsize * _here(kind, shape, by_inputs, cut, workers)
+                here += itemsize * _here(kind, shape, bool(by_inputs), cut, ranks)
         yield LayerPlan(names, cut, here, whole, traffic.sent - sent, traffic.dense - dense)
 
 

@@ -31,12 +31,12 @@ TAIL = """
 Anything else: every `nn.Linear` (or transposed `Conv1D`) in the list of layers that holds most of a causal language
 model's linear weights is compressed, whatever it is called; of models that read images, in one such list for each
 part of the configuration, and in the projector between the two towers (0.3 % of LLaVA 1.5 7B's parameters), which is a
-tower of its own. Where vLLM does not make that of its own linear layers (PaliGemma, Gemma 3) it stays dense
-(`SERVED_PROJECTORS` in `offline/towers.py`), as does what lies outside of all these, such as CLIP's two projections,
-and what a checkpoint stores in another form (experts that it has stacked). Experts that it stores one by one are
-compressed with `--include experts`, on the tokens that reach each. An expert's or projector's matrix with more inputs
-than tokens reach it stays dense, and a warning says so. The output head is compressed with `--include lm_head`, unless
-it is the input embeddings. What nothing is computed from stays dense: the last layer of LLaVA's vision model.
+tower of its own. Where vLLM does not make that of its own linear layers (PaliGemma, Gemma 3), or no test shows it, it
+stays dense (`SERVED_PROJECTORS` in `offline/towers.py`), as does what lies outside of all these, such as CLIP's two
+projections, and what a checkpoint stores in another form (experts that it has stacked). Experts that it stores one by
+one are compressed with `--include experts`, on the tokens that reach each. Experts and projectors with more inputs than
+tokens reach them stay dense, and a warning says so. The output head is compressed with `--include lm_head`, unless it
+is the input embeddings. What nothing is computed from stays dense: the last layer of LLaVA's vision model.
 Layers between which a model changes what they hand on are refused. If vLLM's model has no linear layer of a
 projection's name, loading with `--load-format pgsvd` stops with an error that says which to `--ignore`.
 

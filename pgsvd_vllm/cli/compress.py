@@ -26,13 +26,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="R",
         help="share of the projections' parameters to REMOVE, 0 to 1 (default 0.2: four fifths are kept); with "
         "--objective latency of their time; for towers of their own shares vision=0.1,projector=0.1,language=0.3 "
-        "(others stay dense)",
+        "(others stay dense; what a model has, --dry-run says)",
     )
     size.add_argument(
         "--tolerance",
         type=shares,
         metavar="E",
-        help="instead of --ratio: relative output error allowed in every projection, or vision=E,language=E",
+        help="instead of --ratio: relative output error allowed in every projection, or in those of towers: "
+        "vision=E,projector=E,language=E",
     )
     parser.add_argument(
         "--objective",

@@ -77,7 +77,7 @@ def test_too_few_pairs(refused: Refusal, llava: Path, clip: Path, pairs: Path) -
 @pytest.mark.parametrize("option", ["--ratio", "--tolerance"])
 def test_towers_that_are_not_there(refused: Refusal, llava: Path, tmp_path: Path, option: str) -> None:
     many = save_pairs(tmp_path / "pairs", 16)
-    refused(llava, "--dataset", many, option, "audio=0.2", culprits=(option, "audio", "vision, language"))
+    refused(llava, "--dataset", many, option, "audio=0.2", culprits=(option, "audio", "vision, projector, language"))
     refused(llava, option, "vision=0.2", culprits=(option, "vision", "language"))  # text alone
     refused(llava, "--dataset", many, option, "vision=0.2,language=2", culprits=(option, "between 0 and 1"))
 

@@ -176,6 +176,17 @@ def idefics_options(ids: dict[str, int]) -> dict[str, Any]:
     }
 
 
+def smolvlm_processor(tokenizer: Any) -> Any:
+    """Of SmolVLM 2, which also takes videos: no image is cut into pieces."""
+    from transformers import SmolVLMProcessor, SmolVLMVideoProcessor
+    from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
+
+    sizes = {"size": {"longest_edge": SIDE}, "max_image_size": {"longest_edge": SIDE}}
+    images = SmolVLMImageProcessorPil(**sizes, do_image_splitting=False)
+    video = {"fps": 1, "max_frames": 4, "video_size": {"longest_edge": SIDE}}
+    return SmolVLMProcessor(images, tokenizer, SmolVLMVideoProcessor(**sizes, video_sampling=video), image_seq_len=4)
+
+
 def gemma_processor(tokenizer: Any) -> Any:
     """Of Gemma 3."""
     from transformers import Gemma3Processor
@@ -286,6 +297,7 @@ SEEING = (
         projector=True,
     ),
     SeeingModel("Idefics 3, SmolVLM", "Idefics3Config", idefics_options, idefics_processor, projector=True),
+    SeeingModel("SmolVLM 2", "SmolVLMConfig", idefics_options, smolvlm_processor, projector=True),
     SeeingModel(
         "Gemma 3",
         "Gemma3Config",

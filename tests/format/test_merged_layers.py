@@ -5,6 +5,7 @@ from pathlib import Path
 from pgsvd_vllm.checkpoint import Checkpoint, FactoredModule, TensorInfo, open_checkpoint
 from pgsvd_vllm.kernels.sizes import Shard
 from pgsvd_vllm.merged_layers import LayerSizes, merged_layers
+from pgsvd_vllm.parallel_plan import parallel_plan
 
 
 def checkpoint(shapes: dict[str, tuple[int, int]], modules: dict[str, FactoredModule]) -> Checkpoint:
@@ -46,6 +47,18 @@ def test_ranks_of_tensor_parallelism_hold_their_share() -> None:
         LayerSizes(100, (Shard(96, 40, 40),)),
         LayerSizes(50, (Shard(30, 16),)),
     ]
+
+
+def test_projectors_are_cut_as_vllm_cuts_them() -> None:
+    llava = ("multi_modal_projector.linear_1", "multi_modal_projector.linear_2")
+    names = (*llava, "visual.merger.mlp.0", "visual.merger.mlp.2", "model.connector.modality_projection.proj")
+    found = checkpoint(dict.fromkeys(names, (60, 50)), dict.fromkeys(names, FACTORS))
+    by_outputs, by_inputs = LayerSizes(50, (Shard(30, 16),)), LayerSizes(25, (Shard(60, 16),))
+    whole = LayerSizes(50, (Shard(60, 16),))
+    assert list(merged_layers(found, 2)) == [by_outputs, by_inputs, by_outputs, by_inputs, whole]
+    plans = list(parallel_plan(found, 2, 8 * 2**20))
+    assert [plan.here == plan.whole for plan in plans] == [False, False, False, False, True]
+    assert plans[-1].sent == plans[-1].dense == 0
 
 
 def test_every_factored_module_of_a_real_checkpoint_is_in_a_layer(tiny_compressed: Path) -> None:

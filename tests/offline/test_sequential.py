@@ -116,7 +116,7 @@ def test_a_projection_whose_output_is_not_added_as_it_is_gets_no_share_of_the_st
     plain = layer.mlp.forward
     # As models with a norm behind the projection do.
     monkeypatch.setattr(layer.mlp, "forward", lambda x: plain(x) * 0.5)
-    walk = ErrorAwarePass(LayerStream(source, text_batches(windows(4, 40)), CPU, torch.float32))
+    walk = ErrorAwarePass(LayerStream(source, text_batches(windows(8, 40)), CPU, torch.float32))
     targets: list[Target] = []
 
     def fit(p: Projection, target: Target) -> torch.Tensor:
@@ -134,7 +134,7 @@ def test_the_dense_gram_matrix_is_not_summed_where_all_text_takes_part(tmp_path:
     row = source.projections()[0]
     seen: list[list[Target]] = [[], []]
     for whole in (False, True):
-        walk = ErrorAwarePass(LayerStream(source, text_batches(windows(4, 40)), CPU, torch.float32), whole)
+        walk = ErrorAwarePass(LayerStream(source, text_batches(windows(8, 40)), CPU, torch.float32), whole)
 
         def fit(p: Projection, target: Target, whole: bool = whole) -> torch.Tensor:
             seen[whole].append(target)
@@ -146,6 +146,23 @@ def test_the_dense_gram_matrix_is_not_summed_where_all_text_takes_part(tmp_path:
         assert all_text.dense is None
         assert torch.equal(plain.gram, all_text.gram)
         assert torch.equal(plain.change, all_text.change)
+
+
+def test_fewer_tokens_than_inputs_give_no_target(tmp_path: Path) -> None:
+    """They would be learnt by heart."""
+    source = ModelSource(save_tiny_model(tmp_path / "model", layers=1))
+    row = source.projections()[0]
+    tokens = 4 * 40
+    assert {p.in_features < tokens for p in row} == {False, True}
+    seen: dict[str, Target | None] = {}
+
+    def fit(p: Projection, target: Target | None) -> torch.Tensor:
+        seen[p.name] = target
+        return truncated(source.read(f"{p.name}.weight"))
+
+    walk = ErrorAwarePass(LayerStream(source, text_batches(windows(4, 40)), CPU, torch.float32))
+    list(walk.advance(0, groups_of(row), {p.name for p in row}, fit, {}))
+    assert {p.name for p in row if p.in_features > tokens} == {name for name, one in seen.items() if one is None}
 
 
 @pytest.mark.parametrize("skipped", ["mlp", "down_proj"])
@@ -163,7 +180,7 @@ def test_a_projection_that_the_factored_layer_does_not_call_is_named(
         return x if skipped == "mlp" else mlp.gate_proj(x)[..., : x.shape[-1]]
 
     monkeypatch.setattr(mlp, "forward", forward)
-    walk = ErrorAwarePass(LayerStream(source, text_batches(windows(4, 40)), CPU, torch.float32))
+    walk = ErrorAwarePass(LayerStream(source, text_batches(windows(8, 40)), CPU, torch.float32))
     row = source.projections()[0]
     name = "down_proj" if skipped == "down_proj" else "gate_proj"
     with pytest.raises(InputError, match=rf"mlp\.{name}: its tokens depend on the weights before it \(a router\)"):
