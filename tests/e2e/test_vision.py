@@ -1,6 +1,7 @@
 """Every architecture that sees: a tiny random model compressed, verified, served by vLLM, like transformers."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from pgsvd_vllm.cli import main
 from pgsvd_vllm.offline.model_source import KINDS, ModelSource
 from pgsvd_vllm.offline.pairs import PROMPT, load_processor
 from tests.e2e.checkpoints import multiplied_back
-from tests.e2e.engine import EMBED, Answer, greedy, run_engine, tokens
+from tests.e2e.engine import EMBED, Answer, greedy, one_core_each, run_engine, tokens
 from tests.e2e.vision_models import SEEING, SeeingModel, save_pairs, save_seeing_model
 
 NEW_TOKENS = 16
@@ -74,7 +75,24 @@ def compared(folder: Path, pairs: Path) -> None:
     assert min(float((a - b).abs().max()) for a in seen for b in seen if a is not b) > 3 * CLOSE
 
 
-def described(folder: Path, pairs: Path, like_transformers: bool) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["LLaVA 1.5", "Qwen2-VL", "Idefics 3, SmolVLM"])
+def test_served_by_two_ranks(name: str, pairs: Path, tmp_path: Path, one_thread: None) -> None:
+    """Of their projectors' layers vLLM cuts the first by outputs and the second by inputs, and the last model's not."""
+    row = next(row for row in SEEING if row.name == name)
+
+    def even(ids: dict[str, int]) -> dict[str, Any]:
+        options = row.options(ids)
+        heads = next(key for key in options["vision_config"] if key in ("num_heads", "num_attention_heads"))
+        return options | {"vision_config": options["vision_config"] | {heads: 4}}
+
+    model, output = save_seeing_model(replace(row, options=even), tmp_path / "model"), tmp_path / "all"
+    arguments = ["compress", str(model), "-o", str(output), "--ratio", "0.25", "--dataset", str(pairs)]
+    assert main([*arguments, "--baseline", "pifa"]) == 0
+    described(output, pairs, True, tensor_parallel_size=2, environment=one_core_each())
+
+
+def described(folder: Path, pairs: Path, like_transformers: bool, **engine: Any) -> None:
     """What is said of images has the probabilities that the reference gives it, and is what that finds likeliest."""
     processor = load_processor(folder)
     prompts = []
@@ -85,7 +103,7 @@ def described(folder: Path, pairs: Path, like_transformers: bool) -> None:
             text = processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
         prompts.append({"prompt": text, "image": str(pairs / row["image"])})
     job = (prompts, greedy(NEW_TOKENS, logprobs=0))
-    found = run_engine(folder, [job], max_model_len=512)[0]
+    found = run_engine(folder, [job], max_model_len=512, **engine)[0]
     assert len({tuple(answer.tokens) for answer in found}) > 1, "the model says the same whatever it sees"
     if not like_transformers:
         dense = multiplied_back(folder, folder.with_name("back"))
