@@ -13,7 +13,7 @@ LANGUAGE = "language"
 PROJECTOR = "projector"
 # Types of models whose projector is known to be served in factors, as vLLM makes it of its own linear layers; that of
 # others stays dense. Each is a row of tests/e2e/vision_models.py.
-SERVED_PROJECTORS = ("llava", "qwen2_vl", "qwen2_5_vl", "idefics3", "smolvlm")
+SERVED_PROJECTORS = ("llava", "llava_next", "qwen2_vl", "qwen2_5_vl", "idefics3", "smolvlm")
 
 
 @dataclass(frozen=True)

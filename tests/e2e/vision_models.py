@@ -22,6 +22,7 @@ RGB = {
     "grey": (128, 128, 128),
 }
 SIDE = 56
+PIECES = [[SIDE, 2 * SIDE], [2 * SIDE, SIDE]]
 ViT = {
     "hidden_size": 96,
     "intermediate_size": 224,
@@ -151,6 +152,43 @@ def llava_options(ids: dict[str, int]) -> dict[str, Any]:
         "text_config": language(ids, "llama"),
         "image_token_index": ids["<image>"],
         "vision_feature_layer": -2,
+    }
+
+
+def llava_next_processor(tokenizer: Any) -> Any:
+    """Of LLaVA-NeXT, which also sees an image in pieces."""
+    from transformers import LlavaNextProcessor
+    from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+
+    crop = {"height": SIDE, "width": SIDE}
+    images = LlavaNextImageProcessorPil(size={"shortest_edge": SIDE}, crop_size=crop, image_grid_pinpoints=PIECES)
+    return LlavaNextProcessor(
+        images, tokenizer, patch_size=14, vision_feature_select_strategy="default", num_additional_image_tokens=1
+    )
+
+
+def llava_next_options(ids: dict[str, int]) -> dict[str, Any]:
+    """As LLaVA, and the sizes that pieces make."""
+    return llava_options(ids) | {"image_grid_pinpoints": PIECES}
+
+
+def mistral_processor(tokenizer: Any) -> Any:
+    """Of Mistral 3, whose images have rows of tokens."""
+    from transformers import PixtralProcessor
+    from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
+
+    images = PixtralImageProcessorPil(size={"longest_edge": SIDE}, patch_size={"height": 14, "width": 14})
+    named = {"image_token": "<image>", "image_break_token": "<start_of_image>", "image_end_token": "<end_of_image>"}
+    return PixtralProcessor(images, tokenizer, patch_size=14, spatial_merge_size=2, **named)
+
+
+def mistral_options(ids: dict[str, int]) -> dict[str, Any]:
+    """A Pixtral vision model, four of whose tokens become one."""
+    return {
+        "vision_config": ViT | {"model_type": "pixtral", "head_dim": 32},
+        "text_config": language(ids, "mistral"),
+        "image_token_index": ids["<image>"],
+        "tie_word_embeddings": False,
     }
 
 
@@ -287,6 +325,16 @@ SEEING = (
         core=True,
         projector=True,
     ),
+    SeeingModel(
+        "LLaVA-NeXT, 1.6",
+        "LlavaNextConfig",
+        llava_next_options,
+        llava_next_processor,
+        VISION_MODEL,
+        note="images in pieces",
+        projector=True,
+    ),
+    SeeingModel("Mistral Small 3.1", "Mistral3Config", mistral_options, mistral_processor, note="rows of image tokens"),
     SeeingModel("Qwen2-VL", "Qwen2VLConfig", qwen2_options, qwen_processor, note="images of any size", projector=True),
     SeeingModel(
         "Qwen2.5-VL",
