@@ -50,9 +50,9 @@ KINDS = (
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.md"]
 
 
-# Model type -> projections that vLLM does not load in factors: of BLOOM it reorders the rows of every tensor that has
-# this name, V's as well.
-STAYS_DENSE = {"bloom": ("query_key_value",)}
+# Model type -> paths of projections that vLLM does not load in factors: of BLOOM it reorders the rows of every tensor
+# that has this name, V's as well; InternVL's vision attention is none of its own linear layers.
+STAYS_DENSE = {"bloom": "*.query_key_value", "internvl": "*.vision_tower.*.attention.*"}
 
 
 @dataclass(frozen=True)
@@ -248,7 +248,7 @@ class ModelSource:
                     continue
                 path = f"{self.paths[index]}.{name}"
                 full = self._checkpoint_name(path)
-                if full is None or name.rpartition(".")[2] in STAYS_DENSE.get(self.config.model_type, ()):
+                if full is None or fnmatch.fnmatchcase(path, STAYS_DENSE.get(self.config.model_type, "")):
                     continue
                 hits = [p for p in ignore if fnmatch.fnmatchcase(full, p) or fnmatch.fnmatchcase(name, p)]
                 matched.update(hits)

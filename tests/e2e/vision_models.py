@@ -192,6 +192,58 @@ def mistral_options(ids: dict[str, int]) -> dict[str, Any]:
     }
 
 
+def onevision_processor(tokenizer: Any) -> Any:
+    """Of LLaVA-OneVision, which sees an image in pieces, all of its tokens."""
+    from transformers import LlavaOnevisionProcessor, LlavaOnevisionVideoProcessor
+    from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
+
+    size = {"height": SIDE, "width": SIDE}
+    images = LlavaOnevisionImageProcessorPil(size=size, image_grid_pinpoints=PIECES)
+    return LlavaOnevisionProcessor(
+        images,
+        tokenizer,
+        LlavaOnevisionVideoProcessor(size=size),
+        num_image_tokens=16,
+        vision_feature_select_strategy="full",
+        video_token="<|video_pad|>",
+    )
+
+
+def onevision_options(ids: dict[str, int]) -> dict[str, Any]:
+    """A SigLIP vision model and a Qwen2."""
+    return {
+        "vision_config": ViT | {"model_type": "siglip_vision_model", "vision_use_head": False},
+        "text_config": language(ids, "qwen2"),
+        "image_token_index": ids["<image>"],
+        "video_token_index": ids["<|video_pad|>"],
+        "image_grid_pinpoints": PIECES,
+    }
+
+
+def internvl_processor(tokenizer: Any) -> Any:
+    """Of InternVL: no image is cut into pieces."""
+    from transformers import InternVLProcessor, InternVLVideoProcessor
+    from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+
+    size = {"height": SIDE, "width": SIDE}
+    images = GotOcr2ImageProcessorPil(size=size, crop_to_patches=False)
+    named = {"start_image_token": "<start_of_image>", "end_image_token": "<end_of_image>"}
+    named |= {"context_image_token": "<image_soft_token>", "video_token": "<|video_pad|>"}
+    tokenizer = byte_tokenizer(framed=False, extra_special_tokens=named)
+    return InternVLProcessor(images, tokenizer, InternVLVideoProcessor(size=size), image_seq_length=4)
+
+
+def internvl_options(ids: dict[str, int]) -> dict[str, Any]:
+    """A vision model of its own, four of whose tokens become one."""
+    sizes = {"image_size": [SIDE, SIDE], "patch_size": [14, 14]}
+    return {
+        "vision_config": ViT | sizes,
+        "text_config": language(ids, "qwen2"),
+        "image_token_id": ids["<image_soft_token>"],
+        "image_seq_length": 4,
+    }
+
+
 def idefics_processor(tokenizer: Any) -> Any:
     """Of Idefics 3: no image is cut into pieces."""
     from transformers import Idefics3Processor
@@ -333,6 +385,14 @@ SEEING = (
         VISION_MODEL,
         note="images in pieces",
         projector=True,
+    ),
+    SeeingModel("LLaVA-OneVision", "LlavaOnevisionConfig", onevision_options, onevision_processor, VISION_MODEL),
+    SeeingModel(
+        "InternVL 3",
+        "InternVLConfig",
+        internvl_options,
+        internvl_processor,
+        note="vLLM makes its vision attention of other linear layers",
     ),
     SeeingModel("Mistral Small 3.1", "Mistral3Config", mistral_options, mistral_processor, note="rows of image tokens"),
     SeeingModel("Qwen2-VL", "Qwen2VLConfig", qwen2_options, qwen_processor, note="images of any size", projector=True),
