@@ -15,6 +15,7 @@ from pgsvd_vllm.errors import CheckpointError
 from pgsvd_vllm.experts import experts_method
 from pgsvd_vllm.head import PgsvdHeadMethod
 from pgsvd_vllm.linear import PgsvdLinearMethod, Shard
+from pgsvd_vllm.multiplied_back import patterns
 from pgsvd_vllm.sharding import Traffic, collective_bytes
 
 # The parts of merged layers by their usual names.
@@ -104,12 +105,23 @@ class PgsvdConfig(QuantizationConfig):
                 return PgsvdLinearMethod(shards, self.traffic)
         return UnquantizedLinearMethod()
 
+    def take_plain(self, model: torch.nn.Module) -> dict[str, FactoredModule]:
+        """The factored modules that are plain matrices in a model, which cannot be served in factors.
+
+        Returns:
+            their forms by all of their names; they count as taken.
+        """
+        plain = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+        found = {id(module) for name, module in self.modules.items() if name in plain} - self.claimed
+        self.claimed |= found
+        return {name: module for name, module in self.modules.items() if id(module) in found}
+
     def check_claimed(self) -> None:
         """Raise CheckpointError naming a factored module that no layer of the model has taken."""
         for name, module in self.modules.items():
             if id(module) in self.claimed:
                 continue
-            instead = f"with --ignore '*.{name.rpartition('.')[2]}'"
+            instead = f"with --ignore {' '.join(patterns({name: module}))}"
             if ".experts." in name:
                 instead = "without --include experts"
             elif name == self.head:

@@ -25,10 +25,10 @@ from vllm.utils.torch_utils import (
     direct_register_custom_op,
 )
 
-from pgsvd_vllm.checkpoint import FactoredModule, check_pivots
+from pgsvd_vllm.checkpoint import FactoredModule
 from pgsvd_vllm.errors import CheckpointError
-from pgsvd_vllm.kernels.reference import pivot_weight
 from pgsvd_vllm.linear import PgsvdLinearMethod, Shard, find_layer, make_findable
+from pgsvd_vllm.multiplied_back import multiplied
 from pgsvd_vllm.sharding import Traffic
 
 # What vLLM calls the gate, up and down projections of an expert, and their places in a merged layer.
@@ -282,7 +282,7 @@ class MultipliedBackMethod(UnquantizedFusedMoEMethod):
             return True
         del self.waiting[expert_id, shard_id]
         self.done.add((expert_id, shard_id))
-        weight = _multiplied(shard, parts).to(dense.dtype)
+        weight = multiplied(shard.name, shard.module, parts).to(dense.dtype)
         return self.loads(dense, weight, f"{_stem(shard_id)}_weight", shard_id, expert_id, return_success=True)
 
     def process_weights_after_loading(self, layer: Any) -> None:
@@ -300,15 +300,6 @@ class MultipliedBackMethod(UnquantizedFusedMoEMethod):
 
 def _loaded(experts: list[Expert]) -> CheckpointError:
     return CheckpointError(f"{experts[0][GATE].name}: factored experts are loaded once; restart the server")
-
-
-def _multiplied(shard: Shard, parts: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The matrix [out, in] of a shard's factors, float32."""
-    if shard.module is not None and shard.module.form == "pivot":
-        p, c, pivots = (parts[kind] for kind in ("weight_p", "weight_c", "pivots"))
-        check_pivots(pivots, len(p) + len(c), f"{shard.name}.pivots")
-        return pivot_weight(p.float(), c.float(), pivots)
-    return parts["weight_u"].float() @ parts["weight_v"].float()
 
 
 def _experts(x: torch.Tensor, weights: torch.Tensor, numbers: torch.Tensor, layer_name: LayerNameType) -> torch.Tensor:

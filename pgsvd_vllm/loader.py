@@ -4,9 +4,11 @@ import copy
 import dataclasses
 import logging
 from collections import Counter
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from vllm.config import ModelConfig, VllmConfig, set_current_vllm_config
 from vllm.config.load import LoadConfig
@@ -18,13 +20,14 @@ from vllm.model_executor.model_loader.reload import record_metadata_for_reloadin
 from vllm.model_executor.models.utils import StageMissingLayer
 
 from pgsvd_vllm.activation import take_activations
-from pgsvd_vllm.checkpoint import QUANT_METHOD, check_factors, parse_modules, read_headers
+from pgsvd_vllm.checkpoint import QUANT_METHOD, FactoredModule, check_factors, parse_modules, read_headers
 from pgsvd_vllm.config import PgsvdConfig
 from pgsvd_vllm.dense import share_graphs
 from pgsvd_vllm.errors import CheckpointError
 from pgsvd_vllm.experts import FactoredExpertsMethod, MultipliedBackMethod
 from pgsvd_vllm.head import PgsvdHeadMethod
 from pgsvd_vllm.linear import PgsvdLinearMethod
+from pgsvd_vllm.multiplied_back import patterns, with_dense_weights
 from pgsvd_vllm.stored_names import without_weight_norm
 
 logger = logging.getLogger("vllm.pgsvd")
@@ -88,6 +91,7 @@ class PgsvdModelLoader(DefaultModelLoader):
         config.load_format = "safetensors"
         super().__init__(config)
         self.vllm_config: VllmConfig | None = None
+        self.plain: dict[str, FactoredModule] = {}
         # vLLM checks that every parameter was loaded, but not for quantized models unless asked.
         if self.enable_weights_track is None:
             self.enable_weights_track = True
@@ -125,6 +129,12 @@ class PgsvdModelLoader(DefaultModelLoader):
                     loaded_weights |= {f"{name}.w13_weight", f"{name}.w2_weight"}
         super().track_weights_loading(model, loaded_weights, quantized)
 
+    def get_all_weights(
+        self, model_config: ModelConfig, model: nn.Module
+    ) -> Generator[tuple[str, torch.Tensor], None, None]:
+        """The checkpoint's tensors, dense ones for plain matrices."""
+        yield from with_dense_weights(super().get_all_weights(model_config, model), self.plain)
+
     def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
         """Settle which layers compute their activations, then load."""
         if self.vllm_config is not None:  # not where weights are loaded again
@@ -141,6 +151,16 @@ class PgsvdModelLoader(DefaultModelLoader):
             take_activations(model, self.vllm_config)
             # A stage of a pipeline has only some of the layers, and a draft out of the target's own checkpoint.
             whole = self.vllm_config.parallel_config.pipeline_parallel_size == 1 and model_config.runner_type != "draft"
-            if isinstance(config, PgsvdConfig) and whole:
-                config.check_claimed()
+            if isinstance(config, PgsvdConfig):
+                self.plain = config.take_plain(model)
+                if self.plain:
+                    logger.warning(
+                        "%d factored modules are plain matrices in vLLM's model: they are multiplied back, and as "
+                        "large and slow as dense ones. Compressed again with --ignore %s the model would be better and "
+                        "no slower",
+                        len({id(module) for module in self.plain.values()}),
+                        " ".join(patterns(self.plain)),
+                    )
+                if whole:
+                    config.check_claimed()
         super().load_weights(model, model_config)

@@ -37,8 +37,9 @@ projections, and what a checkpoint stores in another form (experts that it has s
 one are compressed with `--include experts`, on the tokens that reach each. Experts and projectors with more inputs than
 tokens reach them stay dense, and a warning says so. The output head is compressed with `--include lm_head`, unless it
 is the input embeddings. What nothing is computed from stays dense: the last layer of LLaVA's vision model.
-Layers between which a model changes what they hand on are refused. If vLLM's model has no linear layer of a
-projection's name, loading with `--load-format pgsvd` stops with an error that says which to `--ignore`.
+Layers between which a model changes what they hand on are refused. What is factored and is a plain matrix in vLLM's
+model is multiplied back while it loads with `--load-format pgsvd`, and a warning names it; if vLLM's model has nothing
+of that name, loading stops with an error that says what to `--ignore`.
 
 vLLM leaves the MLPs of SigLIP out of every quantization where 64 does not divide their sizes; with `--load-format
 pgsvd` they are factored all the same, without it such a checkpoint does not load.

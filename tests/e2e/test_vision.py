@@ -12,6 +12,7 @@ from PIL import Image
 import pgsvd_vllm.hf  # noqa: F401  (registers the format)
 from pgsvd_vllm.checkpoint import open_checkpoint
 from pgsvd_vllm.cli import main
+from pgsvd_vllm.offline import model_source
 from pgsvd_vllm.offline.model_source import KINDS, ModelSource
 from pgsvd_vllm.offline.pairs import PROMPT, load_processor
 from tests.e2e.checkpoints import multiplied_back
@@ -90,6 +91,20 @@ def test_served_by_two_ranks(name: str, pairs: Path, tmp_path: Path, one_thread:
     arguments = ["compress", str(model), "-o", str(output), "--ratio", "0.25", "--dataset", str(pairs)]
     assert main([*arguments, "--baseline", "pifa"]) == 0
     described(output, pairs, True, tensor_parallel_size=2, environment=one_core_each())
+
+
+@pytest.mark.slow
+def test_plain_matrices_are_multiplied_back(
+    pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
+) -> None:
+    """As of models that nobody has served yet: vLLM has InternVL's vision attention so."""
+    monkeypatch.setattr(model_source, "STAYS_DENSE", {})
+    row = next(row for row in SEEING if row.name == "InternVL 3")
+    model, output = save_seeing_model(row, tmp_path / "model"), tmp_path / "all"
+    arguments = ["compress", str(model), "-o", str(output), "--ratio", "0.25", "--dataset", str(pairs)]
+    assert main([*arguments, "--baseline", "pifa"]) == 0
+    assert "model.vision_tower.encoder.layer.0.attention.q_proj" in open_checkpoint(output).modules
+    described(output, pairs, True)
 
 
 def described(folder: Path, pairs: Path, like_transformers: bool, **engine: Any) -> None:
