@@ -91,7 +91,6 @@ class PgsvdModelLoader(DefaultModelLoader):
         config.load_format = "safetensors"
         super().__init__(config)
         self.vllm_config: VllmConfig | None = None
-        self.plain: dict[str, FactoredModule] = {}
         # vLLM checks that every parameter was loaded, but not for quantized models unless asked.
         if self.enable_weights_track is None:
             self.enable_weights_track = True
@@ -133,15 +132,16 @@ class PgsvdModelLoader(DefaultModelLoader):
         self, model_config: ModelConfig, model: nn.Module
     ) -> Generator[tuple[str, torch.Tensor], None, None]:
         """The checkpoint's tensors, dense ones for plain matrices."""
-        yield from with_dense_weights(super().get_all_weights(model_config, model), self.plain)
+        plain: dict[str, FactoredModule] = getattr(model, "pgsvd_plain", {})
+        yield from with_dense_weights(super().get_all_weights(model_config, model), plain)
 
     def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
         """Settle which layers compute their activations, then load."""
         if self.vllm_config is not None:  # not where weights are loaded again
             config = self.vllm_config.quant_config
+            made: Any = model
             mapper = getattr(model, "hf_to_vllm_mapper", None)
             if mapper is not None and mapper.orig_to_new_renaming:
-                made: Any = model
                 names = without_weight_norm(mapper.orig_to_new_renaming)
                 made.hf_to_vllm_mapper = dataclasses.replace(mapper, orig_to_new_renaming=names)
             if isinstance(config, PgsvdConfig):
@@ -152,14 +152,15 @@ class PgsvdModelLoader(DefaultModelLoader):
             # A stage of a pipeline has only some of the layers, and a draft out of the target's own checkpoint.
             whole = self.vllm_config.parallel_config.pipeline_parallel_size == 1 and model_config.runner_type != "draft"
             if isinstance(config, PgsvdConfig):
-                self.plain = config.take_plain(model)
-                if self.plain:
+                plain = config.take_plain(model)
+                made.pgsvd_plain = plain  # for when weights are loaded again, by another loader
+                if plain:
                     logger.warning(
                         "%d factored modules are plain matrices in vLLM's model: they are multiplied back, and as "
                         "large and slow as dense ones. Compressed again with --ignore %s the model would be better and "
                         "no slower",
-                        len({id(module) for module in self.plain.values()}),
-                        " ".join(patterns(self.plain)),
+                        len({id(module) for module in plain.values()}),
+                        " ".join(patterns(plain)),
                     )
                 if whole:
                     config.check_claimed()
