@@ -248,11 +248,11 @@ class ModelSource:
                     continue
                 path = f"{self.paths[index]}.{name}"
                 full = self._checkpoint_name(path)
-                if full is None or fnmatch.fnmatchcase(path, STAYS_DENSE.get(self.config.model_type, "")):
+                if full is None:
                     continue
                 hits = [p for p in ignore if fnmatch.fnmatchcase(full, p) or fnmatch.fnmatchcase(name, p)]
                 matched.update(hits)
-                if not hits:
+                if not hits and not fnmatch.fnmatchcase(path, STAYS_DENSE.get(self.config.model_type, "")):
                     reach = self._reach if name.startswith(tuple(mixtures)) else 1.0
                     row.append(Projection(full, module.out_features, module.in_features, path, tower, reach))
             found.append(row)

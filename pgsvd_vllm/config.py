@@ -9,6 +9,7 @@ from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMetho
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.model_executor.models.utils import StageMissingLayer
 
 from pgsvd_vllm.checkpoint import QUANT_METHOD, FactoredModule, open_checkpoint, parse_modules
 from pgsvd_vllm.errors import CheckpointError
@@ -111,22 +112,32 @@ class PgsvdConfig(QuantizationConfig):
         Returns:
             their forms by all of their names; they count as taken.
         """
-        plain = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+        plain, absent = set(), set()
+        for name, module in model.named_modules(remove_duplicate=False):
+            if isinstance(module, torch.nn.Linear):
+                plain.add(name)
+            # vLLM does not make towers whose input is switched off, but their layers are there.
+            hidden = module.module if isinstance(module, StageMissingLayer) else None
+            inner = hidden.named_modules() if hidden is not None else ()
+            absent |= {f"{name}.{one}" for one, linear in inner if isinstance(linear, torch.nn.Linear)}
         found = {id(module) for name, module in self.modules.items() if name in plain} - self.claimed
-        self.claimed |= found
+        self.claimed |= found | {id(module) for name, module in self.modules.items() if name in absent}
         return {name: module for name, module in self.modules.items() if id(module) in found}
 
     def check_claimed(self) -> None:
         """Raise CheckpointError naming a factored module that no layer of the model has taken."""
-        for name, module in self.modules.items():
-            if id(module) in self.claimed:
-                continue
-            instead = f"with --ignore {' '.join(patterns({name: module}))}"
-            if ".experts." in name:
-                instead = "without --include experts"
-            elif name == self.head:
-                instead = "without --include lm_head"
-            raise CheckpointError(
-                f"{name}: vLLM's model has no linear layer of this name, so its factors cannot be served; compress the "
-                f"model {instead}"
-            )
+        left = {name: module for name, module in self.modules.items() if id(module) not in self.claimed}
+        if not left:
+            return
+        first = next(iter(left))
+        if ".experts." in first:
+            instead = "without --include experts"
+        elif first == self.head:
+            instead = "without --include lm_head"
+        else:
+            others = {name: module for name, module in left.items() if ".experts." not in name and name != self.head}
+            instead = f"with --ignore {' '.join(patterns(others))}"
+        raise CheckpointError(
+            f"{first}: vLLM's model has no linear layer of this name, so its factors cannot be served; compress the "
+            f"model {instead}"
+        )

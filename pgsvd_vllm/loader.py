@@ -157,8 +157,7 @@ class PgsvdModelLoader(DefaultModelLoader):
                 if plain:
                     logger.warning(
                         "%d factored modules are plain matrices in vLLM's model: they are multiplied back, and as "
-                        "large and slow as dense ones. Compressed again with --ignore %s the model would be better and "
-                        "no slower",
+                        "large and slow as dense ones. Compressed again with --ignore %s they would be exact",
                         len({id(module) for module in plain.values()}),
                         " ".join(patterns(plain)),
                     )

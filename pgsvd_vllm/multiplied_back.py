@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 
 from pgsvd_vllm.checkpoint import FactoredModule, check_pivots
+from pgsvd_vllm.errors import CheckpointError
 from pgsvd_vllm.kernels.reference import pivot_weight
 
 
@@ -47,6 +48,9 @@ def with_dense_weights(
     Args:
         weights: names and tensors, in any order.
         modules: those that are to be dense.
+
+    Raises:
+        CheckpointError: some of a module's factors do not come.
     """
     waiting: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in weights:
@@ -60,3 +64,5 @@ def with_dense_weights(
         if len(parts) == len(module.suffixes):
             dtype = parts[module.suffixes[0]].dtype
             yield f"{parent}.weight", multiplied(parent, module, waiting.pop(parent)).to(dtype)
+    for parent in waiting:
+        raise CheckpointError(f"{parent}: not all of its factors are in the checkpoint")

@@ -327,9 +327,10 @@ def test_merged_layers_find_their_modules(said: dict[str, list[str]], table: lis
 
 
 def test_factors_that_no_layer_takes_are_named() -> None:
-    config = PgsvdConfig({"a.up_proj": FactoredModule(4), "a.0.other": FactoredModule(4)})
+    names = ("a.up_proj", "a.0.other", "a.1.other", "a.0.more")
+    config = PgsvdConfig({name: FactoredModule(4) for name in names})
     vllm_linear.ColumnParallelLinear(HIDDEN, WIDE, quant_config=config, prefix="a.up_proj")
-    with pytest.raises(CheckpointError, match=r"^a\.0\.other: .*--ignore 'a\.\*\.other'"):
+    with pytest.raises(CheckpointError, match=r"^a\.0\.other: .*--ignore 'a\.\*\.other' 'a\.\*\.more'$"):
         config.check_claimed()
 
 

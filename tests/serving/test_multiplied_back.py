@@ -8,6 +8,8 @@ from torch import nn
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
+from vllm.model_executor.models.utils import StageMissingLayer
+
 from pgsvd_vllm.checkpoint import FactoredModule
 from pgsvd_vllm.config import PgsvdConfig
 from pgsvd_vllm.errors import CheckpointError
@@ -59,6 +61,24 @@ def test_pivots_that_are_no_rows_are_named() -> None:
     tensors["a.y.pivots"] = torch.tensor([0, 3, 7, OUT], dtype=torch.int32)
     with pytest.raises(CheckpointError, match=r"a\.y\.pivots"):
         list(with_dense_weights(tensors.items(), forms))
+
+
+def test_a_factor_that_does_not_come_is_an_error() -> None:
+    forms, tensors, _ = checkpoint()
+    del tensors["a.y.weight_c"]
+    with pytest.raises(CheckpointError, match=r"^a\.y: not all"):
+        list(with_dense_weights(tensors.items(), forms))
+
+
+def test_what_is_switched_off_is_taken_and_not_multiplied() -> None:
+    forms, _, _ = checkpoint()
+    config = PgsvdConfig(forms)
+    tower = nn.Module()
+    tower.x, tower.y = nn.Linear(WIDTH, OUT), nn.Linear(WIDTH, OUT)
+    model = nn.Module()
+    model.a = StageMissingLayer("image", tower)
+    assert config.take_plain(model) == {}
+    config.check_claimed()
 
 
 def test_plain_matrices_are_found_by_either_name_and_others_are_not() -> None:
