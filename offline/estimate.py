@@ -87,10 +87,11 @@ def estimate(plan: Plan) -> Estimate:
         seconds += 2 * 2 * walked * met / rates[plan.compute_dtype]
         seconds += (3 if walked == tokens else 4) * walked * squares / rates[torch.float32]
     seconds += 60 * (plan.options.refine or 0)
+    eigen = _eigenvector_rate(plan.device)
     for p in plan.flat:
         small = min(p.out_features, p.in_features)
-        solve = 2 * p.in_features * p.numel + TYPICAL_SWEEPS * 4 * small**3 + 30 * small**3
-        seconds += solve / rates[torch.float64]
+        seconds += (2 * p.in_features * p.numel + TYPICAL_SWEEPS * 4 * small**3) / rates[torch.float64]
+        seconds += small**3 / eigen
     return Estimate(memory_bytes(plan), disk_bytes(plan), seconds)
 
 
@@ -171,6 +172,16 @@ def _flops_per_second(dtype: torch.dtype, device: torch.device, size: int = 1024
         product = a @ a
     product.sum().item()
     return 3 * 2 * size**3 / (time.perf_counter() - start)
+
+
+def _eigenvector_rate(device: torch.device, size: int = 512) -> float:
+    """Cubes of a matrix's size a second: on GPUs eigenvectors take a hundred times what their operations would."""
+    a = torch.randn(size, size, dtype=torch.float64, device=device)
+    a = a + a.T
+    torch.linalg.eigh(a)
+    start = time.perf_counter()
+    torch.linalg.eigh(a).eigenvalues.sum().item()
+    return size**3 / (time.perf_counter() - start)
 
 
 def check_disk(plan: Plan, needed: int, folder: Path) -> None:

@@ -210,9 +210,10 @@ def choose_pivots(u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
     m, r = u.shape
     _, swaps = torch.linalg.lu_factor(u)
-    order = torch.arange(m, device=u.device)
+    rows = list(range(m))
     for i, j in enumerate(swaps.tolist()):  # counted from 1
-        order[[i, j - 1]] = order[[j - 1, i]]
+        rows[i], rows[j - 1] = rows[j - 1], rows[i]
+    order = torch.tensor(rows, device=u.device)
     pivots, others = order[:r].clone(), order[r:].clone()
     c = torch.linalg.solve(u[pivots], u[others], left=False)
     for _ in range(4 * r):
