@@ -248,7 +248,7 @@ def main() -> int:
 
     def judge(model: PreTrainedModel, case: str) -> None:
         for name, ids in windows.items():
-            found[f"{case} {name}"] = perplexity(model.eval(), ids, desc=f"{case} {name}")
+            found[f"{case} {name}"] = perplexity(model.eval().to(plan.device), ids, desc=f"{case} {name}")
         results.with_suffix(".writing").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         results.with_suffix(".writing").replace(results)
 

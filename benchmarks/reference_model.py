@@ -73,6 +73,9 @@ def _unpack(gguf: Path, target: Path) -> None:
         gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
     )
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    if len(tokenizer.tokenize("together")) > 4:
+        # transformers 5.17 loses Gemma's merges: the dense model's perplexity is 938 then, not 18.6.
+        raise RuntimeError(f"this transformers' tokenizer of {gguf.name} cuts words into letters; take 5.19")
     if model.config.model_type.startswith("gemma"):
         # Gemma is twice as bad without the BOS token, which the tokenizer of a GGUF file leaves out.
         bos = tokenizer.bos_token

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.reference_model import cache_folder
-from pgsvd_vllm.offline.device import multiplied_dtype
+from pgsvd_vllm.offline.device import multiplied_dtype, pick_device
 
 SIDE, PATCH = 32, 4
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -145,14 +145,15 @@ def train(folder: Path, pictures: Pictures) -> None:
         vision_config=VISION | {"image_size": SIDE, "patch_size": PATCH, "projection_dim": WIDTH},
         projection_dim=WIDTH,
     )
-    model = CLIPModel(config).train()
+    device = pick_device("auto")
+    model = CLIPModel(config).train().to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=STEPS)
     mean, std = (
         torch.tensor(getattr(processor.image_processor, name))[:, None, None] for name in ("image_mean", "image_std")
     )
     generator = torch.Generator().manual_seed(SEED)
-    dtype = multiplied_dtype(model.device, torch.bfloat16)
+    dtype = multiplied_dtype(device, torch.bfloat16)
     photo = torch.tensor([kind == "photo" for kind, _ in pictures.classes])
     with tqdm(range(STEPS), desc="train") as bar:
         for _ in bar:
@@ -162,12 +163,12 @@ def train(folder: Path, pictures: Pictures) -> None:
             pixels[flipped] = pixels[flipped].flip(-1)
             picked = torch.randint(3, (BATCH,), generator=generator).tolist()
             texts = [captions[y][i] for y, i in zip(labels.tolist(), picked, strict=True)]
-            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-                ids = tokenizer(texts, padding=True, return_tensors="pt")
-                logits = model(pixel_values=(pixels - mean) / std, **ids).logits_per_text.float()
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                ids = tokenizer(texts, padding=True, return_tensors="pt").to(device)
+                logits = model(pixel_values=((pixels - mean) / std).to(device), **ids).logits_per_text.float()
             # Several captions of a batch fit an image.
             same = (labels[:, None] == labels).float()
-            target = same / same.sum(1, keepdim=True)
+            target = (same / same.sum(1, keepdim=True)).to(device)
             loss = F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)
             optimizer.zero_grad()
             loss.backward()
