@@ -114,9 +114,11 @@ def smollm2() -> Path:
 def smollm2_compressed(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SmolLM2 with a fifth of its projections' parameters removed."""
     output = tmp_path_factory.mktemp("smollm2") / "compressed"
+    # Little text: what is served is compared with transformers, not judged.
     done = run_cli(
         *("compress", smollm2, "-o", output, "--ratio", "0.2"),
-        *("--num-calibration-samples", "24", "--max-seq-length", "512"),
+        *("--num-calibration-samples", "8", "--max-seq-length", "512"),
+        timeout=1800,
     )
     assert done.returncode == 0, done.stderr
     return output

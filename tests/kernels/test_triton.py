@@ -6,6 +6,8 @@ import random
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -87,7 +89,10 @@ MUTANTS = {
 }
 
 
-def script(path: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+Run = subprocess.CompletedProcess[str]
+
+
+def script(path: str, *arguments: object, **environment: str) -> Run:
     return subprocess.run(
         [sys.executable, ROOT / path, *map(str, arguments)],
         env=os.environ | environment,
@@ -98,20 +103,60 @@ def script(path: str, *arguments: object, **environment: str) -> subprocess.Comp
     )
 
 
-def interpreted(seed: int, cases: int, *folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+def interpreted(seed: int, cases: int, *folder: Path, **environment: str) -> Run:
     """The interpreter is chosen when a kernel is defined: a process of its own."""
-    return script("tests/kernels/interpreted.py", seed, cases, *folder, TRITON_INTERPRET="1", **environment)
+    environment |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    return script("tests/kernels/interpreted.py", seed, cases, *folder, **environment)
 
 
-@pytest.mark.parametrize("seed", range(2))
-def test_random_layers_are_those_of_float64(seed: int) -> None:
-    done = interpreted(seed, 100)
+def mutant(name: str, folder: Path) -> Run:
+    """The same for kernels with a bug."""
+    file, right, wrong = MUTANTS[name]
+    for kernel in ("down", "up", "gated", "gather"):
+        source = (ROOT / "kernels" / f"{kernel}.py").read_text(encoding="utf-8")
+        if kernel == file:
+            assert right in source
+            source = source.replace(right, wrong)
+        (folder / f"{kernel}.py").write_text(source, encoding="utf-8")
+    return interpreted(3, 100, folder)
+
+
+def started(case: int | str, folder: Path) -> Run:
+    """A seed of random layers, a bug, or the name of another script for the interpreter."""
+    if isinstance(case, int):
+        return interpreted(case, 100)
+    if case in MUTANTS:
+        return mutant(case, folder)
+    environment = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+    return script(f"tests/kernels/{case}.py", folder, **environment)
+
+
+@pytest.fixture(scope="module")
+def interpreter_runs(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[int | str, Future[Run]]]:
+    """What the chosen tests want interpreted: one thread each, as many at once as there are cores."""
+    items = [item for item in request.session.items if "interpreter_runs" in getattr(item, "fixturenames", ())]
+    cases = [item.callspec.params["case"] for item in items]  # type: ignore[attr-defined]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        runs = {case: pool.submit(started, case, tmp_path_factory.mktemp("kernels")) for case in cases}
+        yield runs
+        for run in runs.values():
+            run.cancel()
+
+
+@pytest.mark.parametrize("case", range(2))
+def test_random_layers_are_those_of_float64(case: int, interpreter_runs: dict[int | str, Future[Run]]) -> None:
+    done = interpreter_runs[case].result()
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout == "100 layers\n"
 
 
-def test_tuning_finds_the_fastest_tiles_and_layers_take_them(tmp_path: Path) -> None:
-    done = script("tests/kernels/interpreted_tune.py", tmp_path, TRITON_INTERPRET="1")
+@pytest.mark.parametrize("case", ["interpreted_tune"])
+def test_tuning_finds_the_fastest_tiles_and_layers_take_them(
+    case: str, interpreter_runs: dict[int | str, Future[Run]]
+) -> None:
+    done = interpreter_runs[case].result()
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout == "tuned\n"
 
@@ -128,24 +173,20 @@ def test_the_library_path_is_that_of_float64(dtype: torch.dtype) -> None:
                 assert one.difference(x, added, run_library(x, packed, added)) == ""
 
 
-def test_layers_of_vllm_use_the_kernels_where_there_is_a_gpu() -> None:
+@pytest.mark.parametrize("case", ["interpreted_layers"])
+def test_layers_of_vllm_use_the_kernels_where_there_is_a_gpu(
+    case: str, interpreter_runs: dict[int | str, Future[Run]]
+) -> None:
     """All mixes of tests/serving/test_linear.py, loaded and called as on a GPU, interpreted."""
     pytest.importorskip("vllm", reason="vLLM is not installed")
-    done = script("tests/kernels/interpreted_layers.py", TRITON_INTERPRET="1", VLLM_LOGGING_LEVEL="ERROR")
+    done = interpreter_runs[case].result()
     assert done.returncode == 0, done.stderr[-2000:]
     assert re.fullmatch(r"\d+ layers, \d+ launches\n", done.stdout[done.stdout.rfind("\n", 0, -1) + 1 :])
 
 
-@pytest.mark.parametrize("name", MUTANTS)
-def test_a_planted_bug_is_found(name: str, tmp_path: Path) -> None:
-    file, right, wrong = MUTANTS[name]
-    for kernel in ("down", "up", "gated", "gather"):
-        source = (ROOT / "kernels" / f"{kernel}.py").read_text(encoding="utf-8")
-        if kernel == file:
-            assert right in source
-            source = source.replace(right, wrong)
-        (tmp_path / f"{kernel}.py").write_text(source, encoding="utf-8")
-    done = interpreted(3, 100, tmp_path)
+@pytest.mark.parametrize("case", MUTANTS)
+def test_a_planted_bug_is_found(case: str, interpreter_runs: dict[int | str, Future[Run]]) -> None:
+    done = interpreter_runs[case].result()
     assert done.returncode == 1
     # Found by what the test compares, not by Python refusing the source.
     found = "off by|stored twice|in no tensor of the launch|the second run differs|launches|before it has ended"
