@@ -135,10 +135,10 @@ def started(case: int | str, folder: Path) -> Run:
 def interpreter_runs(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[int | str, Future[Run]]]:
-    """What the chosen tests want interpreted: one thread each, as many at once as there are cores."""
+    """What the chosen tests want interpreted: one thread each, as many at once as there are cores, eight at most."""
     items = [item for item in request.session.items if "interpreter_runs" in getattr(item, "fixturenames", ())]
     cases = [item.callspec.params["case"] for item in items]  # type: ignore[attr-defined]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         runs = {case: pool.submit(started, case, tmp_path_factory.mktemp("kernels")) for case in cases}
         yield runs
         for run in runs.values():
