@@ -90,6 +90,7 @@ MUTANTS = {
 
 
 Run = subprocess.CompletedProcess[str]
+INTERPRETER = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
 
 
 def script(path: str, *arguments: object, **environment: str) -> Run:
@@ -105,8 +106,7 @@ def script(path: str, *arguments: object, **environment: str) -> Run:
 
 def interpreted(seed: int, cases: int, *folder: Path, **environment: str) -> Run:
     """The interpreter is chosen when a kernel is defined: a process of its own."""
-    environment |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    return script("tests/kernels/interpreted.py", seed, cases, *folder, **environment)
+    return script("tests/kernels/interpreted.py", seed, cases, *folder, **INTERPRETER, **environment)
 
 
 def mutant(name: str, folder: Path) -> Run:
@@ -127,8 +127,7 @@ def started(case: int | str, folder: Path) -> Run:
         return interpreted(case, 100)
     if case in MUTANTS:
         return mutant(case, folder)
-    environment = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
-    return script(f"tests/kernels/{case}.py", folder, **environment)
+    return script(f"tests/kernels/{case}.py", folder, **INTERPRETER)
 
 
 @pytest.fixture(scope="module")
