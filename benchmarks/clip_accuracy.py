@@ -95,8 +95,7 @@ def energies_of(options: CompressOptions) -> Energies:
 def own_tolerances(known: Energies, ratio: float, judge: "Judge") -> dict[str, float]:
     """The pair that loses least: a tolerance of the vision model, and what removes the rest of the language model."""
     wanted, middle = ratio * sum(p.numel for p in known.plan.flat), shared_tolerance(known, ratio)
-    pairs: dict[float, dict[str, float]] = {}
-    losses: dict[float, float] = {}
+    tried: dict[float, tuple[float, dict[str, float]]] = {}  # factor -> loss, pair
     factors: Sequence[float] = FACTORS
     for _ in range(1 + HALVINGS):
         for factor in factors:
@@ -104,12 +103,13 @@ def own_tolerances(known: Energies, ratio: float, judge: "Judge") -> dict[str, f
             rest = wanted - known.removed("vision", vision)
             language = known.removing("language", rest) if rest > 0 else None
             if language is not None:
-                pairs[factor] = {"vision": vision, "language": language}
-                losses[factor] = judge.compressed({"tolerance": pairs[factor]})[0]
-        tried, best = sorted(losses), min(losses, key=losses.__getitem__)
-        place = tried.index(best)
-        factors = [(best * other) ** 0.5 for other in tried[max(0, place - 1) : place + 2] if other != best]
-    return pairs[best]
+                pair = {"vision": vision, "language": language}
+                tried[factor] = judge.compressed({"tolerance": pair})[0], pair
+        best = min(tried, key=lambda factor: tried[factor][0])
+        ordered = sorted(tried)
+        place = ordered.index(best)
+        factors = [(best * other) ** 0.5 for other in ordered[max(0, place - 1) : place + 2] if other != best]
+    return tried[best][1]
 
 
 def shared_tolerance(known: Energies, ratio: float) -> float:

@@ -247,8 +247,9 @@ def main() -> int:
     found: dict[str, float] = json.loads(results.read_text(encoding="utf-8")) if results.is_file() else {}
 
     def judge(model: PreTrainedModel, case: str) -> None:
+        model.eval().to(plan.device)
         for name, ids in windows.items():
-            found[f"{case} {name}"] = perplexity(model.eval().to(plan.device), ids, desc=f"{case} {name}")
+            found[f"{case} {name}"] = perplexity(model, ids, desc=f"{case} {name}")
         results.with_suffix(".writing").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         results.with_suffix(".writing").replace(results)
 
