@@ -24,22 +24,16 @@ import torch.nn.functional as F
 from transformers import AutoModelForZeroShotImageClassification as CLIP
 
 import pgsvd_vllm.hf  # noqa: F401  (registers the format)
-from benchmarks.small_clip import (
-    Pictures,
-    accuracy,
-    class_logits,
-    load_pictures,
-    save_pairs,
-    small_clip,
-)
-from pgsvd_vllm.offline.allocate import Allocation, at_tolerance
-from pgsvd_vllm.offline.calibrate_pass import output_energies
+from benchmarks.small_clip import Pictures, accuracy, class_logits, load_pictures, save_pairs, small_clip
 from pgsvd_vllm.offline.compress import compress
+from pgsvd_vllm.offline.data.image_text import load_processor
 from pgsvd_vllm.offline.options import CompressOptions
-from pgsvd_vllm.offline.pairs import load_processor
-from pgsvd_vllm.offline.plan import Plan, make_plan
-from pgsvd_vllm.offline.spectrum import error_profile
-from pgsvd_vllm.offline.workspace import Workspace
+from pgsvd_vllm.offline.ranks.allocation import Allocation
+from pgsvd_vllm.offline.ranks.error_profile import error_profile
+from pgsvd_vllm.offline.ranks.select import output_energies
+from pgsvd_vllm.offline.ranks.uniform import at_tolerance
+from pgsvd_vllm.offline.run.plan import Plan, make_plan
+from pgsvd_vllm.offline.run.state import Workspace
 
 RATIOS = (0.2, 0.4, 0.6, 0.8, 0.9)
 # Of the tolerance that removes as much of both: those of the vision model that are tried first.

@@ -21,8 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from openai import OpenAI
 
 import pgsvd_vllm
-from benchmarks import reference_model
-from benchmarks.server import Server, serve
+from tests.support import reference_model
+from tests.support.server import Server, serve
 
 HELD_OUT_WINDOWS, WINDOW = 24, 512
 DECODE_TOKENS = 96
@@ -56,11 +56,11 @@ def held_out_perplexity(folder: Path, tokens_from: Path) -> float:
     from transformers import AutoModelForCausalLM
 
     import pgsvd_vllm.hf  # noqa: F401  (registers the format)
-    from pgsvd_vllm.offline import text
-    from pgsvd_vllm.offline.evaluate import perplexity
+    from benchmarks.perplexity import held_out_prose, perplexity
+    from pgsvd_vllm.offline.data import text
 
     tokenizer = text.load_tokenizer(tokens_from)
-    tokens = text.tokenize(tokenizer, [text.held_out_prose()])
+    tokens = text.tokenize(tokenizer, [held_out_prose()])
     windows = text.cut_windows(tokens, text.leading_tokens(tokenizer), HELD_OUT_WINDOWS, WINDOW, 0, "docstrings")
     model = AutoModelForCausalLM.from_pretrained(folder)
     return perplexity(model, windows.ids, desc=f"perplexity {folder.name}")
@@ -112,7 +112,7 @@ def tokens_per_second(server: Server, requests: int) -> float:
 
 def parameters(folder: Path) -> int:
     """Parameters stored in a folder's safetensors files."""
-    from pgsvd_vllm.checkpoint import read_headers
+    from pgsvd_vllm.format.reader import read_headers
 
     return sum(info.numel for path in folder.glob("*.safetensors") for info in read_headers(path).values())
 

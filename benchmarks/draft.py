@@ -18,8 +18,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.reference_model import cache_folder
 from benchmarks.serve_cpu import Engine
+from tests.support.reference_model import cache_folder
 
 PROMPTS = (
     "The history of the city begins in the twelfth century, when",

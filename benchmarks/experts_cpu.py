@@ -28,8 +28,8 @@ from vllm.model_executor.layers.fused_moe import FusedMoEFactory
 
 from benchmarks.linear_cpu import one_rank
 from benchmarks.random_model import largest_rank
-from pgsvd_vllm.checkpoint import FactoredModule
-from pgsvd_vllm.config import PgsvdConfig
+from pgsvd_vllm.format.schema import FactoredModule
+from pgsvd_vllm.serving.quant_config import PgsvdConfig
 
 # name -> hidden size, width of an expert, experts, experts a token.
 SHAPES = {"Qwen3-30B-A3B": (2048, 768, 64, 8), "Mixtral-8x7B": (4096, 7168, 8, 2)}

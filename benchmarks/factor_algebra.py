@@ -13,14 +13,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import reference_model
-from pgsvd_vllm.offline.allocate import at_ratio
-from pgsvd_vllm.offline.calibrate import LayerGrams, advance
-from pgsvd_vllm.offline.factorize import als, closed_form, relative_error
+from pgsvd_vllm.offline.calibration.gram import LayerGrams, advance
+from pgsvd_vllm.offline.factors.solvers import als, closed_form, relative_error
+from pgsvd_vllm.offline.linalg import output_energy
+from pgsvd_vllm.offline.model.batch import text_batches
+from pgsvd_vllm.offline.model.layerwise import LayerStream
 from pgsvd_vllm.offline.options import CompressOptions
-from pgsvd_vllm.offline.plan import make_plan
-from pgsvd_vllm.offline.spectrum import error_profile, output_energy
-from pgsvd_vllm.offline.stream import LayerStream, text_batches
+from pgsvd_vllm.offline.ranks.error_profile import error_profile
+from pgsvd_vllm.offline.ranks.uniform import at_ratio
+from pgsvd_vllm.offline.run.plan import make_plan
+from tests.support import reference_model
 
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
 RATIO_FOR_ALS = 0.4

@@ -26,12 +26,14 @@ import triton
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from pgsvd_vllm.kernels.autotune import LayerTuner, RandomLayer
+from pgsvd_vllm.kernels.cublas import run_library, run_library_gated
+from pgsvd_vllm.kernels.cuda_timer import COPY_BYTES, seconds
 from pgsvd_vllm.kernels.launch import Workspace, can_overlap, room, run, run_gated
-from pgsvd_vllm.kernels.library import run_library, run_library_gated
-from pgsvd_vllm.kernels.packed import Gate, PackedLayer
-from pgsvd_vllm.kernels.reference import gated_difference, layer_difference
-from pgsvd_vllm.kernels.sizes import ALIGNMENT, Shard
-from pgsvd_vllm.kernels.tiles import (
+from pgsvd_vllm.kernels.layer_shape import ALIGNMENT, Shard
+from pgsvd_vllm.kernels.numerics import gated_difference, layer_difference
+from pgsvd_vllm.kernels.packed_weights import Gate, PackedLayer
+from pgsvd_vllm.kernels.tile_heuristics import (
     FEW_TOKENS,
     FEW_TOKENS_OF_MANY,
     MOST_TOKENS,
@@ -40,8 +42,6 @@ from pgsvd_vllm.kernels.tiles import (
     tiles_for,
     usual_steps,
 )
-from pgsvd_vllm.kernels.timing import COPY_BYTES, seconds
-from pgsvd_vllm.kernels.tune import LayerTuner, RandomLayer
 from tests.kernels.interpreted import Layer, gated_layer
 
 Row = dict[str, Any]
@@ -289,8 +289,8 @@ def whole_model() -> Iterator[Row]:
         print("whole models: left out, there is no vLLM with pgsvd-vllm installed beside it")
         return
     from benchmarks.random_model import LLAMA_2_7B
-    from benchmarks.reference_model import cache_folder
     from benchmarks.serve_cpu import FORMS, measure
+    from tests.support.reference_model import cache_folder
 
     cache_folder().mkdir(parents=True, exist_ok=True)
     log = cache_folder() / "gpu-check.log"

@@ -25,12 +25,12 @@ from triton.compiler import ASTSource
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from pgsvd_vllm.kernels.autotune import TOKENS as TUNED_TOKENS
+from pgsvd_vllm.kernels.autotune import candidates
 from pgsvd_vllm.kernels.down import down_kernel
 from pgsvd_vllm.kernels.gated import gated_kernel
-from pgsvd_vllm.kernels.sizes import Sizes
-from pgsvd_vllm.kernels.tiles import Tile, own_tiles
-from pgsvd_vllm.kernels.tune import TOKENS as TUNED_TOKENS
-from pgsvd_vllm.kernels.tune import candidates
+from pgsvd_vllm.kernels.layer_shape import Sizes
+from pgsvd_vllm.kernels.tile_heuristics import Tile, own_tiles
 from pgsvd_vllm.kernels.up import up_kernel
 
 # Shared memory that one program may have, bytes.

@@ -35,9 +35,9 @@ from vllm.model_executor.layers import linear
 from vllm.platforms import current_platform
 
 from benchmarks.random_model import largest_rank
-from pgsvd_vllm.checkpoint import FactoredModule
-from pgsvd_vllm.config import PgsvdConfig
-from pgsvd_vllm.kernels.reference import factored_linear, pivot_linear
+from pgsvd_vllm.format.lowrank import factored_linear, pivot_linear
+from pgsvd_vllm.format.schema import FactoredModule
+from pgsvd_vllm.serving.quant_config import PgsvdConfig
 
 # name -> hidden size, heads, key/value heads, feed-forward size.
 MODELS = {"TinyLlama-1.1B": (2048, 32, 4, 5632), "Llama-2-7B": (4096, 32, 32, 11008)}

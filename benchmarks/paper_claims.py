@@ -21,17 +21,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.quality import MODELS, RATIOS, quality_plan
 from pgsvd_vllm.errors import InputError
-from pgsvd_vllm.offline.allocate import Allocation, LossFront, at_ratio, loss_front
-from pgsvd_vllm.offline.calibrate import advance
-from pgsvd_vllm.offline.calibrate_pass import calibrate_layers, loss_energies, output_energies
-from pgsvd_vllm.offline.factorize import als, closed_form
-from pgsvd_vllm.offline.model_source import Projection
-from pgsvd_vllm.offline.plan import Plan
-from pgsvd_vllm.offline.response import responses
-from pgsvd_vllm.offline.sensitivity import metric_root, weighed
-from pgsvd_vllm.offline.spectrum import error_profile, gram_root, output_energy, tail_energy
-from pgsvd_vllm.offline.stream import LayerStream, text_batches
-from pgsvd_vllm.offline.workspace import Workspace
+from pgsvd_vllm.offline.calibration.collect import calibrate_layers
+from pgsvd_vllm.offline.calibration.gram import advance
+from pgsvd_vllm.offline.calibration.loss_metric import metric_root, weighed
+from pgsvd_vllm.offline.calibration.noise_response import responses
+from pgsvd_vllm.offline.factors.solvers import als, closed_form
+from pgsvd_vllm.offline.linalg import gram_root, output_energy, tail_energy
+from pgsvd_vllm.offline.model.batch import text_batches
+from pgsvd_vllm.offline.model.layerwise import LayerStream
+from pgsvd_vllm.offline.model.projection import Projection
+from pgsvd_vllm.offline.ranks.allocation import Allocation
+from pgsvd_vllm.offline.ranks.error_profile import error_profile
+from pgsvd_vllm.offline.ranks.pareto import LossFront, loss_front
+from pgsvd_vllm.offline.ranks.select import loss_energies, output_energies
+from pgsvd_vllm.offline.ranks.uniform import at_ratio
+from pgsvd_vllm.offline.run.plan import Plan
+from pgsvd_vllm.offline.run.state import Workspace
 
 Row = dict[str, object]
 Energies = dict[str, torch.Tensor]  # of `output_energies` and `loss_energies`

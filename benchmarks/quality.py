@@ -27,18 +27,18 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import pgsvd_vllm.hf  # noqa: F401  (registers the format)
-from benchmarks import reference_model
+from benchmarks.perplexity import perplexity
 from pgsvd_vllm.errors import InputError
-from pgsvd_vllm.offline.calibrate_pass import calibrate_layers, measured_front
-from pgsvd_vllm.offline.choose import choose_ranks
-from pgsvd_vllm.offline.compress import write_checkpoint
-from pgsvd_vllm.offline.evaluate import perplexity
-from pgsvd_vllm.offline.factor_pass import factor_layers
+from pgsvd_vllm.offline.calibration.collect import calibrate_layers
+from pgsvd_vllm.offline.data.text import leading_tokens, load_tokenizer, read_documents, tokenize
+from pgsvd_vllm.offline.factors.factorize import factor_layers
 from pgsvd_vllm.offline.options import CompressOptions
-from pgsvd_vllm.offline.plan import Plan, make_plan
-from pgsvd_vllm.offline.refine_pass import refine_layers
-from pgsvd_vllm.offline.text import leading_tokens, load_tokenizer, read_documents, tokenize
-from pgsvd_vllm.offline.workspace import Workspace
+from pgsvd_vllm.offline.output.checkpoint import write_checkpoint
+from pgsvd_vllm.offline.ranks.select import choose_ranks, measured_front
+from pgsvd_vllm.offline.refine.run import refine_layers
+from pgsvd_vllm.offline.run.plan import Plan, make_plan
+from pgsvd_vllm.offline.run.state import Workspace
+from tests.support import reference_model
 
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
 QUICK_RATIOS = (0.2, 0.4, 0.6)

@@ -27,9 +27,10 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import pgsvd_vllm
-from benchmarks.reference_model import cache_folder
-from pgsvd_vllm.checkpoint import FORMAT_VERSION, LOAD_GUARD, QUANT_METHOD, FactoredModule, ShardWriter, stored_size
-from pgsvd_vllm.offline.allocate import RANK_MULTIPLE
+from pgsvd_vllm.format.schema import FORMAT_VERSION, LOAD_GUARD, QUANT_METHOD, FactoredModule, stored_size
+from pgsvd_vllm.format.writer import ShardWriter
+from pgsvd_vllm.offline.ranks.allocation import RANK_MULTIPLE
+from tests.support.reference_model import cache_folder
 
 
 @dataclass(frozen=True)

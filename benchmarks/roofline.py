@@ -17,8 +17,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.gpu_check import LAYERS, REMOVED, rank_for, row
-from pgsvd_vllm.kernels.sizes import Shard, sizes_of
-from pgsvd_vllm.kernels.tiles import tiles_for, usual_steps
+from pgsvd_vllm.kernels.layer_shape import Shard, sizes_of
+from pgsvd_vllm.kernels.tile_heuristics import tiles_for, usual_steps
 
 TOKENS = (1, 8, 32, 128, 512, 2048)
 NUMBER = 2  # bytes

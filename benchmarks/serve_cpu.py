@@ -31,9 +31,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from benchmarks import random_model, reference_model
+from benchmarks import random_model
 from benchmarks.random_model import Shape
-from pgsvd_vllm.checkpoint import stored_size
+from pgsvd_vllm.format.schema import stored_size
+from tests.support import reference_model
 
 FORMS = ("factors", "pivot")
 RATIOS = (0.2, 0.4, 0.6)
@@ -271,7 +272,7 @@ def http_speed(form: str, ratio: float, rounds: int, log: Path) -> Iterator[dict
     """Generated tokens per second through `vllm serve`, both servers up, asked in turn."""
     from openai import OpenAI
 
-    from benchmarks.server import serve
+    from tests.support.server import serve
 
     options = ("--dtype", "bfloat16", "--max-model-len", "1024", "--max-num-seqs", "8", "--no-enable-prefix-caching")
     with ExitStack() as stack:

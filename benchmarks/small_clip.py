@@ -22,8 +22,8 @@ from tqdm.auto import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.reference_model import cache_folder
-from pgsvd_vllm.offline.device import multiplied_dtype, pick_device
+from pgsvd_vllm.offline.model.device import multiplied_dtype, pick_device
+from tests.support.reference_model import cache_folder
 
 SIDE, PATCH = 32, 4
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")

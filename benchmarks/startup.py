@@ -17,8 +17,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import random_model, reference_model
+from benchmarks import random_model
 from benchmarks.serve_cpu import FORMS, Engine, engine_options
+from tests.support import reference_model
 
 RATIO = 0.4
 # Multiple of the dense model's time.

@@ -19,7 +19,7 @@ from lm_eval.tasks import TaskManager
 from transformers import AutoModelForCausalLM
 
 import pgsvd_vllm.hf  # noqa: F401  (registers the format)
-from pgsvd_vllm.offline.text import load_tokenizer
+from pgsvd_vllm.offline.data.text import load_tokenizer
 
 TASKS = ("arc_easy", "boolq", "winogrande")
 # Points of mean accuracy that a compressed model may lose.

@@ -5,11 +5,11 @@ import torch.nn.functional as F
 import triton
 from triton.errors import TritonError
 
-from pgsvd_vllm.kernels.blocks import Exchange
 from pgsvd_vllm.kernels.down import down_kernel
 from pgsvd_vllm.kernels.gated import gated_kernel
-from pgsvd_vllm.kernels.packed import MOST_SHARDS, Gate, PackedLayer
-from pgsvd_vllm.kernels.tiles import Steps, Tile, Tiles, own_tiles
+from pgsvd_vllm.kernels.packed_weights import MOST_SHARDS, Gate, PackedLayer
+from pgsvd_vllm.kernels.padding import Exchange
+from pgsvd_vllm.kernels.tile_heuristics import Steps, Tile, Tiles, own_tiles
 from pgsvd_vllm.kernels.up import up_kernel
 
 # What Triton raises of a kernel that cannot be compiled, or not be started, on a device.

@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 
 from pgsvd_vllm.errors import InputError
-from pgsvd_vllm.offline.text import BUILTIN
 
+BASELINES = ("svd", "asvd", "svd-llm", "pifa")
+BUILTIN = "python-docs"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT_RATIO = 0.2
 HEAD_TOLERANCE = 0.02

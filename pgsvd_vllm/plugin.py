@@ -4,6 +4,7 @@ import logging
 
 logger = logging.getLogger("vllm.pgsvd")
 
+
 SUPPORTED_VLLM = ("0.32", "0.33")
 
 
@@ -16,8 +17,7 @@ def register() -> None:
     try:
         import vllm
 
-        import pgsvd_vllm.config
-        import pgsvd_vllm.loader  # noqa: F401  (importing registers)
+        import pgsvd_vllm.serving.model_loader  # noqa: F401  (importing registers)
     except Exception as error:  # vLLM may raise anything from its own import-time checks
         logger.warning("pgsvd_vllm cannot be used with this vLLM: %s: %s", type(error).__name__, error)
         return

@@ -8,17 +8,16 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 # Folder in the checkout -> folder in the wheel.
-PACKAGES = {
-    "pgsvd_vllm": "pgsvd_vllm",
-    "pgsvd_vllm/cli": "pgsvd_vllm/cli",
-    "offline": "pgsvd_vllm/offline",
-    "kernels": "pgsvd_vllm/kernels",
-}
+PACKAGES = {"pgsvd_vllm": "pgsvd_vllm", "offline": "pgsvd_vllm/offline", "kernels": "pgsvd_vllm/kernels"}
 
 
 def wanted_files() -> set[str]:
     """Every product module of the checkout, by its place in the wheel."""
-    return {f"{target}/{path.name}" for source, target in PACKAGES.items() for path in (ROOT / source).glob("*.py")}
+    return {
+        f"{target}/{path.relative_to(ROOT / source)}"
+        for source, target in PACKAGES.items()
+        for path in (ROOT / source).rglob("*.py")
+    }
 
 
 def main() -> int:

@@ -159,10 +159,11 @@ def shares(text: str) -> float | dict[str, float]:
 
 def run(arguments: argparse.Namespace) -> int:
     """Compress, or show the plan; raises PgsvdError."""
-    from pgsvd_vllm.offline.compress import compress, describe
-    from pgsvd_vllm.offline.estimate import estimate, fit_into_memory
+    from pgsvd_vllm.offline.compress import compress
     from pgsvd_vllm.offline.options import HEAD_TOLERANCE, CompressOptions
-    from pgsvd_vllm.offline.plan import make_plan
+    from pgsvd_vllm.offline.output.messages import describe
+    from pgsvd_vllm.offline.run.plan import make_plan
+    from pgsvd_vllm.offline.run.resources import estimate, fit_into_memory
 
     if (arguments.objective == "latency") != (arguments.costs is not None):
         raise InputError(

@@ -4,8 +4,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from pgsvd_vllm.checkpoint import REPORT_NAME, Checkpoint, open_checkpoint, read_json
 from pgsvd_vllm.errors import CheckpointError, InputError
+from pgsvd_vllm.format.reader import Checkpoint, open_checkpoint, read_json
+from pgsvd_vllm.format.schema import REPORT_NAME
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -80,8 +81,8 @@ def table(checkpoint: Checkpoint, rows: list[dict[str, Any]]) -> list[str]:
 def ranks(checkpoint: Checkpoint, workers: int) -> list[str]:
     """One line a vLLM layer: how tensor parallelism cuts it, and the totals; raises InputError."""
     # Not above: brings torch.
-    from pgsvd_vllm.parallel_plan import parallel_plan
-    from pgsvd_vllm.sharding import VARIABLE, Cut, collective_bytes
+    from pgsvd_vllm.parallel.comm_plan import VARIABLE, Cut, collective_bytes
+    from pgsvd_vllm.parallel.preview import parallel_plan
 
     least = collective_bytes()
     plans = list(parallel_plan(checkpoint, workers, least))

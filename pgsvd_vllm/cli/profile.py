@@ -41,9 +41,10 @@ def run(arguments: argparse.Namespace) -> int:
         raise InputError("profile: times CPUs only so far; on a GPU leave --objective out")
     import torch
 
-    from pgsvd_vllm.costs import write_costs
-    from pgsvd_vllm.offline.model_source import ModelSource, resolve_folder
-    from pgsvd_vllm.profile import measure
+    from pgsvd_vllm.format.latency_table import write_costs
+    from pgsvd_vllm.offline.model.hub import resolve_folder
+    from pgsvd_vllm.offline.model.source import ModelSource
+    from pgsvd_vllm.serving.gemm.latency import measure
 
     if not arguments.output.resolve().parent.is_dir():
         raise InputError(f"--output {arguments.output}: cannot be written (no such folder)")

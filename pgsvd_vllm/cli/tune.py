@@ -9,11 +9,11 @@ import sys
 import time
 from pathlib import Path
 
-from pgsvd_vllm.checkpoint import open_checkpoint
 from pgsvd_vllm.errors import InputError
-from pgsvd_vllm.kernels.sizes import Sizes, sizes_of
-from pgsvd_vllm.kernels.table import Table, default_path, read_table, write_table
-from pgsvd_vllm.merged_layers import LayerSizes, merged_layers
+from pgsvd_vllm.format.reader import open_checkpoint
+from pgsvd_vllm.kernels.layer_shape import Sizes, sizes_of
+from pgsvd_vllm.kernels.tile_table import Table, default_path, read_table, write_table
+from pgsvd_vllm.parallel.layer_grouping import LayerSizes, merged_layers
 
 # Layers whose sizes differ less than this are tuned once.
 SAME = 1.1
@@ -69,8 +69,8 @@ def _tune(kinds: dict[Sizes, LayerSizes], output: Path | None) -> int:
     try:
         import torch
 
+        from pgsvd_vllm.kernels.autotune import TOKENS, LayerTuner, merged
         from pgsvd_vllm.kernels.launch import can_overlap
-        from pgsvd_vllm.kernels.tune import TOKENS, LayerTuner, merged
     except ImportError as error:
         raise InputError(f"tune: needs Triton: pip install triton ({error})") from None
     if not torch.cuda.is_available():

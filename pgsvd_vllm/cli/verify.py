@@ -6,7 +6,7 @@ Only `inspect` and `verify` read checkpoints; both work without vLLM.
 import argparse
 from pathlib import Path
 
-from pgsvd_vllm.checkpoint import check_data, open_checkpoint
+from pgsvd_vllm.format.reader import check_data, open_checkpoint
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from pgsvd_vllm.cli import main
-from pgsvd_vllm.costs import CostTable, ShapeCosts, read_costs, write_costs
-from pgsvd_vllm.offline.device import multiplied_dtype
+from pgsvd_vllm.format.latency_table import CostTable, ShapeCosts, read_costs, write_costs
+from pgsvd_vllm.offline.model.device import multiplied_dtype
 from tests.conftest import run_cli
 
 # Of the tiny model: outputs, inputs.

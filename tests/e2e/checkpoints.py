@@ -10,7 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import pgsvd_vllm.hf
-from pgsvd_vllm.checkpoint import FORMAT_VERSION, LOAD_GUARD, QUANT_METHOD, ShardWriter, open_checkpoint
+from pgsvd_vllm.format.reader import open_checkpoint
+from pgsvd_vllm.format.schema import FORMAT_VERSION, LOAD_GUARD, QUANT_METHOD
+from pgsvd_vllm.format.writer import ShardWriter
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 Factors = tuple[torch.Tensor, torch.Tensor]

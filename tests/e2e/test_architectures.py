@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pgsvd_vllm.checkpoint import open_checkpoint
 from pgsvd_vllm.cli import main
+from pgsvd_vllm.format.reader import open_checkpoint
 from tests.e2e.architectures import ARCHITECTURES, Architecture, save_model
 from tests.e2e.checkpoints import multiplied_back, transformers_greedy
 from tests.e2e.engine import greedy, run_engine, tokens

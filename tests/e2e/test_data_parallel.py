@@ -9,9 +9,9 @@ import openai
 import pytest
 import torch
 
-from benchmarks.server import serve
 from tests.e2e.checkpoints import transformers_greedy
 from tests.e2e.engine import one_core_each
+from tests.support.server import serve
 
 NEW_TOKENS = 24
 

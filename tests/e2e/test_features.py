@@ -10,17 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.e2e.checkpoints import multiplied_back
-from tests.e2e.engine import (
-    CLASSIFY,
-    EMBED,
-    NEW_TOKENS,
-    beam,
-    greedy,
-    one_core_each,
-    run_engine,
-    tokens,
-    try_engine,
-)
+from tests.e2e.engine import CLASSIFY, EMBED, NEW_TOKENS, beam, greedy, one_core_each, run_engine, tokens, try_engine
 from tests.features import DOCUMENT, marked
 
 

@@ -11,9 +11,9 @@ import openai
 import pytest
 from transformers import AutoTokenizer
 
-from benchmarks.server import Server, serve, tail
 from tests.e2e.checkpoints import transformers_greedy
 from tests.e2e.engine import PROMPTS, equal_length_prompts
+from tests.support.server import Server, serve, tail
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import pgsvd_vllm.hf  # noqa: F401  (registers the format)
-from pgsvd_vllm.checkpoint import open_checkpoint
 from pgsvd_vllm.cli import main
+from pgsvd_vllm.format.reader import open_checkpoint
 from tests.conftest import save_tiny_model
 from tests.e2e.architectures import ARCHITECTURES, save_model
 from tests.e2e.checkpoints import transformers_greedy

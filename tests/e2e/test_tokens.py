@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pgsvd_vllm.checkpoint import open_checkpoint
-from pgsvd_vllm.parallel_plan import parallel_plan
+from pgsvd_vllm.format.reader import open_checkpoint
+from pgsvd_vllm.parallel.preview import parallel_plan
 from tests.conftest import save_tiny_model
 from tests.e2e.checkpoints import (
     Factors,

@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 
 import pgsvd_vllm.hf  # noqa: F401  (registers the format)
-from pgsvd_vllm.checkpoint import open_checkpoint
 from pgsvd_vllm.cli import main
-from pgsvd_vllm.offline import model_source
-from pgsvd_vllm.offline.model_source import KINDS, ModelSource
-from pgsvd_vllm.offline.pairs import PROMPT, load_processor
+from pgsvd_vllm.format.reader import open_checkpoint
+from pgsvd_vllm.offline.data.image_text import PROMPT, load_processor
+from pgsvd_vllm.offline.model import source as model_source
+from pgsvd_vllm.offline.model.source import KINDS, ModelSource
 from tests.e2e.checkpoints import multiplied_back
 from tests.e2e.engine import EMBED, Answer, greedy, one_core_each, run_engine, tokens
 from tests.e2e.vision_models import SEEING, SeeingModel, save_pairs, save_seeing_model

@@ -166,7 +166,7 @@ def save_seeing_model(row: SeeingModel, folder: Path) -> Path:
     """A random model in float32 with its processor."""
     import transformers
 
-    from pgsvd_vllm.offline.model_source import KINDS
+    from pgsvd_vllm.offline.model.source import KINDS
 
     tokenizer = parts.byte_tokenizer(framed=row.compares)
     ids = {name: tokenizer.convert_tokens_to_ids(name) for name in parts.SPECIAL}

@@ -11,16 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pgsvd_vllm.checkpoint import (
-    INDEX_NAME,
-    ShardWriter,
-    check_data,
-    open_checkpoint,
-    parse_modules,
-    read_config,
-    read_headers,
-)
 from pgsvd_vllm.errors import CheckpointError
+from pgsvd_vllm.format.reader import check_data, open_checkpoint, read_config, read_headers
+from pgsvd_vllm.format.schema import INDEX_NAME, parse_modules
+from pgsvd_vllm.format.writer import ShardWriter
 
 Tensors = dict[str, torch.Tensor]
 

@@ -16,10 +16,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
-from pgsvd_vllm.kernels.packed import Gate, PackedLayer
-from pgsvd_vllm.kernels.reference import gated_difference, layer_difference
-from pgsvd_vllm.kernels.sizes import Shard
-from pgsvd_vllm.kernels.tiles import Tile, Tiles
+from pgsvd_vllm.kernels.layer_shape import Shard
+from pgsvd_vllm.kernels.numerics import gated_difference, layer_difference
+from pgsvd_vllm.kernels.packed_weights import Gate, PackedLayer
+from pgsvd_vllm.kernels.tile_heuristics import Tile, Tiles
 
 TOKENS = (0, 1, 2, 3, 5, 8, 16, 17, 33, 67)
 COLUMNS = (16, 24, 40, 64, 96, 100, 129, 256, 300)
@@ -27,7 +27,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def replace_kernels(folder: Path) -> None:
-    for name in ("down", "up", "gated", "gather"):
+    for name in ("down", "up", "gated", "permute"):
         module = f"pgsvd_vllm.kernels.{name}"
         spec = importlib.util.spec_from_file_location(module, folder / f"{name}.py")
         assert spec is not None
@@ -100,8 +100,8 @@ def room(packed: PackedLayer, tokens: int, down: Tile | None) -> Any:
 
 def check_one(rng: random.Random) -> None:
     from pgsvd_vllm.kernels import launch
-    from pgsvd_vllm.kernels.library import run_library
-    from pgsvd_vllm.kernels.packed import PackedLayer
+    from pgsvd_vllm.kernels.cublas import run_library
+    from pgsvd_vllm.kernels.packed_weights import PackedLayer
     from tests.kernels.interpreter import watch
 
     dtype, tokens, columns = rng.choice(DTYPES), rng.choice(TOKENS), rng.choice(COLUMNS)
@@ -132,7 +132,7 @@ def check_one(rng: random.Random) -> None:
 
 def gated_layer(rng: random.Random, dtype: torch.dtype, columns: int) -> Any:
     """Two shards of the same outputs, of any form."""
-    from pgsvd_vllm.kernels.tune import RandomLayer
+    from pgsvd_vllm.kernels.autotune import RandomLayer
 
     half = rng.choice([1, 7, 16, 31, 48, 97])
     shards = []
@@ -147,7 +147,7 @@ def gated_layer(rng: random.Random, dtype: torch.dtype, columns: int) -> Any:
 def check_gated(rng: random.Random) -> None:
     """A gate and what it gates."""
     from pgsvd_vllm.kernels import launch
-    from pgsvd_vllm.kernels.library import run_library_gated
+    from pgsvd_vllm.kernels.cublas import run_library_gated
     from tests.kernels.interpreter import watch
 
     dtype, tokens, columns = rng.choice(DTYPES), rng.choice(TOKENS), rng.choice(COLUMNS)
@@ -182,7 +182,7 @@ def check_gated(rng: random.Random) -> None:
 
 def check_products(rng: random.Random) -> None:
     """What a layer holds on a GPU: the kernels for few tokens, torch's products for many."""
-    from pgsvd_vllm.triton_products import TritonProducts
+    from pgsvd_vllm.serving.gemm.gpu import TritonProducts
 
     layer = Layer(rng, torch.bfloat16, 64)
     products = TritonProducts(layer.readers, layer.ups, layer.places, has_bias=True)

@@ -22,12 +22,12 @@ from vllm.model_executor.models.qwen2 import Qwen2MLP
 from vllm.platforms import current_platform
 
 from benchmarks.linear_cpu import one_rank
-from pgsvd_vllm.kernels.tiles import tiles_for
-from pgsvd_vllm.sharding import Cut
-from pgsvd_vllm.triton_products import TritonProducts
+from pgsvd_vllm.kernels.tile_heuristics import tiles_for
+from pgsvd_vllm.parallel.comm_plan import Cut
+from pgsvd_vllm.serving.gemm.gpu import TritonProducts
 from tests.kernels.interpreter import prepare, watch
-from tests.serving.test_linear import HIDDEN, MIXES, WIDE, Case, check
-from tests.serving.test_ranks import check_ranks
+from tests.serving.layers.test_linear import HIDDEN, MIXES, WIDE, Case, check
+from tests.serving.test_collectives import check_ranks
 
 
 def expected_launches(products: Any, tokens: int) -> int:
@@ -71,9 +71,9 @@ def check_reload() -> None:
 
 def check_activation() -> int:
     """MLPs of vLLM whose gate and up layer computes the activation, and such as must keep theirs."""
-    from pgsvd_vllm.activation import take_activations
-    from pgsvd_vllm.kernels.reference import gated_difference
-    from pgsvd_vllm.sharding import pivot_rows
+    from pgsvd_vllm.kernels.numerics import gated_difference
+    from pgsvd_vllm.parallel.slicing import pivot_rows
+    from pgsvd_vllm.serving.layers.fused_silu import take_activations
 
     torch.set_default_dtype(torch.bfloat16)
     plain, lora = VllmConfig(), VllmConfig()

@@ -66,9 +66,9 @@ def expect(found: object, wanted: object, what: str) -> None:
 
 def check_search() -> Any:
     """The best of each search is found, what fails is not taken, the library is where it is faster."""
-    from pgsvd_vllm.kernels import tune
-    from pgsvd_vllm.kernels.sizes import Shard, sizes_of
-    from pgsvd_vllm.kernels.tiles import own_tiles
+    from pgsvd_vllm.kernels import autotune as tune
+    from pgsvd_vllm.kernels.layer_shape import Shard, sizes_of
+    from pgsvd_vllm.kernels.tile_heuristics import own_tiles
 
     tune.run = spy(tune.run)
     shards, columns = (Shard(48, 17), Shard(40, 16, 16), Shard(20)), 640
@@ -113,12 +113,12 @@ def check_search() -> Any:
 
 def check_table(folder: Path, tuner: Any, step: Any) -> None:
     """A layer of the measured sizes takes the table's tiles, computes what it should; another one the usual."""
-    from pgsvd_vllm.kernels.reference import gated_difference, layer_difference
-    from pgsvd_vllm.kernels.sizes import Shard, sizes_of
-    from pgsvd_vllm.kernels.table import Table, write_table
-    from pgsvd_vllm.kernels.tiles import Step, Tile, own_tiles, tiles_for, usual_steps
-    from pgsvd_vllm.kernels.tune import RandomLayer
-    from pgsvd_vllm.triton_products import TritonProducts
+    from pgsvd_vllm.kernels.autotune import RandomLayer
+    from pgsvd_vllm.kernels.layer_shape import Shard, sizes_of
+    from pgsvd_vllm.kernels.numerics import gated_difference, layer_difference
+    from pgsvd_vllm.kernels.tile_heuristics import Step, Tile, own_tiles, tiles_for, usual_steps
+    from pgsvd_vllm.kernels.tile_table import Table, write_table
+    from pgsvd_vllm.serving.gemm.gpu import TritonProducts
 
     path = folder / "table.json"
     steps = (step, Step(16, None))

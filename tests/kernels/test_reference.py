@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from pgsvd_vllm.kernels.reference import factored_linear, pivot_linear, pivot_weight
+from pgsvd_vllm.format.lowrank import factored_linear, pivot_linear, pivot_weight
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 17])

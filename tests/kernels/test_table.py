@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from pgsvd_vllm.kernels.sizes import Shard, Sizes, sizes_of
-from pgsvd_vllm.kernels.table import Table, default_path, read_table, write_table
-from pgsvd_vllm.kernels.tiles import MOST_TOKENS, Step, Tile, own_tiles, tiles_for, usual_steps
+from pgsvd_vllm.kernels.layer_shape import Shard, Sizes, sizes_of
+from pgsvd_vllm.kernels.tile_heuristics import MOST_TOKENS, Step, Tile, own_tiles, tiles_for, usual_steps
+from pgsvd_vllm.kernels.tile_table import Table, default_path, read_table, write_table
 
 FEW = (Tile(16, 64, 128, 4, 3, 8), Tile(16, 32, 256, 4, 2, swap=True))
 MANY = (None, Tile(128, 64, 64, 8, 3))

@@ -18,12 +18,12 @@ from tests.conftest import ROOT
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
+from pgsvd_vllm.kernels.cublas import run_library  # noqa: E402
 from pgsvd_vllm.kernels.launch import Workspace, room, run  # noqa: E402
-from pgsvd_vllm.kernels.library import run_library  # noqa: E402
-from pgsvd_vllm.kernels.packed import PackedLayer  # noqa: E402
-from pgsvd_vllm.kernels.sizes import Sizes  # noqa: E402
-from pgsvd_vllm.kernels.tiles import FEW_TOKENS_OF_MANY, down_tile, usual_steps  # noqa: E402
-from pgsvd_vllm.triton_products import TritonProducts, Workspaces  # noqa: E402
+from pgsvd_vllm.kernels.layer_shape import Sizes  # noqa: E402
+from pgsvd_vllm.kernels.packed_weights import PackedLayer  # noqa: E402
+from pgsvd_vllm.kernels.tile_heuristics import FEW_TOKENS_OF_MANY, down_tile, usual_steps  # noqa: E402
+from pgsvd_vllm.serving.gemm.gpu import TritonProducts, Workspaces  # noqa: E402
 from tests.kernels.interpreted import Layer  # noqa: E402
 
 # (file, what it says, what a bug would say)
@@ -77,9 +77,9 @@ MUTANTS = {
     "z read before it is made by the up product": ("up", "        tl.extra.cuda.gdc_wait()\n    acc", "    acc"),
     "x read before it is made": ("down", "        tl.extra.cuda.gdc_wait()\n", ""),
     "z read before it is made": ("gated", "        tl.extra.cuda.gdc_wait()\n", ""),
-    "outputs past the last are ordered": ("gather", "(m < tokens) & there[None, :]", "m < tokens"),
-    "the gate's sources for both": ("gather", "sources + half + o", "sources + o"),
-    "the gate's bias for both outputs": ("gather", "bias + half + o", "bias + o"),
+    "outputs past the last are ordered": ("permute", "(m < tokens) & there[None, :]", "m < tokens"),
+    "the gate's sources for both": ("permute", "sources + half + o", "sources + o"),
+    "the gate's bias for both outputs": ("permute", "bias + half + o", "bias + o"),
     "the sums end with the first one": ("gated", "tl.maximum(r0, r1)", "r0"),
     "the second sum runs past its end": (
         "gated",
@@ -112,7 +112,7 @@ def interpreted(seed: int, cases: int, *folder: Path, **environment: str) -> Run
 def mutant(name: str, folder: Path) -> Run:
     """The same for kernels with a bug."""
     file, right, wrong = MUTANTS[name]
-    for kernel in ("down", "up", "gated", "gather"):
+    for kernel in ("down", "up", "gated", "permute"):
         source = (ROOT / "kernels" / f"{kernel}.py").read_text(encoding="utf-8")
         if kernel == file:
             assert right in source

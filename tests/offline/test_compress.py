@@ -10,17 +10,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pgsvd_vllm.checkpoint import check_data, open_checkpoint
 from pgsvd_vllm.cli import main
 from pgsvd_vllm.errors import InputError
-from pgsvd_vllm.offline import estimate as estimate_module
-from pgsvd_vllm.offline.calibrate import LayerGrams, advance
+from pgsvd_vllm.format.reader import check_data, open_checkpoint
+from pgsvd_vllm.offline.calibration.gram import LayerGrams, advance
 from pgsvd_vllm.offline.compress import compress
-from pgsvd_vllm.offline.estimate import fit_into_memory, free_memory, memory_bytes
-from pgsvd_vllm.offline.model_source import ModelSource
+from pgsvd_vllm.offline.model.batch import text_batches
+from pgsvd_vllm.offline.model.layerwise import LayerStream
+from pgsvd_vllm.offline.model.source import ModelSource
 from pgsvd_vllm.offline.options import CompressOptions
-from pgsvd_vllm.offline.plan import make_plan
-from pgsvd_vllm.offline.stream import LayerStream, text_batches
+from pgsvd_vllm.offline.run import resources as estimate_module
+from pgsvd_vllm.offline.run.plan import make_plan
+from pgsvd_vllm.offline.run.resources import fit_into_memory, free_memory, memory_bytes
 from tests.conftest import save_tiny_model
 
 SMALL: dict[str, Any] = {"num_calibration_samples": 20, "max_seq_length": 48}

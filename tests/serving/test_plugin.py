@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import pgsvd_vllm
-from pgsvd_vllm.checkpoint import QUANT_METHOD
+from pgsvd_vllm.format.schema import QUANT_METHOD
 from pgsvd_vllm.plugin import register
 
 PACKAGE = Path(pgsvd_vllm.__file__).parent

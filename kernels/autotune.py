@@ -1,0 +1,226 @@
+"""The fastest tiles of a layer on this GPU, each candidate checked against float64 and then timed.
+
+The down product's tile is chosen with our own one of the up products, then the parts of its sums or the library in
+its place, then the up products' tile; at last the two launches are compared with the vendor's library.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import pairwise
+
+import torch
+
+from pgsvd_vllm.kernels.cublas import run_library
+from pgsvd_vllm.kernels.cuda_timer import COPY_BYTES, Call, seconds
+from pgsvd_vllm.kernels.launch import REFUSALS, Workspace, room, run
+from pgsvd_vllm.kernels.layer_shape import Shard, Sizes
+from pgsvd_vllm.kernels.numerics import layer_difference
+from pgsvd_vllm.kernels.packed_weights import PackedLayer
+from pgsvd_vllm.kernels.tile_heuristics import MOST_TOKENS, Step, Steps, Tile, Tiles, own_tiles, tiles_for, usual_steps
+
+TOKENS = (1, 16, 32, 64, 128, MOST_TOKENS)
+SPLITS = (1, 2, 4, 8, 16)
+# Unless it saves this share of the time, another choice than the usual one is noise.
+LEAST_GAIN = 0.02
+
+
+class RandomLayer:
+    """A layer of random numbers, as PackedLayer takes it.
+
+    Attributes:
+        readers, ups, places: of its shards.
+    """
+
+    def __init__(self, shards: Sequence[Shard], columns: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.readers: list[torch.Tensor] = []
+        self.ups: list[torch.Tensor | None] = []
+        self.places: list[torch.Tensor | None] = []
+
+        def weight(rows: int, width: int) -> torch.Tensor:
+            return torch.randn(rows, width, device=device, dtype=dtype) / max(width, 1) ** 0.5
+
+        for shard in shards:
+            own = shard.pivots or 0
+            self.readers.append(weight(shard.out if shard.rank is None else shard.rank, columns))
+            self.ups.append(None if shard.rank is None else weight(shard.out - own, shard.rank))
+            place = None
+            if shard.rank is not None and shard.pivots is not None:
+                taken = torch.randperm(shard.rank, device=device)[:own].sort().values
+                # As in a checkpoint: pivots and the other rows ascend.
+                place = torch.arange(shard.out, device=device)
+                outputs = torch.randperm(shard.out, device=device)[:own].sort().values
+                others = torch.ones(shard.out, dtype=torch.bool, device=device)
+                others[outputs] = False
+                place[others] = torch.arange(shard.out - own, device=device)
+                place[outputs] = -1 - taken
+            self.places.append(place)
+
+    def pack(self) -> PackedLayer:
+        """Its weights as the kernels take them."""
+        return PackedLayer(self.readers, self.ups, self.places)
+
+
+# Of up to so many tokens, of the down product and of the up products: block_m, block_out, block_k, warps, stages and
+# swap. With bf16 none spills registers on sm_80 to sm_100 and gfx942 (benchmarks/kernel_resources.py --candidates).
+Shape = tuple[int, int, int, int, int, bool]
+SHAPES: dict[int, tuple[tuple[Shape, ...], tuple[Shape, ...]]] = {
+    16: (
+        ((16, 64, 64, 4, 6, True), (16, 128, 64, 4, 5, True), (16, 32, 128, 2, 4, False), (16, 32, 128, 4, 3, False))
+        + ((16, 16, 128, 2, 5, False),),
+        ((16, 64, 64, 4, 4, True), (16, 64, 128, 4, 3, False), (16, 32, 128, 2, 4, False), (16, 16, 128, 2, 5, False)),
+    ),
+    32: (
+        ((32, 64, 64, 4, 6, True), (32, 128, 64, 4, 4, True), (32, 32, 128, 4, 4, False)),
+        ((32, 64, 64, 4, 4, True), (32, 64, 128, 4, 4, True), (32, 32, 128, 4, 4, False)),
+    ),
+    64: (
+        ((64, 64, 64, 4, 4, True), (64, 64, 128, 4, 3, True), (64, 32, 128, 4, 4, False), (64, 128, 64, 4, 4, True)),
+        ((64, 64, 64, 4, 4, True), (64, 64, 128, 4, 3, True), (64, 32, 128, 4, 3, False), (64, 128, 64, 4, 3, True)),
+    ),
+    MOST_TOKENS: (
+        ((64, 64, 64, 4, 4, True), (128, 64, 64, 4, 4, False)),
+        ((64, 128, 64, 4, 4, False), (128, 128, 64, 8, 3, False)),
+    ),
+}
+
+
+def candidates(tokens: int, own: Tiles, amd: bool = False) -> tuple[list[Tile], list[Tile]]:
+    """Tiles to try besides our kernels' own: of the down product, with that one's parts, and of the up products.
+
+    Args:
+        tokens: of TOKENS.
+        own: `own_tiles` there.
+        amd: two stages, as those have.
+    """
+    downs, ups = SHAPES[next(most for most in SHAPES if tokens <= most)]
+
+    def tiles(one: Tile | None, shapes: Sequence[Shape]) -> list[Tile]:
+        parts = one.split_k if one else 1
+        found = [Tile(*shape[:4], 2 if amd else shape[4], parts, shape[5]) for shape in shapes]
+        return [tile for tile in dict.fromkeys(found) if tile != one]
+
+    return tiles(own[0], downs), tiles(own[1], ups)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The best of one layer at one number of tokens.
+
+    Attributes:
+        step: for the table.
+        usual, best, library: seconds of the usual choice, of the best one, and of the vendor's library.
+        refused: tiles that could not be compiled or did not fit the device.
+        wrong: tiles whose result was wrong; none ought to be.
+    """
+
+    step: Step
+    usual: float
+    best: float
+    library: float
+    refused: int
+    wrong: list[str]
+
+
+class LayerTuner:
+    """Tunes one layer.
+
+    Args:
+        shards, columns: its sizes.
+        dtype: float16 or bfloat16.
+        device: a GPU.
+        overlap: as of `run`.
+        clock: seconds of one of several calls on a device.
+
+    Raises:
+        ValueError: the kernels cannot take such a layer.
+    """
+
+    def __init__(
+        self,
+        shards: Sequence[Shard],
+        columns: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        overlap: bool,
+        clock: Callable[[Sequence[Call], torch.device], float] = seconds,
+        copy_bytes: float = COPY_BYTES,
+    ) -> None:
+        self.first = RandomLayer(shards, columns, dtype, device)
+        self.layers = [self.first.pack()]
+        one = (len(self.layers[0].v) * columns + len(self.layers[0].u)) * dtype.itemsize
+        self.layers += [RandomLayer(shards, columns, dtype, device).pack() for _ in range(int(copy_bytes / one))]
+        self.device, self.overlap, self.clock = device, overlap, clock
+        self.space = Workspace(device)
+        self.refused = 0
+        self.wrong: list[str] = []
+
+    @property
+    def sizes(self) -> Sizes:
+        """The layer's entry in a table."""
+        return self.layers[0].sizes
+
+    def step(self, tokens: int) -> Finding:
+        """The best for one number of tokens.
+
+        Raises:
+            ValueError: the usual tiles compute something wrong on this GPU, or cannot be compiled for it.
+        """
+        self.refused, self.wrong = 0, []
+        layer = self.layers[0]
+        x = torch.randn(tokens, layer.columns, device=self.device).to(layer.dtype)
+        amd = bool(torch.version.hip)
+        tiles = own_tiles(tokens, layer.sizes, amd=amd)
+        own = self._time(tiles, x)
+        if own is None:
+            raise ValueError(f"the usual tiles fail on this GPU: {', '.join(self.wrong) or 'they do not fit'}")
+        best = own
+        downs, ups = candidates(tokens, tiles, amd)
+
+        def better(tried: Iterator[Tiles]) -> None:
+            nonlocal tiles, best
+            for pair in tried:
+                taken = self._time(pair, x)
+                if taken is not None and taken < best * (1 - LEAST_GAIN):
+                    tiles, best = pair, taken
+
+        better((tile, tiles[1]) for tile in downs)
+        down = tiles[0]
+        if down is not None:
+            better(
+                (replace(down, split_k=parts), tiles[1])
+                for parts in SPLITS
+                # Each part has two steps at least.
+                if parts != down.split_k and layer.columns >= 2 * down.block_k * parts
+            )
+            # The library's down product before our up products.
+            better(iter([(None, tiles[1])]))
+        if layer.ranks:
+            better((tiles[0], tile) for tile in ups)
+        library = self.clock([partial(run_library, x, one, kernels=True) for one in self.layers], self.device)
+        ours = tiles_for(usual_steps(layer.sizes, amd=amd), tokens) is not None
+        # The usual one of both stays unless the other saves enough.
+        chosen = best * (1 - LEAST_GAIN) <= library if ours else best < library * (1 - LEAST_GAIN)
+        step = Step(tokens, tiles if chosen else None)
+        return Finding(step, own if ours else library, best if chosen else library, library, self.refused, self.wrong)
+
+    def _time(self, tiles: Tiles, x: torch.Tensor) -> float | None:
+        """Seconds, or None of what does not fit the device or is wrong."""
+        self.space.grow(*room(len(self.layers[0].v), (Step(len(x), tiles),)))
+        try:
+            y = run(x, self.layers[0], self.space, tiles=tiles, overlap=self.overlap)
+        except REFUSALS:
+            self.refused += 1
+            return None
+        first = self.first
+        wrong = layer_difference(x, first.readers, first.ups, first.places, None, y)
+        if wrong:
+            self.wrong.append(f"{tiles[0]}, {tiles[1]}: {wrong}")
+            return None
+        calls = [lambda one=one: run(x, one, self.space, tiles=tiles, overlap=self.overlap) for one in self.layers]
+        return self.clock(calls, self.device)
+
+
+def merged(steps: Sequence[Step]) -> Steps:
+    """Steps without those whose tiles are also the next one's."""
+    return (*(step for step, after in pairwise(steps) if step.tiles != after.tiles), steps[-1])

@@ -1,0 +1,1 @@
+"""Measuring the dense model: Gram matrices, loss gradients, noise responses, the LM head."""

@@ -1,0 +1,94 @@
+"""Calibration of the LM head: its input Gram matrix and how much each row matters."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from pgsvd_vllm.errors import InputError
+from pgsvd_vllm.offline.linalg import gram_of, gram_root
+from pgsvd_vllm.offline.model.layerwise import LayerStream, logits_after
+from pgsvd_vllm.offline.model.projection import Projection
+from pgsvd_vllm.offline.records import HeadCalibration
+
+# Logits are wide: no more tokens than this take part.
+HEAD_TOKENS = 32768
+# The least weight of a row, as a share of the mean.
+FLOOR = 1.0
+# Of a block in float64.
+HEAD_ROWS = 8192
+
+
+@torch.no_grad()
+def measure_head(stream: LayerStream, head: Projection) -> HeadCalibration:
+    """Run the head on what the layers have made of the calibration text.
+
+    Args:
+        stream: all of whose layers have run.
+        head: of its model.
+
+    Raises:
+        InputError: fewer tokens than the head has inputs.
+    """
+    source = stream.source
+    source.load_head(stream.device, stream.dtype)
+    module: nn.Module = source.model.get_submodule(head.path)
+    gram = torch.zeros(head.in_features, head.in_features, dtype=torch.float64, device=stream.device)
+    weight = torch.zeros(head.out_features, device=stream.device)
+    tokens = 0
+    last = len(source.layers) - 1
+    inputs: list[torch.Tensor] = []
+    handle = module.register_forward_pre_hook(lambda _module, args: inputs.append(args[0]))
+    try:
+        for number, batch in enumerate(stream.batches):
+            for logits in _logits(stream, number, batch, last):
+                p = logits.flatten(0, -2).float().softmax(-1)
+                weight += (p * (1 - p)).sum(0)
+                tokens += len(p)
+            gram += sum(gram_of(x.flatten(0, -2).float()) for x in inputs)
+            inputs.clear()
+            if tokens >= HEAD_TOKENS:
+                break
+    finally:
+        handle.remove()
+    if tokens < head.in_features:
+        raise InputError(
+            f"--include lm_head: {tokens} tokens are too little calibration text; {head.name} has {head.in_features} "
+            "inputs and needs at least as many"
+        )
+    weight /= tokens
+    root = gram_root(gram)
+    square = _square(source.tensor(f"{head.path}.weight"), _scale(weight))
+    energy = torch.linalg.eigvalsh(root.T @ square @ root).flip(0).clamp_min(0)
+    return HeadCalibration(gram.float(), weight, energy)
+
+
+def _logits(stream: LayerStream, number: int, batch: dict[str, torch.Tensor], last: int) -> Iterator[torch.Tensor]:
+    """Of a batch; of text a window at a time, since they are wide."""
+    source, kept = stream.source, stream.flow.kept[number]
+    if len(kept) > 1 or "pixel_values" in batch:
+        yield stream.output(number, kept).logits
+        return
+    for ids, hidden in zip(batch["input_ids"].to(stream.device), kept[last], strict=True):
+        yield logits_after(source.model, source.layers, ids[None], hidden[None])
+
+
+def _scale(weight: torch.Tensor) -> torch.Tensor:
+    """What rows are multiplied by, float64 [out, 1]."""
+    w = weight.double()
+    return w.clamp_min(FLOOR * w.mean()).sqrt()[:, None]
+
+
+def _blocks(matrix: torch.Tensor, scale: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Some rows of a matrix at a time, weighed, float64, where `scale` is."""
+    for start in range(0, len(matrix), HEAD_ROWS):
+        rows = slice(start, min(start + HEAD_ROWS, len(matrix)))
+        yield rows, scale[rows] * matrix[rows].to(scale.device).double()
+
+
+def _square(matrix: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """S^T S, float64 [in, in]."""
+    total = torch.zeros(matrix.shape[1], matrix.shape[1], dtype=torch.float64, device=scale.device)
+    for _, block in _blocks(matrix, scale):
+        total += block.T @ block
+    return total

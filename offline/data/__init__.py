@@ -1,0 +1,1 @@
+"""Calibration data: text windows, images with texts, and what they reach."""

@@ -1,0 +1,1 @@
+"""From ranks to factors: solvers, error-aware targets, stored forms, baselines."""

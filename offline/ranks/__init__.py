@@ -1,0 +1,1 @@
+"""From error profiles or predicted losses to a rank for every projection."""

@@ -1,0 +1,1 @@
+"""Knowledge distillation of the factors towards the dense model."""

@@ -1,0 +1,1 @@
+"""The checkpoint format: schema, reader, writer, low-rank matrices, latency table."""

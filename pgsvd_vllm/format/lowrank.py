@@ -1,0 +1,87 @@
+"""The matrices that the stored forms stand for, and their plain linear layers."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+
+from pgsvd_vllm.format.schema import FactoredModule, check_pivots
+
+
+def factored_linear(
+    x: torch.Tensor, v: torch.Tensor, us: Sequence[torch.Tensor], bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """y = cat_i(U_i z_i) + bias with z = V x, the down factors of all shards stacked.
+
+    Args:
+        x: [..., in].
+        v: [sum r_i, in], the shards' down factors one under the other.
+        us: the up factors [n_i, r_i].
+        bias: [sum n_i] or None.
+
+    Returns:
+        [..., sum n_i] in x's dtype.
+    """
+    z = F.linear(x, v).split([u.shape[1] for u in us], dim=-1)
+    biases = [None] * len(us) if bias is None else bias.split([u.shape[0] for u in us])
+    parts = [F.linear(part, u, b) for part, u, b in zip(z, us, biases, strict=True)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+
+def other_rows(pivots: torch.Tensor, rows: int) -> torch.Tensor:
+    """The row numbers below `rows` that are not in `pivots`, ascending, int64."""
+    mask = torch.ones(rows, dtype=torch.bool, device=pivots.device)
+    mask[pivots.long()] = False
+    return mask.nonzero()[:, 0]
+
+
+def pivot_linear(
+    x: torch.Tensor, p: torch.Tensor, c: torch.Tensor, pivots: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """y[pivots] = z and y[others] = C z with z = P x, plus bias (PIFA, arXiv 2501.19090).
+
+    Args:
+        x: [..., in].
+        p: [r, in], the weight's pivot rows.
+        c: [out - r, r], the other rows in terms of them.
+        pivots: int [r], where the rows of `p` belong.
+        bias: [out] or None.
+
+    Returns:
+        [..., out] in x's dtype.
+    """
+    z = F.linear(x, p)
+    y = z.new_empty(*z.shape[:-1], p.shape[0] + c.shape[0])
+    y[..., pivots.long()] = z
+    y[..., other_rows(pivots, y.shape[-1])] = F.linear(z, c)
+    return y if bias is None else y + bias
+
+
+def pivot_weight(p: torch.Tensor, c: torch.Tensor, pivots: torch.Tensor) -> torch.Tensor:
+    """The matrix [out, in] that a pivot form stands for, in its own dtype."""
+    return pivot_linear(torch.eye(p.shape[1], dtype=p.dtype, device=p.device), p, c, pivots).T
+
+
+def product(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The matrix [m, n] that the tensors of a form stand for, float64."""
+    if "pivots" in tensors:
+        return pivot_weight(tensors["weight_p"].double(), tensors["weight_c"].double(), tensors["pivots"])
+    return tensors["weight_u"].double() @ tensors["weight_v"].double()
+
+
+def multiplied(name: str, module: FactoredModule, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The matrix [out, in] of a module's factors, float32.
+
+    Args:
+        name: of the module, for errors.
+        module: its form.
+        parts: its tensors by suffix.
+
+    Raises:
+        CheckpointError: pivots that are no rows.
+    """
+    if module.form == "pivot":
+        p, c, pivots = (parts[kind] for kind in module.suffixes)
+        check_pivots(pivots, len(p) + len(c), f"{name}.pivots")
+        return pivot_weight(p.float(), c.float(), pivots)
+    return parts["weight_u"].float() @ parts["weight_v"].float()

@@ -1,0 +1,65 @@
+"""Writing a checkpoint's weight files and index."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from pgsvd_vllm.format.schema import INDEX_NAME, WEIGHTS_STEM
+
+
+class ShardWriter:
+    """Writes tensors as they come into safetensors files of bounded size, then the index.
+
+    Args:
+        folder: an existing folder.
+        max_bytes: size at which a new file is begun.
+    """
+
+    def __init__(self, folder: Path, max_bytes: int = 2 * 1024**3) -> None:
+        self.folder = folder
+        self.max_bytes = max_bytes
+        self._pending: dict[str, torch.Tensor] = {}
+        self._pending_bytes = 0
+        self._files: list[list[str]] = []
+        self._total_bytes = 0
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        """Queue one tensor; writes a file when enough have come."""
+        size = tensor.numel() * tensor.element_size()
+        if self._pending and self._pending_bytes + size > self.max_bytes:
+            self._flush()
+        self._pending[name] = tensor.detach().cpu().contiguous()
+        self._pending_bytes += size
+
+    @property
+    def count(self) -> int:
+        """Tensors added so far."""
+        return sum(len(names) for names in self._files) + len(self._pending)
+
+    def _temporary(self, number: int) -> Path:
+        return self.folder / f"{WEIGHTS_STEM}-{number:05d}.safetensors"
+
+    def _flush(self) -> None:
+        self._files.append(list(self._pending))
+        save_file(self._pending, self._temporary(len(self._files)), metadata={"format": "pt"})
+        self._total_bytes += self._pending_bytes
+        self._pending, self._pending_bytes = {}, 0
+
+    def close(self) -> int:
+        """Write what is queued and the index; returns the bytes of all tensors."""
+        if self._pending:
+            self._flush()
+        count = len(self._files)
+        weight_map = {}
+        for number, names in enumerate(self._files, 1):
+            final = f"{WEIGHTS_STEM}-{number:05d}-of-{count:05d}.safetensors"
+            self._temporary(number).rename(self.folder / final)
+            weight_map.update(dict.fromkeys(names, final))
+        index = {
+            "metadata": {"total_size": self._total_bytes},
+            "weight_map": dict(sorted(weight_map.items())),
+        }
+        (self.folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        return self._total_bytes

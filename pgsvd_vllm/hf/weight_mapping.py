@@ -1,0 +1,82 @@
+"""Where a checkpoint stores each of a transformers model's tensors: under another name, or in pieces.
+
+transformers renames tensors as it loads them, and stacks the experts of mixtures; its own rules are asked.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+from pgsvd_vllm.hf.moe_unstack import SplitExperts, without_stacking
+
+
+@dataclass(frozen=True)
+class Stored:
+    """How one tensor of a model is stored.
+
+    Attributes:
+        names: of the checkpoint's tensors that it is made of.
+        patterns: of the converter, which each of them matches.
+        converter: makes it of several, or of one in another form; None where it is stored as it is.
+        target: name of the first tensor that the converter makes.
+    """
+
+    names: tuple[str, ...]
+    patterns: tuple[str, ...] = ()
+    converter: WeightConverter | None = None
+    target: str = ""
+
+    def made(self, name: str, read: Callable[[str], torch.Tensor], model: PreTrainedModel) -> torch.Tensor:
+        """The model's tensor `name`, from `read`, which reads one of the checkpoint's.
+
+        Raises:
+            KeyError: the converter makes no such tensor.
+        """
+        if self.converter is None:
+            return read(self.names[0])
+        converter: Any = deepcopy(self.converter)
+        for stored, pattern in zip(self.names, self.patterns, strict=True):
+            converter.add_tensor(self.target, stored, pattern, read(stored))
+        found = converter.convert(self.target, model=model, config=model.config)[name]
+        return found[0] if isinstance(found, list) else found
+
+
+def without_weight_norm(conversions: Iterable[Any]) -> list[Any]:
+    """Less transformers' rename of old weight-norm tensors: it takes every `weight_v` for one."""
+    return [one for one in conversions if not any("parametrizations.weight" in name for name in one.target_patterns)]
+
+
+def stored_tensors(model: PreTrainedModel, names: Sequence[str]) -> dict[str, Stored]:
+    """Tensor of the model -> how it is stored, of all that the checkpoint has; others may be tied.
+
+    Args:
+        model: may be on the meta device.
+        names: of the checkpoint's tensors.
+    """
+    conversions = without_weight_norm(get_model_conversion_mapping(model))
+    if any(isinstance(module, SplitExperts) for module in model.modules()):
+        conversions = without_stacking(conversions)
+    renamings = [one for one in conversions if isinstance(one, WeightRenaming)]
+    converters = [one for one in conversions if isinstance(one, WeightConverter)]
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    own: dict[str, Any] = dict(model.state_dict())
+    found: dict[str, Stored] = {}
+    parts: dict[str, list[tuple[str, str]]] = {}
+    for name in sorted(names, key=dot_natural_key):
+        target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, own)
+        if pattern is None:
+            found[target] = Stored((name,))
+        else:
+            parts.setdefault(target, []).append((name, pattern))
+    for target, rows in parts.items():
+        converter = by_pattern[rows[0][1]]
+        stored = Stored(tuple(n for n, _ in rows), tuple(p for _, p in rows), converter, target)
+        for other in converter.target_patterns:
+            found[target.replace(converter.target_patterns[0], other, 1)] = stored
+    return found

@@ -1,0 +1,1 @@
+"""Tensor parallelism of factored layers, without vLLM: slicing, communication plan, preview."""

@@ -1,0 +1,1 @@
+"""What vLLM loads: quantization config, model loader, collectives, GEMMs and layers."""

@@ -1,0 +1,232 @@
+"""A layer's products on GPUs: the Triton kernels for few tokens, torch's products for many.
+
+PGSVD_KERNELS=torch takes torch's for all. PGSVD_KERNEL_TABLE names a file of `pgsvd-vllm tune`; without
+it, the one in the user's cache is read where there is one for this GPU.
+"""
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from pgsvd_vllm.errors import InputError
+from pgsvd_vllm.kernels.cublas import run_library, run_library_gated
+from pgsvd_vllm.kernels.launch import REFUSALS, Workspace, can_overlap, room, run, run_gated
+from pgsvd_vllm.kernels.packed_weights import MOST_SHARDS, Gate, PackedLayer
+from pgsvd_vllm.kernels.padding import Exchange
+from pgsvd_vllm.kernels.tile_heuristics import Step, Steps, tiles_for, usual_steps
+from pgsvd_vllm.kernels.tile_table import Table, default_path, read_table
+from pgsvd_vllm.parallel.comm_plan import Cut
+from pgsvd_vllm.serving.collectives import exchange_of
+
+__all__ = ["MOST_SHARDS", "TritonProducts", "wants_triton"]
+VARIABLE = "PGSVD_KERNELS"
+CHOICES = ("triton", "torch")
+TABLE_VARIABLE = "PGSVD_KERNEL_TABLE"
+logger = logging.getLogger("vllm.pgsvd")
+
+
+def wants_triton() -> bool:
+    """Whether few tokens go through the Triton kernels.
+
+    Raises:
+        InputError: PGSVD_KERNELS is something else than its choices.
+    """
+    chosen = os.environ.get(VARIABLE, CHOICES[0])
+    if chosen not in CHOICES:
+        raise InputError(f"{VARIABLE}={chosen}: must be {' or '.join(CHOICES)}")
+    return chosen == "triton"
+
+
+def _suits(dtype: torch.dtype, device: torch.device) -> bool:
+    """float32 spills registers or does not fit; before Ampere there are no tensor cores for what is compiled."""
+    if dtype == torch.float32:
+        return False
+    return device.type != "cuda" or bool(torch.version.hip) or torch.cuda.get_device_capability(device)[0] >= 8
+
+
+@cache
+def _table(device: str, chosen: str | None) -> Table | None:
+    """The measured tiles of a GPU of a name, from a chosen file or the user's cache.
+
+    Raises:
+        InputError: the chosen file cannot be used.
+    """
+    path = Path(chosen) if chosen else default_path(device)
+    if not chosen and not os.path.exists(path):  # unlike Path.exists, also where nothing may be read
+        return None
+    try:
+        table = read_table(path)
+    except ValueError as error:
+        if chosen:
+            raise InputError(f"{TABLE_VARIABLE}: {error}") from None
+        logger.warning("%s; the usual tiles are taken", error)
+        return None
+    if table.device != device:
+        logger.warning("%s is of another GPU, %s", path, table.device)
+    logger.info("Tiles of %d layers from %s", len(table.layers), path)
+    return table
+
+
+class Workspaces:
+    """Those of a device, one a stream: on one stream, layers run one after the other."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.of: dict[int, Workspace] = {}
+        self.room = (0, 0)
+
+    def reserve(self, rows: int, steps: Steps) -> None:
+        """Make room for a layer, on all streams, those to come as well."""
+        numbers, tiles = room(rows, steps)
+        self.room = max(self.room[0], numbers), max(self.room[1], tiles)
+        for space in self.of.values():
+            space.grow(*self.room)
+
+    def here(self) -> Workspace | None:
+        """The current stream's."""
+        if self.device.type != "cuda":
+            return self.of_stream(0, capturing=False)
+        stream = torch.cuda.current_stream(self.device).cuda_stream
+        # Asked only where it matters.
+        return self.of.get(stream) or self.of_stream(stream, torch.cuda.is_current_stream_capturing())
+
+    def of_stream(self, stream: int, capturing: bool) -> Workspace | None:
+        """The workspace of a stream, made where there is none.
+
+        Not while a graph is captured: that graph alone would clear the counters. vLLM runs a model on the stream
+        before it captures there.
+        """
+        if stream not in self.of and capturing:
+            logger.warning("A stream is captured on which no layer has run before: torch's products are taken")
+            return None
+        if stream not in self.of:
+            self.of[stream] = Workspace(self.device)
+            self.of[stream].grow(*self.room)
+        return self.of[stream]
+
+
+_workspaces: dict[torch.device, Workspaces] = {}
+
+
+class TritonProducts:
+    """The products of a layer whose weights the kernels can take.
+
+    Args:
+        readers, ups, places: as of PackedLayer.
+        has_bias: whether the layer may be called with one.
+        activation: of two shards silu(first) * second is wanted; computes that from [tokens, out]. Not with a cut.
+        cut, workers: as of FactoredGemms.
+
+    Raises:
+        ValueError: the kernels cannot take them.
+        InputError: an environment variable of this module is wrong.
+    """
+
+    def __init__(
+        self,
+        readers: Sequence[torch.Tensor],
+        ups: Sequence[torch.Tensor | None],
+        places: Sequence[torch.Tensor | None],
+        has_bias: bool,
+        activation: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        cut: Cut = Cut.PLAIN,
+        workers: int = 1,
+    ) -> None:
+        blocks = workers if cut is Cut.GATHERED else 1
+        self.layer = PackedLayer(readers, ups, places, blocks, cut is not Cut.PLAIN)
+        self.exchange = exchange_of(cut, self.layer.widths, workers)
+        self.activation = activation
+        self.gate = Gate(self.layer, ups, places) if activation else None
+        device = readers[0].device
+        if device not in _workspaces:
+            _workspaces[device] = Workspaces(device)
+        self.workspaces = _workspaces[device]
+        self.overlap = can_overlap(device)
+        self.amd = bool(torch.version.hip)
+        self.steps: Steps = ()
+        if not wants_triton() or not _suits(self.layer.dtype, device):
+            return
+        measured = self._measured(device)
+        if measured:
+            try:
+                self._take(measured, has_bias)
+                return
+            except REFUSALS as error:
+                # Made with another Triton, or for another GPU.
+                logger.warning("%s: tiles of the table cannot be compiled (%s)", self.layer.sizes, error)
+        self._take(usual_steps(self.layer.sizes, self.gate is not None, self.amd), has_bias)
+
+    def _measured(self, device: torch.device) -> Steps | None:
+        """The steps that a table has for this layer."""
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        table = _table(name, os.environ.get(TABLE_VARIABLE))
+        steps = table.steps(self.layer.sizes) if table else None
+        if steps is None or self.gate is None:
+            return steps
+        # Measured without the activation, which takes twice the registers and saves a launch: only the down tile holds.
+        usual = usual_steps(self.layer.sizes, True, self.amd)
+        found = []
+        for most in sorted({step.most_tokens for step in (*steps, *usual)}):
+            own, measured = tiles_for(usual, most), tiles_for(steps, most)
+            if own:
+                found.append(Step(most, ((measured[0] if measured else None) or own[0], own[1])))
+        return tuple(found)
+
+    def _take(self, steps: Steps, has_bias: bool) -> None:
+        """Make room for the steps, and run every kernel once, which otherwise would be compiled under a request."""
+        self.workspaces.reserve(len(self.layer.v), steps)
+        self.steps = steps
+        # After the last step it is the library's turn, with a kernel of ours where outputs lie scattered.
+        first = [1, *(step.most_tokens + 1 for step in steps)]
+        for tokens, tiles in zip(first, (*(step.tiles for step in steps), None), strict=True):
+            if tiles or self.layer.sources is not None:
+                x = self.layer.v.new_zeros(tokens, self.layer.columns)
+                stand_in = self._no_exchange if self.exchange else None
+                self._run(x, None, stand_in)
+                if has_bias:
+                    self._run(x, self.layer.v.new_zeros(self.layer.out), stand_in)
+
+    def refill(self, other: "TritonProducts") -> None:
+        """Take another layer's weights, where captured graphs look for them.
+
+        Raises:
+            ValueError: it has other sizes.
+        """
+        mine, theirs = self._tensors(), other._tensors()
+        same = all(getattr(self.layer, name) == getattr(other.layer, name) for name in ("heights", "ranks", "v_starts"))
+        if not same or [tensor.shape for tensor in mine] != [tensor.shape for tensor in theirs]:
+            raise ValueError("the new weights have other ranks or pivots than the old ones; restart the engine")
+        for old, new in zip(mine, theirs, strict=True):
+            old.copy_(new)
+        # Sleep of level 2 loses all that was allocated at load.
+        for space in self.workspaces.of.values():
+            space.counters.zero_()
+
+    def _tensors(self) -> list[torch.Tensor]:
+        places = [self.gate.places] if self.gate and self.gate.places is not None else []
+        return [*self.layer.tensors(), *places]
+
+    def __call__(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """x [tokens, in] -> [tokens, out], or half of it after the activation."""
+        return self._run(x, bias, self.exchange)
+
+    def _no_exchange(self, z: torch.Tensor) -> torch.Tensor:
+        """What is exchanged, as far as kernels see it; others may run their kernels another number of times."""
+        return z.new_zeros(len(z), sum(self.layer.ranks))
+
+    def _run(self, x: torch.Tensor, bias: torch.Tensor | None, exchange: Exchange | None) -> torch.Tensor:
+        tiles = tiles_for(self.steps, len(x))
+        space = self.workspaces.here() if tiles else None
+        if tiles is None or space is None:
+            kernels = bool(self.steps)
+            if self.gate and kernels and self.layer.sources is not None:
+                return run_library_gated(x, self.layer, self.gate, bias)
+            y = run_library(x, self.layer, bias, exchange, kernels)
+            return self.activation(y) if self.activation else y
+        if self.gate:
+            return run_gated(x, self.layer, self.gate, space, bias, tiles, self.overlap)
+        return run(x, self.layer, space, bias, tiles, self.overlap, exchange)

@@ -1,0 +1,103 @@
+"""Times dense and low-rank products of given shapes with the code that serves them, on this machine's CPU.
+
+Every time is that of many copies of the weights one after the other, more bytes than most caches hold, as in
+a decode step, where each weight is read once. Dense products and those of every rank take turns. Each projection
+is timed on its own: vLLM serves some of them in one product, which costs a few microseconds less.
+"""
+
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+
+from pgsvd_vllm.format.latency_table import CostTable, ShapeCosts
+from pgsvd_vllm.format.schema import FORMS, stored_size
+from pgsvd_vllm.serving.gemm.cpu import FactoredGemms
+from pgsvd_vllm.serving.vllm_compat import vllm_gemm
+
+COPY_BYTES = 96e6
+# Small matrices have fewer bytes than caches hold then, and are timed as faster than they are.
+MOST_COPIES = 256
+# Of the largest rank that saves anything; 0 is the smallest rank there is.
+RANK_FRACTIONS = (0.0, 0.125, 0.25, 0.5, 0.75, 1.0)
+RANK_MULTIPLE = 16
+SECONDS_A_SHAPE = 4.0
+Product = Callable[[torch.Tensor], torch.Tensor]
+
+
+def measure(
+    shapes: Sequence[tuple[int, int]], tokens: int, dtype: torch.dtype, say: Callable[[str], None]
+) -> CostTable:
+    """Time all shapes.
+
+    Args:
+        shapes: (out, in) of the weights.
+        tokens: multiplied at once; 1 is the decode of one request.
+        dtype: of weights and inputs.
+        say: called with one line a shape.
+    """
+    found = {}
+    for out, width in shapes:
+        ranks = {form: ranks_to_time(form, out, width) for form in FORMS}
+        variants: list[tuple[str, int]] = [("dense", 0), *((form, r) for form, many in ranks.items() for r in many)]
+        stacks = [list(_copies(kind, out, width, rank, dtype)) for kind, rank in variants]
+        times = dict(zip(variants, in_turn(stacks, torch.randn(tokens, width, dtype=dtype)), strict=True))
+        del stacks
+        forms = {form: [(r, round(times[form, r], 2)) for r in many] for form, many in ranks.items()}
+        found[out, width] = ShapeCosts(round(times["dense", 0], 2), forms)
+        middle = {form: points[len(points) // 2] for form, points in forms.items() if points}
+        say(
+            f"{out} x {width}: dense {times['dense', 0]:.1f} us"
+            + "".join(f", {form} of rank {rank} {time_taken:.1f} us" for form, (rank, time_taken) in middle.items())
+        )
+    machine = (
+        f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    )
+    return CostTable(found, tokens, str(dtype).removeprefix("torch."), machine)
+
+
+def ranks_to_time(form: str, out: int, width: int) -> list[int]:
+    """Some ranks from the smallest to the largest that saves numbers; none where no rank does."""
+    saving = [rank for rank in range(1, min(out, width)) if stored_size(form, out, width, rank) < out * width]
+    if not saving:
+        return []
+    step = RANK_MULTIPLE if saving[-1] >= 8 * RANK_MULTIPLE else 1
+    return sorted({max(step, int(fraction * saving[-1]) // step * step) for fraction in RANK_FRACTIONS})
+
+
+def in_turn(stacks: Sequence[Sequence[Product]], x: torch.Tensor) -> list[float]:
+    """Median microseconds of one product of each stack."""
+    times: list[list[float]] = [[] for _ in stacks]
+    begin = time.perf_counter()
+    # The first round warms up.
+    while len(times[0]) < 4 or time.perf_counter() - begin < SECONDS_A_SHAPE:
+        for stack, found in zip(stacks, times, strict=True):
+            start = time.perf_counter()
+            for product in stack:
+                product(x)
+            found.append(1e6 * (time.perf_counter() - start) / len(stack))
+    return [statistics.median(found[1:]) for found in times]
+
+
+def _copies(kind: str, out: int, width: int, rank: int, dtype: torch.dtype) -> Iterator[Product]:
+    """The products of one kind, each with weights of its own."""
+
+    def weight(rows: int, columns: int) -> torch.Tensor:
+        return torch.empty(rows, columns, dtype=dtype).uniform_(-1, 1)
+
+    numbers = out * width if kind == "dense" else stored_size(kind, out, width, rank)
+    for _ in range(min(MOST_COPIES, 2 + int(COPY_BYTES / dtype.itemsize / numbers))):
+        if kind == "dense":
+            yield _dense(weight(out, width))
+        elif kind == "factors":
+            yield FactoredGemms([weight(rank, width)], [weight(out, rank)], [None])
+        else:
+            places = torch.cat([torch.arange(out - rank), -1 - torch.arange(rank)])[torch.randperm(out)]
+            yield FactoredGemms([weight(rank, width)], [weight(out - rank, rank)], [places])
+
+
+def _dense(weight: torch.Tensor) -> Product:
+    run = vllm_gemm(weight)
+    return lambda x: run(x, None)

@@ -1,0 +1,1 @@
+"""vLLM's methods for factored layers: linear, LM head, MoE experts, dense neighbours."""

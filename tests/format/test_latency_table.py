@@ -1,0 +1,111 @@
+"""The table of times: what is between the measured ranks, and every way it can be wrong."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pgsvd_vllm.errors import InputError
+from pgsvd_vllm.format.latency_table import CostTable, ShapeCosts, read_costs, write_costs
+
+FORMS = {"factors": [(16, 10.0), (32, 14.0), (64, 30.0)], "pivot": [(16, 12.0), (48, 20.0)]}
+TABLE = CostTable({(96, 64): ShapeCosts(25.0, FORMS), (64, 64): ShapeCosts(9.5, FORMS)}, 8, "bfloat16", "a machine")
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    write_costs(TABLE, tmp_path / "costs.json")
+    assert read_costs(tmp_path / "costs.json") == TABLE
+    assert [path.name for path in tmp_path.iterdir()] == ["costs.json"]
+
+
+@pytest.mark.parametrize(
+    ("form", "rank", "expected"),
+    [
+        ("factors", 16, 10.0),
+        ("factors", 24, 12.0),
+        ("factors", 32, 14.0),
+        ("factors", 48, 22.0),
+        ("factors", 64, 30.0),
+        ("factors", 80, 30.0),
+        ("factors", 8, 10.0),
+        ("pivot", 32, 16.0),
+        ("pivot", 56, 20.0),
+        ("pivot", None, 25.0),
+    ],
+)
+def test_times_lie_on_lines_between_measured_ranks(form: str, rank: int | None, expected: float) -> None:
+    assert TABLE.time(96, 64, form, rank) == pytest.approx(expected)
+
+
+def test_a_shape_that_was_not_measured_is_named() -> None:
+    with pytest.raises(InputError, match="no times for weights of 64 x 96"):
+        TABLE.time(64, 96, "factors", 16)
+
+
+def test_shapes_of_which_no_rank_saves_numbers_have_a_dense_time_alone(tmp_path: Path) -> None:
+    table = CostTable({(1, 64): ShapeCosts(2.0, {"factors": [], "pivot": []})}, 1, "float32", "m")
+    write_costs(table, tmp_path / "costs.json")
+    assert read_costs(tmp_path / "costs.json").time(1, 64, "pivot", None) == 2.0
+
+
+def test_one_measured_rank_is_the_time_of_all() -> None:
+    costs = ShapeCosts(9.0, {"factors": [(2, 5.0)], "pivot": []})
+    assert [costs.of("factors", rank) for rank in (1, 2, 3)] == [5.0] * 3
+
+
+def valid() -> dict[str, Any]:
+    row = {"out": 96, "in": 64, "dense": 25.0, **{form: [list(p) for p in points] for form, points in FORMS.items()}}
+    return {"version": 1, "machine": "m", "tokens": 1, "dtype": "bfloat16", "shapes": [row]}
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (["version"], 2, "version 2, this program reads 1"),
+        (["tokens"], 0, "0 is no number above 0"),
+        (["tokens"], True, "True is no number"),
+        (["shapes"], None, "not a table of times"),
+        (["shapes", 0, "dense"], 0, "0 is no time"),
+        (["shapes", 0, "dense"], float("nan"), "nan is no time"),
+        (["shapes", 0, "dense"], "25", "'25' is no time"),
+        (["shapes", 0, "out"], 1.5, "1.5 is no number above 0"),
+        (["shapes", 0, "dense"], True, "True is no time"),
+        (["shapes", 0, "dense"], 10**400, "not a table of times"),
+        (["shapes", 0, "factors", 1], [16, 14.0], "factors: ranks must ascend"),
+        (["shapes", 0, "pivot", 0], [16], "not a table of times"),
+        (["shapes", 0, "pivot", 0, 1], float("inf"), "inf is no time"),
+    ],
+)
+def test_what_is_wrong_is_named(path: list[Any], value: Any, message: str, tmp_path: Path) -> None:
+    content = valid()
+    place = content
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    file = tmp_path / "costs.json"
+    file.write_text(json.dumps(content))
+    with pytest.raises(InputError, match=message) as caught:
+        read_costs(file)
+    assert str(file) in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["version", "machine", "tokens", "dtype", "shapes"])
+def test_a_missing_part_is_named(key: str, tmp_path: Path) -> None:
+    content = valid()
+    del content[key]
+    (tmp_path / "costs.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match=rf"costs\.json: not a table of times \(KeyError: '{key}'\)"):
+        read_costs(tmp_path / "costs.json")
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "{", "\x00"])
+def test_what_is_no_json_object_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "costs.json").write_text(text)
+    with pytest.raises(InputError, match=r"--costs .*costs\.json: (not valid JSON|expected a JSON object)"):
+        read_costs(tmp_path / "costs.json")
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"--costs .*absent\.json: no such file"):
+        read_costs(tmp_path / "absent.json")

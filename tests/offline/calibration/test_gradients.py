@@ -1,0 +1,231 @@
+"""Measured sensitivities against the plain definition: autograd over the whole model, brute force over ranks."""
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM
+
+from pgsvd_vllm.errors import InputError
+from pgsvd_vllm.format.latency_table import CostTable, ShapeCosts
+from pgsvd_vllm.format.lowrank import product
+from pgsvd_vllm.offline.calibration.gradients import GradientPass, LayerGradients, _GradientHooks
+from pgsvd_vllm.offline.calibration.gram import advance
+from pgsvd_vllm.offline.calibration.loss_metric import DAMPING, metric_root, weighed
+from pgsvd_vllm.offline.factors.solvers import closed_form
+from pgsvd_vllm.offline.factors.stored_form import stored_form
+from pgsvd_vllm.offline.linalg import gram_root, output_energy
+from pgsvd_vllm.offline.model.batch import text_batches
+from pgsvd_vllm.offline.model.layerwise import LayerStream
+from pgsvd_vllm.offline.model.projection import Projection
+from pgsvd_vllm.offline.model.source import ModelSource
+from pgsvd_vllm.offline.ranks.allocation import saves
+from pgsvd_vllm.offline.ranks.pareto import loss_front
+from tests.conftest import save_tiny_model
+from tests.offline.calibration.test_gram import clipped, reference_inputs
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_streamed_gradients_are_those_of_the_whole_model(tmp_path: Path, tie: bool) -> None:
+    folder = save_tiny_model(tmp_path / "model", tie=tie, bias=not tie, layers=3, seed=2)
+    ids = torch.randint(2, 258, (5, 33), generator=torch.Generator().manual_seed(3))
+    source = ModelSource(folder)
+    rows = source.projections()
+    stream = LayerStream(source, text_batches(ids), torch.device("cpu"), torch.float32)
+    gradients = GradientPass(stream, tmp_path / "inputs")
+    for index in range(3):
+        gradients.remember(index)
+        list(advance(stream, index, rows[index], collect=False))
+    gradients.start(seed=7)
+    moments: dict[str, torch.Tensor] = {}
+    grams: dict[str, torch.Tensor] = {}
+    for index in reversed(range(3)):
+        *steps, found = gradients.retreat(index, rows[index])
+        assert sum(step for step in steps if isinstance(step, int)) == ids.numel()
+        assert isinstance(found, LayerGradients)
+        moments |= found.moments
+        grams |= found.grams
+
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    outputs: dict[str, torch.Tensor] = {}
+    for row in rows:
+        for p in row:
+
+            def keep(_m: torch.nn.Module, _i: tuple, output: torch.Tensor, name: str = p.name) -> None:
+                output.retain_grad()
+                outputs[name] = output
+
+            model.get_submodule(p.name).register_forward_hook(keep)
+    generator = torch.Generator().manual_seed(7)
+    gradient: dict[str, list[np.ndarray]] = {p.name: [] for row in rows for p in row}
+    for window in ids:
+        logits = model(input_ids=window[None]).logits[0].float()
+        labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
+        F.cross_entropy(logits, labels, reduction="sum").backward()
+        for name, output in outputs.items():
+            assert output.grad is not None
+            gradient[name].append(output.grad[0].double().numpy())
+    inputs = reference_inputs(folder, ids)
+    assert moments.keys() == grams.keys() == gradient.keys()
+    for name, parts in gradient.items():
+        g, x = np.concatenate(parts), clipped(inputs[name])
+        weights = np.square(g).sum(1, keepdims=True) / np.square(g).sum(1).mean()
+        assert weights.max() > 1.5 > 0.7 > weights.min(), "all tokens weigh alike: nothing was tested"
+        # Two float32 passes in another order of sums: rounding, relative to the largest entry.
+        for found_one, sums in ((moments[name], g.T @ g), (grams[name], x.T @ (x * weights))):
+            expected = sums / ids.numel()
+            np.testing.assert_allclose(found_one.numpy(), expected, atol=1e-4 * np.abs(expected).max())
+    assert not list((tmp_path / "inputs").iterdir())
+
+
+def test_a_projection_that_few_tokens_reach_counts_by_their_share() -> None:
+    module = torch.nn.Linear(5, 3)
+    hooks = _GradientHooks({"expert": module})
+    x, g = torch.randn(6, 5), torch.randn(6, 3)
+    module(x.requires_grad_()).backward(g)
+    found = hooks.result(tokens=24)
+    hooks.remove()
+    x, g = clipped(x.detach().double().numpy()[None]), g.double().numpy()
+    weights = np.square(g).sum(1, keepdims=True) / np.square(g).sum(1).mean()
+    np.testing.assert_allclose(found.moments["expert"].numpy(), g.T @ g / 6, atol=1e-5)
+    np.testing.assert_allclose(found.grams["expert"].numpy(), x.T @ (x * weights) / 24, atol=1e-5)
+
+
+def test_a_projection_that_no_token_reaches_is_named() -> None:
+    hooks = _GradientHooks({"experts.3.up_proj": torch.nn.Linear(5, 3)})
+    with pytest.raises(InputError, match=r"experts\.3\.up_proj: none of the calibration text's first 24 tokens"):
+        hooks.result(tokens=24)
+
+
+def test_without_any_gradient_no_token_weighs_anything() -> None:
+    module = torch.nn.Linear(5, 3)
+    hooks = _GradientHooks({"p": module})
+    module(torch.randn(6, 5, requires_grad=True)).backward(torch.zeros(6, 3))
+    found = hooks.result(tokens=6)
+    assert not found.moments["p"].any()
+    assert not found.grams["p"].any()
+
+
+def test_half_of_the_inputs_moments_is_weighed() -> None:
+    a, b = (torch.diag(torch.tensor([2.0, 4.0])) * f for f in (10, 1))
+    assert torch.equal(weighed(a, 10, b), torch.diag(torch.tensor([2.0, 4.0], dtype=torch.float64)))
+    assert torch.equal(weighed(a, 5, 0 * b), torch.diag(torch.tensor([2.0, 4.0], dtype=torch.float64)))
+
+
+@pytest.mark.parametrize(("m", "n"), [(23, 31), (31, 23), (17, 17)])
+def test_the_metric_predicts_the_loss_of_a_quadratic_model(m: int, n: int) -> None:
+    """For the loss 0.5 sum_t ||L^T dW x_t||^2 the prediction is exact, and no other factors do better."""
+    rng = np.random.default_rng(m * n)
+    w, x, g = rng.normal(size=(m, n)), rng.normal(size=(n, 400)), rng.normal(size=(m, m // 2))
+    gram, moment = torch.from_numpy(x @ x.T / 400), torch.from_numpy(g @ g.T)
+    root = metric_root(moment)
+    damped = moment.numpy() + DAMPING * np.trace(moment.numpy()) / m * np.eye(m)
+    np.testing.assert_allclose((root @ root.T).numpy(), damped, atol=1e-12 * np.abs(damped).max())
+
+    def loss(product: np.ndarray) -> float:
+        change = (w - product) @ x
+        return 0.5 * float(np.sum(change * (damped @ change))) / 400
+
+    energy = output_energy(root.T @ torch.from_numpy(w), gram, gram_root(gram)).numpy()
+    for rank in (1, 5, min(m, n) - 1):
+        factors = closed_form(torch.from_numpy(w), gram, rank, root)
+        best = loss(factors.u.numpy() @ factors.v.numpy())
+        assert best == pytest.approx(0.5 * energy[rank:].sum(), rel=1e-8)
+        plain = closed_form(torch.from_numpy(w), gram, rank)
+        assert best <= loss(plain.u.numpy() @ plain.v.numpy())
+        for _ in range(30):
+            u = factors.u.numpy() + 0.01 * rng.normal(size=(m, rank))
+            v = factors.v.numpy() + 0.01 * rng.normal(size=(rank, n))
+            assert loss(u @ v) >= best
+        stored = stored_form(factors, torch.from_numpy(w), gram, "factors", torch.bfloat16, root)
+        naive = factors.u.bfloat16().double() @ factors.v.bfloat16().double()
+        assert best <= loss(product(stored).numpy()) <= loss(naive.numpy())
+
+
+def times_of(projections: list[Projection], rng: np.random.Generator) -> CostTable:
+    """Times that jump up and down over the ranks and are often above the dense one."""
+    shapes = {}
+    for p in projections:
+        forms = {
+            form: [(rank, float(rng.uniform(0.2, 1.6)) * p.numel) for rank in range(1, 15)]
+            for form in ("factors", "pivot")
+        }
+        shapes[p.out_features, p.in_features] = ShapeCosts(float(p.numel), forms)
+    return CostTable(shapes, 1, "bfloat16", "a machine of the test's")
+
+
+@pytest.mark.parametrize("by_time", [False, True], ids=["size", "time"])
+@pytest.mark.parametrize("form", ["factors", "pivot"])
+def test_ranks_by_loss_are_optimal_against_brute_force(form: str, by_time: bool) -> None:
+    rng = np.random.default_rng(0)
+    shapes = [(12, 9), (7, 14), (10, 10)]
+    projections = [Projection(f"p{i}", m, n) for i, (m, n) in enumerate(shapes)]
+    energies = {
+        p.name: torch.from_numpy(np.sort(rng.exponential(size=min(m, n)) ** 3 * 10 ** rng.uniform(-1, 1))[::-1].copy())
+        for p, (m, n) in zip(projections, shapes, strict=True)
+    }
+    table = times_of(projections, rng) if by_time else None
+    total = sum(p.numel for p in projections)
+
+    def outcome(ranks: dict[str, int]) -> tuple[float, float, int]:
+        """Cost, loss and numbers stored."""
+        cost, loss, numbers = 0.0, 0.0, 0
+        for p in projections:
+            rank = ranks.get(p.name)
+            plain = 0 if rank is None else rank * (p.out_features + p.in_features)
+            # A pivot form stores rank^2 numbers less, and says where its rank rows are.
+            stored = plain if form == "factors" or rank is None else plain - rank * rank + rank
+            stored = p.numel if rank is None else stored
+            numbers += stored
+            if table is None:
+                cost += stored
+            else:
+                times = table.shapes[p.out_features, p.in_features]
+                cost += times.dense if rank is None else dict(times.forms[form])[rank]
+            loss += 0.0 if rank is None else 0.5 * float(energies[p.name][rank:].sum())
+        return cost, loss, numbers
+
+    def pays(p: Projection, rank: int) -> bool:
+        """Whether one projection's rank saves a tenth of its cost."""
+        dense, low_rank = outcome({})[0], outcome({p.name: rank})[0]
+        return saves(p, rank, form) and dense - low_rank >= 0.1 * p.numel - 1e-9
+
+    options = [[None, *(r for r in range(1, 15) if pays(p, r))] for p in projections]
+    every = [
+        outcome({p.name: r for p, r in zip(projections, combination, strict=True) if r is not None})[:2]
+        for combination in itertools.product(*options)
+    ]
+    front = loss_front(projections, energies, form=form, costs=table)
+    assert len(front.removed) == len(front.losses) == len(front.parameters) == len(front.steps) + 1 > 5
+    prices = []
+    for i in range(1, len(front.removed)):
+        cost, loss, numbers = outcome(dict(front.steps[:i]))
+        assert front.removed[i] == pytest.approx(1 - cost / total)
+        assert front.losses[i] == pytest.approx(loss)
+        assert front.parameters[i] == pytest.approx(1 - numbers / total)
+        # A corner of the front: nothing as cheap is better.
+        assert loss <= min(other for c, other in every if c <= cost + 1e-9) + 1e-12
+        prices.append((front.losses[i] - front.losses[i - 1]) / (front.removed[i] - front.removed[i - 1]))
+    assert prices == sorted(prices)
+    for cost, loss in every:  # and nothing at all lies below the line between two corners
+        share = 1 - cost / total
+        after = next((i for i, r in enumerate(front.removed) if r >= share), None)
+        if share > 0 and after is not None:
+            (r0, r1), (l0, l1) = front.removed[after - 1 : after + 1], front.losses[after - 1 : after + 1]
+            assert loss >= l0 + (l1 - l0) * (share - r0) / (r1 - r0) - 1e-9
+    for ratio in (0.1, 0.2, 0.35, 0.5, 0.65)[1 if by_time else 0 : 3 if by_time else 5]:
+        allocation = front.at(ratio)
+        closest = min(range(1, len(front.removed)), key=lambda i: abs(front.removed[i] - ratio))
+        assert allocation.removed == front.parameters[closest]
+        assert allocation.time == (front.removed[closest] if by_time else None)
+        assert allocation.loss == front.losses[closest]
+        assert outcome(allocation.ranks)[1] == pytest.approx(allocation.loss)
+
+
+def test_no_ranks_remove_more_than_everything() -> None:
+    projection = Projection("p", 8, 8)
+    with pytest.raises(InputError, match=r"--ratio 0\.9: more than this model can give"):
+        loss_front([projection], {"p": torch.ones(8, dtype=torch.float64)}).at(0.9)

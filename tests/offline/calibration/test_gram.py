@@ -1,0 +1,189 @@
+"""Streamed calibration against a forward pass of the whole model in float64."""
+
+import gc
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pgsvd_vllm.errors import InputError
+from pgsvd_vllm.offline.calibration.gram import LayerGrams, advance, robust_rows
+from pgsvd_vllm.offline.model.batch import TOKENS_PER_BATCH, text_batches
+from pgsvd_vllm.offline.model.layerwise import LayerStream
+from pgsvd_vllm.offline.model.source import ModelSource
+from tests.conftest import save_tiny_model
+
+CPU = torch.device("cpu")
+
+
+def clipped(x: np.ndarray, most: float = 10.0) -> np.ndarray:
+    """The definition, one token at a time: energy at most ten times the window's lower median."""
+    out = np.empty_like(x)
+    for w, window in enumerate(x):
+        energies = [float((token**2).sum()) for token in window]
+        limit = most * sorted(energies)[(len(energies) - 1) // 2]
+        for t, token in enumerate(window):
+            out[w, t] = token if energies[t] <= limit else token * (limit / energies[t]) ** 0.5
+    return out.reshape(-1, x.shape[-1])
+
+
+def windows(count: int, length: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(2, 258, (count, length), generator=torch.Generator().manual_seed(seed))
+
+
+def stream_all(source: ModelSource, ids: torch.Tensor, dtype: torch.dtype) -> tuple[list[LayerGrams], LayerStream]:
+    stream = LayerStream(source, text_batches(ids), CPU, dtype)
+    found = []
+    for index, row in enumerate(source.projections()):
+        steps = list(advance(stream, index, row, collect=True))
+        assert sum(step for step in steps if isinstance(step, int)) == ids.numel()
+        assert isinstance(steps[-1], LayerGrams)
+        found.append(steps[-1])
+    return found, stream
+
+
+def reference_inputs(folder: Path, ids: torch.Tensor) -> dict[str, np.ndarray]:
+    """Inputs of every linear layer in one plain float64 forward of transformers' own model."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    seen: dict[str, np.ndarray] = {}
+    for name, module in model.model.layers.named_modules(prefix="model.layers"):
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(lambda _m, args, name=name: seen.update({name: args[0].numpy()}))
+    with torch.no_grad():
+        model(input_ids=ids)
+    return seen
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_streamed_grams_are_those_of_the_whole_model(tmp_path: Path, bias: bool) -> None:
+    folder = save_tiny_model(tmp_path / "model", bias=bias, layers=2, seed=3)
+    # 53 does not divide the batch, so the last batch has another number of windows.
+    ids = windows(90, 53)
+    assert 0 < ids.shape[0] % (TOKENS_PER_BATCH // 53) < ids.shape[0]
+    found, _ = stream_all(ModelSource(folder), ids, torch.float32)
+    reference = reference_inputs(folder, ids)
+    assert len(reference) == 14
+    changed = 0
+    for layer in found:
+        assert layer.tokens == ids.numel()
+        for name, leader in layer.leader.items():
+            rows = clipped(reference[name])
+            changed += int(np.abs(rows - reference[name].reshape(rows.shape)).max() > 0)
+            gram = rows.T @ rows
+            difference = np.linalg.norm(layer.grams[leader].numpy() - gram) / np.linalg.norm(gram)
+            # Worst case of float32: 14 products of inner length 320 in a row, and the sum over tokens.
+            assert difference <= (14 * 320 + ids.numel()) * 2.0**-24, name
+    assert changed, "no token was clipped: the test does not see the clipping"
+
+
+def test_projections_of_one_input_share_one_matrix(tiny_model: Path) -> None:
+    source = ModelSource(tiny_model)
+    found, _ = stream_all(source, windows(4, 40), torch.float32)
+    for index, layer in enumerate(found):
+        prefix = f"model.layers.{index}."
+        groups = {
+            "self_attn.q_proj": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+            "self_attn.o_proj": ["self_attn.o_proj"],
+            "mlp.gate_proj": ["mlp.gate_proj", "mlp.up_proj"],
+            "mlp.down_proj": ["mlp.down_proj"],
+        }
+        assert layer.leader == {prefix + m: prefix + first for first, members in groups.items() for m in members}
+        assert set(layer.grams) == {prefix + first for first in groups}
+        for gram in layer.grams.values():
+            assert gram.dtype == torch.float64
+            assert torch.equal(gram, gram.T)
+
+
+def test_one_layer_at_a_time_is_in_memory(tmp_path: Path) -> None:
+    peaks = []
+    for depth in (2, 6):
+        source = ModelSource(save_tiny_model(tmp_path / f"{depth}", layers=depth))
+        stream = LayerStream(source, text_batches(windows(3, 32)), CPU, torch.float32)
+
+        def materialised(source: ModelSource = source) -> int:
+            return sum(p.numel() for layer in source.layers for p in layer.parameters() if not p.is_meta)
+
+        assert materialised() == 0
+        peak = 0
+        for index, row in enumerate(source.projections()):
+            for step in advance(stream, index, row, collect=True):
+                if isinstance(step, int):
+                    one_layer = sum(p.numel() for p in source.layers[index].parameters())
+                    assert materialised() == one_layer > 0
+                    peak = max(peak, materialised())
+            assert materialised() == 0
+        assert all(p.is_meta for layer in source.layers for p in layer.parameters())
+        peaks.append(peak)
+    assert peaks[0] == peaks[1]
+
+
+def test_the_inputs_of_a_batch_are_not_kept(tiny_model: Path) -> None:
+    source = ModelSource(tiny_model)
+    # Seven batches, all of one size.
+    stream = LayerStream(source, text_batches(windows(7 * (TOKENS_PER_BATCH // 64), 64)), CPU, torch.float32)
+    live = []
+    for step in advance(stream, 0, source.projections()[0], collect=True):
+        if isinstance(step, int):
+            gc.collect()
+            # By type alone: isinstance would wake every lazy module among the objects.
+            live.append(sum(o.numel() for o in gc.get_objects() if type(o) in (torch.Tensor, torch.nn.Parameter)))
+    assert len(live) == 7
+    assert live[-1] <= live[1]
+
+
+def test_layers_are_freed_after_an_error(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = save_tiny_model(tmp_path / "model", layers=2)
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    # Finite in the file and in bfloat16, but its products are not.
+    tensors["model.layers.0.mlp.down_proj.weight"].fill_(3e38)
+    save_file(tensors, file, metadata={"format": "pt"})
+    source = ModelSource(folder)
+    stream = LayerStream(source, text_batches(windows(2, 16)), CPU, torch.float32)
+    with pytest.raises(InputError, match=r"model\.layers\.0: .*overflows in torch\.float32"):
+        list(advance(stream, 0, source.projections()[0], collect=True))
+    assert all(p.is_meta for layer in source.layers for p in layer.parameters())
+    assert not any(m._forward_pre_hooks for layer in source.layers for m in layer.modules())
+
+
+def test_a_sink_token_is_clipped() -> None:
+    x = torch.randn(3, 21, 16, generator=torch.Generator().manual_seed(1))
+    x[:, 0] *= 1000
+    rows = robust_rows(x).view(3, 21, 16)
+    energy = rows.square().sum(-1)
+    assert torch.equal(rows[:, 5:], robust_rows(x)[...].view(3, 21, 16)[:, 5:])
+    assert torch.equal(rows[:, 1:], x[:, 1:]), "an ordinary token was changed"
+    limit = 10 * x.square().sum(-1).median(dim=1).values
+    torch.testing.assert_close(energy[:, 0], limit, rtol=1e-5, atol=0)
+    # Scaled, not turned.
+    assert torch.nn.functional.cosine_similarity(rows[:, 0], x[:, 0]).min() > 1 - 1e-6
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 20, 21])
+def test_robust_rows_are_the_definition(tokens: int) -> None:
+    # Log-normal sizes: many tokens lie above the limit, and an even count has two medians.
+    generator = torch.Generator().manual_seed(tokens)
+    x = torch.randn(4, tokens, 9, generator=generator) * torch.randn(4, tokens, 1, generator=generator).mul(2).exp()
+    rows = robust_rows(x)
+    assert rows.dtype == torch.float32
+    # A norm, a root and a product in float32.
+    np.testing.assert_allclose(rows.numpy(), clipped(x.double().numpy()), rtol=16 * 2.0**-24)
+
+
+def test_windows_are_clipped_one_by_one() -> None:
+    # A loud window beside a quiet one is no sink.
+    x = torch.randn(2, 15, 8, generator=torch.Generator().manual_seed(2))
+    x[1] *= 1e3
+    assert torch.equal(robust_rows(x), x.flatten(0, 1))
+
+
+def test_rows_of_zeros_stay_finite() -> None:
+    x = torch.zeros(2, 5, 4)
+    x[0, 0] = 1
+    assert torch.isfinite(robust_rows(x)).all()
+    assert torch.isfinite(robust_rows(x.bfloat16())).all()

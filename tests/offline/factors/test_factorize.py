@@ -1,0 +1,61 @@
+"""The norm that factors are fitted in, from independent passes over the calibration text."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pgsvd_vllm.offline.calibration.collect import calibrate_layers
+from pgsvd_vllm.offline.factors import factorize as factor_pass
+from pgsvd_vllm.offline.factors.error_aware import Target
+from pgsvd_vllm.offline.factors.factorize import factor_layers
+from pgsvd_vllm.offline.model.projection import Projection
+from pgsvd_vllm.offline.options import CompressOptions
+from pgsvd_vllm.offline.ranks.select import choose_ranks, measured_front
+from pgsvd_vllm.offline.run.plan import make_plan
+from pgsvd_vllm.offline.run.state import Workspace
+from tests.offline.calibration.test_gram import clipped, reference_inputs
+
+
+def test_the_norm_is_of_all_text_moved_as_far_as_the_walked_windows_were(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(factor_pass, "SEQUENTIAL_TOKENS", 8 * 64)  # of 24 windows
+    plan = make_plan(
+        CompressOptions(
+            str(tiny_model), tmp_path / "out", ratio=0.5, dtype="float32", num_calibration_samples=24, max_seq_length=64
+        )
+    )
+    workspace = Workspace(plan)
+    calibrate_layers(plan, workspace)
+    targets: list[tuple[str, Target]] = []
+    norms: list[torch.Tensor] = []
+    fit, solve = factor_pass._Layer.fit, factor_pass.closed_form
+
+    def spied_fit(self: Any, p: Projection, wanted: Target) -> torch.Tensor:
+        targets.append((p.name, wanted))
+        return fit(self, p, wanted)
+
+    def spied_solve(weight: torch.Tensor, gram: torch.Tensor, *rest: Any) -> Any:
+        norms.append(gram)
+        return solve(weight, gram, *rest)
+
+    monkeypatch.setattr(factor_pass._Layer, "fit", spied_fit)
+    monkeypatch.setattr(factor_pass, "closed_form", spied_solve)
+    factor_layers(plan, workspace, choose_ranks(plan, workspace, measured_front(plan, workspace)))
+
+    every = reference_inputs(tiny_model, plan.windows.ids)
+    assert len(targets) == len(norms) > 5
+    moved = 0
+    for (name, target), norm in zip(targets, norms, strict=True):
+        index = int(name.split(".")[2])
+        x = clipped(every[name])
+        walked = clipped(every[name][:8])
+        weighed = workspace.load_sensitivity(index, "measured").grams[name].double().numpy()
+        change = target.gram.numpy() - walked.T @ walked
+        expected = ((x.T @ x + change) / plan.windows.ids.numel() + weighed) / 2
+        np.testing.assert_allclose(norm.numpy(), expected, atol=1e-4 * np.abs(expected).max())
+        moved += bool(np.abs(change).max() > 1e-2 * np.abs(x.T @ x).max())
+    assert moved > 5, "no input was moved: nothing was tested"

@@ -1,0 +1,220 @@
+"""Several towers: what flows between them, forwards and backwards, is what flows in the whole model."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from pgsvd_vllm.errors import InputError
+from pgsvd_vllm.offline.calibration.gradients import GradientPass, LayerGradients
+from pgsvd_vllm.offline.calibration.gram import LayerGrams, advance
+from pgsvd_vllm.offline.compress import compress
+from pgsvd_vllm.offline.data.image_text import load_processor, read_pairs
+from pgsvd_vllm.offline.factors.error_aware import ErrorAwarePass
+from pgsvd_vllm.offline.model.batch import Batch
+from pgsvd_vllm.offline.model.layerwise import LayerStream
+from pgsvd_vllm.offline.model.source import ModelSource
+from pgsvd_vllm.offline.options import CompressOptions
+from pgsvd_vllm.offline.run.plan import make_plan
+from tests.e2e.vision_models import SEEING, save_pairs, save_seeing_model
+from tests.offline.calibration.test_gram import CPU, clipped
+from tests.offline.test_compress import section_of
+
+SEED = 7
+# The first compares, the second reads a layer that is not the last, the third's images have no batch dimension; its
+# projector and the last one's make one token of four.
+TESTED = ("CLIP", "LLaVA 1.5", "Qwen2-VL", "Idefics 3, SmolVLM")
+
+
+@pytest.fixture(scope="module", params=TESTED)
+def seeing(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[ModelSource, list[Batch]]:
+    folder = tmp_path_factory.mktemp("seeing")
+    row = next(row for row in SEEING if row.name == request.param)
+    model = save_seeing_model(row, folder / "model")
+    pairs = read_pairs(
+        str(save_pairs(folder / "pairs", 12)), 12, 0, load_processor(model), 64 if row.compares else None
+    )
+    return ModelSource(model), pairs.batches
+
+
+def whole_model(source: ModelSource, batches: list[Batch]) -> dict[str, dict[str, np.ndarray]]:
+    """Projection -> its inputs [windows, tokens, in], a list a batch, and the loss gradients of its outputs."""
+    model = source.auto_class.from_pretrained(source.folder, dtype=torch.float32).eval()
+    inputs: dict[str, list[torch.Tensor]] = {}
+    outputs: dict[str, list[torch.Tensor]] = {}
+    for p in (p for row in source.projections() for p in row):
+
+        def keep(_m: Any, args: Any, output: torch.Tensor, name: str = p.name) -> None:
+            if output.requires_grad:
+                output.retain_grad()
+            inputs.setdefault(name, []).append(args[0].detach())
+            outputs.setdefault(name, []).append(output)
+
+        model.get_submodule(p.path).register_forward_hook(keep)
+    generator = torch.Generator().manual_seed(SEED)
+    found = [model(**batch) for batch in batches]
+    if source.compares:
+        texts, images = (torch.cat([one[name] for one in found]) for name in ("text_embeds", "image_embeds"))
+        logits = texts @ images.T * model.logit_scale.exp()
+        parts = [logits, logits.T]
+    else:
+        given = source.config.image_token_id
+        following = [torch.cat([b["input_ids"][:, 1:], torch.tensor([[-1]])], 1)[0] for b in batches]
+        parts = [one.logits[0][after != given] for one, after in zip(found, following, strict=True)]
+    losses, terms = [], 0
+    for part in parts:
+        labels = torch.multinomial(part.detach().softmax(-1), 1, generator=generator)[:, 0]
+        losses.append(F.cross_entropy(part, labels, reduction="sum"))
+        terms += len(part)
+    torch.stack(losses).sum().backward()
+    result: dict[str, Any] = {"terms": terms}
+    for name, values in outputs.items():
+        x = np.concatenate([clipped(one.reshape(-1, *one.shape[-2:]).double().numpy()) for one in inputs[name]])
+        grads = [v.grad if v.grad is not None else torch.zeros_like(v) for v in values]
+        result[name] = (x, np.concatenate([g.flatten(0, -2).double().numpy() for g in grads]))
+    return result
+
+
+def test_grams_and_gradients_are_those_of_the_whole_model(
+    seeing: tuple[ModelSource, list[Batch]], tmp_path: Path, one_thread: None
+) -> None:
+    source, batches = seeing
+    rows = source.projections()
+    stream = LayerStream(source, batches, CPU, torch.float32)
+    gradients = GradientPass(stream, tmp_path / "inputs")
+    grams: dict[str, tuple[torch.Tensor, int]] = {}
+    seen: dict[str, int] = {}
+    for index, row in enumerate(rows):
+        stream.enter(index, stream.flow)
+        gradients.remember(index)
+        *_, found = advance(stream, index, row, collect=True)
+        assert isinstance(found, LayerGrams)
+        grams |= {p.name: (found.grams[found.leader[p.name]], found.counts[found.leader[p.name]]) for p in row}
+        seen |= {p.name: found.tokens for p in row}
+    gradients.start(SEED)
+    last = max(end for end in stream.read if end in source.spans[0])
+    moments: dict[str, torch.Tensor] = {}
+    for index in reversed(range(len(rows))):
+        row = rows[index] if index <= last or index not in source.spans[0] else []
+        *_, result = gradients.retreat(index, row)
+        assert isinstance(result, LayerGradients)
+        moments |= result.moments
+
+    expected = whole_model(source, batches)
+    assert gradients.losses == expected.pop("terms")
+    assert grams.keys() == expected.keys()
+    for name, (x, g) in expected.items():
+        gram, tokens = grams[name]
+        assert tokens == len(x) == len(g)
+        np.testing.assert_allclose(gram.numpy(), x.T @ x, atol=1e-4 * np.abs(x.T @ x).max())
+        if name in moments:
+            moment = g.T @ g / gradients.losses * (seen[name] / tokens)
+            assert np.abs(moment).max() > 0
+            np.testing.assert_allclose(moments[name].numpy(), moment, atol=2e-3 * np.abs(moment).max())
+        else:
+            assert not g.any(), "something is computed from it"
+
+
+def test_factored_images_reach_the_language_model(seeing: tuple[ModelSource, list[Batch]], one_thread: None) -> None:
+    """The factored flow is that of a model whose weights are the factors' products."""
+    source, batches = seeing
+    stream = LayerStream(source, batches, CPU, torch.float32)
+    walk = ErrorAwarePass(stream)
+    products = {
+        p.name: source.tensor(f"{p.path}.weight") * (0.8 + 0.1 * (i % 3))
+        for i, p in enumerate(p for row in source.projections() for p in row)
+    }
+    for index, row in enumerate(source.projections()):
+        known = {p.name: products[p.name] for p in row}
+        list(walk.advance(index, [[p] for p in row], set(known), lambda *_: pytest.fail("fitted"), known))
+
+    model = source.auto_class.from_pretrained(source.folder, dtype=torch.float32).eval()
+    for p in (p for row in source.projections() for p in row):
+        model.get_submodule(p.path).weight.data.copy_(products[p.name])
+    with torch.no_grad():
+        for number, batch in enumerate(batches):
+            expected, found = model(**batch), stream.output(number, walk.factored.kept[number])
+            for name in ("text_embeds", "image_embeds") if source.compares else ("logits",):
+                if name == "logits":  # the head is not loaded: what it would read
+                    source.load_head(CPU, torch.float32)
+                    found = stream.output(number, walk.factored.kept[number])
+                torch.testing.assert_close(found[name], expected[name], atol=1e-4, rtol=1e-4)
+            plain = stream.output(number, stream.flow.kept[number])
+            assert not torch.allclose(plain[name], expected[name], atol=1e-3)
+
+
+def options(folder: Path, name: str, **more: Any) -> CompressOptions:
+    row = next(row for row in SEEING if row.name == name)
+    model = save_seeing_model(row, folder / "model")
+    pairs = str(save_pairs(folder / "pairs", 64))
+    return CompressOptions(str(model), folder / "out", **{"dataset": (pairs,), **more})
+
+
+@pytest.mark.parametrize("sensitivity", ["measured", "uniform", "forward"])
+def test_a_share_for_each_tower(tmp_path: Path, sensitivity: str, one_thread: None) -> None:
+    ratios = {"vision": 0.2, "projector": 0.3, "language": 0.4}
+    wanted = options(tmp_path, "LLaVA 1.5", ratio=ratios, sensitivity=sensitivity)
+    result = compress(wanted)
+    section = section_of(result.output)
+    for tower, ratio in ratios.items():
+        own = {p.name: p for row in make_plan(replaced(wanted)).projections for p in row if p.tower == tower}
+        kept = sum(p.numel for name, p in own.items() if name not in section["modules"])
+        kept += sum(stored(result.output, name) for name in own if name in section["modules"])
+        assert 1 - kept / sum(p.numel for p in own.values()) == pytest.approx(ratio, abs=0.03)
+    assert set(section["tolerance"]) == (set(ratios) if sensitivity == "uniform" else set())
+
+
+def replaced(wanted: CompressOptions) -> CompressOptions:
+    return CompressOptions(wanted.model, wanted.output.with_name("other"), dataset=wanted.dataset)
+
+
+def stored(folder: Path, name: str) -> int:
+    from pgsvd_vllm.format.reader import open_checkpoint
+
+    checkpoint = open_checkpoint(folder)
+    suffixes = [suffix for suffix in checkpoint.modules[name].suffixes if suffix != "pivots"]
+    return sum(checkpoint.tensors[f"{name}.{suffix}"].numel for suffix in suffixes)
+
+
+def test_towers_that_are_not_named_stay_dense(tmp_path: Path, one_thread: None) -> None:
+    result = compress(options(tmp_path, "CLIP", tolerance={"vision": 0.3}))
+    assert result.allocation.tolerances == {"vision": 0.3}
+    assert {name.partition("_")[0] for name in result.allocation.ranks} == {"vision"}
+
+
+def test_text_alone_compresses_the_language_model_alone(tmp_path: Path, one_thread: None) -> None:
+    wanted = options(tmp_path, "LLaVA 1.5", dataset=("python-docs",), num_calibration_samples=8, max_seq_length=64)
+    plan = make_plan(wanted)
+    assert plan.towers == ["language"]
+    assert {p.tower for p in plan.unused} == {"vision", "projector"}
+    assert compress(wanted).allocation.ranks
+
+
+def test_a_projector_that_few_tokens_reach_stays_dense(tmp_path: Path, one_thread: None) -> None:
+    """64 images make 256 tokens, four of which become one; it has 384 inputs."""
+    wanted = options(tmp_path, "Idefics 3, SmolVLM")
+    said: list[str] = []
+    result = compress(wanted, said.append)
+    name = "model.connector.modality_projection.proj"
+    assert any(f"{name} (256 of 384)" in line for line in said)
+    assert name not in result.allocation.ranks
+    report = json.loads((result.output / "pgsvd_report.json").read_text(encoding="utf-8"))
+    assert report["tokens"] == {name: 256}
+    with pytest.raises(InputError, match=rf"--ratio projector=.*{name} \(256 of 384\)"):
+        compress(replace(wanted, output=tmp_path / "other", ratio={"projector": 0.3}))
+
+
+def test_texts_and_images_may_be_mixed(tmp_path: Path, one_thread: None) -> None:
+    wanted = options(tmp_path, "Qwen2-VL", num_calibration_samples=24, max_seq_length=64)
+    both = (*wanted.dataset, "python-docs")
+    plan = make_plan(
+        CompressOptions(wanted.model, wanted.output, dataset=both, num_calibration_samples=24, max_seq_length=64)
+    )
+    assert plan.pairs is not None
+    assert (plan.pairs.count, len(plan.windows.ids)) == (12, 12)
+    assert compress(plan.options).allocation.ranks

@@ -1,0 +1,193 @@
+"""Healing on a tiny model: gradients, the held-out judge, and that it never makes things worse."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from pgsvd_vllm.errors import InputError
+from pgsvd_vllm.format.lowrank import pivot_weight, product
+from pgsvd_vllm.offline.compress import compress
+from pgsvd_vllm.offline.options import HELD_OUT, CompressOptions
+from pgsvd_vllm.offline.refine import distill as refine
+from pgsvd_vllm.offline.refine.distill import Healer, Tensors, TrainedProjection
+from pgsvd_vllm.offline.run.plan import make_plan
+from pgsvd_vllm.offline.run.resources import estimate
+from tests.offline.calibration.test_gram import CPU, windows
+
+OPTIONS: dict[str, Any] = {"ratio": 0.5, "num_calibration_samples": 24, "max_seq_length": 64}
+
+
+def factors_of(folder: Path, form: str) -> Tensors:
+    """Every projection at a quarter of its rank, by plain SVD."""
+    found: Tensors = {}
+    for name, weight in load_file(folder / "model.safetensors").items():
+        if not name.endswith("_proj.weight"):
+            continue
+        u, s, vh = torch.linalg.svd(weight, full_matrices=False)
+        rank = len(s) // 4
+        down, up = s[:rank, None] * vh[:rank], u[:, :rank]
+        if form == "factors":
+            found[name.removesuffix(".weight")] = {"weight_v": down, "weight_u": up.contiguous()}
+            continue
+        order = torch.arange(len(up))
+        pivots, others = order[:rank], order[rank:]
+        found[name.removesuffix(".weight")] = {
+            "weight_p": (up @ down)[pivots],
+            "weight_c": torch.linalg.lstsq(up[pivots].T, up[others].T).solution.T.contiguous(),
+            "pivots": pivots.int(),
+        }
+    return found
+
+
+def healer(folder: Path, tensors: Tensors) -> Healer:
+    dense, student = (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for _ in range(2))
+    return Healer(dense, student, "model.layers", tensors)
+
+
+def divergence_of(folder: Path, tensors: Tensors, held_out: torch.Tensor) -> float:
+    """KL(dense || compressed) in float64, from two plain models and the products alone."""
+    dense, other = (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64) for _ in range(2))
+    for name, row in tensors.items():
+        other.get_submodule(name).weight.data.copy_(product(row))
+    with torch.no_grad():
+        p, q = (model(input_ids=held_out).logits.log_softmax(-1) for model in (dense, other))
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_a_trained_projection_and_its_gradients_are_those_of_the_product(with_bias: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    p, c = torch.randn(5, 11, generator=generator), torch.randn(8, 5, generator=generator)
+    pivots = torch.tensor([1, 4, 5, 9, 12], dtype=torch.int32)
+    bias = nn.Parameter(torch.randn(13, generator=generator)) if with_bias else None
+    module = TrainedProjection({"weight_p": p, "weight_c": c, "pivots": pivots}, bias, CPU)
+    x, target = torch.randn(2, 3, 11, generator=generator), torch.randn(2, 3, 13, generator=generator)
+    (module(x) * target).sum().backward()
+
+    exact = [t.double().requires_grad_() for t in (p, c)]
+    y = x.double() @ pivot_weight(exact[0], exact[1], pivots).T + (0 if bias is None else bias.double())
+    (y * target.double()).sum().backward()
+    torch.testing.assert_close(module(x).double(), y, atol=1e-5, rtol=1e-5)
+    for found, wanted in zip((module.down, module.up), exact, strict=True):
+        assert found.grad is not None
+        torch.testing.assert_close(found.grad.double(), wanted.grad, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["factors", "pivot"])
+def test_healing_brings_the_predictions_back(tiny_model: Path, form: str, one_thread: None) -> None:
+    tensors, text = factors_of(tiny_model, form), windows(40, 32)
+    held_out = windows(4, 32, seed=9)
+    before = divergence_of(tiny_model, tensors, held_out)
+    lines: list[str] = []
+    refined = healer(tiny_model, tensors).run(text, held_out, minutes=0.15, say=lines.append)
+    assert refined.before == pytest.approx(before, rel=1e-4)
+    # What is returned is what was judged.
+    assert refined.after == pytest.approx(divergence_of(tiny_model, refined.tensors, held_out), rel=1e-4)
+    assert refined.after < 0.9 * before
+    assert refined.steps > 10
+    assert lines == [
+        f"refined: {refined.steps} steps, KL to the dense model on held-out text "
+        f"{refined.before:.4f} -> {refined.after:.4f} nats a token"
+    ]
+    for name, row in tensors.items():
+        for suffix, tensor in row.items():
+            new = refined.tensors[name][suffix]
+            assert (new.shape, new.dtype) == (tensor.shape, tensor.dtype)
+            assert torch.equal(new, tensor) == (suffix == "pivots"), f"{name}.{suffix}"
+
+
+def test_windows_are_taken_in_order_and_then_shuffled(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
+) -> None:
+    keys: list[int] = []
+    learn = Healer.learn
+
+    def spied(self: Healer, key: int, row: torch.Tensor) -> None:
+        assert torch.equal(row, text[key])
+        keys.append(key)
+        learn(self, key, row)
+
+    monkeypatch.setattr(Healer, "learn", spied)
+    text = windows(7, 32)
+    healer(tiny_model, factors_of(tiny_model, "factors")).run(text, windows(2, 32, seed=9), minutes=0.1)
+    assert len(keys) > 21
+    assert keys[:7] == list(range(7))
+    epochs = [keys[i : i + 7] for i in range(7, len(keys) - 6, 7)]
+    assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
+    assert any(epoch != list(range(7)) for epoch in epochs)
+
+
+def test_text_that_no_fit_has_seen_is_learned_first_and_the_judge_s_never(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
+) -> None:
+    given: list[torch.Tensor] = []
+    run = Healer.run
+
+    def spied(self: Healer, text: torch.Tensor, held_out: torch.Tensor, *rest: Any) -> Any:
+        given.extend((text, held_out))
+        return run(self, text, held_out, *rest)
+
+    monkeypatch.setattr(Healer, "run", spied)
+    options = CompressOptions(str(tiny_model), tmp_path / "out", refine=0.02, **OPTIONS)
+    fitted = make_plan(options).windows.ids
+    compress(options)
+    text, held_out = (set(map(tuple, part.tolist())) for part in given)
+    assert len(held_out) == HELD_OUT
+    assert not held_out & (text | set(map(tuple, fitted.tolist())))
+    assert torch.equal(given[0][-len(fitted) :], fitted)
+    assert len(given[0]) > len(fitted)
+
+
+@pytest.mark.parametrize("rate", [30.0, 1e30])
+def test_healing_that_fails_gives_back_what_it_got(
+    tiny_model: Path, rate: float, monkeypatch: pytest.MonkeyPatch, one_thread: None
+) -> None:
+    monkeypatch.setattr(refine, "LEARNING_RATE", rate)
+    tensors = factors_of(tiny_model, "factors")
+    refined = healer(tiny_model, tensors).run(windows(8, 32), windows(2, 32, seed=9), minutes=0.03)
+    assert refined.steps > 0
+    assert refined.after == refined.before
+    for name, row in tensors.items():
+        assert all(torch.equal(refined.tensors[name][suffix], tensor) for suffix, tensor in row.items())
+
+
+def test_refined_checkpoints_are_written_and_resumed(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
+) -> None:
+    output, lines = tmp_path / "out", []
+
+    def stop(line: str) -> None:
+        lines.append(line)
+        if line.startswith("refined"):
+            raise KeyboardInterrupt
+
+    options = CompressOptions(str(tiny_model), output, refine=0.05, **OPTIONS)
+    with pytest.raises(KeyboardInterrupt, match="--resume"):
+        compress(options, say=stop)
+    assert any(line.startswith("refined") for line in lines)
+    monkeypatch.setattr("pgsvd_vllm.offline.factors.factorize.closed_form", None)  # the factors are there already
+    resumed = CompressOptions(str(tiny_model), output, refine=0.05, resume=True, **OPTIONS)
+    compress(resumed)
+    assert (output / "config.json").is_file()
+
+
+def test_refining_needs_text_of_its_own(tiny_model: Path, tmp_path: Path) -> None:
+    text = tmp_path / "short.txt"
+    text.write_text("word " * (64 * HELD_OUT // 5), encoding="utf-8")
+    options = CompressOptions(str(tiny_model), tmp_path / "out", refine=1, dataset=(str(text),), **OPTIONS)
+    with pytest.raises(InputError, match=f"too little calibration text: {1 + HELD_OUT} x --max-seq-length 64"):
+        make_plan(options)
+    with pytest.raises(InputError, match=r"--refine -1: must be a number of minutes above 0"):
+        make_plan(CompressOptions(str(tiny_model), tmp_path / "out", refine=-1))
+
+
+def test_refining_is_in_the_estimate(tiny_model: Path, tmp_path: Path) -> None:
+    plain = estimate(make_plan(CompressOptions(str(tiny_model), tmp_path / "out", **OPTIONS)))
+    refined = estimate(make_plan(CompressOptions(str(tiny_model), tmp_path / "out", refine=5, **OPTIONS)))
+    assert refined.memory > plain.memory
+    assert refined.seconds > plain.seconds + 250

@@ -1,0 +1,191 @@
+"""Mixtures whose experts have ranks and forms of their own, against float64: from factors, and multiplied back."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+pytest.importorskip("vllm", reason="vLLM is not installed")
+
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.model_executor.layers.fused_moe import FusedMoEFactory
+from vllm.utils.torch_utils import _encode_layer_name
+
+from pgsvd_vllm.errors import CheckpointError
+from pgsvd_vllm.format.schema import FactoredModule
+from pgsvd_vllm.serving.layers import moe as experts
+from pgsvd_vllm.serving.layers.moe import FactoredExpertsMethod
+from pgsvd_vllm.serving.layers.moe_dense import MultipliedBackMethod
+from pgsvd_vllm.serving.quant_config import PgsvdConfig
+from tests.serving.layers.test_linear import vllm_world  # noqa: F401  (a fixture)
+
+PREFIX = "model.layers.0.mlp.experts"
+EXPERTS, CHOSEN, HIDDEN, INNER = 5, 2, 64, 96
+SHAPES = {"gate_proj": (INNER, HIDDEN), "up_proj": (INNER, HIDDEN), "down_proj": (HIDDEN, INNER)}
+# Of each expert in turn; the fourth is dense.
+FORMS = (
+    {"gate_proj": ("factors", 16), "up_proj": ("factors", 24), "down_proj": ("factors", 32)},
+    {"gate_proj": ("pivot", 16), "up_proj": ("pivot", 17), "down_proj": ("pivot", 8)},
+    {"gate_proj": ("pivot", 40), "down_proj": ("factors", 5)},
+    {},
+    {"up_proj": ("factors", 48)},
+)
+
+pytestmark = pytest.mark.usefixtures("vllm_world")
+
+
+class Mixture:
+    """vLLM's mixture, made and loaded, and its experts' matrices in float64."""
+
+    def __init__(
+        self, dtype: torch.dtype, table: dict[str, FactoredModule] | None = None, prefix: str = PREFIX
+    ) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.table = {
+            f"{PREFIX}.{number}.{leaf}": FactoredModule(rank, form)
+            for number, forms in enumerate(FORMS)
+            for leaf, (form, rank) in forms.items()
+        }
+        self.tensors: dict[str, torch.Tensor] = {}
+        self.weights: dict[tuple[int, str], torch.Tensor] = {}
+        for number in range(EXPERTS):
+            for leaf, (rows, columns) in SHAPES.items():
+                module = self.table.get(f"{PREFIX}.{number}.{leaf}")
+                shapes = {"weight": (rows, columns)} if module is None else module.shapes(rows, columns)
+                parts = {}
+                for suffix, shape in shapes.items():
+                    parts[suffix] = torch.randn(shape, generator=generator).mul(1 / math.sqrt(shape[-1])).to(dtype)
+                    if suffix == "pivots":
+                        parts[suffix] = torch.randperm(rows, generator=generator)[: shape[0]].sort().values.int()
+                    self.tensors[f"{number}.{leaf}.{suffix}"] = parts[suffix]
+                self.weights[number, leaf] = exact(parts)
+        self.config = VllmConfig()
+        with set_current_vllm_config(self.config):
+            self.runner: Any = FusedMoEFactory(
+                num_experts=EXPERTS,
+                top_k=CHOSEN,
+                hidden_size=HIDDEN,
+                intermediate_size=INNER,
+                params_dtype=dtype,
+                quant_config=PgsvdConfig(self.table if table is None else table),
+                prefix=prefix,
+            )
+        self.layer = self.runner.routed_experts
+        self.method = self.layer.quant_method
+
+    def load(self, without: str = "") -> set[str]:
+        given = [(name, tensor) for name, tensor in self.tensors.items() if name != without]
+        with set_current_vllm_config(self.config):
+            found = set(self.runner.load_weights(given))
+            self.method.process_weights_after_loading(self.layer)
+        return found
+
+    def expected(self, x: torch.Tensor, weights: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+        result = torch.zeros_like(x, dtype=torch.float64)
+        for token in range(len(x)):
+            for weight, number in zip(weights[token].double(), numbers[token].tolist(), strict=True):
+                gate, up = (x[token].double() @ self.weights[number, leaf].T for leaf in ("gate_proj", "up_proj"))
+                result[token] += weight * ((F.silu(gate) * up) @ self.weights[number, "down_proj"].T)
+        return result
+
+
+def exact(parts: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The matrix that a form's tensors stand for, float64."""
+    if "weight" in parts:
+        return parts["weight"].double()
+    if "weight_u" in parts:
+        return parts["weight_u"].double() @ parts["weight_v"].double()
+    p, c, pivots = parts["weight_p"].double(), parts["weight_c"].double(), parts["pivots"].long()
+    rows = torch.empty(len(p) + len(c), len(p), dtype=torch.float64)
+    others = torch.ones(len(rows), dtype=torch.bool)
+    others[pivots] = False
+    rows[pivots], rows[others] = torch.eye(len(p), dtype=torch.float64), c
+    return rows @ p
+
+
+def routed(tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights and numbers of the experts of each token; nobody chooses the last one."""
+    generator = torch.Generator().manual_seed(1)
+    numbers = torch.stack([torch.randperm(EXPERTS - 1, generator=generator)[:CHOSEN] for _ in range(tokens)])
+    return torch.rand(tokens, CHOSEN, generator=generator), numbers.int()
+
+
+@pytest.mark.parametrize("kind", [FactoredExpertsMethod, MultipliedBackMethod])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
+@pytest.mark.parametrize("tokens", [1, 7, 64])
+def test_against_float64(
+    kind: type, dtype: torch.dtype, bound: float, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if kind is MultipliedBackMethod:
+        monkeypatch.setattr(experts, "ACTIVATIONS", {})
+    mixture = Mixture(dtype)
+    assert type(mixture.method) is kind
+    mixture.load()
+    x = torch.randn(tokens, HIDDEN, generator=torch.Generator().manual_seed(2)).to(dtype)
+    weights, numbers = routed(tokens)
+    with set_current_vllm_config(mixture.config):
+        y = mixture.method.apply(mixture.layer, x, weights, numbers, None, None)
+    expected = mixture.expected(x, weights, numbers)
+    assert y.dtype == dtype
+    assert float((y.double() - expected).norm() / expected.norm()) < bound
+
+
+def test_every_factored_module_is_claimed_and_every_parameter_named() -> None:
+    mixture = Mixture(torch.float32)
+    mixture.layer.quant_config.check_claimed()
+    assert {name.removeprefix("routed_experts.") for name in mixture.load()} == set(
+        dict(mixture.layer.named_parameters())
+    )
+
+
+def test_a_mixture_without_factors_is_vllms_own() -> None:
+    assert type(Mixture(torch.float32, table={}).method).__name__ == "UnquantizedFusedMoEMethod"
+
+
+@pytest.mark.parametrize("kind", [FactoredExpertsMethod, MultipliedBackMethod])
+@pytest.mark.parametrize("missing", ["1.gate_proj.weight_c", "0.down_proj.weight_u", "2.gate_proj.pivots"])
+def test_a_missing_factor_is_told(kind: type, missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if kind is MultipliedBackMethod:
+        monkeypatch.setattr(experts, "ACTIVATIONS", {})
+    with pytest.raises(CheckpointError, match=rf"experts\.{missing.rpartition('.')[0]}"):
+        Mixture(torch.float32).load(without=missing)
+
+
+@pytest.mark.parametrize("kind", [FactoredExpertsMethod, MultipliedBackMethod])
+def test_a_factor_that_the_table_does_not_have_is_told(kind: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    if kind is MultipliedBackMethod:
+        monkeypatch.setattr(experts, "ACTIVATIONS", {})
+    mixture = Mixture(torch.float32)
+    mixture.tensors["2.down_proj.weight_c"] = torch.zeros(8, 8)
+    with pytest.raises(CheckpointError, match=r"experts\.2\.down_proj"):
+        mixture.load()
+
+
+def test_the_op_is_what_torch_expects_of_one() -> None:
+    mixture = Mixture(torch.float32)
+    mixture.load()
+    x = torch.randn(6, HIDDEN)
+    torch.library.opcheck(torch.ops.pgsvd.experts, (x, *routed(6), _encode_layer_name(mixture.method.prefix)))
+
+
+def test_a_drafts_experts_are_not_the_targets() -> None:
+    target, draft = Mixture(torch.float32), Mixture(torch.float32, prefix=f"draft_model.{PREFIX}")
+    draft.tensors = {name: 2 * t if t.is_floating_point() else t for name, t in draft.tensors.items()}
+    for mixture in (target, draft):
+        mixture.load()
+    x, (weights, numbers) = torch.randn(3, HIDDEN), routed(3)
+    found = [m.method.apply(m.layer, x, weights, numbers, None, None) for m in (target, draft)]
+    torch.testing.assert_close(found[0].double(), target.expected(x, weights, numbers), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(found[0], found[1], atol=0.1)
+
+
+@pytest.mark.parametrize("kind", [FactoredExpertsMethod, MultipliedBackMethod])
+def test_weights_are_loaded_once(kind: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    if kind is MultipliedBackMethod:
+        monkeypatch.setattr(experts, "ACTIVATIONS", {})
+    mixture = Mixture(torch.float32)
+    mixture.load()
+    with pytest.raises(CheckpointError, match="loaded once; restart the server"):
+        mixture.load()
