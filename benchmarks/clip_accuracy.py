@@ -33,7 +33,7 @@ from pgsvd_vllm.offline.ranks.error_profile import error_profile
 from pgsvd_vllm.offline.ranks.select import output_energies
 from pgsvd_vllm.offline.ranks.uniform import at_tolerance
 from pgsvd_vllm.offline.run.plan import Plan, make_plan
-from pgsvd_vllm.offline.run.state import Workspace
+from pgsvd_vllm.offline.run.state import RunState
 
 RATIOS = (0.2, 0.4, 0.6, 0.8, 0.9)
 # Of the tolerance that removes as much of both: those of the vision model that are tried first.
@@ -80,7 +80,7 @@ class Energies:
 def energies_of(options: CompressOptions) -> Energies:
     """Reads what calibration has kept."""
     plan = make_plan(replace(options, sensitivity="measured", form="factors"))
-    workspace = Workspace(plan)
+    workspace = RunState(plan)
     profiles = {name: error_profile(values) for name, values in output_energies(plan, workspace).items()}
     workspace.discard()
     return Energies(plan, profiles)

@@ -29,8 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from pgsvd_vllm.kernels.autotune import LayerTuner, RandomLayer
 from pgsvd_vllm.kernels.cublas import run_library, run_library_gated
 from pgsvd_vllm.kernels.cuda_timer import COPY_BYTES, seconds
-from pgsvd_vllm.kernels.launch import Workspace, can_overlap, room, run, run_gated
-from pgsvd_vllm.kernels.layer_shape import ALIGNMENT, Shard
+from pgsvd_vllm.kernels.launch import SplitKScratch, can_overlap, room, run, run_gated
+from pgsvd_vllm.kernels.layer_shape import ALIGNMENT, ShardShape
 from pgsvd_vllm.kernels.numerics import gated_difference, layer_difference
 from pgsvd_vllm.kernels.packed_weights import Gate, PackedLayer
 from pgsvd_vllm.kernels.tile_heuristics import (
@@ -68,24 +68,24 @@ def rank_for(out: int, columns: int, removed: float, pivots: bool = False) -> in
     return int(rank) // ALIGNMENT * ALIGNMENT
 
 
-def most_room(space: Workspace, packed: PackedLayer) -> None:
+def most_room(space: SplitKScratch, packed: PackedLayer) -> None:
     """Make room for our kernels at any number of tokens."""
     steps = [Step(most, own_tiles(most, packed.sizes)) for most in (16, FEW_TOKENS, FEW_TOKENS_OF_MANY, MOST_TOKENS)]
     space.grow(*room(len(packed.v), tuple(steps)))
 
 
-def shards_of(name: str, removed: float, pivots: bool = False) -> list[Shard]:
+def shards_of(name: str, removed: float, pivots: bool = False) -> list[ShardShape]:
     """A layer's shards, as plain factors or with all pivot rows."""
     outs, columns = LAYERS[name]
     ranks = [rank_for(out, columns, removed, pivots) for out in outs]
-    return [Shard(out, rank, rank if pivots else None) for out, rank in zip(outs, ranks, strict=True)]
+    return [ShardShape(out, rank, rank if pivots else None) for out, rank in zip(outs, ranks, strict=True)]
 
 
 def correctness(device: torch.device, overlap: bool, count: int) -> Iterator[Row]:
     """Random layers against float64, by our kernels with their own tiles, and by the library."""
     rng = random.Random(0)
     torch.manual_seed(0)
-    space = Workspace(device)
+    space = SplitKScratch(device)
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         wrong = []
         for number in range(count):
@@ -128,7 +128,9 @@ def verdict(case: str, wrong: Sequence[str]) -> Row:
 class Stack:
     """Copies of one layer of random numbers, dense or factored."""
 
-    def __init__(self, name: str, removed: float, device: torch.device, space: Workspace, pivots: bool = False) -> None:
+    def __init__(
+        self, name: str, removed: float, device: torch.device, space: SplitKScratch, pivots: bool = False
+    ) -> None:
         outs, columns = LAYERS[name]
         dense = sum(outs) * columns
         shards = shards_of(name, removed, pivots)
@@ -156,7 +158,7 @@ class Stack:
 
 def real_layers(device: torch.device, overlap: bool) -> Iterator[Row]:
     """Layers of Llama-2-7B at 40 %, against float64, and repeated: the same to the bit however the programs end."""
-    space = Workspace(device)
+    space = SplitKScratch(device)
     for name, pivots in itertools.product(LAYERS, (False, True)):
         columns = LAYERS[name][1]
         layer = RandomLayer(shards_of(name, 0.4, pivots), columns, torch.bfloat16, device)
@@ -183,13 +185,13 @@ def real_layers(device: torch.device, overlap: bool) -> Iterator[Row]:
 
 def in_graphs(device: torch.device, overlap: bool) -> Iterator[Row]:
     """Chains of layers in CUDA graphs, where launches follow each other at once, for one input after the other."""
-    space = Workspace(device)
+    space = SplitKScratch(device)
     kinds = {
-        "factors": [Shard(4096, 1232), Shard(1024, 400), Shard(1024, 512)],
-        "factors and a dense shard": [Shard(4096, 1232), Shard(1024, 400), Shard(1024)],
-        "pivots": [Shard(4096, 1504, 1504), Shard(1024, 512, 512)],
-        "pivots, factors and a dense shard": [Shard(4096, 1504, 1504), Shard(1024, 400), Shard(1024)],
-        "gate": [Shard(11008, 2048, 2048), Shard(11008, 1776)],
+        "factors": [ShardShape(4096, 1232), ShardShape(1024, 400), ShardShape(1024, 512)],
+        "factors and a dense shard": [ShardShape(4096, 1232), ShardShape(1024, 400), ShardShape(1024)],
+        "pivots": [ShardShape(4096, 1504, 1504), ShardShape(1024, 512, 512)],
+        "pivots, factors and a dense shard": [ShardShape(4096, 1504, 1504), ShardShape(1024, 400), ShardShape(1024)],
+        "gate": [ShardShape(11008, 2048, 2048), ShardShape(11008, 1776)],
     }
     for (name, shards), tokens in itertools.product(kinds.items(), (1, 16, 32, 64)):
         layers = [RandomLayer(shards, 4096, torch.bfloat16, device) for _ in range(4)]
@@ -222,7 +224,7 @@ def in_graphs(device: torch.device, overlap: bool) -> Iterator[Row]:
 
 def speed(device: torch.device, overlap: bool, tokens_of: tuple[int, ...]) -> Iterator[Row]:
     """Factored, as served without the activation, beside dense, in turn; at last a decoder layer's four together."""
-    space = Workspace(device)
+    space = SplitKScratch(device)
     totals: dict[tuple[str, float, int], list[float]] = {}
 
     def timed(product: Callable[[Any], object], weights: Sequence[Any]) -> float:

@@ -29,7 +29,7 @@ from pgsvd_vllm.kernels.autotune import TOKENS as TUNED_TOKENS
 from pgsvd_vllm.kernels.autotune import candidates
 from pgsvd_vllm.kernels.down import down_kernel
 from pgsvd_vllm.kernels.gated import gated_kernel
-from pgsvd_vllm.kernels.layer_shape import Sizes
+from pgsvd_vllm.kernels.layer_shape import LayerShape
 from pgsvd_vllm.kernels.tile_heuristics import Tile, own_tiles
 from pgsvd_vllm.kernels.up import up_kernel
 
@@ -46,9 +46,9 @@ DTYPES = ("bf16", "fp16")
 TYPES = {"places": "*i32", "own": "*i32", "partials": "*fp32", "counters": "*i32"}
 NUMBERS = ("x", "v", "s", "z", "u", "y", "bias")
 # Llama-2-7B's merged QKV at 40 % removed.
-SIZES = Sizes(4096, 3696, 3 * 4096, 1232, 3, False)
+SIZES = LayerShape(4096, 3696, 3 * 4096, 1232, 3, False)
 # Its output projection at 40 % in the pivot form.
-SMALL = Sizes(4096, 1504, 2592, 1504, 1, True)
+SMALL = LayerShape(4096, 1504, 2592, 1504, 1, True)
 TOKENS = (1, 17, 33, 65)
 
 Row = dict[str, Any]

@@ -23,8 +23,8 @@ from benchmarks.quality import MODELS, RATIOS, quality_plan
 from pgsvd_vllm.errors import InputError
 from pgsvd_vllm.offline.calibration.collect import calibrate_layers
 from pgsvd_vllm.offline.calibration.gram import advance
-from pgsvd_vllm.offline.calibration.loss_metric import metric_root, weighed
-from pgsvd_vllm.offline.calibration.noise_response import responses
+from pgsvd_vllm.offline.calibration.loss_metric import metric_root, weighted_gram
+from pgsvd_vllm.offline.calibration.noise_response import noise_responses
 from pgsvd_vllm.offline.factors.solvers import als, closed_form
 from pgsvd_vllm.offline.linalg import gram_root, output_energy, tail_energy
 from pgsvd_vllm.offline.model.batch import text_batches
@@ -36,7 +36,7 @@ from pgsvd_vllm.offline.ranks.pareto import LossFront, loss_front
 from pgsvd_vllm.offline.ranks.select import loss_energies, output_energies
 from pgsvd_vllm.offline.ranks.uniform import at_ratio
 from pgsvd_vllm.offline.run.plan import Plan
-from pgsvd_vllm.offline.run.state import Workspace
+from pgsvd_vllm.offline.run.state import RunState
 
 Row = dict[str, object]
 Energies = dict[str, torch.Tensor]  # of `output_energies` and `loss_energies`
@@ -72,7 +72,7 @@ def without_gradients(plan: Plan, energies: Energies, losses: Energies) -> list[
     stream = LayerStream(plan.source, text_batches(plan.windows.ids[::32]), plan.device, plan.compute_dtype)
     guessed = {}
     for index, row in enumerate(plan.projections):
-        moved = responses(stream, index, row, plan.options.seed)
+        moved = noise_responses(stream, index, row, plan.options.seed)
         list(advance(stream, index, row, collect=False))
         guessed.update({p.name: energies[p.name] * moved[p.name] for p in row})
     front, crude = loss_front(plan.flat, losses, form="pivot"), loss_front(plan.flat, guessed, form="pivot")
@@ -83,7 +83,7 @@ def without_gradients(plan: Plan, energies: Energies, losses: Energies) -> list[
     return rows
 
 
-def solvers(plan: Plan, workspace: Workspace, energies: Energies, every: int) -> list[Row]:
+def solvers(plan: Plan, workspace: RunState, energies: Energies, every: int) -> list[Row]:
     """Excess error and seconds of ALS after some sweeps, over every n-th projection, against the exact solution."""
     profiles = {name: error_profile(values) for name, values in energies.items()}
     ranks = at_ratio(plan.flat, profiles, RATIO, form=FORM).ranks
@@ -135,7 +135,7 @@ def sensitivities(plan: Plan, energies: Energies, losses: Energies) -> list[Row]
     return rows
 
 
-def sharing(plan: Plan, workspace: Workspace) -> list[Row]:
+def sharing(plan: Plan, workspace: RunState) -> list[Row]:
     """Predicted loss of the best ranks where q, k, v, or gate and up, share one down factor, as a multiple of apart."""
     tokens = plan.windows.ids.numel()
     apart: dict[str, torch.Tensor] = {}
@@ -148,7 +148,7 @@ def sharing(plan: Plan, workspace: Workspace) -> list[Row]:
             group = [p for p in row if data.leader[p.name] == leader]
             if len(group) > 1:
                 # One second moment of the shared inputs, for both sides of the comparison.
-                inputs = sum(weighed(gram, tokens, sensitivity.grams[p.name]) for p in group) / len(group)
+                inputs = sum(weighted_gram(gram, tokens, sensitivity.grams[p.name]) for p in group) / len(group)
                 root = gram_root(inputs)
                 targets = {
                     p.name: metric_root(sensitivity.moments[p.name]).T @ plan.source.read(f"{p.name}.weight").double()
@@ -188,7 +188,7 @@ def main() -> int:
     parser.add_argument("--markdown", type=Path, metavar="FILE")
     arguments = parser.parse_args()
     plan = quality_plan(arguments.wikitext, arguments.work, model=arguments.model)
-    workspace = Workspace(plan)
+    workspace = RunState(plan)
     calibrate_layers(plan, workspace)
     energies, losses = output_energies(plan, workspace), loss_energies(plan, workspace)
     rows: list[Row] = []

@@ -9,7 +9,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from pgsvd_vllm.offline.model.device import multiplied_dtype
+from pgsvd_vllm.offline.model.device import gemm_dtype
 
 
 @torch.no_grad()
@@ -22,7 +22,7 @@ def perplexity(model: PreTrainedModel, windows: torch.Tensor, batch: int = 4, de
         batch: windows at a time.
         desc: of the progress bar.
     """
-    dtype = multiplied_dtype(model.device, model.dtype)
+    dtype = gemm_dtype(model.device, model.dtype)
     if dtype != model.dtype:  # else nothing is cast: buffers in float32, such as rotary frequencies, must stay so
         nn.Module.to(model, dtype)
     total, count = 0.0, 0

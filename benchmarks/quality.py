@@ -37,7 +37,7 @@ from pgsvd_vllm.offline.output.checkpoint import write_checkpoint
 from pgsvd_vllm.offline.ranks.select import choose_ranks, measured_front
 from pgsvd_vllm.offline.refine.run import refine_layers
 from pgsvd_vllm.offline.run.plan import Plan, make_plan
-from pgsvd_vllm.offline.run.state import Workspace
+from pgsvd_vllm.offline.run.state import RunState
 from tests.support import reference_model
 
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
@@ -131,7 +131,7 @@ def quality_plan(
     )
 
 
-def compressed(plan: Plan, workspace: Workspace, method: str, ratio: float, minutes: float) -> PreTrainedModel:
+def compressed(plan: Plan, workspace: RunState, method: str, ratio: float, minutes: float) -> PreTrainedModel:
     """The model of one case, in the dtype it is stored in; `minutes` of training where the method trains."""
     refine = minutes if method == REFINED else None
     plan = replace(plan, options=replace(plan.options, ratio=ratio, refine=refine, **METHODS[method]))
@@ -263,7 +263,7 @@ def main() -> int:
         if not todo or (method == MIXED and not mixed_in):
             continue
         calibrated = planned(mixed_in) if method == MIXED else plan
-        workspace = Workspace(calibrated)
+        workspace = RunState(calibrated)
         start = time.monotonic()
         calibrate_layers(calibrated, workspace)
         print(f"{method}: calibration {time.monotonic() - start:.0f} s in this run", flush=True)

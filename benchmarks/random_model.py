@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import pgsvd_vllm
 from pgsvd_vllm.format.schema import FORMAT_VERSION, LOAD_GUARD, QUANT_METHOD, FactoredModule, stored_size
-from pgsvd_vllm.format.writer import ShardWriter
+from pgsvd_vllm.format.writer import TensorWriter
 from pgsvd_vllm.offline.ranks.allocation import RANK_MULTIPLE
 from tests.support.reference_model import cache_folder
 
@@ -130,7 +130,7 @@ def folder(form: str = "dense", ratio: float = 0.0, shape: Shape = TINYLLAMA) ->
     unfinished.mkdir(parents=True)
     config = LlamaConfig(**shape.config, dtype="bfloat16", architectures=["LlamaForCausalLM"]).to_dict()
     if table:
-        writer = ShardWriter(unfinished)
+        writer = TensorWriter(unfinished)
         for name, tensor in tensors(table, shape):
             writer.add(name, tensor)
         writer.close()

@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.gpu_check import LAYERS, REMOVED, rank_for, row
-from pgsvd_vllm.kernels.layer_shape import Shard, sizes_of
+from pgsvd_vllm.kernels.layer_shape import ShardShape, layer_shape_of
 from pgsvd_vllm.kernels.tile_heuristics import tiles_for, usual_steps
 
 TOKENS = (1, 8, 32, 128, 512, 2048)
@@ -61,8 +61,8 @@ def factored(gpu: Gpu, tokens: int, name: str, removed: float) -> float:
     ranks = [rank_for(out, columns, removed) for out in outs]
     down = product(gpu, tokens, sum(ranks), columns)
     ups = [product(gpu, tokens, out, rank) for out, rank in zip(outs, ranks, strict=True)]
-    shards = [Shard(out, rank) for out, rank in zip(outs, ranks, strict=True)]
-    tiles = tiles_for(usual_steps(sizes_of(shards, columns)), tokens)
+    shards = [ShardShape(out, rank) for out, rank in zip(outs, ranks, strict=True)]
+    tiles = tiles_for(usual_steps(layer_shape_of(shards, columns)), tokens)
     launches = FIXED * (1 + len(ups))
     if tiles:
         launches = FIXED + (OVERLAPPED if gpu.overlaps and tiles[0] else FIXED)

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from pgsvd_vllm.offline.model.device import multiplied_dtype, pick_device
+from pgsvd_vllm.offline.model.device import gemm_dtype, pick_device
 from tests.support.reference_model import cache_folder
 
 SIDE, PATCH = 32, 4
@@ -153,7 +153,7 @@ def train(folder: Path, pictures: Pictures) -> None:
         torch.tensor(getattr(processor.image_processor, name))[:, None, None] for name in ("image_mean", "image_std")
     )
     generator = torch.Generator().manual_seed(SEED)
-    dtype = multiplied_dtype(device, torch.bfloat16)
+    dtype = gemm_dtype(device, torch.bfloat16)
     photo = torch.tensor([kind == "photo" for kind, _ in pictures.classes])
     with tqdm(range(STEPS), desc="train") as bar:
         for _ in bar:

@@ -13,8 +13,8 @@ import torch
 
 from pgsvd_vllm.kernels.cublas import run_library
 from pgsvd_vllm.kernels.cuda_timer import COPY_BYTES, Call, seconds
-from pgsvd_vllm.kernels.launch import REFUSALS, Workspace, room, run
-from pgsvd_vllm.kernels.layer_shape import Shard, Sizes
+from pgsvd_vllm.kernels.launch import REFUSALS, SplitKScratch, room, run
+from pgsvd_vllm.kernels.layer_shape import LayerShape, ShardShape
 from pgsvd_vllm.kernels.numerics import layer_difference
 from pgsvd_vllm.kernels.packed_weights import PackedLayer
 from pgsvd_vllm.kernels.tile_heuristics import MOST_TOKENS, Step, Steps, Tile, Tiles, own_tiles, tiles_for, usual_steps
@@ -32,7 +32,7 @@ class RandomLayer:
         readers, ups, places: of its shards.
     """
 
-    def __init__(self, shards: Sequence[Shard], columns: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, shards: Sequence[ShardShape], columns: int, dtype: torch.dtype, device: torch.device) -> None:
         self.readers: list[torch.Tensor] = []
         self.ups: list[torch.Tensor | None] = []
         self.places: list[torch.Tensor | None] = []
@@ -138,7 +138,7 @@ class LayerTuner:
 
     def __init__(
         self,
-        shards: Sequence[Shard],
+        shards: Sequence[ShardShape],
         columns: int,
         dtype: torch.dtype,
         device: torch.device,
@@ -151,12 +151,12 @@ class LayerTuner:
         one = (len(self.layers[0].v) * columns + len(self.layers[0].u)) * dtype.itemsize
         self.layers += [RandomLayer(shards, columns, dtype, device).pack() for _ in range(int(copy_bytes / one))]
         self.device, self.overlap, self.clock = device, overlap, clock
-        self.space = Workspace(device)
+        self.space = SplitKScratch(device)
         self.refused = 0
         self.wrong: list[str] = []
 
     @property
-    def sizes(self) -> Sizes:
+    def sizes(self) -> LayerShape:
         """The layer's entry in a table."""
         return self.layers[0].sizes
 

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 import triton
 
 from pgsvd_vllm.kernels.packed_weights import Gate, PackedLayer
-from pgsvd_vllm.kernels.padding import Exchange
+from pgsvd_vllm.kernels.padding import Collective
 from pgsvd_vllm.kernels.permute import gather_kernel
 
 # Tokens and outputs that a program puts in order.
@@ -16,7 +16,7 @@ def run_library(
     x: torch.Tensor,
     layer: PackedLayer,
     bias: torch.Tensor | None = None,
-    exchange: Exchange | None = None,
+    exchange: Collective | None = None,
     kernels: bool = False,
 ) -> torch.Tensor:
     """The layer's outputs.
@@ -57,7 +57,7 @@ def run_library_gated(
     return _ordered(_side_by_side(x, layer, None), layer.sources, bias, gate.half, gated=True)
 
 
-def _side_by_side(x: torch.Tensor, layer: PackedLayer, exchange: Exchange | None) -> torch.Tensor:
+def _side_by_side(x: torch.Tensor, layer: PackedLayer, exchange: Collective | None) -> torch.Tensor:
     """All that outputs are taken from: the layer's outputs, or the columns that its `sources` name.
 
     Few calls: where no graph replays them, with some hundreds of tokens the GPU waits for the host.

@@ -8,7 +8,7 @@ from triton.errors import TritonError
 from pgsvd_vllm.kernels.down import down_kernel
 from pgsvd_vllm.kernels.gated import gated_kernel
 from pgsvd_vllm.kernels.packed_weights import MOST_SHARDS, Gate, PackedLayer
-from pgsvd_vllm.kernels.padding import Exchange
+from pgsvd_vllm.kernels.padding import Collective
 from pgsvd_vllm.kernels.tile_heuristics import Steps, Tile, Tiles, own_tiles
 from pgsvd_vllm.kernels.up import up_kernel
 
@@ -28,7 +28,7 @@ def room(rows: int, steps: Steps) -> tuple[int, int]:
     return numbers, tiles
 
 
-class Workspace:
+class SplitKScratch:
     """What split sums need, for all layers of a stream, which run one after the other.
 
     Attributes:
@@ -60,11 +60,11 @@ def can_overlap(device: torch.device) -> bool:
 def run(
     x: torch.Tensor,
     layer: PackedLayer,
-    workspace: Workspace,
+    workspace: SplitKScratch,
     bias: torch.Tensor | None = None,
     tiles: Tiles | None = None,
     overlap: bool = False,
-    exchange: Exchange | None = None,
+    exchange: Collective | None = None,
 ) -> torch.Tensor:
     """The layer's outputs.
 
@@ -124,7 +124,7 @@ def run_gated(
     x: torch.Tensor,
     layer: PackedLayer,
     gate: Gate,
-    workspace: Workspace,
+    workspace: SplitKScratch,
     bias: torch.Tensor | None = None,
     tiles: Tiles | None = None,
     overlap: bool = False,
@@ -172,7 +172,7 @@ def _extra(overlap: bool) -> dict[str, bool]:
 
 
 def _down_product(
-    x: torch.Tensor, layer: PackedLayer, workspace: Workspace, down: Tile | None, overlap: bool
+    x: torch.Tensor, layer: PackedLayer, workspace: SplitKScratch, down: Tile | None, overlap: bool
 ) -> torch.Tensor:
     """x v^T, [tokens, rows of v], in the first launch or, without a tile, by the library."""
     if down is None:

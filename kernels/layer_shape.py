@@ -9,7 +9,7 @@ ALIGNMENT = 16
 
 
 @dataclass(frozen=True)
-class Shard:
+class ShardShape:
     """One shard of a layer, as one rank of tensor parallelism holds it.
 
     Attributes:
@@ -24,7 +24,7 @@ class Shard:
 
 
 @dataclass(frozen=True)
-class Sizes:
+class LayerShape:
     """What the best tiles of a layer depend on.
 
     Attributes:
@@ -44,7 +44,7 @@ class Sizes:
     shards: int
     scattered: bool
 
-    def distance(self, other: "Sizes") -> float:
+    def distance(self, other: "LayerShape") -> float:
         """The largest ratio of two sizes, 1 or more; infinite for layers of other columns or another sort."""
         if (self.columns, self.shards, self.scattered) != (other.columns, other.shards, other.scattered):
             return math.inf
@@ -52,7 +52,7 @@ class Sizes:
         return max(max(a, b, 1) / max(min(a, b), 1) for a, b in pairs)
 
 
-def sizes_of(shards: Sequence[Shard], columns: int) -> Sizes:
+def layer_shape_of(shards: Sequence[ShardShape], columns: int) -> LayerShape:
     """The sizes that such a layer has once it is packed, without making it."""
     low_rank = [(shard, shard.rank, shard.out - (shard.pivots or 0)) for shard in shards if shard.rank is not None]
     low_rank = [(shard, -(-rank // ALIGNMENT) * ALIGNMENT, height) for shard, rank, height in low_rank if height]
@@ -60,4 +60,4 @@ def sizes_of(shards: Sequence[Shard], columns: int) -> Sizes:
     others = sum(shard.rank or shard.out for shard in shards) - sum(shard.rank or 0 for shard, _, _ in low_rank)
     mean = sum(rank * height for _, rank, height in low_rank) // heights if heights else 0
     scattered = any(shard.rank is None or shard.pivots is not None for shard in shards)
-    return Sizes(columns, others + sum(rank for _, rank, _ in low_rank), heights, mean, len(low_rank), scattered)
+    return LayerShape(columns, others + sum(rank for _, rank, _ in low_rank), heights, mean, len(low_rank), scattered)

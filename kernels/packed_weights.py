@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from pgsvd_vllm.kernels.layer_shape import ALIGNMENT, Sizes
+from pgsvd_vllm.kernels.layer_shape import ALIGNMENT, LayerShape
 from pgsvd_vllm.kernels.padding import columns_of, spread
 
 MOST_SHARDS = 3
@@ -117,11 +117,11 @@ class PackedLayer:
         return [tensor for tensor in found if tensor is not None]
 
     @property
-    def sizes(self) -> Sizes:
+    def sizes(self) -> LayerShape:
         """What its best tiles depend on."""
         heights = sum(self.heights)
         rank = len(self.u) // heights if heights else 0
-        return Sizes(self.columns, len(self.v), heights, rank, len(self.ranks), self.sources is not None)
+        return LayerShape(self.columns, len(self.v), heights, rank, len(self.ranks), self.sources is not None)
 
     def _sources(self, above: Sequence[torch.Tensor]) -> torch.Tensor:
         """int32 [out]: which column of torch's products, side by side, an output is."""

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 # What lies between a layer's products: z of this rank's low-rank shards, side by side [tokens, all of them] -> what
 # the up products read.
-Exchange = Callable[[torch.Tensor], torch.Tensor]
+Collective = Callable[[torch.Tensor], torch.Tensor]
 
 
 def spread(up: torch.Tensor, blocks: int, width: int, missing: int) -> torch.Tensor:

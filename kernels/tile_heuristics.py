@@ -6,7 +6,7 @@ first in the down product, then, unless it would take one product after the othe
 
 from dataclasses import dataclass, replace
 
-from pgsvd_vllm.kernels.layer_shape import Sizes
+from pgsvd_vllm.kernels.layer_shape import LayerShape
 
 # More tokens than this are always the vendor's library's.
 MOST_TOKENS = 256
@@ -68,7 +68,7 @@ class Step:
 Steps = tuple[Step, ...]
 
 
-def own_tiles(tokens: int, sizes: Sizes, gated: bool = False, amd: bool = False) -> Tiles:
+def own_tiles(tokens: int, sizes: LayerShape, gated: bool = False, amd: bool = False) -> Tiles:
     """The tiles of our kernels for a layer that nothing is known of but its sizes, whether or not they are the fastest.
 
     Args:
@@ -82,7 +82,7 @@ def own_tiles(tokens: int, sizes: Sizes, gated: bool = False, amd: bool = False)
     return (down and replace(down, stages=2), replace(up, stages=2)) if amd else (down, up)
 
 
-def usual_steps(sizes: Sizes, gated: bool = False, amd: bool = False) -> Steps:
+def usual_steps(sizes: LayerShape, gated: bool = False, amd: bool = False) -> Steps:
     """What is taken where nothing has been tuned; arguments as of `own_tiles`."""
     numbers = [SINGLE_TOKENS]
     if gated or sizes.shards >= MANY_SHARDS or (sizes.shards > 1 and not sizes.scattered):
@@ -100,7 +100,7 @@ def tiles_for(steps: Steps, tokens: int) -> Tiles | None:
     return None
 
 
-def down_tile(tokens: int, sizes: Sizes) -> Tile:
+def down_tile(tokens: int, sizes: LayerShape) -> Tile:
     """The tile of the down product, of at most MOST_BLOCK_M tokens.
 
     With few tokens the weights' bytes are all that counts, and the rows are too few to occupy a device:
@@ -112,7 +112,7 @@ def down_tile(tokens: int, sizes: Sizes) -> Tile:
     return Tile(block_m, 64, block_k, 4, stages, parts, swap=True)
 
 
-def up_tile(tokens: int, sizes: Sizes) -> Tile:
+def up_tile(tokens: int, sizes: LayerShape) -> Tile:
     """The tile of the up products."""
     if tokens > MOST_BLOCK_M:
         return Tile(128, 64, 64, 8, 4)

@@ -13,7 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from pgsvd_vllm.kernels.layer_shape import Sizes
+from pgsvd_vllm.kernels.layer_shape import LayerShape
 from pgsvd_vllm.kernels.tile_heuristics import MOST_TOKENS, Step, Steps, Tile, Tiles
 
 TABLE_VERSION = 2
@@ -34,9 +34,9 @@ class Table:
     """
 
     device: str
-    layers: dict[Sizes, Steps] = field(default_factory=dict)
+    layers: dict[LayerShape, Steps] = field(default_factory=dict)
 
-    def steps(self, sizes: Sizes) -> Steps | None:
+    def steps(self, sizes: LayerShape) -> Steps | None:
         """Those of the most similar layer, None where none is similar."""
         nearest = min(self.layers, key=sizes.distance, default=None)
         return self.layers[nearest] if nearest is not None and sizes.distance(nearest) <= SIMILAR else None
@@ -92,10 +92,10 @@ def read_table(path: Path) -> Table:
         ) from None
 
 
-def _sizes(row: Mapping[str, Any]) -> Sizes:
+def _sizes(row: Mapping[str, Any]) -> LayerShape:
     columns, rows = (_whole(row[name], 1, MOST_SIZE) for name in ("columns", "rows"))
     heights, rank, shards = (_whole(row[name], 0, MOST_SIZE) for name in ("heights", "rank", "shards"))
-    return Sizes(columns, rows, heights, rank, shards, _flag(row, "scattered"))
+    return LayerShape(columns, rows, heights, rank, shards, _flag(row, "scattered"))
 
 
 def _steps(rows: list[Mapping[str, Any]]) -> Steps:

@@ -7,9 +7,9 @@ from safetensors import SafetensorError
 
 from pgsvd_vllm.errors import InputError, PgsvdError
 from pgsvd_vllm.offline.calibration.collect import calibrate_layers
-from pgsvd_vllm.offline.calibration.token_coverage import leave_starved, tokens_reached
+from pgsvd_vllm.offline.calibration.token_coverage import leave_uncovered_dense, token_counts
 from pgsvd_vllm.offline.factors.factorize import factor_layers
-from pgsvd_vllm.offline.factors.lm_head import factor_head
+from pgsvd_vllm.offline.factors.lm_head import factor_lm_head
 from pgsvd_vllm.offline.options import CompressOptions
 from pgsvd_vllm.offline.output.checkpoint import CompressResult, write_checkpoint
 from pgsvd_vllm.offline.output.messages import _head_line, _time_line, describe, front_line, rank_rule
@@ -17,7 +17,7 @@ from pgsvd_vllm.offline.ranks.select import choose_ranks, measured_front
 from pgsvd_vllm.offline.refine.run import refine_layers
 from pgsvd_vllm.offline.run.plan import make_plan
 from pgsvd_vllm.offline.run.resources import check_disk, disk_bytes, fit_into_memory
-from pgsvd_vllm.offline.run.state import Workspace
+from pgsvd_vllm.offline.run.state import RunState
 
 
 def compress(options: CompressOptions, say: Callable[[str], None] = lambda _line: None) -> CompressResult:
@@ -33,14 +33,14 @@ def compress(options: CompressOptions, say: Callable[[str], None] = lambda _line
     """
     plan = fit_into_memory(make_plan(options), say)
     say(describe(plan))
-    workspace = Workspace(plan)
+    workspace = RunState(plan)
     keep = workspace.has_any_layer  # of the run that is resumed
     try:
         check_disk(plan, disk_bytes(plan) - workspace.used_bytes, workspace.folder)
         calibrate_layers(plan, workspace)
         keep = True  # another --ratio or --tolerance may do
-        tokens = tokens_reached(plan, workspace)
-        plan = leave_starved(plan, workspace, tokens, say)
+        tokens = token_counts(plan, workspace)
+        plan = leave_uncovered_dense(plan, workspace, tokens, say)
         front = measured_front(plan, workspace) if plan.measured else None
         if front is not None:
             say(front_line(plan, front))
@@ -54,7 +54,7 @@ def compress(options: CompressOptions, say: Callable[[str], None] = lambda _line
             refine_layers(plan, workspace, say)
         head = None
         if plan.head is not None:
-            head = factor_head(plan, plan.head, workspace.load_head())
+            head = factor_lm_head(plan, plan.head, workspace.load_head())
             say(_head_line(plan, head.report))
         result = write_checkpoint(plan, workspace, allocation, front, tokens, head)
         workspace.publish()

@@ -39,7 +39,7 @@ class CompressOptions:
         refine: minutes to train the factors for (see `refine`); None for not at all.
         costs: table of times (see `pgsvd_vllm.costs`) to choose ranks by, instead of by size; None for size.
         include: what is compressed besides the usual: `experts` of mixtures, and `lm_head`, the output head.
-        head_tolerance: relative error to allow in the output head's weighed logits.
+        head_tolerance: relative error to allow in the output head's weighted logits.
         num_calibration_samples: windows of text, or pairs of an image and a text; None for the usual number.
         chat_template: whether plain text is put into the turns of conversations.
         calibration: folder that keeps what is measured, for other runs; None for the run's own.

@@ -26,7 +26,7 @@ class ModuleReport:
 
 
 @dataclass(frozen=True)
-class HeadCalibration:
+class LMHeadCalibration:
     """What calibration finds of the head.
 
     Attributes:
@@ -41,7 +41,7 @@ class HeadCalibration:
 
 
 @dataclass(frozen=True)
-class HeadFactors:
+class LMHeadFactors:
     """The head as it will be stored.
 
     Attributes:

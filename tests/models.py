@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from tests.e2e.architectures import ARCHITECTURES  # noqa: E402
-from tests.e2e.vision_models import SEEING, SeeingModel  # noqa: E402
+from tests.e2e.vision_models import VISION_MODELS, VisionModel  # noqa: E402
 
 DOCUMENT = ROOT / "docs" / "models.md"
 HEAD = """# Models
@@ -44,7 +44,7 @@ of that name, loading stops with an error that says what to `--ignore`.
 vLLM leaves the MLPs of SigLIP out of every quantization where 64 does not divide their sizes; with `--load-format
 pgsvd` they are factored all the same, without it such a checkpoint does not load.
 
-To add an architecture: add a row to `ARCHITECTURES`, or to `SEEING`, and run `python tests/models.py`.
+To add an architecture: add a row to `ARCHITECTURES`, or to `VISION_MODELS`, and run `python tests/models.py`.
 
 Real weights: SmolLM2-135M (Llama), Gemma 3 270M, and a small CLIP that is trained for it, see `quality.md`.
 """
@@ -53,9 +53,9 @@ Real weights: SmolLM2-135M (Llama), Gemma 3 270M, and a small CLIP that is train
 def rows() -> list[str]:
     """The document's table, as it is when all tests pass."""
     found = []
-    for row in (*ARCHITECTURES, *SEEING):
+    for row in (*ARCHITECTURES, *VISION_MODELS):
         compared = "" if row.like_transformers else "; compared with the multiplied-back dense model"
-        projector = "; with its projector" if isinstance(row, SeeingModel) and row.projector else ""
+        projector = "; with its projector" if isinstance(row, VisionModel) and row.projector else ""
         note = f"{row.note}{projector}{compared}".removeprefix("; ")
         found.append(f"| {row.name} | `{row.config}` | {note} | passed |")
     return found

@@ -46,11 +46,11 @@ def test_offline_does_not_know_serving(path: Path) -> None:
     assert not imported(path) & {f"pgsvd_vllm.{name}" for name in SERVING}
 
 
-@pytest.mark.parametrize("name", [*SERVING, "checkpoint", "costs", "hf", "stored_names", "split_experts"])
+@pytest.mark.parametrize("name", [*SERVING, "checkpoint", "costs", "hf", "stored_names", "unstack_experts"])
 def test_serving_and_format_do_not_know_offline(name: str) -> None:
     found = imported(ROOT / "pgsvd_vllm" / f"{name}.py")
     assert not any(module.startswith("pgsvd_vllm.offline") for module in found)
-    if name in ("checkpoint", "costs", "hf", "sharding", "stored_names", "split_experts"):
+    if name in ("checkpoint", "costs", "hf", "sharding", "stored_names", "unstack_experts"):
         assert "vllm" not in {module.split(".")[0] for module in found}
 
 

@@ -127,7 +127,7 @@ def reference_logits(folder: Path, windows: torch.Tensor, dtype: torch.dtype = t
     return torch.cat([model(ids[None], use_cache=False).logits[0, :-1].float() for ids in windows])
 
 
-def multiplied_back(folder: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def reconstruct_dense(folder: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """The checkpoint's tensors with whole matrices, in `dtype`, in place of the low-rank ones."""
     checkpoint = open_checkpoint(folder)
     tensors: dict[str, torch.Tensor] = {}
@@ -142,7 +142,7 @@ def multiplied_back(folder: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]
 def write_dense(folder: Path, target: Path, dtype: torch.dtype) -> Path:
     """The checkpoint as an ordinary dense model: every low-rank matrix multiplied out, stored in `dtype`."""
     target.mkdir(parents=True)
-    save_file(multiplied_back(folder, dtype), target / "model.safetensors", metadata={"format": "pt"})
+    save_file(reconstruct_dense(folder, dtype), target / "model.safetensors", metadata={"format": "pt"})
     config = {k: v for k, v in read_config(folder).items() if k not in ("quantization_config", "transformers_weights")}
     (target / "config.json").write_text(json.dumps(config), encoding="utf-8")
     for path in folder.glob("tokenizer*"):

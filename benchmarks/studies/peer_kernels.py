@@ -39,7 +39,7 @@ from benchmarks.kernel_resources import (
     resources,
     up_case,
 )
-from pgsvd_vllm.kernels.layer_shape import Shard, sizes_of
+from pgsvd_vllm.kernels.layer_shape import ShardShape, layer_shape_of
 from pgsvd_vllm.kernels.tile_heuristics import own_tiles
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
@@ -208,7 +208,7 @@ def ours(target: str) -> Iterator[Row]:
     """Our kernels' figures."""
     pdl = overlaps(target)[-1]
     for layer, (outs, columns) in LAYERS.items():
-        sizes = sizes_of([Shard(out, rank_for(out, columns, REMOVED)) for out in outs], columns)
+        sizes = layer_shape_of([ShardShape(out, rank_for(out, columns, REMOVED)) for out in outs], columns)
         rows = sizes.rows
         down, up = own_tiles(1, sizes, gated=layer == "gate_up")
         assert down is not None

@@ -6,18 +6,18 @@ from tqdm.auto import tqdm
 from pgsvd_vllm.errors import InputError
 from pgsvd_vllm.offline.calibration.gradients import GradientPass, LayerGradients
 from pgsvd_vllm.offline.calibration.gram import LayerGrams, advance
-from pgsvd_vllm.offline.calibration.lm_head import measure_head
-from pgsvd_vllm.offline.calibration.loss_metric import metric_root, weighed
-from pgsvd_vllm.offline.calibration.noise_response import responses
+from pgsvd_vllm.offline.calibration.lm_head import calibrate_lm_head
+from pgsvd_vllm.offline.calibration.loss_metric import metric_root, weighted_gram
+from pgsvd_vllm.offline.calibration.noise_response import noise_responses
 from pgsvd_vllm.offline.linalg import gram_root, output_energy
 from pgsvd_vllm.offline.model.layerwise import LayerStream
 from pgsvd_vllm.offline.model.projection import Projection
 from pgsvd_vllm.offline.records import LayerCalibration, LayerSensitivity
 from pgsvd_vllm.offline.run.plan import Plan
-from pgsvd_vllm.offline.run.state import Workspace
+from pgsvd_vllm.offline.run.state import RunState
 
 
-def calibrate_layers(plan: Plan, workspace: Workspace) -> None:
+def calibrate_layers(plan: Plan, workspace: RunState) -> None:
     """Gram matrices, output spectra and sensitivities of every layer that the workspace does not have yet."""
     layers, kind = len(plan.projections), plan.sensitivity
     missing = [index for index in range(layers) if plan.measured and not workspace.has_sensitivity(index, kind)]
@@ -34,7 +34,7 @@ def calibrate_layers(plan: Plan, workspace: Workspace) -> None:
             if gradients is not None:
                 gradients.remember(index)
             answers = kind == "forward" and index in missing
-            moved = responses(stream, index, row, plan.options.seed) if answers else {}
+            moved = noise_responses(stream, index, row, plan.options.seed) if answers else {}
             for step in advance(stream, index, row, collect):
                 if isinstance(step, LayerGrams):
                     _check_tokens(plan, row, step.tokens)
@@ -50,7 +50,7 @@ def calibrate_layers(plan: Plan, workspace: Workspace) -> None:
                 }
                 workspace.save_sensitivity(index, kind, LayerSensitivity({}, {}, scaled))
     if plan.head is not None and not workspace.has_head():
-        workspace.save_head(measure_head(stream, plan.head))
+        workspace.save_head(calibrate_lm_head(stream, plan.head))
     if gradients is not None:
         _measure_sensitivity(plan, workspace, gradients)
 
@@ -69,7 +69,7 @@ def _check_tokens(plan: Plan, row: list[Projection], tokens: int) -> None:
         )
 
 
-def _measure_sensitivity(plan: Plan, workspace: Workspace, gradients: GradientPass) -> None:
+def _measure_sensitivity(plan: Plan, workspace: RunState, gradients: GradientPass) -> None:
     """The backward pass: gradient moments and predicted losses of every layer."""
     gradients.start(plan.options.seed)
     layers = len(plan.projections)
@@ -85,7 +85,7 @@ def _measure_sensitivity(plan: Plan, workspace: Workspace, gradients: GradientPa
                     workspace.save_sensitivity(index, plan.sensitivity, _loss_spectra(plan, workspace, index, step))
 
 
-def _loss_spectra(plan: Plan, workspace: Workspace, index: int, found: LayerGradients) -> LayerSensitivity:
+def _loss_spectra(plan: Plan, workspace: RunState, index: int, found: LayerGradients) -> LayerSensitivity:
     """Eigenvalues of L^T W C W^T L for a layer's projections: twice what cutting each one loses."""
     data = workspace.load_layer(index)
     energy = {}
@@ -93,7 +93,7 @@ def _loss_spectra(plan: Plan, workspace: Workspace, index: int, found: LayerGrad
         if p.name not in found.moments:
             continue
         gram = data.grams[data.leader[p.name]].to(plan.device)
-        gram = weighed(gram, data.tokens, found.grams[p.name])
+        gram = weighted_gram(gram, data.tokens, found.grams[p.name])
         target = metric_root(found.moments[p.name]).T @ plan.source.tensor(f"{p.path}.weight").to(plan.device).double()
         energy[p.name] = output_energy(target, gram).cpu()
     return LayerSensitivity(found.moments, found.grams, energy)

@@ -8,7 +8,7 @@ which is not so.
 
 The product of the two averages takes gradients and inputs as independent, which they are not: errors
 matter most where gradients are large. So half of C is C_w = E[w x x^T], w = ||g||^2 / E||g||^2, with the tokens
-weighed by their gradients. Only half, since gradients are blind to what is not small: a layer that feeds the token
+weighted by their gradients. Only half, since gradients are blind to what is not small: a layer that feeds the token
 which all others attend to shows none there, yet must not lose that token (docs/log.md).
 
 The gradients come from a layer-wise backward pass: every layer is loaded once more, run forward

@@ -9,7 +9,7 @@ from pgsvd_vllm.errors import InputError
 from pgsvd_vllm.offline.linalg import gram_of, gram_root
 from pgsvd_vllm.offline.model.layerwise import LayerStream, logits_after
 from pgsvd_vllm.offline.model.projection import Projection
-from pgsvd_vllm.offline.records import HeadCalibration
+from pgsvd_vllm.offline.records import LMHeadCalibration
 
 # Logits are wide: no more tokens than this take part.
 HEAD_TOKENS = 32768
@@ -20,7 +20,7 @@ HEAD_ROWS = 8192
 
 
 @torch.no_grad()
-def measure_head(stream: LayerStream, head: Projection) -> HeadCalibration:
+def calibrate_lm_head(stream: LayerStream, head: Projection) -> LMHeadCalibration:
     """Run the head on what the layers have made of the calibration text.
 
     Args:
@@ -60,7 +60,7 @@ def measure_head(stream: LayerStream, head: Projection) -> HeadCalibration:
     root = gram_root(gram)
     square = _square(source.tensor(f"{head.path}.weight"), _scale(weight))
     energy = torch.linalg.eigvalsh(root.T @ square @ root).flip(0).clamp_min(0)
-    return HeadCalibration(gram.float(), weight, energy)
+    return LMHeadCalibration(gram.float(), weight, energy)
 
 
 def _logits(stream: LayerStream, number: int, batch: dict[str, torch.Tensor], last: int) -> Iterator[torch.Tensor]:
@@ -80,7 +80,7 @@ def _scale(weight: torch.Tensor) -> torch.Tensor:
 
 
 def _blocks(matrix: torch.Tensor, scale: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Some rows of a matrix at a time, weighed, float64, where `scale` is."""
+    """Some rows of a matrix at a time, weighted, float64, where `scale` is."""
     for start in range(0, len(matrix), HEAD_ROWS):
         rows = slice(start, min(start + HEAD_ROWS, len(matrix)))
         yield rows, scale[rows] * matrix[rows].to(scale.device).double()

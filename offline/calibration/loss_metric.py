@@ -9,7 +9,7 @@ DAMPING = 0.1
 LEAST_MOMENT = 1e-30
 
 
-def weighed(gram: torch.Tensor, tokens: int, weighted: torch.Tensor) -> torch.Tensor:
+def weighted_gram(gram: torch.Tensor, tokens: int, weighted: torch.Tensor) -> torch.Tensor:
     """The second moments of a projection's input that its losses are reckoned with: (C + C_w) / 2, float64 [in, in].
 
     Args:

@@ -21,7 +21,7 @@ NOISE = 0.25
 
 
 @torch.no_grad()
-def responses(stream: LayerStream, index: int, projections: Sequence[Projection], seed: int) -> dict[str, float]:
+def noise_responses(stream: LayerStream, index: int, projections: Sequence[Projection], seed: int) -> dict[str, float]:
     """The stream's response to every projection of a layer; the first batch of windows takes part.
 
     Args:

@@ -7,13 +7,13 @@ from dataclasses import replace
 from pgsvd_vllm.errors import InputError
 from pgsvd_vllm.offline.model.towers import PROJECTOR
 from pgsvd_vllm.offline.run.plan import Plan
-from pgsvd_vllm.offline.run.state import Workspace
+from pgsvd_vllm.offline.run.state import RunState
 
 # Projections named in the warning.
 SHOWN = 3
 
 
-def tokens_reached(plan: Plan, workspace: Workspace) -> dict[str, int]:
+def token_counts(plan: Plan, workspace: RunState) -> dict[str, int]:
     """Projection that may be `scarce` of tokens -> those of the calibration data that reached it."""
     found = {}
     for index, row in enumerate(plan.projections):
@@ -27,14 +27,14 @@ def tokens_reached(plan: Plan, workspace: Workspace) -> dict[str, int]:
     return found
 
 
-def leave_starved(plan: Plan, workspace: Workspace, tokens: dict[str, int], say: Callable[[str], None]) -> Plan:
+def leave_uncovered_dense(plan: Plan, workspace: RunState, tokens: dict[str, int], say: Callable[[str], None]) -> Plan:
     """The plan without the matrices that too few tokens reach: they stay dense, and count as kept.
 
     Too few are fewer than the projection has inputs, so that its Gram matrix has not full rank.
 
     Args:
         plan, workspace: calibrated.
-        tokens: of `tokens_reached`.
+        tokens: of `token_counts`.
         say: called with a line about the experts' tokens, and with one about what stays dense.
 
     Raises:

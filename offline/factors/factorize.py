@@ -7,7 +7,7 @@ from tqdm.auto import tqdm
 
 from pgsvd_vllm.errors import InputError
 from pgsvd_vllm.format.lowrank import product
-from pgsvd_vllm.offline.calibration.loss_metric import metric_root, weighed
+from pgsvd_vllm.offline.calibration.loss_metric import metric_root, weighted_gram
 from pgsvd_vllm.offline.factors.baselines import norm_of
 from pgsvd_vllm.offline.factors.error_aware import SEQUENTIAL_TOKENS, ErrorAwarePass, Target
 from pgsvd_vllm.offline.factors.solvers import als, closed_form, relative_error
@@ -18,10 +18,10 @@ from pgsvd_vllm.offline.ranks.allocation import Allocation
 from pgsvd_vllm.offline.ranks.error_profile import error_profile
 from pgsvd_vllm.offline.records import LayerCalibration, LayerFactors, ModuleReport
 from pgsvd_vllm.offline.run.plan import Plan
-from pgsvd_vllm.offline.run.state import Workspace
+from pgsvd_vllm.offline.run.state import RunState
 
 
-def factor_layers(plan: Plan, workspace: Workspace, allocation: Allocation) -> None:
+def factor_layers(plan: Plan, workspace: RunState, allocation: Allocation) -> None:
     """Factor every projection that has a rank; `workspace.load_factors` then gives the result.
 
     Raises:
@@ -67,7 +67,7 @@ def factor_layers(plan: Plan, workspace: Workspace, allocation: Allocation) -> N
 class _Layer:
     """One layer's factors as they come; those that are on disk already are there from the start."""
 
-    def __init__(self, plan: Plan, workspace: Workspace, allocation: Allocation, index: int) -> None:
+    def __init__(self, plan: Plan, workspace: RunState, allocation: Allocation, index: int) -> None:
         self.plan = plan
         self.ranks = allocation.ranks
         self.tensors: dict[str, dict[str, torch.Tensor]] = {}
@@ -112,7 +112,7 @@ class _Layer:
             # All of the calibration text, moved as far as the tokens that took part in the layer-by-layer pass were.
             gram = wanted.gram if wanted.dense is None else gram + (wanted.gram - wanted.dense)
         if p.name in self.weighted:
-            gram = weighed(gram, self.data.tokens, self.weighted[p.name].to(plan.device))
+            gram = weighted_gram(gram, self.data.tokens, self.weighted[p.name].to(plan.device))
         optimum = float(error_profile(self.data.energy[p.name])[min(rank, len(self.data.energy[p.name]))])
         moment = self.moments.get(p.name)
         metric = None if moment is None else metric_root(moment.to(plan.device))

@@ -1,10 +1,10 @@
 """The output head, on request: factored by a tolerance of its own, where the model's predictions need it exact.
 
 A small change dz of a token's logits costs 0.5 dz^T (diag(p) - p p^T) dz nats, p being the model's predictions. The
-diagonal, averaged over the calibration text, says how much each row of the head matters: rows are weighed by its
+diagonal, averaged over the calibration text, says how much each row of the head matters: rows are weighted by its
 root. Words that this text makes unlikely may be likely in another, so none weighs less than the mean (docs/log.md).
 
-A head has many more rows than columns: with S its weighed rows, everything is computed from S^T S [in, in] and, in
+A head has many more rows than columns: with S its weighted rows, everything is computed from S^T S [in, in] and, in
 blocks of rows, from S itself.
 """
 
@@ -17,12 +17,12 @@ from pgsvd_vllm.offline.linalg import gram_root
 from pgsvd_vllm.offline.model.projection import Projection
 from pgsvd_vllm.offline.ranks.allocation import hardware_rank
 from pgsvd_vllm.offline.ranks.error_profile import error_profile, rank_for
-from pgsvd_vllm.offline.records import HeadCalibration, HeadFactors, ModuleReport
+from pgsvd_vllm.offline.records import LMHeadCalibration, LMHeadFactors, ModuleReport
 from pgsvd_vllm.offline.run.plan import Plan
 
 
-def factor_head(plan: Plan, head: Projection, found: HeadCalibration) -> HeadFactors:
-    """The factors of the smallest rank whose weighed relative error is within the tolerance.
+def factor_lm_head(plan: Plan, head: Projection, found: LMHeadCalibration) -> LMHeadFactors:
+    """The factors of the smallest rank whose weighted relative error is within the tolerance.
 
     With C = R R^T and Q D Q^T the leading eigenvectors of R^T S^T S R, U is S R Q D^-1/2 without the rows' weights. V
     is what fits best to U as it is rounded.
@@ -34,7 +34,7 @@ def factor_head(plan: Plan, head: Projection, found: HeadCalibration) -> HeadFac
     profile = error_profile(found.energy)
     rank = min(hardware_rank(head, rank_for(profile, plan.options.head_tolerance)), width)
     if stored_size("factors", out, width, rank) >= head.numel:
-        return HeadFactors(head.name, {}, ModuleReport(head.name, out, width, None, 0.0, 0.0, 0))
+        return LMHeadFactors(head.name, {}, ModuleReport(head.name, out, width, None, 0.0, 0.0, 0))
     stored = plan.source.tensor(f"{head.path}.weight")
     dtype = plan.store_dtype or stored.dtype
     scale, gram = _scale(found.weight.to(plan.device)), found.gram.to(plan.device).double()
@@ -55,4 +55,4 @@ def factor_head(plan: Plan, head: Projection, found: HeadCalibration) -> HeadFac
         missed += ((block - scale[rows] * u[rows].double() @ v.double()) @ root).square().sum()
     error = float((missed / found.energy.sum().to(missed.device)).sqrt()) if found.energy.sum() > 0 else 0.0
     report = ModuleReport(head.name, out, width, rank, error, float(profile[rank]), 0)
-    return HeadFactors(head.name, {"weight_v": v.cpu().contiguous(), "weight_u": u.cpu().contiguous()}, report)
+    return LMHeadFactors(head.name, {"weight_v": v.cpu().contiguous(), "weight_u": u.cpu().contiguous()}, report)

@@ -22,7 +22,7 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def multiplied_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+def gemm_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
     """The dtype to multiply in where `dtype` is stored: float32 on processors without instructions for it.
 
     Emulated, products take ten times as long as in float32 and longer.

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pgsvd_vllm.offline.model.towers import LANGUAGE, PROJECTOR
 
 # In place of a tower's name.
-HEAD = "lm_head"
+LM_HEAD = "lm_head"
 
 
 @dataclass(frozen=True)

@@ -29,9 +29,9 @@ from transformers.pytorch_utils import Conv1D
 from pgsvd_vllm.errors import InputError
 from pgsvd_vllm.families import STAYS_DENSE
 from pgsvd_vllm.format.reader import TensorInfo, read_config, read_headers, read_index
-from pgsvd_vllm.hf.moe_unstack import SplitExperts, can_split, split_experts
-from pgsvd_vllm.hf.weight_mapping import Stored, stored_tensors
-from pgsvd_vllm.offline.model.projection import HEAD, Projection
+from pgsvd_vllm.hf.moe_unstack import UnstackedExperts, can_unstack, unstack_experts
+from pgsvd_vllm.hf.weight_mapping import StoredTensor, stored_tensors
+from pgsvd_vllm.offline.model.projection import LM_HEAD, Projection
 from pgsvd_vllm.offline.model.towers import LANGUAGE, Tower, find_towers
 
 SINGLE_FILE = "model.safetensors"
@@ -92,8 +92,8 @@ class ModelSource:
             raise InputError(f"{folder}/config.json: transformers cannot build this model: {error}") from None
         self.model.eval()
         self.transposed = _use_linear(self.model)
-        self.could_split = can_split(self.model, self.tensors)
-        self.splits = experts and split_experts(self.model, self.tensors)
+        self.could_split = can_unstack(self.model, self.tensors)
+        self.splits = experts and unstack_experts(self.model, self.tensors)
         if experts and not self.splits:
             raise InputError(
                 f"--include experts: {folder} has no mixture whose checkpoint stores expert by expert a gate, an up "
@@ -179,7 +179,7 @@ class ModelSource:
         for index, layer in enumerate(self.layers):
             row = []
             tower = self.tower(index).name
-            mixtures = [f"{name}." for name, module in layer.named_modules() if isinstance(module, SplitExperts)]
+            mixtures = [f"{name}." for name, module in layer.named_modules() if isinstance(module, UnstackedExperts)]
             for name, module in layer.named_modules():
                 if not isinstance(module, nn.Linear):
                     continue
@@ -212,12 +212,12 @@ class ModelSource:
                 "factors would only come on top; leave it out"
             )
         name = self.stored_as(f"{path}.weight")[0].removesuffix(".weight")
-        return Projection(name, module.out_features, module.in_features, path, HEAD)
+        return Projection(name, module.out_features, module.in_features, path, LM_HEAD)
 
     @property
     def _reach(self) -> float:
         """Share of the tokens that reach an expert, on average."""
-        count = next(len(module) for module in self.model.modules() if isinstance(module, SplitExperts))
+        count = next(len(module) for module in self.model.modules() if isinstance(module, UnstackedExperts))
         chosen = getattr(self.config.get_text_config(), "num_experts_per_tok", None) or 1
         return min((max(chosen) if isinstance(chosen, list) else chosen) / count, 1.0)
 
@@ -241,7 +241,7 @@ class ModelSource:
         """Where a tensor of the model lies; raises InputError where it is missing."""
         return self.tensors[self._stored(name).names[0]]
 
-    def _stored(self, name: str) -> Stored:
+    def _stored(self, name: str) -> StoredTensor:
         stored = self.stored.get(name)
         if stored is None:
             raise InputError(f"{self.folder}: tensor {name} that the architecture needs is missing")

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pgsvd_vllm.format.reader import open_checkpoint
-from pgsvd_vllm.format.writer import ShardWriter
+from pgsvd_vllm.format.writer import TensorWriter
 from pgsvd_vllm.offline.output.report import write_config, write_description
 from pgsvd_vllm.offline.ranks.allocation import Allocation
 from pgsvd_vllm.offline.ranks.pareto import LossFront
-from pgsvd_vllm.offline.records import HeadFactors, ModuleReport
+from pgsvd_vllm.offline.records import LMHeadFactors, ModuleReport
 from pgsvd_vllm.offline.run.plan import Plan
-from pgsvd_vllm.offline.run.state import Workspace
+from pgsvd_vllm.offline.run.state import RunState
 
 COPIED_SUFFIXES = {".json", ".jinja", ".txt", ".model", ".tiktoken"}
 NOT_COPIED = {"config.json", "model.safetensors.index.json", "README.md"}
@@ -39,15 +39,15 @@ class CompressResult:
 
 def write_checkpoint(
     plan: Plan,
-    workspace: Workspace,
+    workspace: RunState,
     allocation: Allocation,
     front: LossFront | None,
     tokens: dict[str, int] | None = None,
-    head: HeadFactors | None = None,
+    head: LMHeadFactors | None = None,
 ) -> CompressResult:
-    """Write the factors and everything else, and describe the result; `tokens` are those of `tokens_reached`."""
+    """Write the factors and everything else, and describe the result; `tokens` are those of `token_counts`."""
     folder = workspace.begin_checkpoint()
-    writer = ShardWriter(folder)
+    writer = TensorWriter(folder)
     modules: list[ModuleReport] = []
     after = 0
     for index, row in enumerate(plan.projections):

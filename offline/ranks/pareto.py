@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from pgsvd_vllm.errors import InputError
-from pgsvd_vllm.format.latency_table import CostTable
+from pgsvd_vllm.format.latency_table import LatencyTable
 from pgsvd_vllm.offline.linalg import tail_energy
 from pgsvd_vllm.offline.model.projection import Projection
 from pgsvd_vllm.offline.ranks.allocation import (
@@ -31,7 +31,7 @@ def _pays(cost: float, dense: float) -> bool:
 
 
 def check_times(
-    ratio: float, projections: Sequence[Projection], ignored: Sequence[Projection], form: str, costs: CostTable
+    ratio: float, projections: Sequence[Projection], ignored: Sequence[Projection], form: str, costs: LatencyTable
 ) -> None:
     """Refuse, before anything is calibrated, a share of the time that no ranks remove.
 
@@ -122,7 +122,7 @@ class _Choice:
     loss: float
 
 
-def _hull(projection: Projection, energy: torch.Tensor, form: str, costs: CostTable | None) -> list[_Choice]:
+def _hull(projection: Projection, energy: torch.Tensor, form: str, costs: LatencyTable | None) -> list[_Choice]:
     """The projection's choices worth taking, from dense to the cheapest.
 
     The loss for each unit of cost saved rises from one to the next.
@@ -158,7 +158,7 @@ def loss_front(
     energies: dict[str, torch.Tensor],
     ignored: int = 0,
     form: str = "factors",
-    costs: CostTable | None = None,
+    costs: LatencyTable | None = None,
     ignored_time: float = 0.0,
 ) -> LossFront:
     """The front of size, or time, and summed predicted loss: ranks for every share that can be removed.

@@ -11,10 +11,10 @@ from pgsvd_vllm.offline.ranks.error_profile import error_profile
 from pgsvd_vllm.offline.ranks.pareto import LossFront, loss_front
 from pgsvd_vllm.offline.ranks.uniform import at_equal_ratio, at_ratio, at_tolerance
 from pgsvd_vllm.offline.run.plan import Plan
-from pgsvd_vllm.offline.run.state import Workspace
+from pgsvd_vllm.offline.run.state import RunState
 
 
-def choose_ranks(plan: Plan, workspace: Workspace, front: LossFront | None) -> Allocation:
+def choose_ranks(plan: Plan, workspace: RunState, front: LossFront | None) -> Allocation:
     """The ranks that the plan's ratios or tolerances give; reads calibration, computes next to nothing.
 
     Args:
@@ -57,7 +57,7 @@ def choose_ranks(plan: Plan, workspace: Workspace, front: LossFront | None) -> A
     )
 
 
-def _together(plan: Plan, workspace: Workspace, front: LossFront | None) -> Allocation:
+def _together(plan: Plan, workspace: RunState, front: LossFront | None) -> Allocation:
     """By one ratio or tolerance for all of a plan's projections."""
     ratio, tolerance = plan.options.ratio, plan.options.tolerance
     assert not isinstance(ratio, dict)
@@ -77,7 +77,7 @@ def _together(plan: Plan, workspace: Workspace, front: LossFront | None) -> Allo
     return allocation
 
 
-def output_energies(plan: Plan, workspace: Workspace) -> dict[str, torch.Tensor]:
+def output_energies(plan: Plan, workspace: RunState) -> dict[str, torch.Tensor]:
     """Projection -> eigenvalues of W C W^T, descending, of every layer in the workspace."""
     found: dict[str, torch.Tensor] = {}
     for index in range(len(plan.projections)):
@@ -85,7 +85,7 @@ def output_energies(plan: Plan, workspace: Workspace) -> dict[str, torch.Tensor]
     return found
 
 
-def loss_energies(plan: Plan, workspace: Workspace) -> dict[str, torch.Tensor]:
+def loss_energies(plan: Plan, workspace: RunState) -> dict[str, torch.Tensor]:
     """Projection -> twice what cutting each direction costs, descending, of every layer in the workspace."""
     found: dict[str, torch.Tensor] = {}
     for index in range(len(plan.projections)):
@@ -93,8 +93,8 @@ def loss_energies(plan: Plan, workspace: Workspace) -> dict[str, torch.Tensor]:
     return found
 
 
-def measured_front(plan: Plan, workspace: Workspace) -> LossFront:
-    """Sizes, or times, and predicted losses, from the sensitivities that the workspace holds."""
+def measured_front(plan: Plan, workspace: RunState) -> LossFront:
+    """LayerShape, or times, and predicted losses, from the sensitivities that the workspace holds."""
     energies, costs = loss_energies(plan, workspace), plan.costs
     time = (
         0.0 if costs is None else sum(costs.time(p.out_features, p.in_features, plan.form, None) for p in plan.ignored)

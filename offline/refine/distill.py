@@ -89,7 +89,7 @@ class TrainedProjection(nn.Module):
         return self.tensors | {n: t.detach().to("cpu", self.tensors[n].dtype, copy=True) for n, t in trained}
 
 
-class Healer:
+class Distiller:
     """Trains the factors of one model.
 
     Args:

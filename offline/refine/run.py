@@ -10,12 +10,12 @@ from pgsvd_vllm.format.lowrank import product
 from pgsvd_vllm.offline.factors.solvers import relative_error
 from pgsvd_vllm.offline.options import HELD_OUT
 from pgsvd_vllm.offline.records import LayerFactors
-from pgsvd_vllm.offline.refine.distill import Healer, Tensors
+from pgsvd_vllm.offline.refine.distill import Distiller, Tensors
 from pgsvd_vllm.offline.run.plan import Plan
-from pgsvd_vllm.offline.run.state import Workspace
+from pgsvd_vllm.offline.run.state import RunState
 
 
-def refine_layers(plan: Plan, workspace: Workspace, say: Callable[[str], None]) -> None:
+def refine_layers(plan: Plan, workspace: RunState, say: Callable[[str], None]) -> None:
     """Train all factors together for `plan.options.refine` minutes; `workspace.load_factors` then gives the result.
 
     Args:
@@ -32,7 +32,7 @@ def refine_layers(plan: Plan, workspace: Workspace, say: Callable[[str], None]) 
     for layer in layers:
         tensors.update(layer.tensors)
     windows = plan.windows
-    healer = Healer(_model(plan), _model(plan), plan.source.towers[0].path, tensors)
+    healer = Distiller(_model(plan), _model(plan), plan.source.towers[0].path, tensors)
     # The factors know the windows they were fitted on by heart: others teach them more.
     text = torch.cat([windows.others[HELD_OUT:], windows.ids])
     refined = healer.run(text, windows.others[:HELD_OUT], plan.options.refine, plan.options.seed, say)

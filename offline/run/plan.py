@@ -6,14 +6,14 @@ from dataclasses import dataclass
 import torch
 
 from pgsvd_vllm.errors import InputError
-from pgsvd_vllm.format.latency_table import CostTable, read_costs
+from pgsvd_vllm.format.latency_table import LatencyTable, read_latencies
 from pgsvd_vllm.format.schema import FLOAT_DTYPES
 from pgsvd_vllm.offline.data.calibration_set import read_data
 from pgsvd_vllm.offline.data.image_text import Pairs
 from pgsvd_vllm.offline.data.reached_layers import _reached
 from pgsvd_vllm.offline.data.text import Windows
 from pgsvd_vllm.offline.model.batch import Batch, text_batches
-from pgsvd_vllm.offline.model.device import multiplied_dtype, pick_device
+from pgsvd_vllm.offline.model.device import gemm_dtype, pick_device
 from pgsvd_vllm.offline.model.hub import resolve_folder
 from pgsvd_vllm.offline.model.projection import Projection
 from pgsvd_vllm.offline.model.source import ModelSource
@@ -47,7 +47,7 @@ class Plan:
     windows: Windows
     pairs: Pairs | None
     tokens_per_pixel: float
-    costs: CostTable | None
+    costs: LatencyTable | None
     head: Projection | None
     device: torch.device
     compute_dtype: torch.dtype
@@ -178,7 +178,7 @@ def make_plan(options: CompressOptions) -> Plan:
     ignored = [p for row in everything for p in row if p.name not in factored]
 
     store_dtype = None if options.dtype == "auto" else DTYPES[options.dtype]
-    compute_dtype = multiplied_dtype(device, store_dtype or source.weight_dtype)
+    compute_dtype = gemm_dtype(device, store_dtype or source.weight_dtype)
     windows, pairs = read_data(options, source)
     projections, unused, tokens_per_pixel = _reached(source, projections, pairs, device, compute_dtype)
     if not any(projections):
@@ -215,10 +215,10 @@ def make_plan(options: CompressOptions) -> Plan:
     return plan
 
 
-def _costs(options: CompressOptions) -> CostTable:
+def _costs(options: CompressOptions) -> LatencyTable:
     """The table of times, of the dtype that will be served."""
     assert options.costs is not None
-    table = read_costs(options.costs)
+    table = read_latencies(options.costs)
     wanted = "bfloat16" if options.dtype == "auto" else options.dtype
     if table.dtype != wanted:
         raise InputError(

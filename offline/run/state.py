@@ -20,8 +20,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from pgsvd_vllm.errors import InputError
-from pgsvd_vllm.offline.model.projection import HEAD
-from pgsvd_vllm.offline.records import HeadCalibration, LayerCalibration, LayerFactors, LayerSensitivity, ModuleReport
+from pgsvd_vllm.offline.model.projection import LM_HEAD
+from pgsvd_vllm.offline.records import LayerCalibration, LayerFactors, LayerSensitivity, LMHeadCalibration, ModuleReport
 from pgsvd_vllm.offline.run.plan import Plan
 
 # Raised whenever other things are kept of a layer: what an older program left cannot be continued.
@@ -40,12 +40,12 @@ def fingerprint(plan: Plan) -> dict[str, str]:
         "calibration text": plan.data_sha256,
         "dtype": str(plan.compute_dtype),
         "ignore": " ".join(plan.options.ignore),
-        "include": " ".join(kind for kind in plan.options.include if kind != HEAD),
+        "include": " ".join(kind for kind in plan.options.include if kind != LM_HEAD),
         "program version": CALIBRATION,
     }
 
 
-class Workspace:
+class RunState:
     """Creates or reopens DIR.partial.
 
     Args:
@@ -113,14 +113,14 @@ class Workspace:
         """Whether the output head's calibration is complete on disk."""
         return self._head_file.is_file()
 
-    def save_head(self, data: HeadCalibration) -> None:
+    def save_head(self, data: LMHeadCalibration) -> None:
         """Write the output head's calibration; the file appears complete or not at all."""
         _write(self._head_file, {f"head:{name}": tensor for name, tensor in vars(data).items()})
 
-    def load_head(self) -> HeadCalibration:
+    def load_head(self) -> LMHeadCalibration:
         """Read the output head's calibration; raises InputError where the file is damaged."""
         found, _ = _read(self._head_file, ("head",))
-        return HeadCalibration(**found["head"])
+        return LMHeadCalibration(**found["head"])
 
     def _sensitivity_file(self, index: int, kind: str) -> Path:
         return self.layers / f"{index:05d}.{kind}.safetensors"

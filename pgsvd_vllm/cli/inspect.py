@@ -82,10 +82,10 @@ def ranks(checkpoint: Checkpoint, workers: int) -> list[str]:
     """One line a vLLM layer: how tensor parallelism cuts it, and the totals; raises InputError."""
     # Not above: brings torch.
     from pgsvd_vllm.parallel.comm_plan import VARIABLE, Cut, collective_bytes
-    from pgsvd_vllm.parallel.preview import parallel_plan
+    from pgsvd_vllm.parallel.preview import preview
 
     least = collective_bytes()
-    plans = list(parallel_plan(checkpoint, workers, least))
+    plans = list(preview(checkpoint, workers, least))
     names = [", ".join((p.names[0], *(name.rpartition(".")[2] for name in p.names[1:]))) for p in plans]
     width = max(map(len, [*names, "layer"]))
     lines = ["", f"{'layer':{width}}  {'cut':8} {'MB':>8} {'of all':>7} {'sent':>7} {'dense':>7}"]

@@ -41,7 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise InputError("profile: times CPUs only so far; on a GPU leave --objective out")
     import torch
 
-    from pgsvd_vllm.format.latency_table import write_costs
+    from pgsvd_vllm.format.latency_table import write_latencies
     from pgsvd_vllm.offline.model.hub import resolve_folder
     from pgsvd_vllm.offline.model.source import ModelSource
     from pgsvd_vllm.serving.gemm.latency import measure
@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
     dtype = getattr(torch, arguments.dtype)
     table = measure(shapes, arguments.tokens, dtype, lambda line: print(line, flush=True))
     try:
-        write_costs(table, arguments.output)
+        write_latencies(table, arguments.output)
     except OSError as error:
         raise InputError(f"--output {arguments.output}: cannot be written ({error.strerror})") from None
     print(f"wrote {arguments.output}: {len(shapes)} shapes, {arguments.tokens} tokens, {table.dtype}, {table.machine}")

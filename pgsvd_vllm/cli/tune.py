@@ -11,9 +11,9 @@ from pathlib import Path
 
 from pgsvd_vllm.errors import InputError
 from pgsvd_vllm.format.reader import open_checkpoint
-from pgsvd_vllm.kernels.layer_shape import Sizes, sizes_of
+from pgsvd_vllm.kernels.layer_shape import LayerShape, layer_shape_of
 from pgsvd_vllm.kernels.tile_table import Table, default_path, read_table, write_table
-from pgsvd_vllm.parallel.layer_grouping import LayerSizes, merged_layers
+from pgsvd_vllm.parallel.layer_grouping import LayerSizes, grouped_layers
 
 # Layers whose sizes differ less than this are tuned once.
 SAME = 1.1
@@ -45,10 +45,10 @@ def run(arguments: argparse.Namespace) -> int:
     ranks = arguments.tensor_parallel_size
     if ranks < 1:
         raise InputError(f"--tensor-parallel-size {ranks}: must be 1 or more")
-    layers = list(merged_layers(open_checkpoint(arguments.dir), ranks))
-    kinds: dict[Sizes, LayerSizes] = {}
+    layers = list(grouped_layers(open_checkpoint(arguments.dir), ranks))
+    kinds: dict[LayerShape, LayerSizes] = {}
     for layer in layers:
-        sizes = sizes_of(layer.shards, layer.columns)
+        sizes = layer_shape_of(layer.shards, layer.columns)
         if all(sizes.distance(other) > SAME for other in kinds):
             kinds[sizes] = layer
     print(f"{len(layers)} layers with low-rank projections, {len(kinds)} of different sizes")
@@ -59,12 +59,12 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _described(sizes: Sizes) -> str:
+def _described(sizes: LayerShape) -> str:
     up = f", {sizes.heights} outputs of rank {sizes.rank}" if sizes.heights else ""
     return f"{sizes.columns} inputs, {sizes.rows} rows that read them{up}"
 
 
-def _tune(kinds: dict[Sizes, LayerSizes], output: Path | None) -> int:
+def _tune(kinds: dict[LayerShape, LayerSizes], output: Path | None) -> int:
     """Tune every kind; what is finished is written at once. 1 where a tile computed something wrong."""
     try:
         import torch

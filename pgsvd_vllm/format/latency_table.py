@@ -16,11 +16,11 @@ from pgsvd_vllm.errors import CheckpointError, InputError
 from pgsvd_vllm.format.reader import read_json
 from pgsvd_vllm.format.schema import FORMS
 
-COSTS_VERSION = 1
+LATENCY_TABLE_VERSION = 1
 
 
 @dataclass(frozen=True)
-class ShapeCosts:
+class ShapeLatencies:
     """Times of one shape, in microseconds.
 
     Attributes:
@@ -42,7 +42,7 @@ class ShapeCosts:
 
 
 @dataclass(frozen=True)
-class CostTable:
+class LatencyTable:
     """Times of every shape of a model.
 
     Attributes:
@@ -52,7 +52,7 @@ class CostTable:
         machine: where it was measured, in words.
     """
 
-    shapes: dict[tuple[int, int], ShapeCosts]
+    shapes: dict[tuple[int, int], ShapeLatencies]
     tokens: int
     dtype: str
     machine: str
@@ -71,12 +71,12 @@ class CostTable:
         return costs.dense if rank is None else costs.of(form, rank)
 
 
-def write_costs(table: CostTable, path: Path) -> None:
+def write_latencies(table: LatencyTable, path: Path) -> None:
     """Write the file, complete or not at all; raises OSError."""
     rows = [
         {"out": out, "in": width, "dense": costs.dense, **costs.forms} for (out, width), costs in table.shapes.items()
     ]
-    content = {"version": COSTS_VERSION, "machine": table.machine, "tokens": table.tokens, "dtype": table.dtype}
+    content = {"version": LATENCY_TABLE_VERSION, "machine": table.machine, "tokens": table.tokens, "dtype": table.dtype}
     unfinished = path.with_name(f"{path.name}.writing")
     try:
         unfinished.write_text(json.dumps({**content, "shapes": rows}, indent=1) + "\n", encoding="utf-8")
@@ -86,7 +86,7 @@ def write_costs(table: CostTable, path: Path) -> None:
         raise
 
 
-def read_costs(path: Path) -> CostTable:
+def read_latencies(path: Path) -> LatencyTable:
     """Read and check a file.
 
     Raises:
@@ -97,10 +97,12 @@ def read_costs(path: Path) -> CostTable:
     except CheckpointError as error:
         raise InputError(f"--costs {error}") from None
     try:
-        if content["version"] != COSTS_VERSION:
-            raise InputError(f"--costs {path}: version {content['version']}, this program reads {COSTS_VERSION}")
+        if content["version"] != LATENCY_TABLE_VERSION:
+            raise InputError(
+                f"--costs {path}: version {content['version']}, this program reads {LATENCY_TABLE_VERSION}"
+            )
         shapes = {(_whole(row["out"]), _whole(row["in"])): _shape(row) for row in content["shapes"]}
-        return CostTable(shapes, _whole(content["tokens"]), str(content["dtype"]), str(content["machine"]))
+        return LatencyTable(shapes, _whole(content["tokens"]), str(content["dtype"]), str(content["machine"]))
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         if isinstance(error, InputError):
             raise
@@ -109,12 +111,12 @@ def read_costs(path: Path) -> CostTable:
         ) from None
 
 
-def _shape(row: dict[str, Any]) -> ShapeCosts:
+def _shape(row: dict[str, Any]) -> ShapeLatencies:
     forms = {form: [(_whole(rank), _time(time)) for rank, time in row[form]] for form in FORMS}
     for form, points in forms.items():
         if any(a[0] >= b[0] for a, b in pairwise(points)):
             raise ValueError(f"{form}: ranks must ascend")
-    return ShapeCosts(_time(row["dense"]), forms)
+    return ShapeLatencies(_time(row["dense"]), forms)
 
 
 def _whole(value: Any) -> int:

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from pgsvd_vllm.format.schema import INDEX_NAME, WEIGHTS_STEM
 
 
-class ShardWriter:
+class TensorWriter:
     """Writes tensors as they come into safetensors files of bounded size, then the index.
 
     Args:

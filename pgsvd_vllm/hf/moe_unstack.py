@@ -31,7 +31,7 @@ class _Expert(nn.Module):
     """One expert's matrices, under the checkpoint's names."""
 
 
-class SplitExperts(nn.ModuleList):
+class UnstackedExperts(nn.ModuleList):
     """In place of a module of stacked experts: `experts.3.up_proj` and its like.
 
     Args:
@@ -77,8 +77,8 @@ class SplitExperts(nn.ModuleList):
         return result
 
 
-def split_experts(model: PreTrainedModel, stored: Iterable[str]) -> bool:
-    """Put `SplitExperts` in place of every module of stacked experts whose checkpoint has them one by one.
+def unstack_experts(model: PreTrainedModel, stored: Iterable[str]) -> bool:
+    """Put `UnstackedExperts` in place of every module of stacked experts whose checkpoint has them one by one.
 
     Only of those whose computation transformers promises: gate and up in one matrix, no biases.
 
@@ -92,12 +92,12 @@ def split_experts(model: PreTrainedModel, stored: Iterable[str]) -> bool:
     leaves, found = _stacked(model, stored)
     for path, module in found.items():
         assert leaves is not None
-        model.set_submodule(path, SplitExperts(module, leaves))
+        model.set_submodule(path, UnstackedExperts(module, leaves))
     return bool(found)
 
 
-def can_split(model: PreTrainedModel, stored: Iterable[str]) -> bool:
-    """Whether `split_experts` would find any."""
+def can_unstack(model: PreTrainedModel, stored: Iterable[str]) -> bool:
+    """Whether `unstack_experts` would find any."""
     return bool(_stacked(model, stored)[1])
 
 
@@ -138,7 +138,7 @@ def _leaves_of(conversions: Iterable[Any]) -> _Leaves | None:
 
 
 def _is_stacked(module: Any) -> bool:
-    """Whether a module says of itself that it computes what `SplitExperts` does."""
+    """Whether a module says of itself that it computes what `UnstackedExperts` does."""
     return (
         getattr(module, "has_gate", False)
         and getattr(module, "is_concatenated", False)

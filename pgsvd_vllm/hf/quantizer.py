@@ -30,7 +30,7 @@ from pgsvd_vllm.format.schema import (
     form_shapes,
     parse_modules,
 )
-from pgsvd_vllm.hf.moe_unstack import split_experts, without_stacking
+from pgsvd_vllm.hf.moe_unstack import unstack_experts, without_stacking
 from pgsvd_vllm.hf.weight_mapping import stored_tensors, without_weight_norm
 
 
@@ -136,7 +136,7 @@ class PgsvdQuantizer(HfQuantizer):
             tensors.update(read_headers(Path(file)))
         check_factors(table, tensors, "checkpoint")
         if any(".experts." in name for name in table):
-            self.splits = split_experts(model, tensors)
+            self.splits = unstack_experts(model, tensors)
         # The table has the checkpoint's names.
         known = stored_tensors(model, [f"{name}.weight" for name in table])
         paths = {stored.names[0]: path.removesuffix(".weight") for path, stored in known.items()}

@@ -13,11 +13,11 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
-from pgsvd_vllm.hf.moe_unstack import SplitExperts, without_stacking
+from pgsvd_vllm.hf.moe_unstack import UnstackedExperts, without_stacking
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredTensor:
     """How one tensor of a model is stored.
 
     Attributes:
@@ -52,7 +52,7 @@ def without_weight_norm(conversions: Iterable[Any]) -> list[Any]:
     return [one for one in conversions if not any("parametrizations.weight" in name for name in one.target_patterns)]
 
 
-def stored_tensors(model: PreTrainedModel, names: Sequence[str]) -> dict[str, Stored]:
+def stored_tensors(model: PreTrainedModel, names: Sequence[str]) -> dict[str, StoredTensor]:
     """Tensor of the model -> how it is stored, of all that the checkpoint has; others may be tied.
 
     Args:
@@ -60,23 +60,23 @@ def stored_tensors(model: PreTrainedModel, names: Sequence[str]) -> dict[str, St
         names: of the checkpoint's tensors.
     """
     conversions = without_weight_norm(get_model_conversion_mapping(model))
-    if any(isinstance(module, SplitExperts) for module in model.modules()):
+    if any(isinstance(module, UnstackedExperts) for module in model.modules()):
         conversions = without_stacking(conversions)
     renamings = [one for one in conversions if isinstance(one, WeightRenaming)]
     converters = [one for one in conversions if isinstance(one, WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     own: dict[str, Any] = dict(model.state_dict())
-    found: dict[str, Stored] = {}
+    found: dict[str, StoredTensor] = {}
     parts: dict[str, list[tuple[str, str]]] = {}
     for name in sorted(names, key=dot_natural_key):
         target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, own)
         if pattern is None:
-            found[target] = Stored((name,))
+            found[target] = StoredTensor((name,))
         else:
             parts.setdefault(target, []).append((name, pattern))
     for target, rows in parts.items():
         converter = by_pattern[rows[0][1]]
-        stored = Stored(tuple(n for n, _ in rows), tuple(p for _, p in rows), converter, target)
+        stored = StoredTensor(tuple(n for n, _ in rows), tuple(p for _, p in rows), converter, target)
         for other in converter.target_patterns:
             found[target.replace(converter.target_patterns[0], other, 1)] = stored
     return found

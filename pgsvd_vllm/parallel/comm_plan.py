@@ -15,10 +15,10 @@ VARIABLE = "PGSVD_COLLECTIVE_BYTES"
 class Cut(Enum):
     """What the ranks exchange inside a layer, and what that allows to cut."""
 
-    PLAIN = "nothing; V (outputs cut) or U (inputs cut) lies whole on every rank"
-    GATHERED = "outputs cut: V is cut by rank rows, z gathered"
-    REDUCED = "inputs cut: z is summed in place of the outputs, U whole"
-    JOINED = "inputs cut: z is summed, U cut by outputs, these are gathered"
+    REPLICATED = "nothing; V (outputs cut) or U (inputs cut) lies whole on every rank"
+    ALL_GATHER_Z = "outputs cut: V is cut by rank rows, z gathered"
+    ALL_REDUCE_Z = "inputs cut: z is summed in place of the outputs, U whole"
+    ALL_REDUCE_Z_GATHER_Y = "inputs cut: z is summed, U cut by outputs, these are gathered"
 
 
 def collective_bytes() -> int:
@@ -33,13 +33,13 @@ def collective_bytes() -> int:
     return int(given)
 
 
-class Traffic:
+class CommPlan:
     """Chooses the cuts of a model's layers in their order: the least memory for no more traffic than dense.
 
     Summing z where a dense layer sums its outputs sends less; what that spares is spent on gathering z where
     nothing was sent, which spares the most memory a number sent, and then on gathering outputs.
 
-    Traffic is counted in numbers a token: of a sum over w ranks each sends 2 (w - 1) / w times what is summed, of
+    CommPlan is counted in numbers a token: of a sum over w ranks each sends 2 (w - 1) / w times what is summed, of
     a gathering (w - 1) / w times what comes together. The common factor is left out.
 
     Args:
@@ -69,9 +69,9 @@ class Traffic:
         self._gathering = max(self._gathering, here * workers)
         saved = (sum(ranks) - here) * columns * itemsize
         if not 0 < saved >= self.least or self.sent + here * workers > self.dense:
-            return Cut.PLAIN
+            return Cut.REPLICATED
         self.sent += here * workers
-        return Cut.GATHERED
+        return Cut.ALL_GATHER_Z
 
     def by_inputs(self, rank: int, rows: int, out: int, workers: int, itemsize: int) -> Cut:
         """The cut of a layer whose inputs are cut and whose outputs are summed.
@@ -84,15 +84,15 @@ class Traffic:
         """
         if rank >= out:
             self.summed(out)
-            return Cut.PLAIN
+            return Cut.REPLICATED
         self.dense += 2 * out
         self.sent += 2 * rank
         saved = (rows - rows // workers) * rank * itemsize
         # The layers of the next block must find something left.
         if out % workers or not 0 < saved >= self.least or self.sent + out + 2 * self._gathering > self.dense:
-            return Cut.REDUCED
+            return Cut.ALL_REDUCE_Z
         self.sent += out
-        return Cut.JOINED
+        return Cut.ALL_REDUCE_Z_GATHER_Y
 
     def summed(self, out: int) -> None:
         """Count a layer whose outputs are summed as they would be if it were dense."""

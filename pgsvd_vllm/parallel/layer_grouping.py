@@ -7,9 +7,9 @@ sort only gets the tiles of a similar one, and to show what ranks will hold.
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from pgsvd_vllm.families import MERGED, REPLICATED, ROW_PARALLEL
+from pgsvd_vllm.families import MERGED_GROUPS, REPLICATED, ROW_PARALLEL
 from pgsvd_vllm.format.reader import Checkpoint
-from pgsvd_vllm.kernels.layer_shape import Shard
+from pgsvd_vllm.kernels.layer_shape import ShardShape
 
 
 @dataclass(frozen=True)
@@ -22,10 +22,10 @@ class LayerSizes:
     """
 
     columns: int
-    shards: tuple[Shard, ...]
+    shards: tuple[ShardShape, ...]
 
 
-def merged_layers(checkpoint: Checkpoint, tensor_parallel: int = 1) -> Iterator[LayerSizes]:
+def grouped_layers(checkpoint: Checkpoint, tensor_parallel: int = 1) -> Iterator[LayerSizes]:
     """Every layer with a factored module, in the order of the checkpoint's table, but those that no kernel runs.
 
     Those are experts, which are multiplied back on GPUs, and the output head.
@@ -48,7 +48,7 @@ def groups(checkpoint: Checkpoint) -> Iterator[tuple[tuple[str, ...], bool | Non
         if name in seen:
             continue
         parent, _, leaf = name.rpartition(".")
-        group = next((group for group in MERGED if leaf in group), (leaf,))
+        group = next((group for group in MERGED_GROUPS if leaf in group), (leaf,))
         names = [f"{parent}.{part}" if parent else part for part in group]
         known = [one for one in names if one in checkpoint.modules or f"{one}.weight" in checkpoint.tensors]
         seen.update(known)
@@ -56,7 +56,7 @@ def groups(checkpoint: Checkpoint) -> Iterator[tuple[tuple[str, ...], bool | Non
         yield tuple(known), None if dotted.endswith(REPLICATED) else dotted.endswith(ROW_PARALLEL)
 
 
-def _cut(checkpoint: Checkpoint, name: str, ranks: int, by_inputs: bool) -> tuple[int, Shard]:
+def _cut(checkpoint: Checkpoint, name: str, ranks: int, by_inputs: bool) -> tuple[int, ShardShape]:
     """(inputs, sizes) of a module on the first of several ranks."""
     module = checkpoint.modules.get(name)
     if module is None:
@@ -65,7 +65,7 @@ def _cut(checkpoint: Checkpoint, name: str, ranks: int, by_inputs: bool) -> tupl
         out, columns, _ = checkpoint.shape(name)
     columns, outs = (-(-columns // ranks), out) if by_inputs else (columns, -(-out // ranks))
     if module is None:
-        return columns, Shard(outs)
+        return columns, ShardShape(outs)
     # Of all rows, the share that are pivots is taken to be the same on every rank.
     pivots = -(-module.rank * outs // out) if module.form == "pivot" else None
-    return columns, Shard(outs, module.rank, pivots)
+    return columns, ShardShape(outs, module.rank, pivots)

@@ -4,9 +4,9 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from pgsvd_vllm.families import runs_beside_others
+from pgsvd_vllm.families import may_run_on_side_stream
 from pgsvd_vllm.format.reader import Checkpoint
-from pgsvd_vllm.parallel.comm_plan import Cut, Traffic
+from pgsvd_vllm.parallel.comm_plan import CommPlan, Cut
 from pgsvd_vllm.parallel.layer_grouping import groups
 
 
@@ -18,7 +18,7 @@ class LayerPlan:
         names: of its modules.
         cut: what the ranks exchange inside it.
         here, whole: bytes of its weights on one rank (at most), and in the checkpoint.
-        sent, dense: numbers a token that it sends, and would if it were dense, as of Traffic.
+        sent, dense: numbers a token that it sends, and would if it were dense, as of CommPlan.
     """
 
     names: tuple[str, ...]
@@ -29,7 +29,7 @@ class LayerPlan:
     dense: int
 
 
-def parallel_plan(checkpoint: Checkpoint, workers: int, least: int) -> Iterator[LayerPlan]:
+def preview(checkpoint: Checkpoint, workers: int, least: int) -> Iterator[LayerPlan]:
     """Every layer with a factored module, as the engine cuts it.
 
     Key/value heads are taken to be at least as many as ranks.
@@ -37,9 +37,9 @@ def parallel_plan(checkpoint: Checkpoint, workers: int, least: int) -> Iterator[
     Args:
         checkpoint: its table is in the order of the model.
         workers: ranks of tensor parallelism.
-        least: as of Traffic.
+        least: as of CommPlan.
     """
-    traffic = Traffic(least)
+    traffic = CommPlan(least)
     for names, by_inputs in groups(checkpoint):
         ranks = 1 if by_inputs is None else workers
         modules = {name: checkpoint.modules[name] for name in names if name in checkpoint.modules}
@@ -48,8 +48,8 @@ def parallel_plan(checkpoint: Checkpoint, workers: int, least: int) -> Iterator[
         stored = checkpoint.tensors[f"{first}.{modules[first].suffixes[0]}"]
         itemsize = stored.nbytes // stored.numel
         sent, dense = traffic.sent, traffic.dense
-        cut = Cut.PLAIN
-        if runs_beside_others(first) or first == checkpoint.head:
+        cut = Cut.REPLICATED
+        if may_run_on_side_stream(first) or first == checkpoint.head:
             pass
         elif ranks > 1 and by_inputs:
             up = modules[first].shapes(out, columns)[modules[first].suffixes[1]]
@@ -78,7 +78,7 @@ def _here(kind: str, shape: tuple[int, ...], by_inputs: bool, cut: Cut, workers:
     if by_inputs and kind in ("weight_v", "weight_p", "weight"):
         columns = -(-columns // workers)
     elif kind in ("weight_v", "weight_p"):
-        rows = -(-rows // workers) if cut is Cut.GATHERED else rows
-    elif not by_inputs or cut is Cut.JOINED:
+        rows = -(-rows // workers) if cut is Cut.ALL_GATHER_Z else rows
+    elif not by_inputs or cut is Cut.ALL_REDUCE_Z_GATHER_Y:
         rows = -(-rows // workers)
     return rows * columns

@@ -2,7 +2,7 @@
 
 Column-parallel layers cut `weight_u` by output rows, row-parallel layers `weight_v` by input columns. The other
 factor lies whole on every rank, or is cut as well, for which the ranks exchange something more: see `Cut` and
-`Traffic`. The pivot form is cut in the same way, with P for V, and with C and the pivots together for U.
+`CommPlan`. The pivot form is cut in the same way, with P for V, and with C and the pivots together for U.
 """
 
 from collections.abc import Sequence

@@ -5,17 +5,17 @@ from collections.abc import Sequence
 import torch
 from vllm.distributed.communication_op import tensor_model_parallel_all_gather, tensor_model_parallel_all_reduce
 
-from pgsvd_vllm.kernels.padding import Exchange
+from pgsvd_vllm.kernels.padding import Collective
 from pgsvd_vllm.parallel.comm_plan import Cut
 
 
-def sum_of(z: torch.Tensor) -> torch.Tensor:
+def all_reduce_z(z: torch.Tensor) -> torch.Tensor:
     """z [tokens, r] of this rank's inputs -> of all inputs."""
     # NCCL takes the first numel numbers from where a tensor begins, whatever its strides.
     return tensor_model_parallel_all_reduce(z.contiguous())
 
 
-class Gathering:
+class AllGatherZ:
     """z of this rank's rank rows -> of all: for every shard the blocks of all ranks, side by side.
 
     Args:
@@ -33,11 +33,11 @@ class Gathering:
         return torch.cat([part.movedim(0, 1).flatten(1) for part in blocks.split(self.widths, -1)], -1)
 
 
-def exchange_of(cut: Cut, widths: Sequence[int], workers: int) -> Exchange | None:
-    """What lies between the products of a layer; widths, workers: as of Gathering."""
-    if cut is Cut.PLAIN:
+def collective_of(cut: Cut, widths: Sequence[int], workers: int) -> Collective | None:
+    """What lies between the products of a layer; widths, workers: as of AllGatherZ."""
+    if cut is Cut.REPLICATED:
         return None
-    return Gathering(widths, workers) if cut is Cut.GATHERED else sum_of
+    return AllGatherZ(widths, workers) if cut is Cut.ALL_GATHER_Z else all_reduce_z
 
 
 def joined(y: torch.Tensor) -> torch.Tensor:

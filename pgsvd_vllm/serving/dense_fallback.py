@@ -22,7 +22,7 @@ def patterns(modules: Mapping[str, FactoredModule]) -> list[str]:
     return list(dict.fromkeys(f"'{re.sub(r'[.][0-9]+(?=[.])', '.*', name)}'" for name in first.values()))
 
 
-def with_dense_weights(
+def reconstructed_weights(
     weights: Iterable[tuple[str, torch.Tensor]], modules: Mapping[str, FactoredModule]
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """A checkpoint's tensors, with `P.weight` in place of the factors of some modules P.

@@ -23,13 +23,13 @@ from pgsvd_vllm.errors import CheckpointError
 from pgsvd_vllm.format.reader import check_factors, read_headers
 from pgsvd_vllm.format.schema import QUANT_METHOD, FactoredModule, parse_modules
 from pgsvd_vllm.hf.weight_mapping import without_weight_norm
-from pgsvd_vllm.serving.dense_fallback import patterns, with_dense_weights
+from pgsvd_vllm.serving.dense_fallback import patterns, reconstructed_weights
 from pgsvd_vllm.serving.layers.dense import share_graphs
-from pgsvd_vllm.serving.layers.fused_silu import take_activations
+from pgsvd_vllm.serving.layers.fused_silu import fuse_silu
 from pgsvd_vllm.serving.layers.linear import PgsvdLinearMethod
-from pgsvd_vllm.serving.layers.lm_head import PgsvdHeadMethod
-from pgsvd_vllm.serving.layers.moe import FactoredExpertsMethod
-from pgsvd_vllm.serving.layers.moe_dense import MultipliedBackMethod
+from pgsvd_vllm.serving.layers.lm_head import PgsvdLMHeadMethod
+from pgsvd_vllm.serving.layers.moe import FactoredMoEMethod
+from pgsvd_vllm.serving.layers.moe_dense import DenseFallbackMoEMethod
 from pgsvd_vllm.serving.quant_config import PgsvdConfig
 
 logger = logging.getLogger("vllm.pgsvd")
@@ -39,7 +39,7 @@ def _tell_cuts(model: nn.Module) -> None:
     """Log what a rank of tensor parallelism holds and sends."""
     methods = [getattr(module, "quant_method", None) for module in model.modules()]
     factored = [method for method in methods if isinstance(method, PgsvdLinearMethod)]
-    factored += [part for method in methods if isinstance(method, FactoredExpertsMethod) for part in method.layers]
+    factored += [part for method in methods if isinstance(method, FactoredMoEMethod) for part in method.layers]
     cuts = Counter(method.cut.name.lower() for method in factored)
     traffic = {id(method.traffic): method.traffic for method in factored}.values()
     logger.info(
@@ -64,7 +64,7 @@ def _take_left_out(model: nn.Module, config: PgsvdConfig) -> None:
         # Some models make their output head without saying what it is called.
         if isinstance(one, ParallelLMHead) and isinstance(one.quant_method, UnquantizedEmbeddingMethod):
             found = config.get_quant_method(one, name)
-            if isinstance(found, PgsvdHeadMethod):
+            if isinstance(found, PgsvdLMHeadMethod):
                 found.take_over(one)
     for layer in model.modules():
         if not isinstance(layer, LinearBase) or not isinstance(layer.quant_method, UnquantizedLinearMethod):
@@ -126,7 +126,7 @@ class PgsvdModelLoader(DefaultModelLoader):
         """vLLM's check, which does not know that experts may come as factors; their method counts them."""
         if loaded_weights is not None:
             for name, module in model.named_modules():
-                if isinstance(getattr(module, "quant_method", None), MultipliedBackMethod):
+                if isinstance(getattr(module, "quant_method", None), DenseFallbackMoEMethod):
                     loaded_weights |= {f"{name}.w13_weight", f"{name}.w2_weight"}
         super().track_weights_loading(model, loaded_weights, quantized)
 
@@ -135,7 +135,7 @@ class PgsvdModelLoader(DefaultModelLoader):
     ) -> Generator[tuple[str, torch.Tensor], None, None]:
         """The checkpoint's tensors, dense ones for plain matrices."""
         plain: dict[str, FactoredModule] = getattr(model, "pgsvd_plain", {})
-        yield from with_dense_weights(super().get_all_weights(model_config, model), plain)
+        yield from reconstructed_weights(super().get_all_weights(model_config, model), plain)
 
     def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
         """Settle which layers compute their activations, then load."""
@@ -150,11 +150,11 @@ class PgsvdModelLoader(DefaultModelLoader):
                 with set_current_vllm_config(self.vllm_config):
                     _take_left_out(model, config)
             share_graphs(model, self.vllm_config)
-            take_activations(model, self.vllm_config)
+            fuse_silu(model, self.vllm_config)
             # A stage of a pipeline has only some of the layers, and a draft out of the target's own checkpoint.
             whole = self.vllm_config.parallel_config.pipeline_parallel_size == 1 and model_config.runner_type != "draft"
             if isinstance(config, PgsvdConfig):
-                plain = config.take_plain(model)
+                plain = config.dense_fallbacks(model)
                 made.pgsvd_plain = plain  # for when weights are loaded again, by another loader
                 if plain:
                     logger.warning(

@@ -12,14 +12,14 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.models.utils import StageMissingLayer
 
 from pgsvd_vllm.errors import CheckpointError
-from pgsvd_vllm.families import USUAL
+from pgsvd_vllm.families import PACKED_MODULES
 from pgsvd_vllm.format.reader import open_checkpoint
 from pgsvd_vllm.format.schema import QUANT_METHOD, FactoredModule, parse_modules
-from pgsvd_vllm.parallel.comm_plan import Traffic, collective_bytes
+from pgsvd_vllm.parallel.comm_plan import CommPlan, collective_bytes
 from pgsvd_vllm.serving.dense_fallback import patterns
-from pgsvd_vllm.serving.layers.linear import PgsvdLinearMethod, Shard
-from pgsvd_vllm.serving.layers.lm_head import PgsvdHeadMethod
-from pgsvd_vllm.serving.layers.moe import experts_method
+from pgsvd_vllm.serving.layers.linear import LayerShard, PgsvdLinearMethod
+from pgsvd_vllm.serving.layers.lm_head import PgsvdLMHeadMethod
+from pgsvd_vllm.serving.layers.moe import moe_method
 
 # vLLM puts this before the names of a draft model's layers (speculative decoding), where the table has plain ones.
 DRAFT_PREFIX = "draft_model."
@@ -40,7 +40,7 @@ class PgsvdConfig(QuantizationConfig):
         self.modules = modules
         self.head = head
         self.claimed: set[int] = set()
-        self.traffic = Traffic(collective_bytes())
+        self.traffic = CommPlan(collective_bytes())
 
     def __repr__(self) -> str:
         return f"PgsvdConfig({len(self.modules)} factored modules)"
@@ -82,7 +82,7 @@ class PgsvdConfig(QuantizationConfig):
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """The factored method for a linear layer or a mixture with anything factored, or a factored output head."""
         if isinstance(layer, RoutedExperts):
-            method = experts_method(layer, prefix, prefix.removeprefix(DRAFT_PREFIX), self.modules, self.traffic)
+            method = moe_method(layer, prefix, prefix.removeprefix(DRAFT_PREFIX), self.modules, self.traffic)
             if method is not None:
                 self.claimed |= {id(shard.module) for expert in method.experts for shard in expert.values()}
             return method
@@ -91,22 +91,22 @@ class PgsvdConfig(QuantizationConfig):
             if head is None:
                 return None
             self.claimed.add(id(head))
-            return PgsvdHeadMethod(prefix, head)
+            return PgsvdLMHeadMethod(prefix, head)
         if not isinstance(layer, LinearBase):
             return None
         parent, _, leaf = prefix.removeprefix(DRAFT_PREFIX).rpartition(".")
         # What a model says its layer is merged of; the layer itself, which may be merged in the checkpoint as well,
         # whatever the model says; and what its name says, since not every model says anything.
         said = self.packed_modules_mapping.get(leaf, [leaf])
-        for leaves in (said, [leaf], USUAL.get(leaf, [])):
+        for leaves in (said, [leaf], PACKED_MODULES.get(leaf, [])):
             names = [f"{parent}.{part}" if parent else part for part in leaves]
-            shards = [Shard(name, self.modules.get(name)) for name in names]
+            shards = [LayerShard(name, self.modules.get(name)) for name in names]
             if any(shard.module is not None for shard in shards):
                 self.claimed |= {id(shard.module) for shard in shards}
                 return PgsvdLinearMethod(shards, self.traffic)
         return UnquantizedLinearMethod()
 
-    def take_plain(self, model: torch.nn.Module) -> dict[str, FactoredModule]:
+    def dense_fallbacks(self, model: torch.nn.Module) -> dict[str, FactoredModule]:
         """The factored modules that are plain matrices in a model, which cannot be served in factors.
 
         Returns:

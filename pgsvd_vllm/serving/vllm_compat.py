@@ -26,7 +26,7 @@ PACKED_IN, PACKED_OUT = 32, 16
 Run = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
 
 
-class SummedInside(RowParallelLinear):
+class InnerReduceRowParallelLinear(RowParallelLinear):
     """A row-parallel layer whose method hands out the whole sum, bias and all.
 
     A layer becomes one by its class alone. `reduce_results` stays true, as it is: models read it, and some clear it.

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from pgsvd_vllm.cli import main
-from pgsvd_vllm.format.latency_table import CostTable, ShapeCosts, read_costs, write_costs
-from pgsvd_vllm.offline.model.device import multiplied_dtype
+from pgsvd_vllm.format.latency_table import LatencyTable, ShapeLatencies, read_latencies, write_latencies
+from pgsvd_vllm.offline.model.device import gemm_dtype
 from tests.conftest import run_cli
 
 # Of the tiny model: outputs, inputs.
@@ -23,23 +23,23 @@ def cpu_vllm() -> None:
         pytest.skip("profile times CPUs only so far")
 
 
-def fast_when_low(fast: set[tuple[int, int]]) -> CostTable:
+def fast_when_low(fast: set[tuple[int, int]]) -> LatencyTable:
     """Products of low rank are faster for some shapes and slower for the others, whatever the rank."""
     shapes = {}
     for out, width in SHAPES:
         step = 0.5 / min(out, width) if (out, width) in fast else 2.0
         points = [(1, 100 * step), (min(out, width) - 1, 100 * step * (min(out, width) - 1))]
-        shapes[out, width] = ShapeCosts(100.0, {"factors": points, "pivot": points})
-    return CostTable(shapes, 1, "float32", "a machine")
+        shapes[out, width] = ShapeLatencies(100.0, {"factors": points, "pivot": points})
+    return LatencyTable(shapes, 1, "float32", "a machine")
 
 
 @pytest.mark.usefixtures("cpu_vllm")
 def test_profile_times_every_shape(tiny_model: Path, tmp_path: Path) -> None:
     # Emulated, products of the smallest matrices are bound by their size and not by their number.
-    dtype = str(multiplied_dtype(torch.device("cpu"), torch.bfloat16)).removeprefix("torch.")
+    dtype = str(gemm_dtype(torch.device("cpu"), torch.bfloat16)).removeprefix("torch.")
     done = run_cli("profile", tiny_model, "-o", tmp_path / "costs.json", "--tokens", "3", "--dtype", dtype)
     assert done.returncode == 0, done.stderr
-    table = read_costs(tmp_path / "costs.json")
+    table = read_latencies(tmp_path / "costs.json")
     assert (table.tokens, table.dtype) == (3, dtype)
     assert set(table.shapes) == SHAPES
     for (out, width), costs in table.shapes.items():
@@ -55,7 +55,7 @@ def test_profile_times_every_shape(tiny_model: Path, tmp_path: Path) -> None:
 
 
 def test_what_would_not_be_faster_stays_dense(tiny_model: Path, tmp_path: Path) -> None:
-    write_costs(fast_when_low({(320, 128)}), tmp_path / "costs.json")
+    write_latencies(fast_when_low({(320, 128)}), tmp_path / "costs.json")
     done = run_cli(
         *("compress", tiny_model, "-o", tmp_path / "out", "--ratio", "0.2", *FAST),
         *("--objective", "latency", "--costs", tmp_path / "costs.json"),
@@ -72,7 +72,7 @@ def test_what_would_not_be_faster_stays_dense(tiny_model: Path, tmp_path: Path) 
 
 
 def test_ignored_projections_count_as_kept_time(tiny_model: Path, tmp_path: Path) -> None:
-    write_costs(fast_when_low({(320, 128)}), tmp_path / "costs.json")
+    write_latencies(fast_when_low({(320, 128)}), tmp_path / "costs.json")
     done = run_cli(
         *("compress", tiny_model, "-o", tmp_path / "out", "--ratio", "0.1", "--ignore", "*.gate_proj", *FAST),
         *("--objective", "latency", "--costs", tmp_path / "costs.json", "--sensitivity", "forward"),
@@ -106,9 +106,9 @@ def test_what_does_not_fit_is_refused(
     options: list[str], message: str, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     table = fast_when_low(set())
-    write_costs(table, tmp_path / "COSTS")
-    write_costs(
-        CostTable({(3, 5): ShapeCosts(1.0, table.shapes[128, 128].forms)}, 1, "float32", "m"), tmp_path / "OTHER"
+    write_latencies(table, tmp_path / "COSTS")
+    write_latencies(
+        LatencyTable({(3, 5): ShapeLatencies(1.0, table.shapes[128, 128].forms)}, 1, "float32", "m"), tmp_path / "OTHER"
     )
     options = [str(tmp_path / text) if text in ("COSTS", "OTHER") else text for text in options]
     assert main(["compress", str(tiny_model), "-o", str(tmp_path / "out"), *FAST, *options]) == 2
@@ -126,7 +126,7 @@ def test_what_does_not_fit_is_refused(
 def test_more_than_the_times_allow_is_refused(
     fast: set[tuple[int, int]], message: str, tiny_model: Path, tmp_path: Path
 ) -> None:
-    write_costs(fast_when_low(fast), tmp_path / "costs.json")
+    write_latencies(fast_when_low(fast), tmp_path / "costs.json")
     done = run_cli(
         *("compress", tiny_model, "-o", tmp_path / "out", "--ratio", "0.3", *FAST),
         *("--objective", "latency", "--costs", tmp_path / "costs.json"),

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 import pgsvd_vllm.hf
 from pgsvd_vllm.format.reader import open_checkpoint
 from pgsvd_vllm.format.schema import FORMAT_VERSION, LOAD_GUARD, QUANT_METHOD
-from pgsvd_vllm.format.writer import ShardWriter
+from pgsvd_vllm.format.writer import TensorWriter
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 Factors = tuple[torch.Tensor, torch.Tensor]
@@ -30,7 +30,7 @@ def write_checkpoint(
         max_bytes: of one weight file.
     """
     target.mkdir(parents=True)
-    writer = ShardWriter(target, max_bytes)
+    writer = TensorWriter(target, max_bytes)
     modules = {}
     for name, tensor in load_file(source / "model.safetensors").items():
         module, _, suffix = name.rpartition(".")
@@ -75,7 +75,7 @@ def write_checkpoint(
     return target
 
 
-def multiplied_back(source: Path, target: Path) -> Path:
+def reconstruct_dense(source: Path, target: Path) -> Path:
     """The dense model of the same function as a factored float32 checkpoint."""
     target.mkdir()
     checkpoint = open_checkpoint(source)

@@ -9,7 +9,7 @@ import torch
 from pgsvd_vllm.cli import main
 from pgsvd_vllm.format.reader import open_checkpoint
 from tests.e2e.architectures import ARCHITECTURES, Architecture, save_model
-from tests.e2e.checkpoints import multiplied_back, transformers_greedy
+from tests.e2e.checkpoints import reconstruct_dense, transformers_greedy
 from tests.e2e.engine import greedy, run_engine, tokens
 from tests.models import DOCUMENT, rows
 
@@ -50,7 +50,7 @@ def test_compressed_and_served(
     if architecture.like_transformers:
         expected = transformers_greedy(tmp_path / "all", prompts, NEW_TOKENS)
     else:
-        dense = multiplied_back(tmp_path / "all", tmp_path / "back")
+        dense = reconstruct_dense(tmp_path / "all", tmp_path / "back")
         expected = tokens(run_engine(dense, [(prompts, greedy(NEW_TOKENS))], load_format="auto")[0])
     assert found == expected
     # Models that say the same whatever they are asked would hide errors.

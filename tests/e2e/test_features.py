@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.e2e.checkpoints import multiplied_back
+from tests.e2e.checkpoints import reconstruct_dense
 from tests.e2e.engine import CLASSIFY, EMBED, NEW_TOKENS, beam, greedy, one_core_each, run_engine, tokens, try_engine
 from tests.features import DOCUMENT, marked
 
@@ -79,7 +79,7 @@ def test_a_compressed_model_with_itself_as_draft(
 def test_beams_are_those_of_the_multiplied_back_model(
     tiny_compressed: Path, prompts: list[list[int]], plain: list[list[int]], tmp_path: Path
 ) -> None:
-    dense = multiplied_back(tiny_compressed, tmp_path / "dense")
+    dense = reconstruct_dense(tiny_compressed, tmp_path / "dense")
     job = (prompts[:3], beam(4, 12))
     (expected,) = run_engine(dense, [job], load_format="auto", max_logprobs=8)
     (found,) = run_engine(tiny_compressed, [job], max_logprobs=8)

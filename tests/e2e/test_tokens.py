@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pgsvd_vllm.format.reader import open_checkpoint
-from pgsvd_vllm.parallel.preview import parallel_plan
+from pgsvd_vllm.parallel.preview import preview
 from tests.conftest import save_tiny_model
 from tests.e2e.checkpoints import (
     Factors,
@@ -223,7 +223,7 @@ def test_two_ranks_hold_half_each_and_send_no_more_than_dense(tiny_prompts: list
     assert tokens(done.answers[0]) == tokens(one)
     told = told_of_ranks(done.log)
     assert len(told) in (1, 2), done.log[-6000:]
-    planned = list(parallel_plan(stored, 2, 0))
+    planned = list(preview(stored, 2, 0))
     for megabytes, cuts, sent, dense in told:
         # What pgsvd-vllm inspect --tp 2 shows.
         assert abs(1e6 * megabytes - sum(plan.here for plan in planned)) <= 1000

@@ -15,9 +15,9 @@ from pgsvd_vllm.format.reader import open_checkpoint
 from pgsvd_vllm.offline.data.image_text import PROMPT, load_processor
 from pgsvd_vllm.offline.model import source as model_source
 from pgsvd_vllm.offline.model.source import KINDS, ModelSource
-from tests.e2e.checkpoints import multiplied_back
+from tests.e2e.checkpoints import reconstruct_dense
 from tests.e2e.engine import EMBED, Answer, greedy, one_core_each, run_engine, tokens
-from tests.e2e.vision_models import SEEING, SeeingModel, save_pairs, save_seeing_model
+from tests.e2e.vision_models import VISION_MODELS, VisionModel, save_pairs, save_seeing_model
 
 NEW_TOKENS = 16
 ASKED = 6
@@ -36,9 +36,9 @@ def rows_of(pairs: Path) -> list[dict[str, str]]:
 
 
 @pytest.mark.parametrize(
-    "seeing", [pytest.param(row, id=row.name, marks=() if row.core else pytest.mark.slow) for row in SEEING]
+    "seeing", [pytest.param(row, id=row.name, marks=() if row.core else pytest.mark.slow) for row in VISION_MODELS]
 )
-def test_compressed_and_served(seeing: SeeingModel, pairs: Path, tmp_path: Path, one_thread: None) -> None:
+def test_compressed_and_served(seeing: VisionModel, pairs: Path, tmp_path: Path, one_thread: None) -> None:
     """Once with the ranks that the tool chooses, and once, to be served, with every projection factored."""
     model = save_seeing_model(seeing, tmp_path / "model")
     for output, options in ((tmp_path / "chosen", ()), (tmp_path / "all", ("--baseline", "pifa"))):
@@ -80,7 +80,7 @@ def compared(folder: Path, pairs: Path) -> None:
 @pytest.mark.parametrize("name", ["LLaVA 1.5", "Qwen2-VL", "Idefics 3, SmolVLM"])
 def test_served_by_two_ranks(name: str, pairs: Path, tmp_path: Path, one_thread: None) -> None:
     """Of their projectors' layers vLLM cuts the first by outputs and the second by inputs, and the last model's not."""
-    row = next(row for row in SEEING if row.name == name)
+    row = next(row for row in VISION_MODELS if row.name == name)
 
     def even(ids: dict[str, int]) -> dict[str, Any]:
         options = row.options(ids)
@@ -99,7 +99,7 @@ def test_plain_matrices_are_multiplied_back(
 ) -> None:
     """As of models that nobody has served yet: vLLM has InternVL's vision attention so."""
     monkeypatch.setattr(model_source, "STAYS_DENSE", {})
-    row = next(row for row in SEEING if row.name == "InternVL 3")
+    row = next(row for row in VISION_MODELS if row.name == "InternVL 3")
     model, output = save_seeing_model(row, tmp_path / "model"), tmp_path / "all"
     arguments = ["compress", str(model), "-o", str(output), "--ratio", "0.25", "--dataset", str(pairs)]
     assert main([*arguments, "--baseline", "pifa"]) == 0
@@ -123,7 +123,7 @@ def described(folder: Path, pairs: Path, like_transformers: bool, **engine: Any)
     assert all(tokens(answers) == tokens(found) for answers in again)
     assert len({tuple(answer.tokens) for answer in found}) > 1, "the model says the same whatever it sees"
     if not like_transformers:
-        dense = multiplied_back(folder, folder.with_name("back"))
+        dense = reconstruct_dense(folder, folder.with_name("back"))
         expected = run_engine(dense, [job], max_model_len=512, load_format="auto")[0]
         assert tokens(found) == tokens(expected)
         for one, other in zip(found, expected, strict=True):

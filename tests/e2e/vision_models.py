@@ -24,7 +24,7 @@ RGB = {
 
 
 @dataclass(frozen=True)
-class SeeingModel:
+class VisionModel:
     """One row.
 
     Attributes:
@@ -54,8 +54,8 @@ class SeeingModel:
 
 
 VISION_MODEL = {"vision_tower.": "vision_tower.vision_model."}
-SEEING = (
-    SeeingModel(
+VISION_MODELS = (
+    VisionModel(
         "CLIP",
         "CLIPConfig",
         parts.clip_options,
@@ -64,7 +64,7 @@ SEEING = (
         note="embeds images and texts",
         core=True,
     ),
-    SeeingModel(
+    VisionModel(
         "SigLIP",
         "SiglipConfig",
         parts.siglip_options,
@@ -72,7 +72,7 @@ SEEING = (
         compares=True,
         note="embeds images and texts",
     ),
-    SeeingModel(
+    VisionModel(
         "LLaVA 1.5",
         "LlavaConfig",
         parts.llava_options,
@@ -82,7 +82,7 @@ SEEING = (
         core=True,
         projector=True,
     ),
-    SeeingModel(
+    VisionModel(
         "LLaVA-NeXT, 1.6",
         "LlavaNextConfig",
         parts.llava_next_options,
@@ -91,24 +91,24 @@ SEEING = (
         note="images in pieces",
         projector=True,
     ),
-    SeeingModel(
+    VisionModel(
         "LLaVA-OneVision", "LlavaOnevisionConfig", parts.onevision_options, parts.onevision_processor, VISION_MODEL
     ),
-    SeeingModel(
+    VisionModel(
         "InternVL 3",
         "InternVLConfig",
         parts.internvl_options,
         parts.internvl_processor,
         note="vLLM makes its vision attention of other linear layers",
     ),
-    SeeingModel(
+    VisionModel(
         "Mistral Small 3.1",
         "Mistral3Config",
         parts.mistral_options,
         parts.mistral_processor,
         note="rows of image tokens",
     ),
-    SeeingModel(
+    VisionModel(
         "Qwen2-VL",
         "Qwen2VLConfig",
         parts.qwen2_options,
@@ -116,7 +116,7 @@ SEEING = (
         note="images of any size",
         projector=True,
     ),
-    SeeingModel(
+    VisionModel(
         "Qwen2.5-VL",
         "Qwen2_5_VLConfig",
         parts.qwen25_options,
@@ -124,9 +124,9 @@ SEEING = (
         note="images of any size, in windows",
         projector=True,
     ),
-    SeeingModel("Idefics 3, SmolVLM", "Idefics3Config", parts.idefics_options, parts.idefics_processor, projector=True),
-    SeeingModel("SmolVLM 2", "SmolVLMConfig", parts.idefics_options, parts.smolvlm_processor, projector=True),
-    SeeingModel(
+    VisionModel("Idefics 3, SmolVLM", "Idefics3Config", parts.idefics_options, parts.idefics_processor, projector=True),
+    VisionModel("SmolVLM 2", "SmolVLMConfig", parts.idefics_options, parts.smolvlm_processor, projector=True),
+    VisionModel(
         "Gemma 3",
         "Gemma3Config",
         parts.gemma_options,
@@ -162,7 +162,7 @@ def _renamed(name: str, published: dict[str, str]) -> str:
     return name
 
 
-def save_seeing_model(row: SeeingModel, folder: Path) -> Path:
+def save_seeing_model(row: VisionModel, folder: Path) -> Path:
     """A random model in float32 with its processor."""
     import transformers
 

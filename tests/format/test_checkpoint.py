@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from pgsvd_vllm.errors import CheckpointError
 from pgsvd_vllm.format.reader import check_data, open_checkpoint, read_config, read_headers
 from pgsvd_vllm.format.schema import INDEX_NAME, parse_modules
-from pgsvd_vllm.format.writer import ShardWriter
+from pgsvd_vllm.format.writer import TensorWriter
 
 Tensors = dict[str, torch.Tensor]
 
@@ -49,7 +49,7 @@ def good_config() -> dict[str, Any]:
 
 def write(folder: Path, tensors: Tensors | None = None, config: object = None, max_bytes: int = 200) -> Path:
     folder.mkdir(exist_ok=True)
-    writer = ShardWriter(folder, max_bytes)
+    writer = TensorWriter(folder, max_bytes)
     for name, tensor in (tensors or good_tensors()).items():
         writer.add(name, tensor)
     writer.close()
@@ -109,7 +109,7 @@ def test_shards_read_back_equal(tmp_path: Path, max_bytes: int) -> None:
 
 def test_the_writer_takes_views(tmp_path: Path) -> None:
     whole = torch.arange(40.0).view(5, 8)
-    writer = ShardWriter(tmp_path)
+    writer = TensorWriter(tmp_path)
     writer.add("columns", whole[:, 1:4])
     writer.add("transposed", whole.T)
     assert writer.close() == (15 + 40) * 4

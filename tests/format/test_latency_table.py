@@ -7,15 +7,17 @@ from typing import Any
 import pytest
 
 from pgsvd_vllm.errors import InputError
-from pgsvd_vllm.format.latency_table import CostTable, ShapeCosts, read_costs, write_costs
+from pgsvd_vllm.format.latency_table import LatencyTable, ShapeLatencies, read_latencies, write_latencies
 
 FORMS = {"factors": [(16, 10.0), (32, 14.0), (64, 30.0)], "pivot": [(16, 12.0), (48, 20.0)]}
-TABLE = CostTable({(96, 64): ShapeCosts(25.0, FORMS), (64, 64): ShapeCosts(9.5, FORMS)}, 8, "bfloat16", "a machine")
+TABLE = LatencyTable(
+    {(96, 64): ShapeLatencies(25.0, FORMS), (64, 64): ShapeLatencies(9.5, FORMS)}, 8, "bfloat16", "a machine"
+)
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
-    write_costs(TABLE, tmp_path / "costs.json")
-    assert read_costs(tmp_path / "costs.json") == TABLE
+    write_latencies(TABLE, tmp_path / "costs.json")
+    assert read_latencies(tmp_path / "costs.json") == TABLE
     assert [path.name for path in tmp_path.iterdir()] == ["costs.json"]
 
 
@@ -44,13 +46,13 @@ def test_a_shape_that_was_not_measured_is_named() -> None:
 
 
 def test_shapes_of_which_no_rank_saves_numbers_have_a_dense_time_alone(tmp_path: Path) -> None:
-    table = CostTable({(1, 64): ShapeCosts(2.0, {"factors": [], "pivot": []})}, 1, "float32", "m")
-    write_costs(table, tmp_path / "costs.json")
-    assert read_costs(tmp_path / "costs.json").time(1, 64, "pivot", None) == 2.0
+    table = LatencyTable({(1, 64): ShapeLatencies(2.0, {"factors": [], "pivot": []})}, 1, "float32", "m")
+    write_latencies(table, tmp_path / "costs.json")
+    assert read_latencies(tmp_path / "costs.json").time(1, 64, "pivot", None) == 2.0
 
 
 def test_one_measured_rank_is_the_time_of_all() -> None:
-    costs = ShapeCosts(9.0, {"factors": [(2, 5.0)], "pivot": []})
+    costs = ShapeLatencies(9.0, {"factors": [(2, 5.0)], "pivot": []})
     assert [costs.of("factors", rank) for rank in (1, 2, 3)] == [5.0] * 3
 
 
@@ -86,7 +88,7 @@ def test_what_is_wrong_is_named(path: list[Any], value: Any, message: str, tmp_p
     file = tmp_path / "costs.json"
     file.write_text(json.dumps(content))
     with pytest.raises(InputError, match=message) as caught:
-        read_costs(file)
+        read_latencies(file)
     assert str(file) in str(caught.value)
 
 
@@ -96,16 +98,16 @@ def test_a_missing_part_is_named(key: str, tmp_path: Path) -> None:
     del content[key]
     (tmp_path / "costs.json").write_text(json.dumps(content))
     with pytest.raises(InputError, match=rf"costs\.json: not a table of times \(KeyError: '{key}'\)"):
-        read_costs(tmp_path / "costs.json")
+        read_latencies(tmp_path / "costs.json")
 
 
 @pytest.mark.parametrize("text", ["", "[1]", "{", "\x00"])
 def test_what_is_no_json_object_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "costs.json").write_text(text)
     with pytest.raises(InputError, match=r"--costs .*costs\.json: (not valid JSON|expected a JSON object)"):
-        read_costs(tmp_path / "costs.json")
+        read_latencies(tmp_path / "costs.json")
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"--costs .*absent\.json: no such file"):
-        read_costs(tmp_path / "absent.json")
+        read_latencies(tmp_path / "absent.json")

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from benchmarks.studies.bf16_logits import multiplied_back
+from benchmarks.studies.bf16_logits import reconstruct_dense
 from pgsvd_vllm.errors import CheckpointError
 from pgsvd_vllm.format.reader import open_checkpoint, read_index
 from pgsvd_vllm.format.schema import INDEX_NAME, LOAD_GUARD
@@ -84,7 +84,7 @@ def test_logits_equal_the_multiplied_back_model(checkpoint: Path) -> None:
 
     def dense_logits(dtype: torch.dtype) -> torch.Tensor:
         dense = LlamaForCausalLM(config).to(dtype).eval()
-        missing, unexpected = dense.load_state_dict(multiplied_back(checkpoint, torch.float32), strict=False)
+        missing, unexpected = dense.load_state_dict(reconstruct_dense(checkpoint, torch.float32), strict=False)
         assert unexpected == []
         assert set(missing) <= {"lm_head.weight"}
         dense.tie_weights()

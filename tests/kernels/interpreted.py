@@ -16,7 +16,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
-from pgsvd_vllm.kernels.layer_shape import Shard
+from pgsvd_vllm.kernels.layer_shape import ShardShape
 from pgsvd_vllm.kernels.numerics import gated_difference, layer_difference
 from pgsvd_vllm.kernels.packed_weights import Gate, PackedLayer
 from pgsvd_vllm.kernels.tile_heuristics import Tile, Tiles
@@ -87,9 +87,9 @@ def random_tiles(rng: random.Random) -> Tiles:
 
 def room(packed: PackedLayer, tokens: int, down: Tile | None) -> Any:
     """A workspace that is just large enough, poisoned."""
-    from pgsvd_vllm.kernels.launch import Workspace
+    from pgsvd_vllm.kernels.launch import SplitKScratch
 
-    workspace = Workspace(torch.device("cpu"))
+    workspace = SplitKScratch(torch.device("cpu"))
     if down is None:
         return workspace
     rows, tiles = len(packed.v), -(-tokens // down.block_m) * -(-len(packed.v) // down.block_out)
@@ -140,7 +140,7 @@ def gated_layer(rng: random.Random, dtype: torch.dtype, columns: int) -> Any:
         kind, rank = rng.choice(["dense", "factors", "pivot", "pivot"]), rng.choice([1, 3, 15, 16, 17, 40])
         # Sometimes all outputs are pivots, and not all pivots are outputs.
         own = min(half, rng.choice([rank, rank, rng.randint(1, rank)]))
-        shards.append(Shard(half, None if kind == "dense" else rank, own if kind == "pivot" else None))
+        shards.append(ShardShape(half, None if kind == "dense" else rank, own if kind == "pivot" else None))
     return RandomLayer(shards, columns, dtype, torch.device("cpu"))
 
 
@@ -182,10 +182,10 @@ def check_gated(rng: random.Random) -> None:
 
 def check_products(rng: random.Random) -> None:
     """What a layer holds on a GPU: the kernels for few tokens, torch's products for many."""
-    from pgsvd_vllm.serving.gemm.gpu import TritonProducts
+    from pgsvd_vllm.serving.gemm.gpu import TritonGemms
 
     layer = Layer(rng, torch.bfloat16, 64)
-    products = TritonProducts(layer.readers, layer.ups, layer.places, has_bias=True)
+    products = TritonGemms(layer.readers, layer.ups, layer.places, has_bias=True)
     for tokens in (0, 1, 20, 70, 300):
         x = torch.randn(tokens, 64).bfloat16()
         wrong = layer.difference(x, None, products(x))

@@ -24,7 +24,7 @@ from vllm.platforms import current_platform
 from benchmarks.linear_cpu import one_rank
 from pgsvd_vllm.kernels.tile_heuristics import tiles_for
 from pgsvd_vllm.parallel.comm_plan import Cut
-from pgsvd_vllm.serving.gemm.gpu import TritonProducts
+from pgsvd_vllm.serving.gemm.gpu import TritonGemms
 from tests.kernels.interpreter import prepare, watch
 from tests.serving.layers.test_linear import HIDDEN, MIXES, WIDE, Case, check
 from tests.serving.test_collectives import check_ranks
@@ -73,7 +73,7 @@ def check_activation() -> int:
     """MLPs of vLLM whose gate and up layer computes the activation, and such as must keep theirs."""
     from pgsvd_vllm.kernels.numerics import gated_difference
     from pgsvd_vllm.parallel.slicing import pivot_rows
-    from pgsvd_vllm.serving.layers.fused_silu import take_activations
+    from pgsvd_vllm.serving.layers.fused_silu import fuse_silu
 
     torch.set_default_dtype(torch.bfloat16)
     plain, lora = VllmConfig(), VllmConfig()
@@ -86,7 +86,7 @@ def check_activation() -> int:
         mlp.gate_up_proj = case.layer
         torch.nn.init.normal_(mlp.down_proj.weight, std=0.1)
         mlp.down_proj.quant_method.process_weights_after_loading(mlp.down_proj)
-        if take_activations(mlp, lora) or take_activations(torch.nn.ModuleList([mlp]), plain) != 1:
+        if fuse_silu(mlp, lora) or fuse_silu(torch.nn.ModuleList([mlp]), plain) != 1:
             raise SystemExit(f"{kind.__name__} {ranks}: taken where it must not be, or not taken")
         case.load().finish()
         readers, ups, places = [], [], []
@@ -120,12 +120,12 @@ def check_activation() -> int:
     # What vLLM tells stored graphs apart by.
     if "activations" not in str(plain.additional_config) or lora.additional_config:
         raise SystemExit(f"additional_config: {plain.additional_config}, {lora.additional_config}")
-    if take_activations(other, plain) or isinstance(other.act_fn, torch.nn.Identity):
+    if fuse_silu(other, plain) or isinstance(other.act_fn, torch.nn.Identity):
         raise SystemExit("the activation of an unknown MLP is taken")
     os.environ["PGSVD_KERNELS"] = "torch"
     mlp = LlamaMLP(HIDDEN, WIDE, "silu", prefix="torch")
     mlp.gate_up_proj = other.gate_up_proj
-    if take_activations(mlp, plain):
+    if fuse_silu(mlp, plain):
         raise SystemExit("the activation is taken by torch's products")
     return taken
 
@@ -145,7 +145,7 @@ def check_cuts() -> int:
         # A rank starts anew when it has been handed what it waits for.
         if launches[0] - launches[1] < size:
             raise SystemExit(f"{leaf} {ranks}, {size} ranks: {launches} launches for 5 and for 300 tokens")
-        layers += cuts != {Cut.PLAIN}
+        layers += cuts != {Cut.REPLICATED}
     return layers
 
 
@@ -159,7 +159,7 @@ def main() -> None:
             for bias in (False, True):
                 for leaf, ranks in MIXES:
                     case = Case(leaf, ranks, bias, dtype).load().finish()
-                    if not isinstance(case.layer.pgsvd_gemms, TritonProducts):
+                    if not isinstance(case.layer.pgsvd_gemms, TritonGemms):
                         raise SystemExit(f"{leaf} {ranks}: {type(case.layer.pgsvd_gemms).__name__}")
                     for tokens in (0, 1, 17, 100, 300):
                         earlier = watch.launches

@@ -67,15 +67,15 @@ def expect(found: object, wanted: object, what: str) -> None:
 def check_search() -> Any:
     """The best of each search is found, what fails is not taken, the library is where it is faster."""
     from pgsvd_vllm.kernels import autotune as tune
-    from pgsvd_vllm.kernels.layer_shape import Shard, sizes_of
+    from pgsvd_vllm.kernels.layer_shape import ShardShape, layer_shape_of
     from pgsvd_vllm.kernels.tile_heuristics import own_tiles
 
     tune.run = spy(tune.run)
-    shards, columns = (Shard(48, 17), Shard(40, 16, 16), Shard(20)), 640
+    shards, columns = (ShardShape(48, 17), ShardShape(40, 16, 16), ShardShape(20)), 640
     clock = Clock()
     one = (17 + 15 + 16 + 20) * columns * 2 + (48 * 32 + 24 * 16) * 2
     tuner = tune.LayerTuner(shards, columns, torch.bfloat16, CPU, False, clock, copy_bytes=2.5 * one)
-    expect(tuner.sizes, sizes_of(shards, columns), "sizes")
+    expect(tuner.sizes, layer_shape_of(shards, columns), "sizes")
     down, up = own_tiles(1, tuner.sizes)
     downs, ups = tune.candidates(1, (down, up))
     best = replace(downs[2], split_k=1)
@@ -106,31 +106,36 @@ def check_search() -> Any:
     else:
         raise SystemExit("usual tiles that are wrong are taken")
     broken.clear()
-    for shape in ((Shard(30),), (Shard(17, 17, 17), Shard(9, 4))):
-        expect(tune.LayerTuner(shape, 64, torch.float16, CPU, False, clock, 0).sizes, sizes_of(shape, 64), "sizes")
+    for shape in ((ShardShape(30),), (ShardShape(17, 17, 17), ShardShape(9, 4))):
+        expect(
+            tune.LayerTuner(shape, 64, torch.float16, CPU, False, clock, 0).sizes, layer_shape_of(shape, 64), "sizes"
+        )
     return tuner, found.step
 
 
 def check_table(folder: Path, tuner: Any, step: Any) -> None:
     """A layer of the measured sizes takes the table's tiles, computes what it should; another one the usual."""
     from pgsvd_vllm.kernels.autotune import RandomLayer
-    from pgsvd_vllm.kernels.layer_shape import Shard, sizes_of
+    from pgsvd_vllm.kernels.layer_shape import ShardShape, layer_shape_of
     from pgsvd_vllm.kernels.numerics import gated_difference, layer_difference
     from pgsvd_vllm.kernels.tile_heuristics import Step, Tile, own_tiles, tiles_for, usual_steps
     from pgsvd_vllm.kernels.tile_table import Table, write_table
-    from pgsvd_vllm.serving.gemm.gpu import TritonProducts
+    from pgsvd_vllm.serving.gemm.gpu import TritonGemms
 
     path = folder / "table.json"
     steps = (step, Step(16, None))
-    gated = (Shard(40, 17), Shard(40, 16, 16))
+    gated = (ShardShape(40, 17), ShardShape(40, 16, 16))
     tiles = Tile(16, 16, 64, 4, 2, 4), Tile(16, 64, 64, 4, 2)
-    both = {tuner.sizes: steps, sizes_of(gated, 640): (Step(1, tiles), Step(64, None), Step(256, tiles))}
+    both = {tuner.sizes: steps, layer_shape_of(gated, 640): (Step(1, tiles), Step(64, None), Step(256, tiles))}
     write_table(Table("cpu", both), path)
     os.environ["PGSVD_KERNEL_TABLE"] = str(path)
-    similar = (Shard(48, 17), Shard(40, 16, 16), Shard(22))
-    for shards, wanted in ((similar, steps), ((Shard(48, 17),), usual_steps(sizes_of((Shard(48, 17),), 640)))):
+    similar = (ShardShape(48, 17), ShardShape(40, 16, 16), ShardShape(22))
+    for shards, wanted in (
+        (similar, steps),
+        ((ShardShape(48, 17),), usual_steps(layer_shape_of((ShardShape(48, 17),), 640))),
+    ):
         layer = RandomLayer(shards, 640, torch.bfloat16, CPU)
-        products = TritonProducts(layer.readers, layer.ups, layer.places, has_bias=True)
+        products = TritonGemms(layer.readers, layer.ups, layer.places, has_bias=True)
         expect(products.steps, wanted, "steps")
         for tokens in (0, 1, 5, 40):
             x = torch.randn(tokens, 640).bfloat16()
@@ -138,7 +143,7 @@ def check_table(folder: Path, tuner: Any, step: Any) -> None:
             expect(wrong, "", f"{tokens} tokens")
     # With the activation all but the down tile is the usual choice.
     layer = RandomLayer(gated, 640, torch.bfloat16, CPU)
-    products = TritonProducts(layer.readers, layer.ups, layer.places, True, lambda y: silu(y[:, :40]) * y[:, 40:])
+    products = TritonGemms(layer.readers, layer.ups, layer.places, True, lambda y: silu(y[:, :40]) * y[:, 40:])
     for tokens in (1, 5, 40, 70, 256):
         own = own_tiles(tokens, products.layer.sizes, gated=True)
         wanted = (tiles[0], own[1]) if tokens == 1 else own if tokens == 5 else None

@@ -6,18 +6,18 @@ from typing import Any
 
 import pytest
 
-from pgsvd_vllm.kernels.layer_shape import Shard, Sizes, sizes_of
+from pgsvd_vllm.kernels.layer_shape import LayerShape, ShardShape, layer_shape_of
 from pgsvd_vllm.kernels.tile_heuristics import MOST_TOKENS, Step, Tile, own_tiles, tiles_for, usual_steps
 from pgsvd_vllm.kernels.tile_table import Table, default_path, read_table, write_table
 
 FEW = (Tile(16, 64, 128, 4, 3, 8), Tile(16, 32, 256, 4, 2, swap=True))
 MANY = (None, Tile(128, 64, 64, 8, 3))
 STEPS = (Step(1, FEW), Step(16, None), Step(MOST_TOKENS, MANY))
-SIZES = Sizes(4096, 3696, 12288, 1232, 3, False)
+SIZES = LayerShape(4096, 3696, 12288, 1232, 3, False)
 
 
 def test_a_table_is_read_as_it_was_written(tmp_path: Path) -> None:
-    table = Table("GPU of a test", {SIZES: STEPS, Sizes(64, 32, 0, 0, 0, True): STEPS[:1]})
+    table = Table("GPU of a test", {SIZES: STEPS, LayerShape(64, 32, 0, 0, 0, True): STEPS[:1]})
     write_table(table, tmp_path / "new" / "table.json")
     assert read_table(tmp_path / "new" / "table.json") == table
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["table.json"]
@@ -39,7 +39,7 @@ def test_numbers_of_tokens_find_their_step(tokens: int, tiles: Any) -> None:
 def test_the_usual_steps_are_our_kernels_tiles_as_long_as_they_are_the_fastest(
     shards: int, scattered: bool, gated: bool, most: int, amd: bool
 ) -> None:
-    sizes = Sizes(4096, 3696, 12288, 1232, shards, scattered)
+    sizes = LayerShape(4096, 3696, 12288, 1232, shards, scattered)
     steps = usual_steps(sizes, gated, amd)
     for tokens in range(1, MOST_TOKENS + 1):
         assert tiles_for(steps, tokens) == (own_tiles(tokens, sizes, gated, amd) if tokens <= most else None)
@@ -49,29 +49,29 @@ def test_the_usual_steps_are_our_kernels_tiles_as_long_as_they_are_the_fastest(
     ("sizes", "found"),
     [
         (SIZES, 1),
-        (Sizes(4096, 3696, 12288, 1000, 3, False), 1),
-        (Sizes(4096, 3696, 12288, 800, 3, False), None),
-        (Sizes(4096, 4800, 12288, 1232, 3, False), None),
-        (Sizes(4096, 3400, 12288, 1200, 3, False), 1),
-        (Sizes(4096, 3100, 12288, 1130, 3, False), 2),
-        (Sizes(2048, 3696, 12288, 1232, 3, False), None),
-        (Sizes(4096, 3696, 12288, 1232, 2, False), None),
-        (Sizes(4096, 3696, 12288, 1232, 3, True), None),
+        (LayerShape(4096, 3696, 12288, 1000, 3, False), 1),
+        (LayerShape(4096, 3696, 12288, 800, 3, False), None),
+        (LayerShape(4096, 4800, 12288, 1232, 3, False), None),
+        (LayerShape(4096, 3400, 12288, 1200, 3, False), 1),
+        (LayerShape(4096, 3100, 12288, 1130, 3, False), 2),
+        (LayerShape(2048, 3696, 12288, 1232, 3, False), None),
+        (LayerShape(4096, 3696, 12288, 1232, 2, False), None),
+        (LayerShape(4096, 3696, 12288, 1232, 3, True), None),
     ],
 )
-def test_a_layer_takes_the_most_similar_ones_steps(sizes: Sizes, found: int | None) -> None:
-    table = Table("", {SIZES: (Step(1, FEW),), Sizes(4096, 3000, 12288, 1100, 3, False): (Step(2, FEW),)})
+def test_a_layer_takes_the_most_similar_ones_steps(sizes: LayerShape, found: int | None) -> None:
+    table = Table("", {SIZES: (Step(1, FEW),), LayerShape(4096, 3000, 12288, 1100, 3, False): (Step(2, FEW),)})
     steps = table.steps(sizes)
     assert (steps[0].most_tokens if steps else None) == found
     assert Table("").steps(sizes) is None
 
 
 def test_sizes_count_padded_ranks_and_rows_of_the_up_product() -> None:
-    assert sizes_of([Shard(100, 17), Shard(60, 16, 16), Shard(20)], 64) == Sizes(
+    assert layer_shape_of([ShardShape(100, 17), ShardShape(60, 16, 16), ShardShape(20)], 64) == LayerShape(
         64, 32 + 16 + 20, 144, 4016 // 144, 2, True
     )
     # All outputs are pivots: nothing is left for the up product, and nothing is padded.
-    assert sizes_of([Shard(17, 17, 17)], 64) == Sizes(64, 17, 0, 0, 0, True)
+    assert layer_shape_of([ShardShape(17, 17, 17)], 64) == LayerShape(64, 17, 0, 0, 0, True)
 
 
 def test_the_default_file_is_named_after_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

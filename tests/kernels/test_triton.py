@@ -19,11 +19,11 @@ from tests.conftest import ROOT
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
 from pgsvd_vllm.kernels.cublas import run_library  # noqa: E402
-from pgsvd_vllm.kernels.launch import Workspace, room, run  # noqa: E402
-from pgsvd_vllm.kernels.layer_shape import Sizes  # noqa: E402
+from pgsvd_vllm.kernels.launch import SplitKScratch, room, run  # noqa: E402
+from pgsvd_vllm.kernels.layer_shape import LayerShape  # noqa: E402
 from pgsvd_vllm.kernels.packed_weights import PackedLayer  # noqa: E402
 from pgsvd_vllm.kernels.tile_heuristics import FEW_TOKENS_OF_MANY, down_tile, usual_steps  # noqa: E402
-from pgsvd_vllm.serving.gemm.gpu import TritonProducts, Workspaces  # noqa: E402
+from pgsvd_vllm.serving.gemm.gpu import ScratchPool, TritonGemms  # noqa: E402
 from tests.kernels.interpreted import Layer  # noqa: E402
 
 # (file, what it says, what a bug would say)
@@ -282,37 +282,37 @@ def test_other_dtypes_are_refused() -> None:
 def test_inputs_that_do_not_fit_are_refused(x: torch.Tensor, bias: torch.Tensor | None, message: str) -> None:
     one = layer((8, 16, 4))
     with pytest.raises(ValueError, match=message):
-        run(x, one, Workspace(x.device), bias)
+        run(x, one, SplitKScratch(x.device), bias)
 
 
 def test_a_workspace_that_is_too_small_is_refused() -> None:
     wide = layer((8, 4096, 4))
     assert down_tile(2, wide.sizes).split_k > 1
     with pytest.raises(ValueError, match=r"the workspace is too small for 2 tokens in 8 parts"):
-        run(torch.zeros(2, 4096), wide, Workspace(torch.device("cpu")))
+        run(torch.zeros(2, 4096), wide, SplitKScratch(torch.device("cpu")))
 
 
 def test_the_environment_chooses_the_products(monkeypatch: pytest.MonkeyPatch) -> None:
     weights = [torch.randn(4, 16)], [torch.randn(8, 4)], [None], False
     monkeypatch.setenv("PGSVD_KERNELS", "torch")
-    products = TritonProducts(*weights)
+    products = TritonGemms(*weights)
     x = torch.randn(3, 16)
     torch.testing.assert_close(products(x), x @ weights[0][0].T @ weights[1][0].T)
     monkeypatch.setenv("PGSVD_KERNELS", "cuda")
     with pytest.raises(InputError, match="PGSVD_KERNELS=cuda: must be triton or torch"):
-        TritonProducts(*weights)
+        TritonGemms(*weights)
 
 
 def test_a_chosen_table_that_cannot_be_used_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PGSVD_KERNEL_TABLE", str(tmp_path / "none.json"))
     weights = [torch.randn(4, 16).half()], [torch.randn(8, 4).half()], [None], False
     with pytest.raises(InputError, match=r"^PGSVD_KERNEL_TABLE: .*none\.json: cannot be read"):
-        TritonProducts(*weights)
+        TritonGemms(*weights)
 
 
 def test_every_stream_has_its_own_workspace() -> None:
-    spaces = Workspaces(torch.device("cpu"))
-    small, large = (usual_steps(Sizes(2048, rows, 4096, rows, 1, False)) for rows in (160, 3200))
+    spaces = ScratchPool(torch.device("cpu"))
+    small, large = (usual_steps(LayerShape(2048, rows, 4096, rows, 1, False)) for rows in (160, 3200))
     spaces.reserve(160, small)
     first = spaces.of_stream(1, capturing=False)
     assert first is not None
@@ -336,9 +336,9 @@ def test_every_stream_has_its_own_workspace() -> None:
 
 @pytest.mark.parametrize(("rows", "columns"), [(16, 576), (640, 2048), (3696, 4096), (11008, 4096), (2816, 11008)])
 def test_the_workspace_has_room_for_every_number_of_tokens(rows: int, columns: int) -> None:
-    space = Workspace(torch.device("cpu"))
-    sizes = Sizes(columns, rows, 3 * columns, rows // 3, 3, False)
-    space.grow(*room(16, usual_steps(Sizes(16, 16, 16, 16, 3, False))))
+    space = SplitKScratch(torch.device("cpu"))
+    sizes = LayerShape(columns, rows, 3 * columns, rows // 3, 3, False)
+    space.grow(*room(16, usual_steps(LayerShape(16, 16, 16, 16, 3, False))))
     space.grow(*room(rows, usual_steps(sizes)))
     for tokens in range(1, FEW_TOKENS_OF_MANY + 1):
         tile = down_tile(tokens, sizes)

@@ -4,9 +4,9 @@ from pathlib import Path
 
 from pgsvd_vllm.format.reader import Checkpoint, TensorInfo, open_checkpoint
 from pgsvd_vllm.format.schema import FactoredModule
-from pgsvd_vllm.kernels.layer_shape import Shard
-from pgsvd_vllm.parallel.layer_grouping import LayerSizes, merged_layers
-from pgsvd_vllm.parallel.preview import parallel_plan
+from pgsvd_vllm.kernels.layer_shape import ShardShape
+from pgsvd_vllm.parallel.layer_grouping import LayerSizes, grouped_layers
+from pgsvd_vllm.parallel.preview import preview
 
 
 def checkpoint(shapes: dict[str, tuple[int, int]], modules: dict[str, FactoredModule]) -> Checkpoint:
@@ -35,18 +35,18 @@ LLAMA = checkpoint(
 
 
 def test_siblings_are_merged_in_their_order_with_dense_ones_among_them() -> None:
-    assert list(merged_layers(LLAMA)) == [
-        LayerSizes(96, (Shard(128, 16), Shard(32), Shard(64, 40, 40))),
-        LayerSizes(200, (Shard(96, 40, 40),)),
-        LayerSizes(50, (Shard(60, 16),)),
+    assert list(grouped_layers(LLAMA)) == [
+        LayerSizes(96, (ShardShape(128, 16), ShardShape(32), ShardShape(64, 40, 40))),
+        LayerSizes(200, (ShardShape(96, 40, 40),)),
+        LayerSizes(50, (ShardShape(60, 16),)),
     ]
 
 
 def test_ranks_of_tensor_parallelism_hold_their_share() -> None:
-    assert list(merged_layers(LLAMA, 2)) == [
-        LayerSizes(96, (Shard(64, 16), Shard(16), Shard(32, 40, 20))),
-        LayerSizes(100, (Shard(96, 40, 40),)),
-        LayerSizes(50, (Shard(30, 16),)),
+    assert list(grouped_layers(LLAMA, 2)) == [
+        LayerSizes(96, (ShardShape(64, 16), ShardShape(16), ShardShape(32, 40, 20))),
+        LayerSizes(100, (ShardShape(96, 40, 40),)),
+        LayerSizes(50, (ShardShape(30, 16),)),
     ]
 
 
@@ -54,17 +54,17 @@ def test_projectors_are_cut_as_vllm_cuts_them() -> None:
     llava = ("multi_modal_projector.linear_1", "multi_modal_projector.linear_2")
     names = (*llava, "visual.merger.mlp.0", "visual.merger.mlp.2", "model.connector.modality_projection.proj")
     found = checkpoint(dict.fromkeys(names, (60, 50)), dict.fromkeys(names, FACTORS))
-    by_outputs, by_inputs = LayerSizes(50, (Shard(30, 16),)), LayerSizes(25, (Shard(60, 16),))
-    whole = LayerSizes(50, (Shard(60, 16),))
-    assert list(merged_layers(found, 2)) == [by_outputs, by_inputs, by_outputs, by_inputs, whole]
-    plans = list(parallel_plan(found, 2, 8 * 2**20))
+    by_outputs, by_inputs = LayerSizes(50, (ShardShape(30, 16),)), LayerSizes(25, (ShardShape(60, 16),))
+    whole = LayerSizes(50, (ShardShape(60, 16),))
+    assert list(grouped_layers(found, 2)) == [by_outputs, by_inputs, by_outputs, by_inputs, whole]
+    plans = list(preview(found, 2, 8 * 2**20))
     assert [plan.here == plan.whole for plan in plans] == [False, False, False, False, True]
     assert plans[-1].sent == plans[-1].dense == 0
 
 
 def test_every_factored_module_of_a_real_checkpoint_is_in_a_layer(tiny_compressed: Path) -> None:
     found = open_checkpoint(tiny_compressed)
-    shards = [shard for layer in merged_layers(found) for shard in layer.shards if shard.rank is not None]
+    shards = [shard for layer in grouped_layers(found) for shard in layer.shards if shard.rank is not None]
     assert sorted((shard.out, shard.rank) for shard in shards) == sorted(
         (out, rank) for out, _, rank in map(found.shape, found.modules)
     )
@@ -74,4 +74,4 @@ def test_experts_and_the_output_head_are_no_layers_of_kernels() -> None:
     names = ("m.0.mlp.experts.0.gate_proj", "m.0.mlp.experts.0.up_proj", "lm_head")
     found = checkpoint(dict.fromkeys((*names, "fc1"), (60, 50)), dict.fromkeys((*names, "fc1"), FACTORS))
     found.config["quantization_config"] = {"head": "lm_head"}
-    assert list(merged_layers(found)) == [LayerSizes(50, (Shard(60, 16),))]
+    assert list(grouped_layers(found)) == [LayerSizes(50, (ShardShape(60, 16),))]

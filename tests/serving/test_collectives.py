@@ -11,7 +11,7 @@ from vllm.model_executor.layers import linear as vllm_linear
 
 from pgsvd_vllm.errors import CheckpointError, InputError
 from pgsvd_vllm.format.schema import FactoredModule
-from pgsvd_vllm.parallel.comm_plan import Cut, Traffic, collective_bytes
+from pgsvd_vllm.parallel.comm_plan import CommPlan, Cut, collective_bytes
 from pgsvd_vllm.serving.layers import linear
 from pgsvd_vllm.serving.quant_config import PgsvdConfig
 from tests.serving.layers.test_linear import HIDDEN, KV_HEADS, MIXES, WIDE, Case, Rank
@@ -21,16 +21,16 @@ WORLDS = (1, 2, 4, 8)
 TOKENS = 5
 
 
-def spendthrift() -> Traffic:
+def spendthrift() -> CommPlan:
     """Every collective is worth it, and allowed."""
-    traffic = Traffic(0)
+    traffic = CommPlan(0)
     traffic.dense = 10**9
     return traffic
 
 
-def thrifty() -> Traffic:
+def thrifty() -> CommPlan:
     """No collective is worth it."""
-    return Traffic(2**60)
+    return CommPlan(2**60)
 
 
 def check_ranks(
@@ -73,7 +73,7 @@ def check_ranks(
 def test_all_ranks_together_compute_the_layer(leaf: str, mix: tuple[Rank, ...], size: int) -> None:
     for bias in (False, True):
         cuts, sent, counted = check_ranks(leaf, mix, size, bias, torch.float32, rich=False)
-        assert cuts == {Cut.REDUCED if leaf == "down_proj" and size > 1 else Cut.PLAIN}
+        assert cuts == {Cut.ALL_REDUCE_Z if leaf == "down_proj" and size > 1 else Cut.REPLICATED}
         assert sent == counted
 
 
@@ -84,9 +84,9 @@ def test_with_all_collectives_as_well(leaf: str, mix: tuple[Rank, ...], size: in
         cuts, sent, counted = check_ranks(leaf, mix, size, bias, dtype, rich=True)
         # One rank row cannot be cut; what is not cut in vLLM's layer is not cut here.
         if leaf == "gate" or (leaf, mix) in (("up_proj", ("p1",)), ("qkv_proj", (None, None, 1))):
-            assert cuts == {Cut.PLAIN}
+            assert cuts == {Cut.REPLICATED}
         else:
-            assert cuts == {Cut.JOINED if leaf == "down_proj" else Cut.GATHERED}
+            assert cuts == {Cut.ALL_REDUCE_Z_GATHER_Y if leaf == "down_proj" else Cut.ALL_GATHER_Z}
         # In bf16 zeros fill z up to what the packed kernel wants.
         if dtype == torch.float32:
             assert sent == counted
@@ -118,7 +118,7 @@ def test_a_layer_that_is_told_later_not_to_sum_hands_out_its_part() -> None:
         for ranks.rank in range(2):
             case = Case("down_proj", (30,))
             layers.append(case.load().finish().layer)
-            assert case.layer.quant_method.cut is Cut.REDUCED
+            assert case.layer.quant_method.cut is Cut.ALL_REDUCE_Z
             case.layer.reduce_results = False
         x, own = torch.randn(TOKENS, WIDE), WIDE // 2
         ys = ranks.each(lambda rank: layers[rank](x[:, rank * own : (rank + 1) * own])[0])
@@ -130,9 +130,9 @@ def test_a_layer_over_other_ranks_exchanges_nothing() -> None:
     """Where queries are replicated for the context, a layer is cut over some of the ranks alone."""
     ranks = Ranks(2)
     with ranks.instead_of_vllms(), pytest.MonkeyPatch.context() as patch:
-        assert column_layer(spendthrift()).quant_method.cut is Cut.GATHERED
+        assert column_layer(spendthrift()).quant_method.cut is Cut.ALL_GATHER_Z
         patch.setattr(linear, "get_tensor_model_parallel_world_size", lambda: 4)
-        assert column_layer(spendthrift()).quant_method.cut is Cut.PLAIN
+        assert column_layer(spendthrift()).quant_method.cut is Cut.REPLICATED
 
 
 def test_inputs_that_come_whole_are_cut_by_the_layer() -> None:
@@ -192,7 +192,7 @@ def test_a_matrix_fused_in_the_checkpoint_is_cut_by_rank_as_well(module: Factore
                 parameter = getattr(layer, kind)
                 parameter.weight_loader(parameter, tensor)
             layer.quant_method.process_weights_after_loading(layer)
-            assert layer.quant_method.cut is Cut.GATHERED
+            assert layer.quant_method.cut is Cut.ALL_GATHER_Z
             layers.append(layer)
         x = torch.randn(TOKENS, HIDDEN, generator=generator)
         ys = ranks.each(lambda rank: layers[rank](x)[0])
@@ -208,7 +208,7 @@ def test_a_matrix_fused_in_the_checkpoint_is_cut_by_rank_as_well(module: Factore
 
 
 def row_layer(
-    traffic: Traffic, module: FactoredModule | None = None, name: str = "a.down_proj", sums: bool = True
+    traffic: CommPlan, module: FactoredModule | None = None, name: str = "a.down_proj", sums: bool = True
 ) -> nn.Module:
     config = PgsvdConfig({name: module or FactoredModule(30)})
     config.traffic = traffic
@@ -217,7 +217,7 @@ def row_layer(
     )
 
 
-def column_layer(traffic: Traffic, name: str = "a.up_proj") -> nn.Module:
+def column_layer(traffic: CommPlan, name: str = "a.up_proj") -> nn.Module:
     config = PgsvdConfig({name: FactoredModule(30)})
     config.traffic = traffic
     return vllm_linear.ColumnParallelLinear(HIDDEN, WIDE, False, quant_config=config, prefix=name)
@@ -231,24 +231,24 @@ def test_layers_that_keep_vllms_own_sums() -> None:
 
     with Ranks(2).instead_of_vllms():
         traffic = spendthrift()
-        assert row_layer(traffic).quant_method.cut is Cut.JOINED
+        assert row_layer(traffic).quant_method.cut is Cut.ALL_REDUCE_Z_GATHER_Y
         config = VllmConfig()
         config.lora_config = LoRAConfig(max_lora_rank=16)
         with set_current_vllm_config(config):
             layer = row_layer(traffic)
-        assert layer.quant_method.cut is Cut.PLAIN
+        assert layer.quant_method.cut is Cut.REPLICATED
         assert type(layer) is vllm_linear.RowParallelLinear
         pgsvd = PgsvdConfig({"a": FactoredModule(30)})
-        assert Other(WIDE, HIDDEN, False, quant_config=pgsvd, prefix="a").quant_method.cut is Cut.PLAIN
+        assert Other(WIDE, HIDDEN, False, quant_config=pgsvd, prefix="a").quant_method.cut is Cut.REPLICATED
 
 
 def test_shared_experts_exchange_nothing() -> None:
     """vLLM may run them on a stream of their own, where their collective would meet the experts'."""
     with Ranks(2).instead_of_vllms():
-        assert column_layer(spendthrift()).quant_method.cut is Cut.GATHERED
-        assert column_layer(spendthrift(), "mlp.shared_experts.up_proj").quant_method.cut is Cut.PLAIN
-        assert column_layer(spendthrift(), "mlp.shared_expert.up_proj").quant_method.cut is Cut.PLAIN
-        assert row_layer(spendthrift(), name="mlp.shared_expert.down_proj").quant_method.cut is Cut.PLAIN
+        assert column_layer(spendthrift()).quant_method.cut is Cut.ALL_GATHER_Z
+        assert column_layer(spendthrift(), "mlp.shared_experts.up_proj").quant_method.cut is Cut.REPLICATED
+        assert column_layer(spendthrift(), "mlp.shared_expert.up_proj").quant_method.cut is Cut.REPLICATED
+        assert row_layer(spendthrift(), name="mlp.shared_expert.down_proj").quant_method.cut is Cut.REPLICATED
 
 
 def test_wrong_rank_rows_are_named() -> None:
@@ -266,16 +266,16 @@ def test_a_model_never_sends_more_than_dense(share: float, workers: int) -> None
     """Llama-2-7B's sizes, plain factors; and it keeps about its share on a rank."""
     hidden, wide = 4096, 11008
     square, oblong = int((1 - share) * hidden / 2), int((1 - share) * hidden * wide / (hidden + wide))
-    traffic = Traffic(0)
+    traffic = CommPlan(0)
     kept = total = 0
 
     def keep(cut: Cut, out: int, columns: int, rank: int, by_outputs: bool) -> None:
         nonlocal kept, total
         total += rank * (out + columns)
         v, u = rank * columns / workers, rank * out / workers
-        if by_outputs and cut is Cut.PLAIN:
+        if by_outputs and cut is Cut.REPLICATED:
             v *= workers
-        if not by_outputs and cut is not Cut.JOINED:
+        if not by_outputs and cut is not Cut.ALL_REDUCE_Z_GATHER_Y:
             u *= workers
         kept += v + u
 
@@ -302,7 +302,7 @@ def test_bytes_that_are_none_are_refused(wrong: str, monkeypatch: pytest.MonkeyP
 
 def test_a_collective_must_save_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PGSVD_COLLECTIVE_BYTES", "1000")
-    traffic = Traffic(collective_bytes())
+    traffic = CommPlan(collective_bytes())
     traffic.dense = 10**6
-    assert traffic.by_outputs([20], 49, 2, 2) is Cut.PLAIN
-    assert traffic.by_outputs([20], 50, 2, 2) is Cut.GATHERED
+    assert traffic.by_outputs([20], 49, 2, 2) is Cut.REPLICATED
+    assert traffic.by_outputs([20], 50, 2, 2) is Cut.ALL_GATHER_Z

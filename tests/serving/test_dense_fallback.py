@@ -12,7 +12,7 @@ from vllm.model_executor.models.utils import StageMissingLayer
 
 from pgsvd_vllm.errors import CheckpointError
 from pgsvd_vllm.format.schema import FactoredModule
-from pgsvd_vllm.serving.dense_fallback import patterns, with_dense_weights
+from pgsvd_vllm.serving.dense_fallback import patterns, reconstructed_weights
 from pgsvd_vllm.serving.quant_config import PgsvdConfig
 
 OUT, WIDTH, RANK = 12, 10, 4
@@ -37,7 +37,7 @@ def test_factors_become_weights_whatever_their_order(seed: int) -> None:
     forms, tensors, expected = checkpoint()
     given = list(tensors.items())
     random.Random(seed).shuffle(given)
-    found = dict(with_dense_weights(given, forms))
+    found = dict(reconstructed_weights(given, forms))
     assert found.keys() == {"a.x.weight", "a.x.bias", "a.y.weight", "b.weight"}
     for name, weight in expected.items():
         torch.testing.assert_close(found[f"{name}.weight"].double(), weight, atol=1e-5, rtol=1e-5)
@@ -47,7 +47,7 @@ def test_factors_become_weights_whatever_their_order(seed: int) -> None:
 
 def test_factors_of_other_modules_stay() -> None:
     forms, tensors, _ = checkpoint()
-    found = dict(with_dense_weights(tensors.items(), {"a.y": forms["a.y"]}))
+    found = dict(reconstructed_weights(tensors.items(), {"a.y": forms["a.y"]}))
     assert found.keys() == {"a.x.weight_u", "a.x.weight_v", "a.x.bias", "a.y.weight", "b.weight"}
 
 
@@ -60,14 +60,14 @@ def test_pivots_that_are_no_rows_are_named() -> None:
     forms, tensors, _ = checkpoint()
     tensors["a.y.pivots"] = torch.tensor([0, 3, 7, OUT], dtype=torch.int32)
     with pytest.raises(CheckpointError, match=r"a\.y\.pivots"):
-        list(with_dense_weights(tensors.items(), forms))
+        list(reconstructed_weights(tensors.items(), forms))
 
 
 def test_a_factor_that_does_not_come_is_an_error() -> None:
     forms, tensors, _ = checkpoint()
     del tensors["a.y.weight_c"]
     with pytest.raises(CheckpointError, match=r"^a\.y: not all"):
-        list(with_dense_weights(tensors.items(), forms))
+        list(reconstructed_weights(tensors.items(), forms))
 
 
 def test_what_is_switched_off_is_taken_and_not_multiplied() -> None:
@@ -77,7 +77,7 @@ def test_what_is_switched_off_is_taken_and_not_multiplied() -> None:
     tower.x, tower.y = nn.Linear(WIDTH, OUT), nn.Linear(WIDTH, OUT)
     model = nn.Module()
     model.a = StageMissingLayer("image", tower)
-    assert config.take_plain(model) == {}
+    assert config.dense_fallbacks(model) == {}
     config.check_claimed()
 
 
@@ -88,9 +88,9 @@ def test_plain_matrices_are_found_by_either_name_and_others_are_not() -> None:
     model = nn.Module()
     model.vllm = nn.Module()
     model.vllm.x = nn.Linear(WIDTH, OUT)
-    found = config.take_plain(model)
+    found = config.dense_fallbacks(model)
     assert found == {"a.x": forms["a.x"], "vllm.x": forms["a.x"]}
     assert patterns(found) == ["'a.x'"]
     with pytest.raises(CheckpointError, match=r"^a\.y: "):
         config.check_claimed()
-    assert config.take_plain(model) == {}
+    assert config.dense_fallbacks(model) == {}

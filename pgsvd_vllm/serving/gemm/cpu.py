@@ -13,7 +13,7 @@ from vllm.utils.torch_utils import direct_register_custom_op
 
 from pgsvd_vllm.kernels.padding import columns_of, spread
 from pgsvd_vllm.parallel.comm_plan import Cut
-from pgsvd_vllm.serving.collectives import exchange_of
+from pgsvd_vllm.serving.collectives import collective_of
 from pgsvd_vllm.serving.vllm_compat import PACKED_IN, PACKED_INPUTS, Run, can_pack, packed_gemm, vllm_gemm
 
 
@@ -68,10 +68,10 @@ class FactoredGemms:
         readers: Sequence[torch.Tensor],
         ups: Sequence[torch.Tensor | None],
         places: Sequence[torch.Tensor | None],
-        cut: Cut = Cut.PLAIN,
+        cut: Cut = Cut.REPLICATED,
         workers: int = 1,
     ) -> None:
-        blocks = workers if cut is Cut.GATHERED else 1
+        blocks = workers if cut is Cut.ALL_GATHER_Z else 1
         # Those of low rank first: what is exchanged lies side by side.
         low_rank = [i for i, up in enumerate(ups) if up is not None]
         stacked: list[torch.Tensor] = []
@@ -98,7 +98,7 @@ class FactoredGemms:
                 where[i] = torch.where(place < 0, -1 - column, place)
         self.first = gemm(stacked[0] if len(stacked) == 1 else torch.cat(stacked))
         self.own = sum(widths)
-        self.exchange = exchange_of(cut, widths, workers)
+        self.exchange = collective_of(cut, widths, workers)
         # The outputs in order: a product (0 is the first) and its columns.
         self.pieces = [
             (0, read[i]) if up is None else (1 + low_rank.index(i), slice(0, len(up))) for i, up in enumerate(ups)

@@ -14,15 +14,15 @@ import torch
 
 from pgsvd_vllm.errors import InputError
 from pgsvd_vllm.kernels.cublas import run_library, run_library_gated
-from pgsvd_vllm.kernels.launch import REFUSALS, Workspace, can_overlap, room, run, run_gated
+from pgsvd_vllm.kernels.launch import REFUSALS, SplitKScratch, can_overlap, room, run, run_gated
 from pgsvd_vllm.kernels.packed_weights import MOST_SHARDS, Gate, PackedLayer
-from pgsvd_vllm.kernels.padding import Exchange
+from pgsvd_vllm.kernels.padding import Collective
 from pgsvd_vllm.kernels.tile_heuristics import Step, Steps, tiles_for, usual_steps
 from pgsvd_vllm.kernels.tile_table import Table, default_path, read_table
 from pgsvd_vllm.parallel.comm_plan import Cut
-from pgsvd_vllm.serving.collectives import exchange_of
+from pgsvd_vllm.serving.collectives import collective_of
 
-__all__ = ["MOST_SHARDS", "TritonProducts", "wants_triton"]
+__all__ = ["MOST_SHARDS", "TritonGemms", "wants_triton"]
 VARIABLE = "PGSVD_KERNELS"
 CHOICES = ("triton", "torch")
 TABLE_VARIABLE = "PGSVD_KERNEL_TABLE"
@@ -71,12 +71,12 @@ def _table(device: str, chosen: str | None) -> Table | None:
     return table
 
 
-class Workspaces:
+class ScratchPool:
     """Those of a device, one a stream: on one stream, layers run one after the other."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.of: dict[int, Workspace] = {}
+        self.of: dict[int, SplitKScratch] = {}
         self.room = (0, 0)
 
     def reserve(self, rows: int, steps: Steps) -> None:
@@ -86,7 +86,7 @@ class Workspaces:
         for space in self.of.values():
             space.grow(*self.room)
 
-    def here(self) -> Workspace | None:
+    def here(self) -> SplitKScratch | None:
         """The current stream's."""
         if self.device.type != "cuda":
             return self.of_stream(0, capturing=False)
@@ -94,7 +94,7 @@ class Workspaces:
         # Asked only where it matters.
         return self.of.get(stream) or self.of_stream(stream, torch.cuda.is_current_stream_capturing())
 
-    def of_stream(self, stream: int, capturing: bool) -> Workspace | None:
+    def of_stream(self, stream: int, capturing: bool) -> SplitKScratch | None:
         """The workspace of a stream, made where there is none.
 
         Not while a graph is captured: that graph alone would clear the counters. vLLM runs a model on the stream
@@ -104,15 +104,15 @@ class Workspaces:
             logger.warning("A stream is captured on which no layer has run before: torch's products are taken")
             return None
         if stream not in self.of:
-            self.of[stream] = Workspace(self.device)
+            self.of[stream] = SplitKScratch(self.device)
             self.of[stream].grow(*self.room)
         return self.of[stream]
 
 
-_workspaces: dict[torch.device, Workspaces] = {}
+_scratch_pools: dict[torch.device, ScratchPool] = {}
 
 
-class TritonProducts:
+class TritonGemms:
     """The products of a layer whose weights the kernels can take.
 
     Args:
@@ -133,18 +133,18 @@ class TritonProducts:
         places: Sequence[torch.Tensor | None],
         has_bias: bool,
         activation: Callable[[torch.Tensor], torch.Tensor] | None = None,
-        cut: Cut = Cut.PLAIN,
+        cut: Cut = Cut.REPLICATED,
         workers: int = 1,
     ) -> None:
-        blocks = workers if cut is Cut.GATHERED else 1
-        self.layer = PackedLayer(readers, ups, places, blocks, cut is not Cut.PLAIN)
-        self.exchange = exchange_of(cut, self.layer.widths, workers)
+        blocks = workers if cut is Cut.ALL_GATHER_Z else 1
+        self.layer = PackedLayer(readers, ups, places, blocks, cut is not Cut.REPLICATED)
+        self.exchange = collective_of(cut, self.layer.widths, workers)
         self.activation = activation
         self.gate = Gate(self.layer, ups, places) if activation else None
         device = readers[0].device
-        if device not in _workspaces:
-            _workspaces[device] = Workspaces(device)
-        self.workspaces = _workspaces[device]
+        if device not in _scratch_pools:
+            _scratch_pools[device] = ScratchPool(device)
+        self.workspaces = _scratch_pools[device]
         self.overlap = can_overlap(device)
         self.amd = bool(torch.version.hip)
         self.steps: Steps = ()
@@ -190,7 +190,7 @@ class TritonProducts:
                 if has_bias:
                     self._run(x, self.layer.v.new_zeros(self.layer.out), stand_in)
 
-    def refill(self, other: "TritonProducts") -> None:
+    def refill(self, other: "TritonGemms") -> None:
         """Take another layer's weights, where captured graphs look for them.
 
         Raises:
@@ -218,7 +218,7 @@ class TritonProducts:
         """What is exchanged, as far as kernels see it; others may run their kernels another number of times."""
         return z.new_zeros(len(z), sum(self.layer.ranks))
 
-    def _run(self, x: torch.Tensor, bias: torch.Tensor | None, exchange: Exchange | None) -> torch.Tensor:
+    def _run(self, x: torch.Tensor, bias: torch.Tensor | None, exchange: Collective | None) -> torch.Tensor:
         tiles = tiles_for(self.steps, len(x))
         space = self.workspaces.here() if tiles else None
         if tiles is None or space is None:

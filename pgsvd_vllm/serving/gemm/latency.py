@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from pgsvd_vllm.format.latency_table import CostTable, ShapeCosts
+from pgsvd_vllm.format.latency_table import LatencyTable, ShapeLatencies
 from pgsvd_vllm.format.schema import FORMS, stored_size
 from pgsvd_vllm.serving.gemm.cpu import FactoredGemms
 from pgsvd_vllm.serving.vllm_compat import vllm_gemm
@@ -29,7 +29,7 @@ Product = Callable[[torch.Tensor], torch.Tensor]
 
 def measure(
     shapes: Sequence[tuple[int, int]], tokens: int, dtype: torch.dtype, say: Callable[[str], None]
-) -> CostTable:
+) -> LatencyTable:
     """Time all shapes.
 
     Args:
@@ -46,7 +46,7 @@ def measure(
         times = dict(zip(variants, in_turn(stacks, torch.randn(tokens, width, dtype=dtype)), strict=True))
         del stacks
         forms = {form: [(r, round(times[form, r], 2)) for r in many] for form, many in ranks.items()}
-        found[out, width] = ShapeCosts(round(times["dense", 0], 2), forms)
+        found[out, width] = ShapeLatencies(round(times["dense", 0], 2), forms)
         middle = {form: points[len(points) // 2] for form, points in forms.items() if points}
         say(
             f"{out} x {width}: dense {times['dense', 0]:.1f} us"
@@ -55,7 +55,7 @@ def measure(
     machine = (
         f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     )
-    return CostTable(found, tokens, str(dtype).removeprefix("torch."), machine)
+    return LatencyTable(found, tokens, str(dtype).removeprefix("torch."), machine)
 
 
 def ranks_to_time(form: str, out: int, width: int) -> list[int]:

@@ -21,7 +21,7 @@ class DenseBesideFactored(LinearMethodBase):
         method: the layer's own; its weights are there already.
     """
 
-    cut = Cut.PLAIN
+    cut = Cut.REPLICATED
 
     def __init__(self, method: UnquantizedLinearMethod) -> None:
         self.method = method

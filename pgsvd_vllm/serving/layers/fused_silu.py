@@ -16,14 +16,14 @@ from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.platforms import current_platform
 
 import pgsvd_vllm
-from pgsvd_vllm.families import KNOWN
+from pgsvd_vllm.families import SILU_MLPS
 from pgsvd_vllm.parallel.comm_plan import Cut
 from pgsvd_vllm.serving.layers.linear import PgsvdLinearMethod
 
 logger = logging.getLogger("vllm.pgsvd")
 
 
-def take_activations(model: nn.Module, config: VllmConfig) -> int:
+def fuse_silu(model: nn.Module, config: VllmConfig) -> int:
     """Let factored layers compute the activations after them; before their weights are loaded.
 
     The model's graph is another one then: `config` gets what vLLM tells stored graphs apart by.
@@ -40,11 +40,11 @@ def take_activations(model: nn.Module, config: VllmConfig) -> int:
     for module in model.modules() if wants_triton() else ():
         layer: Any = getattr(module, "gate_up_proj", None)
         method = getattr(layer, "quant_method", None)
-        known = f"{type(module).__module__}.{type(module).__qualname__}" in KNOWN
+        known = f"{type(module).__module__}.{type(module).__qualname__}" in SILU_MLPS
         activation = getattr(module, "act_fn", None)
         if not known or not isinstance(method, PgsvdLinearMethod) or type(activation) is not SiluAndMul:
             continue
-        if len(method.shards) == 2 and method.cut is Cut.PLAIN:
+        if len(method.shards) == 2 and method.cut is Cut.REPLICATED:
             method.activation = _eager(activation)
             module.act_fn = nn.Identity()
             taken.append(method.layer_name)

@@ -21,9 +21,9 @@ from vllm.platforms import current_platform
 from vllm.utils.torch_utils import LayerNameType, _encode_layer_name, _resolve_layer_name, direct_register_custom_op
 
 from pgsvd_vllm.errors import CheckpointError
-from pgsvd_vllm.families import HEAD_BY_HEAD, runs_beside_others
+from pgsvd_vllm.families import INTERLEAVED_QKV, may_run_on_side_stream
 from pgsvd_vllm.format.schema import FactoredModule, check_pivots
-from pgsvd_vllm.parallel.comm_plan import Cut, Traffic
+from pgsvd_vllm.parallel.comm_plan import CommPlan, Cut
 from pgsvd_vllm.parallel.slicing import (
     by_kind,
     copy_checked,
@@ -35,7 +35,7 @@ from pgsvd_vllm.parallel.slicing import (
 )
 from pgsvd_vllm.serving.collectives import joined
 from pgsvd_vllm.serving.gemm.cpu import FactoredGemms
-from pgsvd_vllm.serving.vllm_compat import SummedInside, _model_type, find_layer, make_findable
+from pgsvd_vllm.serving.vllm_compat import InnerReduceRowParallelLinear, _model_type, find_layer, make_findable
 
 SHARD_INDEX = {"q": 0, "k": 1, "v": 2}
 # The kinds of tensors that have the layer's inputs as columns.
@@ -43,7 +43,7 @@ STACKED = ("weight_v", "weight_p", "weight")
 
 
 @dataclass(frozen=True)
-class Shard:
+class LayerShard:
     """One checkpoint module inside a vLLM layer.
 
     Attributes:
@@ -75,10 +75,10 @@ class PgsvdLinearMethod(LinearMethodBase):
             as well.
     """
 
-    def __init__(self, shards: list[Shard], traffic: Traffic) -> None:
+    def __init__(self, shards: list[LayerShard], traffic: CommPlan) -> None:
         self.shards = shards
         self.traffic = traffic
-        self.cut = Cut.PLAIN
+        self.cut = Cut.REPLICATED
         self.nbytes = 0
         self.activation: Callable[[torch.Tensor], torch.Tensor] | None = None
 
@@ -119,7 +119,7 @@ class PgsvdLinearMethod(LinearMethodBase):
         self.in_here = input_size_per_partition
         config = get_current_vllm_config()
         self.order = None
-        if fused and isinstance(layer, QKVParallelLinear) and _model_type(config) in HEAD_BY_HEAD:
+        if fused and isinstance(layer, QKVParallelLinear) and _model_type(config) in INTERLEAVED_QKV:
             groups, each = layer.total_num_kv_heads, layer.total_num_heads // layer.total_num_kv_heads
             self.order = by_kind(groups, each, layer.head_size)
         self.workers = layer.tp_size
@@ -127,7 +127,9 @@ class PgsvdLinearMethod(LinearMethodBase):
         if 1 < layer.tp_size == get_tensor_model_parallel_world_size():
             self.cut = self._choose_cut(layer, cut_by_rows, params_dtype, config.lora_config is not None)
         # Outputs that this rank computes.
-        self.rows_here = [size // self.workers for size in self.sizes] if self.cut is Cut.JOINED else self.sizes
+        self.rows_here = (
+            [size // self.workers for size in self.sizes] if self.cut is Cut.ALL_REDUCE_Z_GATHER_Y else self.sizes
+        )
         self.shapes = [self._shapes(index) for index in range(len(self.shards))]
 
         for kind in dict.fromkeys(kind for shapes in self.shapes for kind in shapes):
@@ -161,22 +163,22 @@ class PgsvdLinearMethod(LinearMethodBase):
     def _choose_cut(self, layer: Any, by_rows: bool, dtype: torch.dtype, has_lora: bool) -> Cut:
         """What the ranks exchange; makes the layer's class that of one that sums inside where it does."""
         modules = [shard.module for shard in self.shards if shard.module is not None]
-        if runs_beside_others(self.layer_name):
-            return Cut.PLAIN
+        if may_run_on_side_stream(self.layer_name):
+            return Cut.REPLICATED
         if by_rows:
             ranks = [module.rank for module in modules]
             return self.traffic.by_outputs(ranks, self.in_features, layer.tp_size, dtype.itemsize)
         if self.in_here == self.in_features or not layer.reduce_results:
-            return Cut.PLAIN
+            return Cut.REPLICATED
         out = self.sizes[0]
         # An adapter's part of the outputs is to be summed as well.
         if has_lora or type(layer) is not RowParallelLinear:
             self.traffic.summed(out)
-            return Cut.PLAIN
+            return Cut.REPLICATED
         rows = modules[0].shapes(out, self.in_here)[modules[0].suffixes[1]][0]
         cut = self.traffic.by_inputs(modules[0].rank, rows, out, layer.tp_size, dtype.itemsize)
-        if cut is not Cut.PLAIN:
-            layer.__class__ = SummedInside
+        if cut is not Cut.REPLICATED:
+            layer.__class__ = InnerReduceRowParallelLinear
         return cut
 
     def _shapes(self, index: int) -> dict[str, tuple[int, ...]]:
@@ -197,13 +199,13 @@ class PgsvdLinearMethod(LinearMethodBase):
                     f"{shard.module.rank}"
                 )
         shapes = shard.module.shapes(rows, self.in_here)
-        if self.cut is Cut.GATHERED:
+        if self.cut is Cut.ALL_GATHER_Z:
             shapes[shard.kinds[0]] = (-(-shard.module.rank // self.workers), self.in_here)
         return shapes
 
     def _rows(self, layer: Any, index: int, rows: int) -> list[slice]:
         """This rank's rows of a shard's matrix with `rows` rows in all."""
-        if self.cut is Cut.JOINED:
+        if self.cut is Cut.ALL_REDUCE_Z_GATHER_Y:
             return output_rows(rows, self.rows_here, layer.tp_rank, layer.tp_size, 1)
         return output_rows(rows, self.partitions[index], layer.tp_rank, layer.tp_size, self.replicas[index])
 
@@ -232,7 +234,7 @@ class PgsvdLinearMethod(LinearMethodBase):
                         f"{tuple(loaded_weight.shape)}"
                     )
                 loaded_weight = loaded_weight[:, self.in_columns]
-                if self.cut is Cut.GATHERED and shard.module is not None:
+                if self.cut is Cut.ALL_GATHER_Z and shard.module is not None:
                     # The same of rows too few.
                     if len(loaded_weight) != shard.module.rank:
                         raise CheckpointError(
@@ -311,11 +313,11 @@ class PgsvdLinearMethod(LinearMethodBase):
         if current_platform.is_cuda_alike():
             # Not above: without a GPU Triton need not be installed.
             from pgsvd_vllm.kernels.packed_weights import MOST_SHARDS
-            from pgsvd_vllm.serving.gemm.gpu import TritonProducts
+            from pgsvd_vllm.serving.gemm.gpu import TritonGemms
 
             if sum(up is not None for up in ups) <= MOST_SHARDS:
                 try:
-                    return TritonProducts(
+                    return TritonGemms(
                         readers, ups, places, layer.bias is not None, self.activation, self.cut, self.workers
                     )
                 except ValueError as error:
@@ -332,7 +334,7 @@ class PgsvdLinearMethod(LinearMethodBase):
 
 def _outputs(layer: Any, x: torch.Tensor, bias: torch.Tensor | None, out_features: int) -> torch.Tensor:
     rows = x.reshape(-1, x.shape[-1])
-    if layer.quant_method.cut is Cut.JOINED:
+    if layer.quant_method.cut is Cut.ALL_REDUCE_Z_GATHER_Y:
         y = joined(layer.pgsvd_gemms(rows))
         y = y if bias is None else y.add_(bias)
     else:

@@ -12,7 +12,7 @@ from pgsvd_vllm.format.schema import FactoredModule
 from pgsvd_vllm.serving.gemm.cpu import FactoredGemms
 
 
-class PgsvdHeadMethod(QuantizeMethodBase):
+class PgsvdLMHeadMethod(QuantizeMethodBase):
     """Computes logits from two factors.
 
     Args:

@@ -21,9 +21,9 @@ from vllm.utils.torch_utils import LayerNameType, _encode_layer_name, _resolve_l
 
 from pgsvd_vllm.errors import CheckpointError
 from pgsvd_vllm.format.schema import FactoredModule
-from pgsvd_vllm.parallel.comm_plan import Traffic
-from pgsvd_vllm.serving.layers.linear import PgsvdLinearMethod, Shard
-from pgsvd_vllm.serving.layers.moe_dense import DOWN, GATE, UP, Expert, MultipliedBackMethod, _loaded, _register
+from pgsvd_vllm.parallel.comm_plan import CommPlan
+from pgsvd_vllm.serving.layers.linear import LayerShard, PgsvdLinearMethod
+from pgsvd_vllm.serving.layers.moe_dense import DOWN, GATE, UP, DenseFallbackMoEMethod, Expert, _loaded, _register
 from pgsvd_vllm.serving.vllm_compat import find_layer, make_findable
 
 PLACE = {GATE: 0, UP: 1, DOWN: 0}
@@ -34,9 +34,9 @@ ACTIVATIONS: dict[MoEActivation, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
-def experts_method(
-    layer: RoutedExperts, prefix: str, name: str, modules: Mapping[str, FactoredModule], traffic: Traffic
-) -> "FactoredExpertsMethod | MultipliedBackMethod | None":
+def moe_method(
+    layer: RoutedExperts, prefix: str, name: str, modules: Mapping[str, FactoredModule], traffic: CommPlan
+) -> "FactoredMoEMethod | DenseFallbackMoEMethod | None":
     """The method of a mixture, or None where none of its experts is factored.
 
     Args:
@@ -50,7 +50,7 @@ def experts_method(
     experts: list[Expert] = []
     for number in range(layer.moe_config.num_logical_experts):
         names = {kind: f"{name}.{number}.{leaf}" for kind, leaf in leaves.items()}
-        experts.append({kind: Shard(one, modules.get(one)) for kind, one in names.items()})
+        experts.append({kind: LayerShard(one, modules.get(one)) for kind, one in names.items()})
     if all(shard.module is None for expert in experts for shard in expert.values()):
         return None
     config = layer.moe_config
@@ -60,7 +60,7 @@ def experts_method(
         and not (config.moe_parallel_config.use_ep or config.has_bias or config.is_lora_enabled)
         and not layer.apply_router_weight_on_input
     )
-    return FactoredExpertsMethod(config, prefix, experts, traffic) if suits else MultipliedBackMethod(config, experts)
+    return FactoredMoEMethod(config, prefix, experts, traffic) if suits else DenseFallbackMoEMethod(config, experts)
 
 
 class _Part(nn.Module):
@@ -69,7 +69,7 @@ class _Part(nn.Module):
     bias = None
     reduce_results = False
 
-    def __init__(self, prefix: str, config: FusedMoEConfig, shards: list[Shard], traffic: Traffic) -> None:
+    def __init__(self, prefix: str, config: FusedMoEConfig, shards: list[LayerShard], traffic: CommPlan) -> None:
         super().__init__()
         self.prefix, self.tp_rank, self.tp_size = prefix, config.tp_rank, config.tp_size
         self.quant_method = PgsvdLinearMethod(shards, traffic)
@@ -82,7 +82,7 @@ class _Part(nn.Module):
         parameter.weight_loader(parameter, tensor, place)
 
 
-class FactoredExpertsMethod(FusedMoEMethodBase):
+class FactoredMoEMethod(FusedMoEMethodBase):
     """Experts as pairs of linear layers of low rank, one after the other over those that tokens have chosen.
 
     Args:
@@ -92,7 +92,7 @@ class FactoredExpertsMethod(FusedMoEMethodBase):
         traffic: of the model's layers before this one.
     """
 
-    def __init__(self, moe: FusedMoEConfig, prefix: str, experts: list[Expert], traffic: Traffic) -> None:
+    def __init__(self, moe: FusedMoEConfig, prefix: str, experts: list[Expert], traffic: CommPlan) -> None:
         super().__init__(moe)
         # The name belongs to the mixture itself.
         self.prefix = f"{prefix}.factored"

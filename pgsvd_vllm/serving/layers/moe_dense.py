@@ -11,12 +11,12 @@ from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import Un
 
 from pgsvd_vllm.errors import CheckpointError
 from pgsvd_vllm.format.lowrank import multiplied
-from pgsvd_vllm.serving.layers.linear import Shard
+from pgsvd_vllm.serving.layers.linear import LayerShard
 
 # What vLLM calls the gate, up and down projections of an expert, and their places in a merged layer.
 GATE, UP, DOWN = "w1", "w3", "w2"
 # An expert's shards by vLLM's name.
-Expert = dict[str, Shard]
+Expert = dict[str, LayerShard]
 
 
 def _kinds(experts: list[Expert], down: bool) -> list[str]:
@@ -63,7 +63,7 @@ def _register(
             layer.register_parameter(f"{_stem(shard_id)}_{kind}", parameter)
 
 
-class MultipliedBackMethod(UnquantizedFusedMoEMethod):
+class DenseFallbackMoEMethod(UnquantizedFusedMoEMethod):
     """vLLM's own experts, from factors that are multiplied back as they come.
 
     Args:

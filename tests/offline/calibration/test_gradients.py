@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
 from pgsvd_vllm.errors import InputError
-from pgsvd_vllm.format.latency_table import CostTable, ShapeCosts
+from pgsvd_vllm.format.latency_table import LatencyTable, ShapeLatencies
 from pgsvd_vllm.format.lowrank import product
 from pgsvd_vllm.offline.calibration.gradients import GradientPass, LayerGradients, _GradientHooks
 from pgsvd_vllm.offline.calibration.gram import advance
-from pgsvd_vllm.offline.calibration.loss_metric import DAMPING, metric_root, weighed
+from pgsvd_vllm.offline.calibration.loss_metric import DAMPING, metric_root, weighted_gram
 from pgsvd_vllm.offline.factors.solvers import closed_form
 from pgsvd_vllm.offline.factors.stored_form import stored_form
 from pgsvd_vllm.offline.linalg import gram_root, output_energy
@@ -111,8 +111,8 @@ def test_without_any_gradient_no_token_weighs_anything() -> None:
 
 def test_half_of_the_inputs_moments_is_weighed() -> None:
     a, b = (torch.diag(torch.tensor([2.0, 4.0])) * f for f in (10, 1))
-    assert torch.equal(weighed(a, 10, b), torch.diag(torch.tensor([2.0, 4.0], dtype=torch.float64)))
-    assert torch.equal(weighed(a, 5, 0 * b), torch.diag(torch.tensor([2.0, 4.0], dtype=torch.float64)))
+    assert torch.equal(weighted_gram(a, 10, b), torch.diag(torch.tensor([2.0, 4.0], dtype=torch.float64)))
+    assert torch.equal(weighted_gram(a, 5, 0 * b), torch.diag(torch.tensor([2.0, 4.0], dtype=torch.float64)))
 
 
 @pytest.mark.parametrize(("m", "n"), [(23, 31), (31, 23), (17, 17)])
@@ -145,7 +145,7 @@ def test_the_metric_predicts_the_loss_of_a_quadratic_model(m: int, n: int) -> No
         assert best <= loss(product(stored).numpy()) <= loss(naive.numpy())
 
 
-def times_of(projections: list[Projection], rng: np.random.Generator) -> CostTable:
+def times_of(projections: list[Projection], rng: np.random.Generator) -> LatencyTable:
     """Times that jump up and down over the ranks and are often above the dense one."""
     shapes = {}
     for p in projections:
@@ -153,8 +153,8 @@ def times_of(projections: list[Projection], rng: np.random.Generator) -> CostTab
             form: [(rank, float(rng.uniform(0.2, 1.6)) * p.numel) for rank in range(1, 15)]
             for form in ("factors", "pivot")
         }
-        shapes[p.out_features, p.in_features] = ShapeCosts(float(p.numel), forms)
-    return CostTable(shapes, 1, "bfloat16", "a machine of the test's")
+        shapes[p.out_features, p.in_features] = ShapeLatencies(float(p.numel), forms)
+    return LatencyTable(shapes, 1, "bfloat16", "a machine of the test's")
 
 
 @pytest.mark.parametrize("by_time", [False, True], ids=["size", "time"])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from pgsvd_vllm.offline.calibration.noise_response import responses
+from pgsvd_vllm.offline.calibration.noise_response import noise_responses
 from pgsvd_vllm.offline.model.batch import text_batches
 from pgsvd_vllm.offline.model.layerwise import LayerStream
 from pgsvd_vllm.offline.model.source import ModelSource
@@ -25,7 +25,7 @@ def test_responses_are_those_of_small_errors(tmp_path: Path) -> None:
     source = ModelSource(folder)
     row = source.projections()[0]
     stream = LayerStream(source, text_batches(ids), torch.device("cpu"), torch.float32)
-    found = responses(stream, 0, row, seed=0)
+    found = noise_responses(stream, 0, row, seed=0)
     assert list(found) == [p.name for p in row]
 
     # Independently: noise of another draw on the weights of the whole model, small enough to be linear.
@@ -57,7 +57,7 @@ def test_a_projection_that_puts_out_nothing_weighs_nothing(tmp_path: Path) -> No
     model.save_pretrained(folder)
     source = ModelSource(folder)
     stream = LayerStream(source, text_batches(torch.randint(2, 258, (4, 20))), torch.device("cpu"), torch.float32)
-    found = responses(stream, 0, source.projections()[0], seed=0)
+    found = noise_responses(stream, 0, source.projections()[0], seed=0)
     assert found["model.layers.0.mlp.up_proj"] == 0
     assert found["model.layers.0.mlp.down_proj"] == 0
     assert found["model.layers.0.self_attn.o_proj"] > 0

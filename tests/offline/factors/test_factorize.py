@@ -15,7 +15,7 @@ from pgsvd_vllm.offline.model.projection import Projection
 from pgsvd_vllm.offline.options import CompressOptions
 from pgsvd_vllm.offline.ranks.select import choose_ranks, measured_front
 from pgsvd_vllm.offline.run.plan import make_plan
-from pgsvd_vllm.offline.run.state import Workspace
+from pgsvd_vllm.offline.run.state import RunState
 from tests.offline.calibration.test_gram import clipped, reference_inputs
 
 
@@ -28,7 +28,7 @@ def test_the_norm_is_of_all_text_moved_as_far_as_the_walked_windows_were(
             str(tiny_model), tmp_path / "out", ratio=0.5, dtype="float32", num_calibration_samples=24, max_seq_length=64
         )
     )
-    workspace = Workspace(plan)
+    workspace = RunState(plan)
     calibrate_layers(plan, workspace)
     targets: list[tuple[str, Target]] = []
     norms: list[torch.Tensor] = []
@@ -53,9 +53,9 @@ def test_the_norm_is_of_all_text_moved_as_far_as_the_walked_windows_were(
         index = int(name.split(".")[2])
         x = clipped(every[name])
         walked = clipped(every[name][:8])
-        weighed = workspace.load_sensitivity(index, "measured").grams[name].double().numpy()
+        weighted_gram = workspace.load_sensitivity(index, "measured").grams[name].double().numpy()
         change = target.gram.numpy() - walked.T @ walked
-        expected = ((x.T @ x + change) / plan.windows.ids.numel() + weighed) / 2
+        expected = ((x.T @ x + change) / plan.windows.ids.numel() + weighted_gram) / 2
         np.testing.assert_allclose(norm.numpy(), expected, atol=1e-4 * np.abs(expected).max())
         moved += bool(np.abs(change).max() > 1e-2 * np.abs(x.T @ x).max())
     assert moved > 5, "no input was moved: nothing was tested"

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from pgsvd_vllm.format.reader import open_checkpoint
-from pgsvd_vllm.offline.calibration.lm_head import FLOOR, _scale, measure_head
+from pgsvd_vllm.offline.calibration.lm_head import FLOOR, _scale, calibrate_lm_head
 from pgsvd_vllm.offline.compress import compress
 from pgsvd_vllm.offline.model.batch import text_batches
 from pgsvd_vllm.offline.model.layerwise import LayerStream
@@ -41,7 +41,7 @@ def test_the_measured_moments_are_those_of_the_whole_model(untied: Path) -> None
             with source.layer(index, CPU, torch.float32) as layer:
                 stream.flow.hidden = [stream.run(layer, index, n, h) for n, h in enumerate(stream.flow.hidden)]
             stream.leave(index, stream.flow)
-    found = measure_head(stream, source.head())
+    found = calibrate_lm_head(stream, source.head())
     x, p = inputs_and_predictions(untied, ids)
     np.testing.assert_allclose(found.gram.numpy(), x.T @ x, rtol=1e-3, atol=1e-2)
     weight = (p * (1 - p)).mean(0)

@@ -21,7 +21,7 @@ from pgsvd_vllm.offline.model.layerwise import LayerStream
 from pgsvd_vllm.offline.model.source import ModelSource
 from pgsvd_vllm.offline.options import CompressOptions
 from pgsvd_vllm.offline.run.plan import make_plan
-from tests.e2e.vision_models import SEEING, save_pairs, save_seeing_model
+from tests.e2e.vision_models import VISION_MODELS, save_pairs, save_seeing_model
 from tests.offline.calibration.test_gram import CPU, clipped
 from tests.offline.test_compress import section_of
 
@@ -34,7 +34,7 @@ TESTED = ("CLIP", "LLaVA 1.5", "Qwen2-VL", "Idefics 3, SmolVLM")
 @pytest.fixture(scope="module", params=TESTED)
 def seeing(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[ModelSource, list[Batch]]:
     folder = tmp_path_factory.mktemp("seeing")
-    row = next(row for row in SEEING if row.name == request.param)
+    row = next(row for row in VISION_MODELS if row.name == request.param)
     model = save_seeing_model(row, folder / "model")
     pairs = read_pairs(
         str(save_pairs(folder / "pairs", 12)), 12, 0, load_processor(model), 64 if row.compares else None
@@ -149,7 +149,7 @@ def test_factored_images_reach_the_language_model(seeing: tuple[ModelSource, lis
 
 
 def options(folder: Path, name: str, **more: Any) -> CompressOptions:
-    row = next(row for row in SEEING if row.name == name)
+    row = next(row for row in VISION_MODELS if row.name == name)
     model = save_seeing_model(row, folder / "model")
     pairs = str(save_pairs(folder / "pairs", 64))
     return CompressOptions(str(model), folder / "out", **{"dataset": (pairs,), **more})

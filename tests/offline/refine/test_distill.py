@@ -14,7 +14,7 @@ from pgsvd_vllm.format.lowrank import pivot_weight, product
 from pgsvd_vllm.offline.compress import compress
 from pgsvd_vllm.offline.options import HELD_OUT, CompressOptions
 from pgsvd_vllm.offline.refine import distill as refine
-from pgsvd_vllm.offline.refine.distill import Healer, Tensors, TrainedProjection
+from pgsvd_vllm.offline.refine.distill import Distiller, Tensors, TrainedProjection
 from pgsvd_vllm.offline.run.plan import make_plan
 from pgsvd_vllm.offline.run.resources import estimate
 from tests.offline.calibration.test_gram import CPU, windows
@@ -44,9 +44,9 @@ def factors_of(folder: Path, form: str) -> Tensors:
     return found
 
 
-def healer(folder: Path, tensors: Tensors) -> Healer:
+def healer(folder: Path, tensors: Tensors) -> Distiller:
     dense, student = (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for _ in range(2))
-    return Healer(dense, student, "model.layers", tensors)
+    return Distiller(dense, student, "model.layers", tensors)
 
 
 def divergence_of(folder: Path, tensors: Tensors, held_out: torch.Tensor) -> float:
@@ -105,14 +105,14 @@ def test_windows_are_taken_in_order_and_then_shuffled(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
 ) -> None:
     keys: list[int] = []
-    learn = Healer.learn
+    learn = Distiller.learn
 
-    def spied(self: Healer, key: int, row: torch.Tensor) -> None:
+    def spied(self: Distiller, key: int, row: torch.Tensor) -> None:
         assert torch.equal(row, text[key])
         keys.append(key)
         learn(self, key, row)
 
-    monkeypatch.setattr(Healer, "learn", spied)
+    monkeypatch.setattr(Distiller, "learn", spied)
     text = windows(7, 32)
     healer(tiny_model, factors_of(tiny_model, "factors")).run(text, windows(2, 32, seed=9), minutes=0.1)
     assert len(keys) > 21
@@ -126,13 +126,13 @@ def test_text_that_no_fit_has_seen_is_learned_first_and_the_judge_s_never(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
 ) -> None:
     given: list[torch.Tensor] = []
-    run = Healer.run
+    run = Distiller.run
 
-    def spied(self: Healer, text: torch.Tensor, held_out: torch.Tensor, *rest: Any) -> Any:
+    def spied(self: Distiller, text: torch.Tensor, held_out: torch.Tensor, *rest: Any) -> Any:
         given.extend((text, held_out))
         return run(self, text, held_out, *rest)
 
-    monkeypatch.setattr(Healer, "run", spied)
+    monkeypatch.setattr(Distiller, "run", spied)
     options = CompressOptions(str(tiny_model), tmp_path / "out", refine=0.02, **OPTIONS)
     fitted = make_plan(options).windows.ids
     compress(options)

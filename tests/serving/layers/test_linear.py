@@ -18,7 +18,7 @@ from vllm.utils.torch_utils import _encode_layer_name  # noqa: E402
 
 from pgsvd_vllm.errors import CheckpointError  # noqa: E402
 from pgsvd_vllm.format.schema import FactoredModule  # noqa: E402
-from pgsvd_vllm.parallel.comm_plan import Traffic  # noqa: E402
+from pgsvd_vllm.parallel.comm_plan import CommPlan  # noqa: E402
 from pgsvd_vllm.serving.gemm.cpu import gemm  # noqa: E402
 from pgsvd_vllm.serving.layers.linear import PgsvdLinearMethod  # noqa: E402
 from pgsvd_vllm.serving.quant_config import PgsvdConfig  # noqa: E402
@@ -88,7 +88,7 @@ class Case:
         dtype: torch.dtype = torch.float32,
         seed: int = 0,
         prefix: str = "model.layers.0.block",
-        traffic: Traffic | None = None,
+        traffic: CommPlan | None = None,
     ) -> None:
         generator = torch.Generator().manual_seed(seed)
         self.leaves, self.dtype = LEAVES[leaf], dtype

@@ -16,8 +16,8 @@ from vllm.utils.torch_utils import _encode_layer_name
 from pgsvd_vllm.errors import CheckpointError
 from pgsvd_vllm.format.schema import FactoredModule
 from pgsvd_vllm.serving.layers import moe as experts
-from pgsvd_vllm.serving.layers.moe import FactoredExpertsMethod
-from pgsvd_vllm.serving.layers.moe_dense import MultipliedBackMethod
+from pgsvd_vllm.serving.layers.moe import FactoredMoEMethod
+from pgsvd_vllm.serving.layers.moe_dense import DenseFallbackMoEMethod
 from pgsvd_vllm.serving.quant_config import PgsvdConfig
 from tests.serving.layers.test_linear import vllm_world  # noqa: F401  (a fixture)
 
@@ -112,13 +112,13 @@ def routed(tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.rand(tokens, CHOSEN, generator=generator), numbers.int()
 
 
-@pytest.mark.parametrize("kind", [FactoredExpertsMethod, MultipliedBackMethod])
+@pytest.mark.parametrize("kind", [FactoredMoEMethod, DenseFallbackMoEMethod])
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
 @pytest.mark.parametrize("tokens", [1, 7, 64])
 def test_against_float64(
     kind: type, dtype: torch.dtype, bound: float, tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if kind is MultipliedBackMethod:
+    if kind is DenseFallbackMoEMethod:
         monkeypatch.setattr(experts, "ACTIVATIONS", {})
     mixture = Mixture(dtype)
     assert type(mixture.method) is kind
@@ -144,18 +144,18 @@ def test_a_mixture_without_factors_is_vllms_own() -> None:
     assert type(Mixture(torch.float32, table={}).method).__name__ == "UnquantizedFusedMoEMethod"
 
 
-@pytest.mark.parametrize("kind", [FactoredExpertsMethod, MultipliedBackMethod])
+@pytest.mark.parametrize("kind", [FactoredMoEMethod, DenseFallbackMoEMethod])
 @pytest.mark.parametrize("missing", ["1.gate_proj.weight_c", "0.down_proj.weight_u", "2.gate_proj.pivots"])
 def test_a_missing_factor_is_told(kind: type, missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if kind is MultipliedBackMethod:
+    if kind is DenseFallbackMoEMethod:
         monkeypatch.setattr(experts, "ACTIVATIONS", {})
     with pytest.raises(CheckpointError, match=rf"experts\.{missing.rpartition('.')[0]}"):
         Mixture(torch.float32).load(without=missing)
 
 
-@pytest.mark.parametrize("kind", [FactoredExpertsMethod, MultipliedBackMethod])
+@pytest.mark.parametrize("kind", [FactoredMoEMethod, DenseFallbackMoEMethod])
 def test_a_factor_that_the_table_does_not_have_is_told(kind: type, monkeypatch: pytest.MonkeyPatch) -> None:
-    if kind is MultipliedBackMethod:
+    if kind is DenseFallbackMoEMethod:
         monkeypatch.setattr(experts, "ACTIVATIONS", {})
     mixture = Mixture(torch.float32)
     mixture.tensors["2.down_proj.weight_c"] = torch.zeros(8, 8)
@@ -181,9 +181,9 @@ def test_a_drafts_experts_are_not_the_targets() -> None:
     assert not torch.allclose(found[0], found[1], atol=0.1)
 
 
-@pytest.mark.parametrize("kind", [FactoredExpertsMethod, MultipliedBackMethod])
+@pytest.mark.parametrize("kind", [FactoredMoEMethod, DenseFallbackMoEMethod])
 def test_weights_are_loaded_once(kind: type, monkeypatch: pytest.MonkeyPatch) -> None:
-    if kind is MultipliedBackMethod:
+    if kind is DenseFallbackMoEMethod:
         monkeypatch.setattr(experts, "ACTIVATIONS", {})
     mixture = Mixture(torch.float32)
     mixture.load()
