@@ -1,6 +1,6 @@
 """Compress a model into a folder that vLLM serves.
 
-The heavy imports wait until the arguments are known to be good.
+Heavy imports happen after the arguments have been checked.
 """
 
 import argparse
@@ -25,50 +25,51 @@ def configure(parser: argparse.ArgumentParser) -> None:
         type=shares,
         metavar="R",
         help="share of the projections' parameters to REMOVE, 0 to 1 (default 0.2: four fifths are kept); with "
-        "--objective latency of their time; for towers of their own shares vision=0.1,projector=0.1,language=0.3 "
-        "(others stay dense; what a model has, --dry-run says)",
+        "--objective latency, share of their GEMM time; one share per tower: vision=0.1,projector=0.1,language=0.3 "
+        "(towers that are not named stay dense; --dry-run lists a model's towers)",
     )
     size.add_argument(
         "--tolerance",
         type=shares,
         metavar="E",
-        help="instead of --ratio: relative output error allowed in every projection, or in those of towers: "
+        help="instead of --ratio: relative output error allowed in every projection, or one value per tower: "
         "vision=E,projector=E,language=E",
     )
     parser.add_argument(
         "--objective",
         choices=["size", "latency"],
         default="size",
-        help="what --ratio is a share of, and ranks are chosen for: parameters (default), or the time that the "
-        "projections take on the serving machine, as --costs says; what would not be faster then stays dense",
+        help="what ranks minimize and --ratio is a share of: parameters (default), or the GEMM latency measured on the "
+        "serving machine (--costs); projections that low rank does not make faster then stay dense",
     )
     parser.add_argument(
-        "--costs", type=Path, metavar="FILE", help="the times, from pgsvd-vllm profile on the serving machine"
+        "--costs", type=Path, metavar="FILE", help="latency table written by pgsvd-vllm profile on the serving machine"
     )
     parser.add_argument(
         "--sensitivity",
         choices=["measured", "forward", "uniform"],
-        help="how much each projection matters: measured by loss gradients (default), by forward passes alone (cruder; "
-        "taken by itself where gradients do not fit in memory), or equally, as in the PGSVD paper: one tolerance and "
-        "alternating least squares (default with --tolerance)",
+        help="loss metric of each projection: from loss gradients (measured, default), from forward passes alone "
+        "(forward: less accurate, the default if gradients do not fit in memory), or none (uniform: one tolerance for "
+        "all and alternating least squares, as in the PGSVD paper; the default with --tolerance)",
     )
     parser.add_argument(
         "--baseline",
         choices=["svd", "asvd", "svd-llm", "pifa"],
-        help="use a rival's method instead, to compare with: the same ratio for every projection",
+        help="use a baseline method for comparison: the same ratio for every projection",
     )
     parser.add_argument(
         "--form",
         choices=["pivot", "factors"],
-        help="how a matrix of low rank is stored: as some of its rows and the coefficients of the others (pivot: fewer "
-        "numbers for the same rank, the default), or as two factors (default with --sensitivity uniform)",
+        help="how a low-rank matrix is stored: as pivot rows and the coefficients of the other rows (pivot: fewer "
+        "parameters at the same rank, the default), or as two factors (faster on GPUs; the default with --sensitivity "
+        "uniform)",
     )
     parser.add_argument(
         "--sequential",
         action=argparse.BooleanOptionalAction,
         default=None,
-        help="fit each layer on what the compressed layers before it hand it, which takes a second pass over the "
-        "text (default; not with --sensitivity uniform)",
+        help="error-aware fit: fit each layer to activations from the already compressed layers, in a second pass over "
+        "the calibration set (default; not with --sensitivity uniform)",
     )
     parser.add_argument(
         "--refine",
@@ -76,7 +77,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         const=20.0,
         metavar="MINUTES",
-        help="afterwards train all factors towards the dense model's predictions, on the calibration text alone "
+        help="afterwards train all factors by knowledge distillation from the dense model on the calibration set alone "
         "(20 minutes if no number is given); keeps the whole model in memory",
     )
     data = parser.add_argument_group("calibration")
@@ -85,30 +86,30 @@ def configure(parser: argparse.ArgumentParser) -> None:
         action="append",
         metavar="NAME|FILE|FOLDER",
         help="wikitext2 or c4 (from the hub), a text file, a .jsonl file whose rows have a text or chat messages, or "
-        "python-docs: English prose that comes with Python and needs no network (default); for models that read images "
-        "a folder with captions.jsonl, whose rows have an image and a text, or OWNER/NAME of a hub set with such "
-        "columns; repeat it to mix several",
+        "python-docs: English prose that comes with Python and needs no network (default); for vision-language models "
+        "a folder with captions.jsonl, whose rows have an image and a text, or OWNER/NAME of a hub dataset with such "
+        "columns; repeat the option to mix several",
     )
     data.add_argument(
         "--num-calibration-samples",
         type=int,
         metavar="N",
-        help="windows of text, or images with texts (default 128; 1024 for models that only compare the two)",
+        help="windows of text, or image-text pairs (default 128; 1024 for contrastive models such as CLIP)",
     )
-    data.add_argument("--max-seq-length", type=int, default=1024, metavar="L", help="tokens of a window (default 1024)")
+    data.add_argument("--max-seq-length", type=int, default=1024, metavar="L", help="tokens per window (default 1024)")
     data.add_argument(
         "--chat-template",
         action="store_true",
-        help="put plain text into the turns of conversations by the model's chat template: what one paragraph asks the "
-        "next one answers (messages of a .jsonl file always go through it)",
+        help="format plain text as conversations with the model's chat template: paragraphs become user and assistant "
+        "turns in alternation (chat messages of a .jsonl file always use the template)",
     )
     data.add_argument(
         "--calibration",
         type=Path,
         metavar="FOLDER",
-        help="keep what is measured there and use it again: other ratios, forms and baselines then cost no calibration",
+        help="store and reuse calibration results there: other ratios, forms and baselines need no new calibration",
     )
-    data.add_argument("--seed", type=int, default=0, help="of the draw of windows and pairs (default 0)")
+    data.add_argument("--seed", type=int, default=0, help="random seed for sampling windows and pairs (default 0)")
     parser.add_argument(
         "--ignore",
         nargs="+",
@@ -122,30 +123,30 @@ def configure(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         choices=["experts", "lm_head"],
-        help="compress as well: the experts of mixtures (vLLM on CPU computes with their factors, on GPUs it "
-        "multiplies them back as it loads them: smaller on disk alone), or the output head, where not the embeddings; "
-        "repeat it for both",
+        help="also compress MoE experts (vLLM computes with their factors on CPU; on GPUs dense weights are "
+        "reconstructed at load, so only the files are smaller) or an LM head that is not tied to the embeddings; "
+        "repeat the option for both",
     )
     parser.add_argument(
         "--head-tolerance",
         type=float,
         metavar="E",
-        help="relative error allowed in the output head, likely words counting most (default 0.02)",
+        help="relative error allowed in the LM head, weighted by token probability (default 0.02)",
     )
     parser.add_argument(
         "--dtype",
         default="auto",
         choices=["auto", "float32", "bfloat16", "float16"],
-        help="of the written tensors and the calibration (default auto: as the model is)",
+        help="dtype of the written tensors and of calibration (default auto: the model's dtype)",
     )
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default auto: a GPU if there is one)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default auto: a GPU if available)")
     parser.add_argument("--resume", action="store_true", help="continue an interrupted run from DIR.partial")
-    parser.add_argument("--dry-run", action="store_true", help="show the plan, memory and time it needs; write nothing")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run modelling code that comes with the model")
+    parser.add_argument("--dry-run", action="store_true", help="show the plan, memory, disk and time; write nothing")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run model code from the model's repository")
 
 
 def shares(text: str) -> float | dict[str, float]:
-    """A number, or numbers of towers: vision=0.1,language=0.3."""
+    """One number, or one number per tower: vision=0.1,language=0.3."""
     if "=" not in text:
         return float(text)
     found = {}
@@ -162,8 +163,8 @@ def run(arguments: argparse.Namespace) -> int:
     from pgsvd_vllm.offline.compress import compress
     from pgsvd_vllm.offline.options import HEAD_TOLERANCE, CompressOptions
     from pgsvd_vllm.offline.output.messages import describe
-    from pgsvd_vllm.offline.run.plan import make_plan
-    from pgsvd_vllm.offline.run.resources import estimate, fit_into_memory
+    from pgsvd_vllm.offline.planning.plan import make_plan
+    from pgsvd_vllm.offline.planning.resources import estimate, fit_into_memory
 
     if (arguments.objective == "latency") != (arguments.costs is not None):
         raise InputError(

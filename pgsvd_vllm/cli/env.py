@@ -23,7 +23,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(_arguments: argparse.Namespace) -> int:
-    """Print one line a fact."""
+    """Print one line per fact."""
     for name in PACKAGES:
         try:
             version = importlib.metadata.version(name)

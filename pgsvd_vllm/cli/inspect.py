@@ -19,7 +19,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=1,
         metavar="N",
-        help="show as well what each of N ranks holds and sends",
+        help="also show the memory and communication of each of N tensor-parallel ranks",
     )
 
 

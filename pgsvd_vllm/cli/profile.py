@@ -1,6 +1,6 @@
-"""Time dense and low-rank products of a model's shapes on this machine, for compress --objective latency.
+"""Measure dense and low-rank GEMM latency for a model's shapes on this machine, for compress --objective latency.
 
-Run it where the model will be served, with vLLM installed there; the weights' values do not matter.
+It runs on the serving machine with vLLM installed; weight values do not matter.
 """
 
 import argparse
@@ -18,15 +18,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=1,
         metavar="N",
-        help="multiplied at once: 1 for the latency of one request (default), more for a server with many",
+        help="tokens per GEMM: 1 for the latency of one request (default), more for a server with many requests",
     )
     parser.add_argument(
         "--dtype",
         default="bfloat16",
         choices=["bfloat16", "float16", "float32"],
-        help="as the model will be served (default bfloat16)",
+        help="dtype the model will be served in (default bfloat16)",
     )
-    parser.add_argument("--trust-remote-code", action="store_true", help="run modelling code that comes with the model")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run model code from the model's repository")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -36,9 +36,9 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         from vllm.platforms import current_platform
     except ImportError as error:
-        raise InputError(f"profile: times products as vLLM serves them, and vLLM is not installed ({error})") from None
+        raise InputError(f"profile: measures vLLM's GEMMs, and vLLM is not installed ({error})") from None
     if not current_platform.is_cpu():
-        raise InputError("profile: times CPUs only so far; on a GPU leave --objective out")
+        raise InputError("profile: supports CPUs only; on a GPU omit --objective")
     import torch
 
     from pgsvd_vllm.format.latency_table import write_latencies

@@ -1,6 +1,6 @@
 """Find the fastest tiles of the Triton kernels for a checkpoint's layers on this GPU.
 
-vllm serve reads the table from the user's cache, or from the file that PGSVD_KERNEL_TABLE names.
+`vllm serve` reads the table from the user's cache, or from the file named by PGSVD_KERNEL_TABLE.
 """
 
 import argparse
@@ -27,7 +27,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--output",
         type=Path,
         metavar="FILE",
-        help="JSON file to write, or to add to (default: in the user's cache, named after the GPU)",
+        help="JSON file to create or extend (default: a file in the user's cache, named after the GPU)",
     )
     parser.add_argument(
         "-tp",
@@ -35,7 +35,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=1,
         metavar="N",
-        help="as the model will be served (default 1)",
+        help="tensor-parallel size the model will be served with (default 1)",
     )
     parser.add_argument("--dry-run", action="store_true", help="list the layers that would be tuned; needs no GPU")
 
@@ -61,11 +61,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _described(sizes: LayerShape) -> str:
     up = f", {sizes.heights} outputs of rank {sizes.rank}" if sizes.heights else ""
-    return f"{sizes.columns} inputs, {sizes.rows} rows that read them{up}"
+    return f"{sizes.columns} inputs, {sizes.rows} rows of the down GEMM{up}"
 
 
 def _tune(kinds: dict[LayerShape, LayerSizes], output: Path | None) -> int:
-    """Tune every kind; what is finished is written at once. 1 where a tile computed something wrong."""
+    """Tune every kind of layer and write each result at once; returns 1 if a tile computed a wrong result."""
     try:
         import torch
 
@@ -74,12 +74,12 @@ def _tune(kinds: dict[LayerShape, LayerSizes], output: Path | None) -> int:
     except ImportError as error:
         raise InputError(f"tune: needs Triton: pip install triton ({error})") from None
     if not torch.cuda.is_available():
-        raise InputError("tune: there is no GPU that torch can use here; --dry-run needs none")
+        raise InputError("tune: torch finds no GPU on this machine; --dry-run needs none")
     device = torch.device("cuda", torch.cuda.current_device())
     name = torch.cuda.get_device_name(device)
     path = output or default_path(name)
     table = _table(path, name)
-    print(f"{name}; times in microseconds: of the usual choice, of the best one, of torch's products")
+    print(f"{name}; microseconds for the default tiles, the best tiles and cuBLAS")
     wrong: list[str] = []
     for number, (sizes, layer) in enumerate(kinds.items(), 1):
         begun = time.monotonic()
@@ -101,12 +101,12 @@ def _tune(kinds: dict[LayerShape, LayerSizes], output: Path | None) -> int:
             wrong += one.wrong
     print(f"wrote {path}: {len(table.layers)} layers")
     for text in wrong:
-        print(f"pgsvd-vllm: a tile computed something wrong, and is not used; please report: {text}", file=sys.stderr)
+        print(f"pgsvd-vllm: a tile computed a wrong result and is not used; please report: {text}", file=sys.stderr)
     return 1 if wrong else 0
 
 
 def _table(path: Path, device: str) -> Table:
-    """The table to add to: the file's, where there is one."""
+    """The table to extend: the file's contents, or an empty table."""
     if not os.path.exists(path):
         return Table(device)
     try:
@@ -114,5 +114,5 @@ def _table(path: Path, device: str) -> Table:
     except ValueError as error:
         raise InputError(f"--output {error}; or name another file") from None
     if table.device != device:
-        raise InputError(f"--output {path}: is of another GPU, {table.device}; name another file")
+        raise InputError(f"--output {path}: belongs to another GPU, {table.device}; name another file")
     return table

@@ -1,6 +1,6 @@
-"""Check a checkpoint completely: table, files, shapes, and every number for NaN.
+"""Check a checkpoint completely: module table, files, shapes, and every value for NaN.
 
-Only `inspect` and `verify` read checkpoints; both work without vLLM.
+`inspect` and `verify` work without vLLM.
 """
 
 import argparse
@@ -15,7 +15,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print what was checked; raises CheckpointError at the first fault."""
+    """Print a summary; raises CheckpointError at the first fault."""
     checkpoint = open_checkpoint(arguments.dir)
     check_data(checkpoint)
     files = {info.file for info in checkpoint.tensors.values()}

@@ -254,7 +254,7 @@ def test_tuning_lists_the_layers_without_a_gpu(
     assert 1 <= int(match[2]) <= int(match[1]) <= 12
     assert len(lines) == 1 + int(match[2])
     assert all(
-        re.fullmatch(r"  (128|320) inputs, \d+ rows that read them(, \d+ outputs of rank \d+)?", line)
+        re.fullmatch(r"  (128|320) inputs, \d+ rows of the down GEMM(, \d+ outputs of rank \d+)?", line)
         for line in lines[1:]
     )
     assert not list(tmp_path.iterdir())
@@ -263,6 +263,6 @@ def test_tuning_lists_the_layers_without_a_gpu(
 def test_tuning_says_what_it_needs(tiny_compressed: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU: it would tune")
-    assert "there is no GPU that torch can use here; --dry-run needs none" in error_of(capsys, "tune", tiny_compressed)
+    assert "torch finds no GPU on this machine; --dry-run needs none" in error_of(capsys, "tune", tiny_compressed)
     assert "must be 1 or more" in error_of(capsys, "tune", tiny_compressed, "-tp", 0)
     assert "not a pgsvd checkpoint" in error_of(capsys, "tune", tiny_model)

@@ -1,30 +1,33 @@
-"""The matrix products of one loaded layer, whatever mix of ranks and forms its shards have.
+"""The GEMMs of one loaded layer, for any mix of ranks and forms among its shards.
 
-All that reads the layer's input is one product: s = x [V_1; P_2; W_3; ...]^T, over the down factors of
-the low-rank shards and the weights of the dense ones. Every low-rank shard has one more, of its part
-of s. The outputs are then put together in one pass.
+One stacked GEMM reads the layer's input: s = x [V_1; P_2; W_3; ...]^T, over the down factors of the low-rank shards and
+the weights of the dense ones. Each low-rank shard has an up GEMM over its columns of s. One pass then puts the outputs
+in the layer's order.
 """
 
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from vllm.utils.torch_utils import direct_register_custom_op
 
 from pgsvd_vllm.kernels.padding import columns_of, spread
+from pgsvd_vllm.kernels.shard_weights import ShardWeights
 from pgsvd_vllm.parallel.comm_plan import Cut
 from pgsvd_vllm.serving.collectives import collective_of
-from pgsvd_vllm.serving.vllm_compat import PACKED_IN, PACKED_INPUTS, Run, can_pack, packed_gemm, vllm_gemm
+from pgsvd_vllm.serving.vllm_compat.cpu_gemm import PACKED_IN, PACKED_INPUTS, Gemm, can_pack, packed_gemm, vllm_gemm
+from pgsvd_vllm.serving.vllm_compat.internals import register_op
+
+OTHER_SIZES = "the new weights have other ranks or pivots than the old ones; restart the engine"
 
 
-def gemm(weight: torch.Tensor) -> Run:
-    """x [tokens, in], bias [out] or None -> x @ weight.T (+ bias) [tokens, out], by what suits a factor.
+def gemm(weight: torch.Tensor) -> Gemm:
+    """The GEMM of a factor, by the kernel that suits its size.
 
     Args:
         weight: [out, in]; not kept where it is packed.
     """
-    if not len(weight):  # all of a shard's rows on this rank are pivots
-        return lambda x, bias: F.linear(x, weight)
+    if not len(weight):  # every row of the shard on this rank is a pivot row
+        return Gemm(lambda x, bias: F.linear(x, weight), [weight])
     inputs = weight.shape[1]
     suits = inputs <= PACKED_INPUTS and inputs % PACKED_IN == 0 and can_pack(weight.dtype)
     return packed_gemm(weight) if suits else vllm_gemm(weight)
@@ -41,100 +44,104 @@ def _join_fake(outputs: list[torch.Tensor], order: torch.Tensor | None) -> torch
     return outputs[0].new_empty(outputs[0].shape[0], width)
 
 
-# Hidden from the compiler, which would make code for every mix of ranks: half a second of a start each (docs/log.md).
-_library = torch.library.Library("pgsvd", "FRAGMENT")
-
-
-direct_register_custom_op("joined", _join, fake_impl=_join_fake, target_lib=_library)
+# Hidden from the compiler, which would make code for every mix of ranks: 0.5 s of a start each (docs/dev/log.md).
+register_op("joined", _join, _join_fake)
 
 
 class FactoredGemms:
-    """The products of a layer, and how its outputs are put together from them.
+    """The GEMMs of a layer, and the order of its outputs in theirs.
 
-    Args, one entry a shard, in the order of the layer's outputs:
-        readers: what reads x: a down factor [r, in], or a dense weight [out, in].
-        ups: what reads the down factor's output, [rows, r]; None for a dense shard.
-        places: of the pivot form int64 [out], where each output is found: i >= 0 is row i of the up
-            product, -1 - j is component j of the down product. None for other shards.
-
-    and of the whole layer:
-        cut: what ranks of tensor parallelism exchange. Where z is gathered, a down factor has this rank's rows,
-            [ceil(r / workers), in].
-        workers: those ranks.
+    Args:
+        shards: in the order of the layer's outputs.
+        cut: what the tensor-parallel ranks exchange inside the layer.
+        tp_size: tensor-parallel ranks.
     """
 
-    def __init__(
-        self,
-        readers: Sequence[torch.Tensor],
-        ups: Sequence[torch.Tensor | None],
-        places: Sequence[torch.Tensor | None],
-        cut: Cut = Cut.REPLICATED,
-        workers: int = 1,
-    ) -> None:
-        blocks = workers if cut is Cut.ALL_GATHER_Z else 1
-        # Those of low rank first: what is exchanged lies side by side.
-        low_rank = [i for i, up in enumerate(ups) if up is not None]
+    def __init__(self, shards: Sequence[ShardWeights], cut: Cut = Cut.REPLICATED, tp_size: int = 1) -> None:
+        blocks = tp_size if cut is Cut.ALL_GATHER_Z else 1
+        # Low-rank shards come first: z, which a collective may complete, is then one contiguous block.
+        low_rank = [i for i, shard in enumerate(shards) if shard.up is not None]
         stacked: list[torch.Tensor] = []
         widths: list[int] = []
-        # Of each shard where it lies in s, all that read x give together, once that has been exchanged.
-        read = [slice(0)] * len(readers)
+        # Each shard's columns of s, after the collective.
+        columns = [slice(0)] * len(shards)
         total = 0
-        # One product each, with the columns of s that it reads.
-        self.ups: list[tuple[Run, slice]] = []
-        where: dict[int, torch.Tensor] = {}
-        for i in [*low_rank, *(i for i in range(len(readers)) if i not in low_rank)]:
-            reader, up = readers[i], ups[i]
-            # Zero rows there and zero columns in the up product, where that wants a multiple.
-            missing = -len(reader) % PACKED_IN if up is not None and can_pack(reader.dtype) else 0
-            stacked.append(F.pad(reader, (0, 0, 0, missing)) if missing else reader)
-            width = len(reader) + missing
-            read[i] = slice(total, total + width * (1 if up is None else blocks))
-            total = read[i].stop
+        # One GEMM for each low-rank shard, with the columns of s that are its input.
+        self.ups: list[tuple[Gemm, slice]] = []
+        sources: dict[int, torch.Tensor] = {}
+        for i in [*low_rank, *(i for i in range(len(shards)) if i not in low_rank)]:
+            down, up, places = shards[i].down, shards[i].up, shards[i].places
+            # Zero rows here and zero columns in the up factor, where the packed kernel needs a multiple.
+            missing = -len(down) % PACKED_IN if up is not None and can_pack(down.dtype) else 0
+            stacked.append(F.pad(down, (0, 0, 0, missing)) if missing else down)
+            width = len(down) + missing
+            columns[i] = slice(total, total + width * (1 if up is None else blocks))
+            total = columns[i].stop
             if up is not None:
                 widths.append(width)
-                self.ups.append((gemm(spread(up, blocks, len(reader), missing)), read[i]))
-            if (place := places[i]) is not None:
-                column = read[i].start + columns_of(-1 - place, len(reader), missing)
-                where[i] = torch.where(place < 0, -1 - column, place)
+                self.ups.append((gemm(spread(up, blocks, len(down), missing)), columns[i]))
+            if places is not None:
+                column = columns[i].start + columns_of(-1 - places, len(down), missing)
+                sources[i] = torch.where(places < 0, -1 - column, places)
         self.first = gemm(stacked[0] if len(stacked) == 1 else torch.cat(stacked))
-        self.own = sum(widths)
-        self.exchange = collective_of(cut, widths, workers)
-        # The outputs in order: a product (0 is the first) and its columns.
+        self.z_columns = sum(widths)
+        self.collective = collective_of(cut, widths, tp_size)
+        # The layer's outputs in order: a GEMM (0 is the first) and its columns.
         self.pieces = [
-            (0, read[i]) if up is None else (1 + low_rank.index(i), slice(0, len(up))) for i, up in enumerate(ups)
+            (0, columns[i]) if shard.up is None else (1 + low_rank.index(i), slice(0, len(shard.up)))
+            for i, shard in enumerate(shards)
         ]
-        self.order = self._order(where, total) if where else None
+        self.order = self._order(sources, total) if sources else None
         self.out = sum(p.stop - p.start for _, p in self.pieces) if self.order is None else len(self.order)
 
-    def _order(self, where: dict[int, torch.Tensor], total: int) -> torch.Tensor:
-        """int64 [out], where the layer's outputs lie in all products' outputs, one after the other.
+    def _order(self, sources: dict[int, torch.Tensor], total: int) -> torch.Tensor:
+        """int64 [out], the column of each of the layer's outputs in the outputs of all GEMMs side by side.
 
         Args:
-            where: of the pivot forms, as `places`, but with columns of s for components.
+            sources: of each pivot form, as `ShardWeights.places`, but with columns of s for components of z.
             total: columns of s.
         """
-        heights = [piece.stop for product, piece in sorted(self.pieces, key=lambda piece: piece[0]) if product]
+        heights = [piece.stop for index, piece in sorted(self.pieces, key=lambda piece: piece[0]) if index]
         starts = [total + sum(heights[:i]) for i in range(len(heights))]
-        device = next(iter(where.values())).device
+        device = next(iter(sources.values())).device
         order = []
-        for i, (product, piece) in enumerate(self.pieces):
-            start = starts[product - 1] if product else 0
+        for i, (index, piece) in enumerate(self.pieces):
+            start = starts[index - 1] if index else 0
             rows = torch.arange(piece.start, piece.stop, device=device)
-            place = where.get(i, rows)
+            place = sources.get(i, rows)
             order.append(torch.where(place < 0, -1 - place, start + place))
         return torch.cat(order)
 
+    def refill(self, other: "FactoredGemms") -> None:
+        """Copy another layer's weights into this one's storage, which captured graphs read.
+
+        Args:
+            other: no longer usable afterwards.
+
+        Raises:
+            ValueError: it has other sizes; nothing is copied.
+        """
+        mine, theirs = ([one.first, *(up for up, _ in one.ups)] for one in (self, other))
+        same = self.pieces == other.pieces and [c for _, c in self.ups] == [c for _, c in other.ups]
+        same = same and [one.shapes() for one in mine] == [one.shapes() for one in theirs]
+        if not same or (self.order is None) != (other.order is None):
+            raise ValueError(OTHER_SIZES)
+        for old, new in zip(mine, theirs, strict=True):
+            old.refill(new)
+        if self.order is not None and other.order is not None:
+            self.order.copy_(other.order)
+
     def __call__(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x [tokens, in] -> [tokens, out]."""
-        # The packed kernel divides by the number of tokens. No graph is ever run, or should be traced, for none.
+        # The packed kernel divides by the number of tokens. No graph runs, or should be traced, for none.
         if not torch.compiler.is_compiling() and len(x) == 0:
             return x.new_empty(0, self.out)
-        if not self.ups:  # an expert that is dense, among others that are not
+        if not self.ups:  # a dense MoE expert beside factored ones
             return self.first(x, bias).contiguous()
         s = self.first(x, None)
-        if self.exchange is not None:
-            z, dense = s[:, : self.own], s[:, self.own :]
-            s = torch.cat([self.exchange(z), dense], -1) if dense.shape[1] else self.exchange(z)
+        if self.collective is not None:
+            z, dense = s[:, : self.z_columns], s[:, self.z_columns :]
+            s = torch.cat([self.collective(z), dense], -1) if dense.shape[1] else self.collective(z)
         if len(self.pieces) == 1 and self.order is None:
             up, columns = self.ups[0]
             return up(s[:, columns], bias).contiguous()
