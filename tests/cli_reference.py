@@ -13,9 +13,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from pgsvd_vllm.cli import COMMANDS, build_parser
+
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENT = ROOT / "docs" / "compress.md"
-from pgsvd_vllm.cli import COMMANDS, build_parser
 
 BLOCK = re.compile(r"(<!-- options of ([\w-]+) -->\n).*?(<!-- end of options -->)", re.DOTALL)
 

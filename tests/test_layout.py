@@ -82,3 +82,23 @@ def test_offline_works_without_vllm(tiny_model: Path, tmp_path: Path) -> None:
     done = python(blocker + f"sys.exit(main({command!r}) or main(['verify', {str(tmp_path / 'out')!r}]))")
     assert done.returncode == 0, done.stderr
     assert "all numbers finite" in done.stdout
+
+
+def folders_below(root: Path, levels: int) -> set[str]:
+    """A folder of the repository and those below it that hold files."""
+    found = {root.relative_to(ROOT).as_posix()}
+    for folder in sorted(root.iterdir()) if levels else ():
+        if folder.is_dir() and any(path.suffix in (".py", ".md") for path in folder.rglob("*")):
+            found |= folders_below(folder, levels - 1)
+    return found
+
+
+def test_the_architecture_document_names_every_folder() -> None:
+    document = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    tree = document.split("\n```\n")[1].splitlines()
+    named = [line.split()[0].rstrip("/") for line in tree]
+    assert all(len(line.split()) >= 3 for line in tree)  # says what the folder is for
+    # Folders of tests mirror the others: the first level of them is named.
+    levels = {"pgsvd_vllm": 9, "offline": 9, "kernels": 9, "benchmarks": 9, "tests": 1, "docs": 9}
+    existing = set().union(*(folders_below(ROOT / name, depth) for name, depth in levels.items()))
+    assert sorted(named) == sorted(existing)
