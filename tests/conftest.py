@@ -1,9 +1,11 @@
-"""Fixtures shared by all tests: a tiny random model, the real reference model, a compressed one."""
+"""Fixtures of all tests: a tiny random model, the reference model, compressed ones; how workers share the cores."""
 
 import os
+import shlex
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # Before any test imports transformers or vLLM: no network, no telemetry, a small KV cache, no
@@ -15,11 +17,48 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
 import pytest
 import torch
+from filelock import FileLock
 
 from tests.support import reference_model
 
 ROOT = Path(__file__).resolve().parent.parent
+# Set by pytest-xdist in its workers.
+WORKER = os.environ.get("PYTEST_XDIST_WORKER")
+MAX_WORKERS = 4
 SHARED_DATA = ROOT.parent / "shared" / "data"
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Workers of `-n auto`: one a core, as long as their engines fit into memory."""
+    return min(MAX_WORKERS, len(os.sched_getaffinity(0)))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Give a worker, its engines and its commands cores of their own: OpenMP threads that share one are slow."""
+    if WORKER is not None:
+        cores = sorted(os.sched_getaffinity(0))
+        number, workers = int(WORKER.removeprefix("gw")), int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+        own = cores[number % len(cores) :: workers]
+        os.environ["OMP_NUM_THREADS"] = str(len(own))
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, own))
+        torch.set_num_threads(len(own))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start engines and interpreters first: at the end short tests keep every worker busy."""
+    items.sort(key=lambda item: not item.nodeid.startswith(("tests/e2e/", "tests/kernels/")))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print the command that runs a failed test again."""
+    failed = [report.nodeid for kind in ("failed", "error") for report in terminalreporter.stats.get(kind, [])]
+    if failed:
+        terminalreporter.section("run again")
+    for node in dict.fromkeys(failed):
+        # pytest-xdist appends the test's group.
+        test = node.rpartition("@")[0] if node.rfind("@") > node.rfind("]") else node
+        terminalreporter.write_line(f".venv/bin/python -m pytest {shlex.quote(test)}")
 
 
 def run_cli(*arguments: object, timeout: float = 600) -> subprocess.CompletedProcess[str]:
@@ -84,22 +123,42 @@ def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """A folder that one worker of the run makes and all of them read.
+
+    Args:
+        factory: pytest's, of this worker.
+        name: of the folder in the run's temporary folder.
+        make: is given the folder's path and creates it.
+    """
+    base = factory.getbasetemp()
+    shared = base if WORKER is None else base.parent
+    folder, done = shared / name, shared / f"{name}.done"
+    with FileLock(shared / f"{name}.lock"):
+        if not done.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            make(folder)
+            done.touch()
+    return folder
+
+
+def compress_to(output: Path, model: Path, *options: str) -> None:
+    """Run `pgsvd-vllm compress`, which must succeed."""
+    done = run_cli("compress", model, "-o", output, *options, timeout=1800)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random Llama, tied embeddings, no biases."""
-    return save_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
+    return made_once(tmp_path_factory, "tiny-model", save_tiny_model)
 
 
 @pytest.fixture(scope="session")
 def tiny_compressed(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model with a quarter of its projections' parameters removed."""
-    output = tmp_path_factory.mktemp("tiny-compressed") / "out"
-    done = run_cli(
-        *("compress", tiny_model, "-o", output, "--ratio", "0.25"),
-        *("--num-calibration-samples", "32", "--max-seq-length", "64"),
-    )
-    assert done.returncode == 0, done.stderr
-    return output
+    options = ("--ratio", "0.25", "--num-calibration-samples", "32", "--max-seq-length", "64")
+    return made_once(tmp_path_factory, "tiny-compressed", lambda output: compress_to(output, tiny_model, *options))
 
 
 @pytest.fixture(scope="session")
@@ -113,12 +172,6 @@ def smollm2() -> Path:
 @pytest.fixture(scope="session")
 def smollm2_compressed(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SmolLM2 with a fifth of its projections' parameters removed."""
-    output = tmp_path_factory.mktemp("smollm2") / "compressed"
-    # Little text: what is served is compared with transformers, not judged.
-    done = run_cli(
-        *("compress", smollm2, "-o", output, "--ratio", "0.2"),
-        *("--num-calibration-samples", "8", "--max-seq-length", "512"),
-        timeout=1800,
-    )
-    assert done.returncode == 0, done.stderr
-    return output
+    # Little text: its tokens are compared with transformers', its quality is not measured.
+    options = ("--ratio", "0.2", "--num-calibration-samples", "8", "--max-seq-length", "512")
+    return made_once(tmp_path_factory, "smollm2-compressed", lambda output: compress_to(output, smollm2, *options))

@@ -1,4 +1,4 @@
-"""The Triton kernels without a GPU: in the interpreter against float64, with bugs planted, and compiled for GPUs."""
+"""Triton kernels without a GPU: interpreted against float64, with planted bugs, and compiled for GPUs."""
 
 import json
 import os
@@ -6,8 +6,6 @@ import random
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -25,72 +23,15 @@ from pgsvd_vllm.kernels.packed_weights import PackedLayer  # noqa: E402
 from pgsvd_vllm.kernels.tile_heuristics import FEW_TOKENS_OF_MANY, down_tile, usual_steps  # noqa: E402
 from pgsvd_vllm.serving.gemm.gpu import ScratchPool, TritonGemms  # noqa: E402
 from tests.kernels.interpreted import Layer  # noqa: E402
-
-# (file, what it says, what a bug would say)
-MUTANTS = {
-    "stores rows past the last": ("up", "inside = (m2 < tokens) & (o2 < n)", "inside = m2 < tokens"),
-    "stores tokens past the last": ("up", "inside = (m2 < tokens) & (o2 < n)", "inside = o2 < n"),
-    "reads z past the rank": ("up", "mask=in_tokens & (c[None, :] < r)", "mask=in_tokens"),
-    "third shard's z": ("up", "z_at, u_at = tl.where(third, r0 + r1, z_at)", "z_at, u_at = tl.where(third, r1, z_at)"),
-    "second shard's places": ("up", "tl.where(second, n0, 0)", "tl.where(second, 0, 0)"),
-    "bias of the row, not of its place": ("up", "acc += tl.load(bias + place", "acc += tl.load(bias + o2"),
-    "a step left out": ("up", "range(0, r, BLOCK_K)", "range(BLOCK_K, r, BLOCK_K)"),
-    "rows moved that are no outputs": (
-        "up",
-        "known = (m < tokens) & (place >= 0)",
-        "known = (m < tokens) & (place >= -1)",
-    ),
-    "rows moved from elsewhere": ("up", "pid_n - blocks, pid_m", "pid_n - blocks + 1, pid_m"),
-    "the second shard's programs are not counted": ("up", "blocks += tl.cdiv(n1, BLOCK_N)", "blocks += 0"),
-    "rows moved without their bias": ("up", "mask=place >= 0, other=0.0)", "mask=place < 0, other=0.0)"),
-    "parts overlap": (
-        "down",
-        "end = tl.minimum(columns, begin + each)",
-        "end = tl.minimum(columns, begin + each + BLOCK_K)",
-    ),
-    "the first to end adds the parts": ("down", "if ended < SPLIT_K - 1:", "if ended > 0:"),
-    "all add the parts": ("down", "if ended < SPLIT_K - 1:", "if ended < 0:"),
-    "counters are left": ("down", "tl.store(counters + tile, 0)", "tl.store(counters + tile, 1)"),
-    "one counter for all tokens": ("down", "tile = pid_m * tl.num_programs(0) + pid_r", "tile = pid_r"),
-    "x past the last token": ("down", "in_tokens = m[:, None] < tokens", "in_tokens = m[:, None] < tokens + 1"),
-    "columns past the last": ("down", "mask=in_tokens & (c[None, :] < columns)", "mask=in_tokens"),
-    "weights past the last row": ("down", "tl.minimum(r, rows - 1)", "r"),
-    "rows past the last": ("down", "inside = (m2 < tokens) & (r2 < rows)", "inside = m2 < tokens"),
-    "sums rounded at each step": (
-        "down",
-        "acc, input_precision",
-        "acc.to(tl.bfloat16).to(tl.float32), input_precision",
-    ),
-    "the gate's components for both": ("gated", "z_row + z0, z_row + z1", "z_row + z0, z_row + z0"),
-    "the second up factor begins elsewhere": ("gated", "u + n0.to(tl.int64) * r0", "u + n0.to(tl.int64) * r1"),
-    "the gate's places for both": ("gated", "places + half", "places"),
-    "pivots read as rows": ("gated", "known1 = known1 & (place1[:, None] >= 0)", "known1 = known1"),
-    "the wrong component": ("gated", "z_stride - 1 - place", "z_stride - place"),
-    "the gate's bias for both": ("gated", "bias + half", "bias"),
-    "a gate without its slope": ("gated", "gate / (1.0 + tl.exp(-gate))", "gate / (1.0 + tl.exp(-other))"),
-    "gated outputs past the last": ("gated", "inside = (m2 < tokens) & (o2 < half)", "inside = m2 < tokens"),
-    "rows moved before they are made": (
-        "up",
-        "                tl.extra.cuda.gdc_wait()\n            _place",
-        "            _place",
-    ),
-    "z read before it is made by the up product": ("up", "        tl.extra.cuda.gdc_wait()\n    acc", "    acc"),
-    "x read before it is made": ("down", "        tl.extra.cuda.gdc_wait()\n", ""),
-    "z read before it is made": ("gated", "        tl.extra.cuda.gdc_wait()\n", ""),
-    "outputs past the last are ordered": ("permute", "(m < tokens) & there[None, :]", "m < tokens"),
-    "the gate's sources for both": ("permute", "sources + half + o", "sources + o"),
-    "the gate's bias for both outputs": ("permute", "bias + half + o", "bias + o"),
-    "the sums end with the first one": ("gated", "tl.maximum(r0, r1)", "r0"),
-    "the second sum runs past its end": (
-        "gated",
-        "known1 = c[None, :] < r1",
-        "known1 = c[None, :] < tl.maximum(r0, r1)",
-    ),
-}
-
+from tests.kernels.mutants import MUTANTS, planted  # noqa: E402
 
 Run = subprocess.CompletedProcess[str]
 INTERPRETER = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+KERNELS = ("down", "up", "gated", "permute")
+
+
+def kernel_source(kernel: str) -> str:
+    return (ROOT / "kernels" / f"{kernel}.py").read_text(encoding="utf-8")
 
 
 def script(path: str, *arguments: object, **environment: str) -> Run:
@@ -109,59 +50,21 @@ def interpreted(seed: int, cases: int, *folder: Path, **environment: str) -> Run
     return script("tests/kernels/interpreted.py", seed, cases, *folder, **INTERPRETER, **environment)
 
 
-def mutant(name: str, folder: Path) -> Run:
-    """The same for kernels with a bug."""
-    file, right, wrong = MUTANTS[name]
-    for kernel in ("down", "up", "gated", "permute"):
-        source = (ROOT / "kernels" / f"{kernel}.py").read_text(encoding="utf-8")
-        if kernel == file:
-            assert right in source
-            source = source.replace(right, wrong)
-        (folder / f"{kernel}.py").write_text(source, encoding="utf-8")
-    return interpreted(3, 100, folder)
-
-
-def started(case: int | str, folder: Path) -> Run:
-    """A seed of random layers, a bug, or the name of another script for the interpreter."""
-    if isinstance(case, int):
-        return interpreted(case, 100)
-    if case in MUTANTS:
-        return mutant(case, folder)
-    return script(f"tests/kernels/{case}.py", folder, **INTERPRETER)
-
-
-@pytest.fixture(scope="module")
-def interpreter_runs(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[dict[int | str, Future[Run]]]:
-    """What the chosen tests want interpreted: one thread each, as many at once as there are cores, eight at most."""
-    items = [item for item in request.session.items if "interpreter_runs" in getattr(item, "fixturenames", ())]
-    cases = [item.callspec.params["case"] for item in items]  # type: ignore[attr-defined]
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        runs = {case: pool.submit(started, case, tmp_path_factory.mktemp("kernels")) for case in cases}
-        yield runs
-        for run in runs.values():
-            run.cancel()
-
-
-@pytest.mark.parametrize("case", range(2))
-def test_random_layers_are_those_of_float64(case: int, interpreter_runs: dict[int | str, Future[Run]]) -> None:
-    done = interpreter_runs[case].result()
+@pytest.mark.parametrize("seed", range(2))
+def test_random_layers_match_float64(seed: int) -> None:
+    done = interpreted(seed, 100)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout == "100 layers\n"
 
 
-@pytest.mark.parametrize("case", ["interpreted_tune"])
-def test_tuning_finds_the_fastest_tiles_and_layers_take_them(
-    case: str, interpreter_runs: dict[int | str, Future[Run]]
-) -> None:
-    done = interpreter_runs[case].result()
+def test_tuned_tiles_are_the_fastest_and_used(tmp_path: Path) -> None:
+    done = script("tests/kernels/interpreted_tune.py", tmp_path, **INTERPRETER)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout == "tuned\n"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_the_library_path_is_that_of_float64(dtype: torch.dtype) -> None:
+def test_cublas_path_matches_float64(dtype: torch.dtype) -> None:
     rng = random.Random(5)
     for tokens in (1, 2, 17, 300):
         for _ in range(10):
@@ -172,27 +75,44 @@ def test_the_library_path_is_that_of_float64(dtype: torch.dtype) -> None:
                 assert one.difference(x, added, run_library(x, packed, added)) == ""
 
 
-@pytest.mark.parametrize("case", ["interpreted_layers"])
-def test_layers_of_vllm_use_the_kernels_where_there_is_a_gpu(
-    case: str, interpreter_runs: dict[int | str, Future[Run]]
-) -> None:
-    """All mixes of tests/serving/test_linear.py, loaded and called as on a GPU, interpreted."""
+def test_vllm_layers_run_the_kernels(tmp_path: Path) -> None:
+    """All mixes of tests/serving/layers/test_linear.py, loaded and called as on a GPU, interpreted."""
     pytest.importorskip("vllm", reason="vLLM is not installed")
-    done = interpreter_runs[case].result()
+    done = script("tests/kernels/interpreted_layers.py", tmp_path, **INTERPRETER)
     assert done.returncode == 0, done.stderr[-2000:]
     assert re.fullmatch(r"\d+ layers, \d+ launches\n", done.stdout[done.stdout.rfind("\n", 0, -1) + 1 :])
 
 
-@pytest.mark.parametrize("case", MUTANTS)
-def test_a_planted_bug_is_found(case: str, interpreter_runs: dict[int | str, Future[Run]]) -> None:
-    done = interpreter_runs[case].result()
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if bug.core else pytest.mark.slow) for name, bug in MUTANTS.items()]
+)
+def test_a_planted_bug_is_found(name: str, tmp_path: Path) -> None:
+    for kernel in KERNELS:
+        source = kernel_source(kernel)
+        bug = MUTANTS[name]
+        (tmp_path / f"{kernel}.py").write_text(
+            planted(bug, source) if kernel == bug.kernel else source, encoding="utf-8"
+        )
+    done = interpreted(3, 100, tmp_path)
     assert done.returncode == 1
-    # Found by what the test compares, not by Python refusing the source.
+    # The comparison finds it; Python does not refuse the source.
     found = "off by|stored twice|in no tensor of the launch|the second run differs|launches|before it has ended"
     assert re.search(found, done.stderr), done.stderr[-2000:]
 
 
-def test_machine_code_keeps_within_the_bars(tmp_path: Path) -> None:
+def test_every_bug_can_be_planted() -> None:
+    """The slow ones too, whose source may change while only the core is run."""
+    for bug in MUTANTS.values():
+        compile(planted(bug, kernel_source(bug.kernel)), bug.kernel, "exec")
+
+
+def test_core_bugs_cover_every_kernel_and_kind() -> None:
+    every, core = ({(bug.kernel, bug.kind) for bug in MUTANTS.values() if bug.core >= least} for least in (0, 1))
+    assert {kernel for kernel, _ in core} == set(KERNELS)
+    assert {kind for _, kind in core} == {kind for _, kind in every}
+
+
+def test_compiled_kernels_keep_their_limits(tmp_path: Path) -> None:
     done = script("benchmarks/kernel_resources.py", "--quick", "--json", tmp_path / "rows.json")
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     rows = json.loads((tmp_path / "rows.json").read_text())
@@ -210,7 +130,7 @@ def test_machine_code_keeps_within_the_bars(tmp_path: Path) -> None:
         (["--candidates"], None),
     ],
 )
-def test_all_machine_code_keeps_within_the_bars(options: list[str], kernels: int | None, tmp_path: Path) -> None:
+def test_all_compiled_kernels_keep_their_limits(options: list[str], kernels: int | None, tmp_path: Path) -> None:
     done = script("benchmarks/kernel_resources.py", *options, "--json", tmp_path / "rows.json")
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     rows = json.loads((tmp_path / "rows.json").read_text())
@@ -219,8 +139,8 @@ def test_all_machine_code_keeps_within_the_bars(options: list[str], kernels: int
 
 @pytest.mark.slow
 @pytest.mark.parametrize("version", ["3.6.0", "3.8.0"])
-def test_other_tritons_of_the_range(version: str, tmp_path: Path) -> None:
-    """What GPU builds of torch 2.11 and of vLLM 0.33 come with."""
+def test_other_supported_triton_versions(version: str, tmp_path: Path) -> None:
+    """GPU builds of torch 2.11 and of vLLM 0.33 bring these."""
     install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", tmp_path, f"triton=={version}"]
     done = subprocess.run(install, capture_output=True, text=True, timeout=900, check=False)
     if done.returncode != 0:
@@ -232,7 +152,7 @@ def test_other_tritons_of_the_range(version: str, tmp_path: Path) -> None:
     assert f"triton {version}\n" in done.stdout
 
 
-def test_the_check_for_gpus_says_what_it_would_do() -> None:
+def test_gpu_check_dry_run_lists_its_cases() -> None:
     done = subprocess.run(
         ["make", "gpu-check", "ARGS=--dry-run"], capture_output=True, text=True, cwd=ROOT, timeout=300, check=False
     )
@@ -254,14 +174,12 @@ def layer(*shards: tuple[int, int, int | None]) -> PackedLayer:
         ([(8, 16, 4), (8, 24, 4)], "shards of different inputs: [16, 24]"),
     ],
 )
-def test_layers_that_the_kernels_cannot_serve_are_refused(
-    shards: list[tuple[int, int, int | None]], message: str
-) -> None:
+def test_unsupported_layers_are_refused(shards: list[tuple[int, int, int | None]], message: str) -> None:
     with pytest.raises(ValueError, match="^" + message.replace("[", r"\[").replace("]", r"\]")):
         layer(*shards)
 
 
-def test_other_dtypes_are_refused() -> None:
+def test_mismatched_weights_are_refused() -> None:
     with pytest.raises(ValueError, match="the kernels take float16, bfloat16 and float32"):
         PackedLayer([torch.zeros(4, 16).double()], [torch.zeros(8, 4).double()], [None])
     with pytest.raises(ValueError, match="^an up factor of another rank than its down factor"):
@@ -279,51 +197,51 @@ def test_other_dtypes_are_refused() -> None:
         (torch.zeros(3, 16), torch.zeros(9), r"a bias of \(9,\) for 8 outputs"),
     ],
 )
-def test_inputs_that_do_not_fit_are_refused(x: torch.Tensor, bias: torch.Tensor | None, message: str) -> None:
+def test_mismatched_inputs_are_refused(x: torch.Tensor, bias: torch.Tensor | None, message: str) -> None:
     one = layer((8, 16, 4))
     with pytest.raises(ValueError, match=message):
         run(x, one, SplitKScratch(x.device), bias)
 
 
-def test_a_workspace_that_is_too_small_is_refused() -> None:
+def test_too_small_scratch_is_refused() -> None:
     wide = layer((8, 4096, 4))
     assert down_tile(2, wide.sizes).split_k > 1
     with pytest.raises(ValueError, match=r"the workspace is too small for 2 tokens in 8 parts"):
         run(torch.zeros(2, 4096), wide, SplitKScratch(torch.device("cpu")))
 
 
-def test_the_environment_chooses_the_products(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_chooses_the_gemms(monkeypatch: pytest.MonkeyPatch) -> None:
     weights = [torch.randn(4, 16)], [torch.randn(8, 4)], [None], False
     monkeypatch.setenv("PGSVD_KERNELS", "torch")
-    products = TritonGemms(*weights)
+    gemms = TritonGemms(*weights)
     x = torch.randn(3, 16)
-    torch.testing.assert_close(products(x), x @ weights[0][0].T @ weights[1][0].T)
+    torch.testing.assert_close(gemms(x), x @ weights[0][0].T @ weights[1][0].T)
     monkeypatch.setenv("PGSVD_KERNELS", "cuda")
     with pytest.raises(InputError, match="PGSVD_KERNELS=cuda: must be triton or torch"):
         TritonGemms(*weights)
 
 
-def test_a_chosen_table_that_cannot_be_used_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_unreadable_tile_table_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PGSVD_KERNEL_TABLE", str(tmp_path / "none.json"))
     weights = [torch.randn(4, 16).half()], [torch.randn(8, 4).half()], [None], False
     with pytest.raises(InputError, match=r"^PGSVD_KERNEL_TABLE: .*none\.json: cannot be read"):
         TritonGemms(*weights)
 
 
-def test_every_stream_has_its_own_workspace() -> None:
+def test_every_stream_has_its_own_scratch() -> None:
     spaces = ScratchPool(torch.device("cpu"))
     small, large = (usual_steps(LayerShape(2048, rows, 4096, rows, 1, False)) for rows in (160, 3200))
     spaces.reserve(160, small)
     first = spaces.of_stream(1, capturing=False)
     assert first is not None
     assert (len(first.partials), len(first.counters)) >= room(160, small)
-    # Nothing is made while a graph is captured; what was made before is taken.
+    # Graph capture allocates nothing: it takes scratch that exists already.
     assert spaces.of_stream(2, capturing=True) is None
     second = spaces.of_stream(2, capturing=False)
     assert second is not None
     assert second is not first
     assert spaces.of_stream(2, capturing=True) is second
-    # Larger layers find room on all of them; what a captured graph may still write stays.
+    # Larger layers grow the scratch of every stream; buffers that a captured graph may write stay alive.
     before = first.partials
     spaces.reserve(3200, large)
     numbers, tiles = room(3200, large)
@@ -335,14 +253,14 @@ def test_every_stream_has_its_own_workspace() -> None:
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(16, 576), (640, 2048), (3696, 4096), (11008, 4096), (2816, 11008)])
-def test_the_workspace_has_room_for_every_number_of_tokens(rows: int, columns: int) -> None:
+def test_scratch_fits_every_token_count(rows: int, columns: int) -> None:
     space = SplitKScratch(torch.device("cpu"))
     sizes = LayerShape(columns, rows, 3 * columns, rows // 3, 3, False)
     space.grow(*room(16, usual_steps(LayerShape(16, 16, 16, 16, 3, False))))
     space.grow(*room(rows, usual_steps(sizes)))
     for tokens in range(1, FEW_TOKENS_OF_MANY + 1):
         tile = down_tile(tokens, sizes)
-        # A part without columns would be a program for nothing.
+        # No part is without columns.
         steps = -(-columns // tile.block_k)
         assert -(-steps // tile.split_k) * (tile.split_k - 1) < steps
         if tile.split_k > 1:
