@@ -1,4 +1,4 @@
-"""Declares, when torchvision is imported, the operators that it would register Python code for."""
+"""Declares the operators that torchvision registers Python code for, just before torchvision is imported."""
 
 import sys
 from importlib.abc import MetaPathFinder
@@ -10,7 +10,7 @@ SCHEMAS = (
 
 
 class _BeforeTorchvision(MetaPathFinder):
-    """Finds nothing, but is asked before torchvision is."""
+    """Finds no module itself, but runs before torchvision is imported."""
 
     library = None
 
@@ -18,7 +18,7 @@ class _BeforeTorchvision(MetaPathFinder):
         if name == "torchvision" and self.library is None:
             import torch
 
-            # Kept: an operator lives as long as the library that declares it.
+            # Kept alive: an operator lives as long as the library that declares it.
             self.library = torch.library.Library("torchvision", "DEF")
             for schema in SCHEMAS:
                 self.library.define(schema)
