@@ -25,7 +25,6 @@ ROOT = Path(__file__).resolve().parent.parent
 # Set by pytest-xdist in its workers.
 WORKER = os.environ.get("PYTEST_XDIST_WORKER")
 MAX_WORKERS = 4
-SHARED_DATA = ROOT.parent / "shared" / "data"
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:

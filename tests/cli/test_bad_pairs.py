@@ -7,18 +7,18 @@ from pathlib import Path
 import pytest
 
 from tests.cli.refusal import Refusal
-from tests.e2e.vision_models import VISION_MODELS, save_pairs, save_seeing_model
+from tests.e2e.vision_models import VISION_MODELS, save_pairs, save_vision_model
 
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_seeing_model(VISION_MODELS[0], tmp_path_factory.mktemp("clip") / "model")
+    return save_vision_model(VISION_MODELS[0], tmp_path_factory.mktemp("clip") / "model")
 
 
 @pytest.fixture(scope="module")
 def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
     row = next(row for row in VISION_MODELS if row.name.startswith("LLaVA"))
-    return save_seeing_model(row, tmp_path_factory.mktemp("llava") / "model")
+    return save_vision_model(row, tmp_path_factory.mktemp("llava") / "model")
 
 
 @pytest.fixture

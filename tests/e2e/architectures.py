@@ -1,4 +1,4 @@
-"""One tiny random model of every architecture that is known to work; a row is a test and a line of docs/models.md."""
+"""One tiny random model per architecture that works; a row is a test and a line of docs/models.md."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,12 +24,12 @@ class Architecture:
         name: what people call the models.
         config: class of transformers.
         options: its arguments.
-        note: what is particular about it.
-        core: whether it is tested every time, and not only with all.
-        dense: leaves of projections that stay dense.
+        note: its particularity, for docs/models.md.
+        core: whether `make test` tests it; `make test-all` tests them all.
+        dense: leaf names of projections that stay dense.
         like_transformers: whether vLLM's tokens of the dense model are those of transformers; where they are not,
-            factored models are compared with the multiplied-back dense one in vLLM.
-        experts: whether it is a mixture, whose experts are compressed as well.
+            factored models are compared with the reconstructed dense model in vLLM.
+        experts: whether it is an MoE model, whose experts are compressed as well.
     """
 
     name: str
@@ -46,43 +46,43 @@ ARCHITECTURES = (
     Architecture("Llama 2, 3", "LlamaConfig", GQA | {"rope_theta": 500000.0}),
     Architecture("Mistral", "MistralConfig", GQA | {"sliding_window": 16}, "sliding window", core=True),
     Architecture("Qwen2, Qwen2.5", "Qwen2Config", GQA, "biases"),
-    Architecture("Qwen3", "Qwen3Config", HEADS, "norms of queries and keys"),
+    Architecture("Qwen3", "Qwen3Config", HEADS, "query and key norms"),
     Architecture("Gemma 2", "Gemma2Config", GEMMA, "soft caps"),
-    Architecture("Gemma 3, text", "Gemma3TextConfig", GEMMA, "two kinds of layers"),
-    Architecture("Phi-1, Phi-2", "PhiConfig", GQA, "attention and MLP side by side"),
-    Architecture("Phi-3, Phi-4", "Phi3Config", GQA, "QKV, and gate and up, are one matrix each", core=True),
+    Architecture("Gemma 3, text", "Gemma3TextConfig", GEMMA, "sliding and global attention layers"),
+    Architecture("Phi-1, Phi-2", "PhiConfig", GQA, "parallel attention and MLP"),
+    Architecture("Phi-3, Phi-4", "Phi3Config", GQA, "fused QKV, and fused gate and up", core=True),
     Architecture("OLMo 2", "Olmo2Config", GQA),
     Architecture("Granite", "GraniteConfig", GQA),
     Architecture("StableLM", "StableLmConfig", GQA),
     Architecture("Cohere Command R", "CohereConfig", GQA),
     Architecture("StarCoder 2", "Starcoder2Config", GQA),
     Architecture("SmolLM3", "SmolLM3Config", GQA),
-    Architecture("GLM-4", "Glm4Config", HEADS, "gate and up are one matrix"),
+    Architecture("GLM-4", "Glm4Config", HEADS, "fused gate and up"),
     Architecture(
         "OPT",
         "OPTConfig",
         SIZES | {"ffn_dim": 320, "max_position_embeddings": 512, "word_embed_proj_dim": 128},
     ),
-    Architecture("GPT-2", "GPT2Config", GPT2, "weights are stored transposed", core=True),
-    Architecture("GPT-BigCode, StarCoder", "GPTBigCodeConfig", GPT2, "one key and value head"),
+    Architecture("GPT-2", "GPT2Config", GPT2, "transposed weights", core=True),
+    Architecture("GPT-BigCode, StarCoder", "GPTBigCodeConfig", GPT2, "multi-query attention"),
     Architecture(
         "GPT-NeoX, Pythia",
         "GPTNeoXConfig",
         SIZES | {"intermediate_size": 320, "max_position_embeddings": 512},
-        "QKV is one matrix, head by head",
+        "fused QKV, interleaved by head",
     ),
     Architecture(
         "Falcon",
         "FalconConfig",
         SIZES | {"new_decoder_architecture": True, "num_kv_heads": 2, "alibi": False},
-        "QKV is one matrix, group by group",
+        "fused QKV, interleaved by group",
         core=True,
     ),
     Architecture(
         "BLOOM",
         "BloomConfig",
         COMMON | {"hidden_size": 128, "n_layer": 3, "n_head": 4},
-        "vLLM reorders all tensors called query_key_value",
+        "fused QKV stays dense: vLLM reorders every tensor of that name",
         dense=frozenset({"query_key_value"}),
     ),
     Architecture(
@@ -126,7 +126,7 @@ ARCHITECTURES = (
             "topk_group": 1,
             "topk_method": "greedy",
         },
-        "latent attention; vLLM multiplies kv_b_proj back; experts with `--include experts`",
+        "latent attention; vLLM gets a dense kv_b_proj; experts with `--include experts`",
         core=True,
         experts=True,
         like_transformers=False,
@@ -135,7 +135,7 @@ ARCHITECTURES = (
 
 
 def save_model(architecture: Architecture, folder: Path) -> Path:
-    """A random model in float32 with a tokenizer of bytes."""
+    """A random model in float32 with a byte tokenizer."""
     import transformers
 
     from tests.conftest import save_tokenizer

@@ -1,4 +1,4 @@
-"""Factored checkpoints with chosen factors, and what transformers says about them."""
+"""Factored checkpoints with chosen factors, and transformers' tokens and log-probabilities for them."""
 
 import json
 import shutil
@@ -76,7 +76,7 @@ def write_checkpoint(
 
 
 def reconstruct_dense(source: Path, target: Path) -> Path:
-    """The dense model of the same function as a factored float32 checkpoint."""
+    """The reconstructed dense model of a factored float32 checkpoint."""
     target.mkdir()
     checkpoint = open_checkpoint(source)
     tensors: dict[str, torch.Tensor] = {}
@@ -105,7 +105,7 @@ def reconstruct_dense(source: Path, target: Path) -> Path:
 
 
 def identity(_module: str, weight: torch.Tensor) -> Factors:
-    """V = I, U = W: the same function as the dense layer, exactly."""
+    """V = I, U = W: exactly the dense layer's function."""
     return weight, torch.eye(weight.shape[1], dtype=weight.dtype)
 
 
@@ -125,7 +125,7 @@ def transformers_greedy(folder: Path, prompts: Sequence[list[int]], new_tokens: 
 
 @torch.no_grad()
 def greedy_of(model: Any, prompts: Sequence[list[int]], new_tokens: int) -> list[list[int]]:
-    """The same of a loaded model."""
+    """Greedy tokens of a loaded model; the prompts have one length."""
     ids = torch.tensor(prompts)
     # Not stopping at the end token, as ignore_eos in vLLM.
     model.generation_config.eos_token_id = None

@@ -1,4 +1,4 @@
-"""One offline vLLM engine in a process of its own, and the text the engines are given.
+"""One offline vLLM engine in a process of its own, and its prompts.
 
 The module is both sides: tests call `run_engine`, which starts this file as a script; the script
 loads the model, answers every job of the request and writes the answers as JSON.
@@ -40,11 +40,11 @@ Job = tuple[Sequence[Prompt], dict[str, Any]] | tuple[Sequence[Prompt], dict[str
 
 @dataclass(frozen=True)
 class Answer:
-    """What an engine said to one prompt.
+    """An engine's answer to one prompt.
 
     Attributes:
         tokens: the new token ids.
-        vector: what EMBED or CLASSIFY asks for, of an engine of runner "pooling".
+        vector: embedding or class probabilities, of an EMBED or CLASSIFY job of a pooling engine.
         logprobs: per step, token id -> log probability of the engine's top tokens; empty if not asked for.
     """
 
@@ -78,7 +78,7 @@ def greedy(max_tokens: int = NEW_TOKENS, **more: Any) -> dict[str, Any]:
 
 
 def beam(width: int, max_tokens: int) -> dict[str, Any]:
-    """Of a job whose answers are the tokens of the best beam."""
+    """Sampling parameters of a job whose answers are the tokens of the best beam."""
     return {"beam": {"beam_width": width, "max_tokens": max_tokens, "ignore_eos": True, "temperature": 0.0}}
 
 
@@ -101,12 +101,12 @@ def try_engine(
     timeout: float = 400,
     **options: Any,
 ) -> EngineRun:
-    """Start an engine, run jobs, and say how it went.
+    """Start an engine, run jobs, and return its answers and log.
 
     Args:
         model: folder of the model.
         jobs: each is handed to `LLM.generate` as one batch.
-        reload: folder whose weights the engine takes over then, to run all jobs once more.
+        reload: folder whose weights the engine then reloads, to run all jobs once more.
         environment: on top of this process's.
         timeout: seconds until the engine's process group is ended.
         options: of `vllm.LLM`, over the defaults here.

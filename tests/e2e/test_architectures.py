@@ -1,4 +1,4 @@
-"""Every architecture: a tiny random model compressed, verified, served by vLLM, compared with transformers."""
+"""Every architecture: a tiny random model is compressed, verified and served by vLLM like by transformers."""
 
 import json
 from pathlib import Path
@@ -27,10 +27,10 @@ def prompts() -> list[list[int]]:
     "architecture",
     [pytest.param(row, id=row.name, marks=() if row.core else pytest.mark.slow) for row in ARCHITECTURES],
 )
-def test_compressed_and_served(
+def test_compressed_model_matches_transformers(
     architecture: Architecture, prompts: list[list[int]], tmp_path: Path, one_thread: None
 ) -> None:
-    """Once with the ranks that the tool chooses, and once, to be served, with every projection factored."""
+    """Compress with chosen ranks, and with every projection factored; vLLM serves the second checkpoint."""
     model = save_model(architecture, tmp_path / "model")
     experts = ("--include", "experts") if architecture.experts else ()
     for output, options in ((tmp_path / "chosen", ()), (tmp_path / "all", ("--baseline", "pifa", *experts))):
@@ -40,7 +40,7 @@ def test_compressed_and_served(
     assert chosen
     report = json.loads((tmp_path / "all" / "pgsvd_report.json").read_text(encoding="utf-8"))["modules"]
     assert served.keys() <= {row["name"] for row in report}
-    # One row alone, such as the shared expert's gate, has no low rank.
+    # A single row, such as the shared expert's gate, has no low rank.
     assert {row["name"] for row in report if row["rank"] is None} == {
         row["name"] for row in report if row["out_features"] == 1
     }
@@ -53,11 +53,11 @@ def test_compressed_and_served(
         dense = reconstruct_dense(tmp_path / "all", tmp_path / "back")
         expected = tokens(run_engine(dense, [(prompts, greedy(NEW_TOKENS))], load_format="auto")[0])
     assert found == expected
-    # Models that say the same whatever they are asked would hide errors.
+    # A model that repeats one answer for every prompt would hide errors.
     assert len({token for answer in expected for token in answer}) > 7
 
 
-def test_the_document_has_every_architecture() -> None:
+def test_models_md_lists_every_architecture() -> None:
     text = DOCUMENT.read_text(encoding="utf-8")
     missing = [row for row in rows() if row not in text]
     assert not missing, "run: python tests/models.py"

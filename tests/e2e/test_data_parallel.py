@@ -1,4 +1,4 @@
-"""Two engines behind one server, each with the whole factored model."""
+"""Data parallelism: two engines behind one server, each with the whole factored model."""
 
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +17,7 @@ NEW_TOKENS = 24
 
 
 @pytest.mark.feature("Data parallelism")
-def test_two_engines_say_what_transformers_says(
+def test_data_parallel_engines_match_transformers(
     tiny_compressed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in one_core_each().items():

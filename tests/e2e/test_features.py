@@ -1,4 +1,4 @@
-"""What else vLLM's engine can do, on a factored model: against the plain engine's or the dense model's tokens."""
+"""vLLM's engine features on a factored model, compared with the plain engine's or the dense model's tokens."""
 
 import json
 import shutil
@@ -12,6 +12,10 @@ from safetensors.torch import load_file, save_file
 from tests.e2e.checkpoints import reconstruct_dense
 from tests.e2e.engine import CLASSIFY, EMBED, NEW_TOKENS, beam, greedy, one_core_each, run_engine, tokens, try_engine
 from tests.features import DOCUMENT, marked
+
+
+# The tests share their reference engines.
+pytestmark = pytest.mark.xdist_group("features")
 
 
 @pytest.fixture(scope="module")
@@ -34,32 +38,32 @@ def dense(tiny_model: Path, prompts: list[list[int]]) -> list[list[int]]:
     "options",
     [
         pytest.param(
-            # The second job finds its prompts' beginnings cached, and prompts are read in pieces of 16 tokens.
+            # The second job hits the prefix cache, and prefill runs in chunks of 16 tokens.
             {"enable_prefix_caching": True, "max_num_batched_tokens": 16, "max_num_seqs": 8},
             id="prefix caching",
             marks=pytest.mark.feature("prefix caching, chunked prefill"),
         ),
         pytest.param(
             {"speculative_config": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}},
-            id="guessing from the prompt",
-            marks=pytest.mark.feature("speculative decoding: guesses from the prompt"),
+            id="n-gram speculation",
+            marks=pytest.mark.feature("speculative decoding: n-gram (prompt lookup)"),
         ),
         pytest.param(
             {"quantization": "pgsvd"},
             id="quantization given",
-            marks=pytest.mark.feature("--quantization pgsvd, though config.json says it"),
+            marks=pytest.mark.feature("--quantization pgsvd beside config.json"),
         ),
     ],
 )
-def test_options_that_change_no_token(
+def test_engine_options_keep_greedy_tokens(
     options: dict[str, Any], tiny_compressed: Path, prompts: list[list[int]], plain: list[list[int]]
 ) -> None:
     answers = run_engine(tiny_compressed, [(prompts, greedy()), (prompts, greedy())], **options)
     assert [tokens(answer) for answer in answers] == [plain, plain]
 
 
-@pytest.mark.feature("speculative decoding: draft of its dense parent")
-def test_a_compressed_draft_changes_no_token_of_its_dense_parent(
+@pytest.mark.feature("speculative decoding: compressed draft, dense target")
+def test_compressed_draft_keeps_the_dense_target_tokens(
     tiny_model: Path, tiny_compressed: Path, prompts: list[list[int]], dense: list[list[int]]
 ) -> None:
     config = {"model": str(tiny_compressed), "num_speculative_tokens": 3}
@@ -68,7 +72,7 @@ def test_a_compressed_draft_changes_no_token_of_its_dense_parent(
 
 
 @pytest.mark.feature("speculative decoding: factored target and draft")
-def test_a_compressed_model_with_itself_as_draft(
+def test_compressed_target_and_draft_keep_greedy_tokens(
     tiny_compressed: Path, prompts: list[list[int]], plain: list[list[int]]
 ) -> None:
     config = {"model": str(tiny_compressed), "num_speculative_tokens": 3}
@@ -76,7 +80,7 @@ def test_a_compressed_model_with_itself_as_draft(
 
 
 @pytest.mark.feature("beam search")
-def test_beams_are_those_of_the_multiplied_back_model(
+def test_beams_match_the_reconstructed_model(
     tiny_compressed: Path, prompts: list[list[int]], plain: list[list[int]], tmp_path: Path
 ) -> None:
     dense = reconstruct_dense(tiny_compressed, tmp_path / "dense")
@@ -84,12 +88,12 @@ def test_beams_are_those_of_the_multiplied_back_model(
     (expected,) = run_engine(dense, [job], load_format="auto", max_logprobs=8)
     (found,) = run_engine(tiny_compressed, [job], max_logprobs=8)
     assert tokens(found) == tokens(expected)
-    assert tokens(found) != [row[:12] for row in plain[:3]], "beams that greedy tokens would do for"
+    assert tokens(found) != [row[:12] for row in plain[:3]], "beam search finds nothing but the greedy tokens"
 
 
 @pytest.mark.feature("classification (--runner pooling --convert classify)")
-def test_classes_are_those_of_transformers(tiny_compressed: Path, prompts: list[list[int]], tmp_path: Path) -> None:
-    """The compressed model under a random head of three classes."""
+def test_classification_matches_transformers(tiny_compressed: Path, prompts: list[list[int]], tmp_path: Path) -> None:
+    """The compressed model with a random classification head of three classes."""
     from transformers import AutoModelForSequenceClassification
 
     import pgsvd_vllm.hf  # noqa: F401  (registers the format)
@@ -119,22 +123,22 @@ def test_classes_are_those_of_transformers(tiny_compressed: Path, prompts: list[
     assert expected.std(0).min() > 1e-2
 
 
-@pytest.mark.feature("sleep: refused by vLLM on CPU, with what it says")
-def test_sleep_is_refused_where_vllm_has_none(tiny_compressed: Path) -> None:
+@pytest.mark.feature("sleep mode: refused by vLLM on CPU, with its message")
+def test_sleep_mode_is_refused_by_vllm_on_cpu(tiny_compressed: Path) -> None:
     done = try_engine(tiny_compressed, [], enable_sleep_mode=True)
     assert done.returncode != 0
     assert "Sleep mode is not supported on current platform" in done.log
 
 
 @pytest.mark.feature("pipeline parallelism, 2 stages")
-def test_two_pipeline_stages(
+def test_two_pipeline_stages_keep_greedy_tokens(
     tiny_compressed: Path, prompts: list[list[int]], plain: list[list[int]], tmp_path: Path
 ) -> None:
     answers = run_engine(
         tiny_compressed,
         [(prompts, greedy())],
         pipeline_parallel_size=2,
-        # vLLM 0.32 on CPU has no second stage without the warm-up that compiling brings, dense models neither.
+        # vLLM 0.32 on CPU starts no second stage without the warm-up of compilation, nor for dense models.
         enforce_eager=False,
         environment={**one_core_each(), "VLLM_CACHE_ROOT": str(tmp_path)},
     )
@@ -143,14 +147,14 @@ def test_two_pipeline_stages(
 
 
 @pytest.mark.feature("--load-format dummy")
-def test_dummy_weights_make_an_engine(tiny_compressed: Path, prompts: list[list[int]]) -> None:
-    """To try out sizes before a checkpoint is there."""
+def test_engine_starts_with_dummy_weights(tiny_compressed: Path, prompts: list[list[int]]) -> None:
+    """Dummy weights try out sizes before a checkpoint exists."""
     answers = run_engine(tiny_compressed, [(prompts, greedy())], load_format="dummy")
     assert {len(answer) for answer in tokens(answers[0])} == {NEW_TOKENS}
 
 
-@pytest.mark.feature("weights loaded again into a running engine")
-def test_weights_are_loaded_again_into_a_running_engine(
+@pytest.mark.feature("weights reloaded into a running engine")
+def test_weights_reload_into_a_running_engine(
     tiny_compressed: Path, prompts: list[list[int]], plain: list[list[int]], tmp_path: Path
 ) -> None:
     other = Path(shutil.copytree(tiny_compressed, tmp_path / "other"))
@@ -168,7 +172,7 @@ def test_weights_are_loaded_again_into_a_running_engine(
 
 
 @pytest.mark.feature("embeddings (--runner pooling)")
-def test_embeddings_are_those_of_transformers(tiny_compressed: Path, prompts: list[list[int]]) -> None:
+def test_embeddings_match_transformers(tiny_compressed: Path, prompts: list[list[int]]) -> None:
     from transformers import AutoModel
 
     import pgsvd_vllm.hf  # noqa: F401  (registers the format)
@@ -181,7 +185,7 @@ def test_embeddings_are_those_of_transformers(tiny_compressed: Path, prompts: li
     torch.testing.assert_close(found, torch.nn.functional.normalize(last, dim=-1), atol=2e-5, rtol=0)
 
 
-def test_the_document_names_every_feature_and_its_test() -> None:
+def test_vllm_features_md_names_every_test() -> None:
     rows = [line for line in DOCUMENT.read_text(encoding="utf-8").splitlines() if line.startswith("| ")][1:]
     found = {tuple(cell.strip(" `") for cell in row.strip("|").split("|")) for row in rows}
     assert found == {(feature, name.partition("/")[2], "passed") for name, feature in marked().items()}, (

@@ -1,4 +1,4 @@
-"""Compiled graphs where vLLM compiles layer by layer, as it does on GPUs."""
+"""Compiled graphs where vLLM compiles layer by layer (piecewise), as on GPUs."""
 
 from pathlib import Path
 
@@ -9,8 +9,8 @@ from tests.conftest import run_cli
 
 
 @pytest.mark.slow
-def test_layers_share_graphs_whichever_of_them_are_dense(tiny_model: Path, tmp_path: Path) -> None:
-    """Ranks differ between the layers, the second one is dense, and so is the last one's down projection."""
+def test_dense_and_factored_layers_share_graphs(tiny_model: Path, tmp_path: Path) -> None:
+    """Ranks differ between the layers; the second layer and the last down projection are dense."""
     done = run_cli(
         *("compress", tiny_model, "-o", tmp_path / "out", "--ratio", "0.2", "--max-seq-length", "64"),
         *("--num-calibration-samples", "32", "--ignore", "model.layers.1.*", "model.layers.2.mlp.down_proj"),

@@ -1,4 +1,4 @@
-"""`vllm serve DIR --load-format pgsvd` over HTTP, as a client sees it."""
+"""`vllm serve DIR --load-format pgsvd` over HTTP, from the client's side."""
 
 import json
 import re
@@ -16,12 +16,16 @@ from tests.e2e.engine import PROMPTS, equal_length_prompts
 from tests.support.server import Server, serve, tail
 
 
+# The tests share one server, and its checkpoint with test_tokens.py.
+pytestmark = pytest.mark.xdist_group("smollm2")
+
+
 @pytest.fixture(scope="module")
 def server(smollm2_compressed: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """One server for the module.
 
-    In float32: a batch rounds differently than a single request, and only float32 leaves greedy
-    answers the same whatever else is being served.
+    It computes in float32: batches round differently than single requests, and only in float32 greedy
+    answers do not depend on the other requests.
     """
     log = tmp_path_factory.mktemp("server") / "vllm.log"
     options = ("--load-format", "pgsvd", "--enforce-eager", "--max-model-len", "1024", "--dtype", "float32")
@@ -53,14 +57,14 @@ def test_health_and_version_over_plain_http(server: Server) -> None:
     assert httpx.get(f"{server.url}/version").json()["version"].startswith("0.3")
 
 
-def test_the_plugins_loader_was_used(server: Server) -> None:
+def test_server_uses_the_pgsvd_loader(server: Server) -> None:
     log = tail(server.log, 200_000)
     assert "quantization=pgsvd" in log
     assert "load_format=pgsvd" in log
 
 
 @pytest.mark.feature("OpenAI server: completions")
-def test_greedy_text_is_that_of_transformers(client: openai.OpenAI, server: Server, smollm2_compressed: Path) -> None:
+def test_greedy_text_matches_transformers(client: openai.OpenAI, server: Server, smollm2_compressed: Path) -> None:
     prompts = equal_length_prompts(smollm2_compressed)[:4]
     tokenizer = AutoTokenizer.from_pretrained(smollm2_compressed)
     expected = transformers_greedy(smollm2_compressed, prompts, 16)
@@ -74,7 +78,7 @@ def test_greedy_text_is_that_of_transformers(client: openai.OpenAI, server: Serv
 
 
 @pytest.mark.feature("log probabilities")
-def test_logprobs_are_of_the_chosen_tokens(client: openai.OpenAI, server: Server) -> None:
+def test_logprobs_belong_to_the_chosen_tokens(client: openai.OpenAI, server: Server) -> None:
     answer = client.completions.create(
         model=server.model,
         prompt=PROMPTS[0],
@@ -148,7 +152,7 @@ def test_a_seed_makes_sampling_reproducible(client: openai.OpenAI, server: Serve
 
 
 @pytest.mark.feature("chat, streaming")
-def test_chat_streams_what_it_answers_at_once(client: openai.OpenAI, server: Server) -> None:
+def test_chat_stream_equals_the_whole_answer(client: openai.OpenAI, server: Server) -> None:
     messages: list[openai.types.chat.ChatCompletionMessageParam] = [
         {"role": "user", "content": "What is the capital of France?"}
     ]
@@ -180,7 +184,7 @@ def test_plain_http_stream_is_well_formed(server: Server) -> None:
 
 @pytest.mark.feature("continuous batching")
 def test_concurrent_answers_equal_sequential_ones(client: openai.OpenAI, server: Server) -> None:
-    """32 requests of different lengths at once: more than one batch shape, no answer lost or mixed up."""
+    """32 requests of different lengths at once: batches have several shapes, and no answer is lost or mixed up."""
     prompts = [f"{prompt} {'indeed ' * (i // len(PROMPTS))}".strip() for i, prompt in enumerate(PROMPTS * 4)]
     assert len(set(prompts)) == 32
     sequential = [complete(client, server, prompt, 12 + i % 5) for i, prompt in enumerate(prompts)]
@@ -191,7 +195,7 @@ def test_concurrent_answers_equal_sequential_ones(client: openai.OpenAI, server:
     assert len(set(concurrent)) > 16
 
 
-def test_bad_requests_are_refused_and_the_server_lives_on(client: openai.OpenAI, server: Server) -> None:
+def test_server_survives_bad_requests(client: openai.OpenAI, server: Server) -> None:
     with pytest.raises(openai.BadRequestError, match="1024"):
         complete(client, server, [5] * 1100)
     with pytest.raises(openai.NotFoundError):

@@ -1,4 +1,4 @@
-"""What --include adds, on real engines: experts of mixtures, and the output head; on one worker, on two, compiled."""
+"""Projections that --include adds, on real engines: MoE experts and the LM head; on one rank, on two, compiled."""
 
 import json
 from dataclasses import replace
@@ -19,6 +19,9 @@ from tests.e2e.engine import greedy, one_core_each, run_engine, tokens
 NEW_TOKENS = 24
 FEW = ("--num-calibration-samples", "64", "--max-seq-length", "64")
 
+# The tests share their checkpoints.
+pytestmark = pytest.mark.xdist_group("included")
+
 
 @pytest.fixture(scope="module")
 def prompts() -> list[list[int]]:
@@ -27,9 +30,9 @@ def prompts() -> list[list[int]]:
 
 
 @pytest.fixture(scope="module")
-def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Mixtral with experts of different rank, some of them dense."""
-    folder = tmp_path_factory.mktemp("mixture")
+def moe_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Mixtral whose experts have different ranks; some of them stay dense."""
+    folder = tmp_path_factory.mktemp("moe")
     row = next(row for row in ARCHITECTURES if row.name == "Mixtral")
     command = ["compress", str(save_model(row, folder / "model")), "-o", str(folder / "out"), "--ratio", "0.3"]
     assert main([*command, "--include", "experts", *FEW]) == 0
@@ -42,7 +45,7 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def with_head(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama whose output head is factored as well."""
+    """A Llama whose LM head is factored as well."""
     folder = tmp_path_factory.mktemp("head")
     model = save_tiny_model(folder / "model", tie=False)
     command = ["compress", str(model), "-o", str(folder / "out"), "--ratio", "0.3"]
@@ -52,34 +55,34 @@ def with_head(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "out"
 
 
-@pytest.mark.feature("Factored experts of a mixture")
-def test_factored_experts_say_what_transformers_says(mixture: Path, prompts: list[list[int]]) -> None:
-    found = tokens(run_engine(mixture, [(prompts, greedy(NEW_TOKENS))])[0])
-    assert found == transformers_greedy(mixture, prompts, NEW_TOKENS)
+@pytest.mark.feature("Factored MoE experts")
+def test_factored_experts_match_transformers(moe_model: Path, prompts: list[list[int]]) -> None:
+    found = tokens(run_engine(moe_model, [(prompts, greedy(NEW_TOKENS))])[0])
+    assert found == transformers_greedy(moe_model, prompts, NEW_TOKENS)
     assert len({token for answer in found for token in answer}) > 7
 
 
-@pytest.mark.feature("Factored experts, compiled")
-def test_factored_experts_compiled(mixture: Path, prompts: list[list[int]]) -> None:
-    found = tokens(run_engine(mixture, [(prompts, greedy(NEW_TOKENS))], enforce_eager=False)[0])
-    assert found == transformers_greedy(mixture, prompts, NEW_TOKENS)
+@pytest.mark.feature("Factored MoE experts, compiled")
+def test_compiled_factored_experts_match_transformers(moe_model: Path, prompts: list[list[int]]) -> None:
+    found = tokens(run_engine(moe_model, [(prompts, greedy(NEW_TOKENS))], enforce_eager=False)[0])
+    assert found == transformers_greedy(moe_model, prompts, NEW_TOKENS)
 
 
-@pytest.mark.feature("Factored experts, tensor parallelism")
-def test_factored_experts_on_two_workers(mixture: Path, prompts: list[list[int]]) -> None:
-    done = run_engine(mixture, [(prompts, greedy(NEW_TOKENS))], tensor_parallel_size=2, environment=one_core_each())
-    assert tokens(done[0]) == transformers_greedy(mixture, prompts, NEW_TOKENS)
+@pytest.mark.feature("Factored MoE experts, tensor parallelism")
+def test_factored_experts_on_two_ranks(moe_model: Path, prompts: list[list[int]]) -> None:
+    done = run_engine(moe_model, [(prompts, greedy(NEW_TOKENS))], tensor_parallel_size=2, environment=one_core_each())
+    assert tokens(done[0]) == transformers_greedy(moe_model, prompts, NEW_TOKENS)
 
 
-@pytest.mark.feature("Factored output head")
-def test_a_factored_head_says_what_transformers_says(with_head: Path, prompts: list[list[int]]) -> None:
+@pytest.mark.feature("Factored LM head")
+def test_factored_lm_head_matches_transformers(with_head: Path, prompts: list[list[int]]) -> None:
     found = tokens(run_engine(with_head, [(prompts, greedy(NEW_TOKENS))])[0])
     assert found == transformers_greedy(with_head, prompts, NEW_TOKENS)
     assert len({token for answer in found for token in answer}) > 7
 
 
-@pytest.mark.feature("Factored output head, LoRA enabled")
-def test_a_factored_head_with_lora_enabled(with_head: Path, prompts: list[list[int]]) -> None:
+@pytest.mark.feature("Factored LM head, LoRA enabled")
+def test_factored_lm_head_with_lora_enabled(with_head: Path, prompts: list[list[int]]) -> None:
     found = tokens(run_engine(with_head, [(prompts, greedy(NEW_TOKENS))], enable_lora=True, max_loras=1)[0])
     assert found == transformers_greedy(with_head, prompts, NEW_TOKENS)
 
@@ -93,7 +96,7 @@ def test_a_factored_head_with_lora_enabled(with_head: Path, prompts: list[list[i
         ("OPT", "lm_head"),
     ],
 )
-def test_heads_of_other_models_are_served(
+def test_lm_heads_of_other_architectures_are_served(
     name: str, head: str, tmp_path: Path, prompts: list[list[int]], one_thread: None
 ) -> None:
     row = next(row for row in ARCHITECTURES if row.name == name)
@@ -106,16 +109,16 @@ def test_heads_of_other_models_are_served(
     assert found == transformers_greedy(tmp_path / "out", prompts, NEW_TOKENS)
 
 
-@pytest.mark.feature("Factored output head, tensor parallelism")
-def test_a_factored_head_on_two_workers(with_head: Path, prompts: list[list[int]]) -> None:
+@pytest.mark.feature("Factored LM head, tensor parallelism")
+def test_factored_lm_head_on_two_ranks(with_head: Path, prompts: list[list[int]]) -> None:
     done = run_engine(with_head, [(prompts, greedy(NEW_TOKENS))], tensor_parallel_size=2, environment=one_core_each())
     assert tokens(done[0]) == transformers_greedy(with_head, prompts, NEW_TOKENS)
 
 
-def test_a_mixture_may_be_saved_again(mixture: Path, tmp_path: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(mixture, dtype=torch.float32).eval()
+def test_factored_moe_model_can_be_saved_again(moe_model: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(moe_model, dtype=torch.float32).eval()
     model.save_pretrained(tmp_path / "again")
-    before, after = open_checkpoint(mixture), open_checkpoint(tmp_path / "again")
+    before, after = open_checkpoint(moe_model), open_checkpoint(tmp_path / "again")
     assert after.modules == before.modules
     assert after.tensors.keys() == before.tensors.keys()
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype=torch.float32).eval()
@@ -125,7 +128,7 @@ def test_a_mixture_may_be_saved_again(mixture: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("options", [("--sensitivity", "forward"), ("--tolerance", "0.4"), ("--ratio", "language=0.3")])
-def test_experts_by_other_rules(options: tuple[str, ...], tmp_path: Path, one_thread: None) -> None:
+def test_experts_with_other_rank_options(options: tuple[str, ...], tmp_path: Path, one_thread: None) -> None:
     row = next(row for row in ARCHITECTURES if row.name == "Qwen3-MoE")
     command = ["compress", str(save_model(row, tmp_path / "model")), "-o", str(tmp_path / "out"), *FEW]
     assert main([*command, "--include", "experts", *options]) == 0
@@ -133,7 +136,7 @@ def test_experts_by_other_rules(options: tuple[str, ...], tmp_path: Path, one_th
     assert main(["verify", str(tmp_path / "out")]) == 0
 
 
-def test_a_head_may_be_added_to_a_finished_calibration(tmp_path: Path, one_thread: None) -> None:
+def test_lm_head_joins_a_finished_calibration(tmp_path: Path, one_thread: None) -> None:
     model = save_tiny_model(tmp_path / "model", tie=False)
     command = ["compress", str(model), "--ratio", "0.3", "--calibration", str(tmp_path / "kept"), *FEW]
     assert main([*command, "-o", str(tmp_path / "without")]) == 0
@@ -145,7 +148,7 @@ def test_a_head_may_be_added_to_a_finished_calibration(tmp_path: Path, one_threa
     assert with_head.keys() == {*without, "lm_head"}
 
 
-def test_experts_that_too_few_tokens_reach_stay_dense(
+def test_experts_with_too_few_tokens_stay_dense(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], one_thread: None
 ) -> None:
     row = next(row for row in ARCHITECTURES if row.name == "Qwen2-MoE")
@@ -178,7 +181,7 @@ def test_experts_that_too_few_tokens_reach_stay_dense(
         ("Gemma 2", "lm_head", "shares its output head with the input embeddings"),
     ],
 )
-def test_nothing_to_include_is_told(
+def test_include_without_a_match_is_refused(
     model: str, include: str, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     row = next(row for row in ARCHITECTURES if row.name == model)

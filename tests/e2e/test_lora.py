@@ -1,4 +1,4 @@
-"""LoRA adapters on a compressed model: a real engine against transformers with the same adapters added."""
+"""LoRA adapters on a compressed model: a real engine against transformers with the same adapters."""
 
 import json
 from pathlib import Path
@@ -12,6 +12,9 @@ from tests.e2e.checkpoints import PROJECTIONS, greedy_of, transformers_greedy
 from tests.e2e.engine import NEW_TOKENS, greedy, run_engine, tokens
 
 RANK, ALPHA = 8, 16
+
+# The tests share the tokens of transformers.
+pytestmark = pytest.mark.xdist_group("lora")
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +30,7 @@ def load(folder: Path) -> Any:
 
 
 def write_adapter(model: Any, folder: Path, seed: int) -> Path:
-    """An adapter as PEFT saves it, on every projection, strong enough to change what is said."""
+    """An adapter in PEFT's format on every projection, strong enough to change the tokens."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for name, module in model.named_modules():
@@ -57,12 +60,12 @@ def adapted(model: Any, adapter: Path) -> Any:
 def expected(
     tiny_compressed: Path, prompts: list[list[int]], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, list[list[int]]]:
-    """Two adapters' folders, and "" for none -> transformers' answers."""
+    """Folder of an adapter, or "" for the base -> transformers' tokens."""
     base, folder = load(tiny_compressed), tmp_path_factory.mktemp("adapters")
     adapters = [write_adapter(base, folder / name, seed) for seed, name in enumerate(("first", "second"), 10)]
     said = {str(path): greedy_of(adapted(load(tiny_compressed), path), prompts, NEW_TOKENS) for path in adapters}
     said[""] = transformers_greedy(tiny_compressed, prompts, NEW_TOKENS)
-    # The adapters say something else than the base and than each other, everywhere.
+    # For every prompt the base and both adapters have different tokens.
     for i in range(len(prompts)):
         assert len({tuple(answers[i]) for answers in said.values()}) == 3
     return said
@@ -87,7 +90,7 @@ def test_two_adapters_and_the_base_in_one_batch(
         assert tokens(answer) == [expected[adapter][i] for i, adapter in enumerate(chosen)]
 
 
-@pytest.mark.feature("LoRA: adapters exchanged")
+@pytest.mark.feature("LoRA: adapters swapped in one slot")
 def test_adapters_take_turns_in_one_slot(
     tiny_compressed: Path, prompts: list[list[int]], expected: dict[str, list[list[int]]]
 ) -> None:

@@ -29,6 +29,9 @@ from tests.e2e.engine import (
 )
 
 TOP = 5
+# Tests of SmolLM2 share its checkpoints and engines, also with test_http.py; tests of the tiny model share one engine.
+SMOLLM2 = pytest.mark.xdist_group("smollm2")
+TINY = pytest.mark.xdist_group("tiny")
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +51,8 @@ def smollm2_identity(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) ->
     return write_checkpoint(smollm2, tmp_path_factory.mktemp("identity") / "out", identity, max_bytes=2**28)
 
 
-def test_identity_factors_give_the_dense_models_tokens(
+@SMOLLM2
+def test_identity_factors_keep_the_dense_tokens(
     smollm2: Path, smollm2_identity: Path, prompts: list[list[int]]
 ) -> None:
     dense = run_engine(smollm2, [(prompts, greedy())], load_format="auto")
@@ -57,13 +61,13 @@ def test_identity_factors_give_the_dense_models_tokens(
     assert {len(answer) for answer in tokens(dense[0])} == {NEW_TOKENS}
 
 
-# The first choices' logits lie between 16 and 42 here, where neighbouring bf16 numbers are 1/8 or 1/4
-# apart: a choice between tokens two of the wider steps apart is a near tie, which rounding may decide.
+# The top logits lie between 16 and 42 here, where neighbouring bf16 numbers are 1/8 or 1/4 apart:
+# rounding may decide between tokens that are less than two of the wider steps apart, a near tie.
 BF16_STEP = 1 / 4
 
 
 def check_until_near_ties(exact: torch.Tensor, answers: list[list[int]]) -> None:
-    """Every token is the first choice, or as good as that but for the rounding of logits; most are it.
+    """Every token is the most likely one or ties with it within the rounding of logits; most are the most likely.
 
     Args:
         exact: log probabilities in fp32 after each token of `answers` [prompts, steps, vocabulary].
@@ -75,10 +79,11 @@ def check_until_near_ties(exact: torch.Tensor, answers: list[list[int]]) -> None
     assert (behind > 0).sum() <= ties / 2
 
 
-def test_identity_factors_in_bf16_agree_with_the_dense_model_until_a_near_tie(
+@SMOLLM2
+def test_bf16_identity_factors_match_until_a_near_tie(
     smollm2: Path, smollm2_identity: Path, prompts: list[list[int]]
 ) -> None:
-    """Their products are summed in another order than the dense model's, which now and then rounds otherwise."""
+    """The factored GEMMs add in another order than the dense ones, which sometimes rounds differently."""
     answers = tokens(run_engine(smollm2_identity, [(prompts, greedy())], dtype="bfloat16")[0])
     assert {len(answer) for answer in answers} == {NEW_TOKENS}
     check_until_near_ties(transformers_logprobs(smollm2, prompts, answers), answers)
@@ -95,16 +100,18 @@ def compressed_bf16(smollm2_compressed: Path, prompts: list[list[int]]) -> list[
     return run_engine(smollm2_compressed, [(prompts, greedy(logprobs=TOP))], dtype="bfloat16")[0]
 
 
-def test_compressed_fp32_tokens_are_those_of_transformers(
+@SMOLLM2
+def test_compressed_fp32_tokens_match_transformers(
     smollm2_compressed: Path, prompts: list[list[int]], compressed_fp32: list[list[int]]
 ) -> None:
-    # Every token is transformers' first choice after the tokens before it: so is the whole answer.
+    # Every token is transformers' most likely one after the tokens before it: so is the whole answer.
     assert {len(answer) for answer in compressed_fp32} == {NEW_TOKENS}
     exact = transformers_logprobs(smollm2_compressed, prompts, compressed_fp32)
     assert compressed_fp32 == exact.argmax(-1).tolist()
 
 
-def test_compressed_bf16_agrees_with_fp32_in_the_top_logprobs_until_a_near_tie(
+@SMOLLM2
+def test_bf16_top_logprobs_match_fp32_until_a_near_tie(
     smollm2_compressed: Path, prompts: list[list[int]], compressed_bf16: list[Answer]
 ) -> None:
     """Teacher forced on vLLM's bf16 tokens, so every step is compared, those after a flip too."""
@@ -148,13 +155,13 @@ def mixed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return write_checkpoint(dense, folder / "out", pattern)
 
 
-def test_mixed_shards_give_transformers_tokens(mixed: Path, tiny_prompts: list[list[int]]) -> None:
+def test_mixed_shards_match_transformers(mixed: Path, tiny_prompts: list[list[int]]) -> None:
     expected = transformers_greedy(mixed, tiny_prompts, NEW_TOKENS)
     answers = run_engine(mixed, [(tiny_prompts, greedy()), (tiny_prompts[:1], greedy())])
     assert tokens(answers[0]) == expected
     # A batch of one takes other kernels than a batch of eight.
     assert tokens(answers[1]) == expected[:1]
-    # A model that repeats itself at once would hide errors in later steps.
+    # A model that repeats one token would hide errors in later steps.
     assert len({token for answer in expected for token in answer}) > 20
 
 
@@ -163,6 +170,7 @@ def tiny_eager(tiny_compressed: Path, tiny_prompts: list[list[int]]) -> list[lis
     return tokens(run_engine(tiny_compressed, [(tiny_prompts, greedy())])[0])
 
 
+@TINY
 @pytest.mark.feature("torch.compile")
 def test_compiled_tokens_equal_eager_ones(
     tiny_compressed: Path, tiny_prompts: list[list[int]], tiny_eager: list[list[int]], tmp_path: Path
@@ -181,13 +189,14 @@ def test_compiled_tokens_equal_eager_ones(
 
 
 def told_of_ranks(log: str) -> set[tuple[float, str, int, int]]:
-    """(MB of factored layers, their cuts, numbers sent a token, of dense layers) as the ranks of an engine log it."""
+    """(MB of factored layers, their cuts, numbers sent per token, those of dense layers), from the ranks' log."""
     pattern = r"hold ([\d.]+) MB on this rank \((.*?)\) and send (\d+) numbers a token between ranks, dense ones (\d+)"
     return {(float(mb), cuts, int(sent), int(dense)) for mb, cuts, sent, dense in re.findall(pattern, log)}
 
 
-@pytest.mark.feature("tensor parallelism, 2 workers")
-def test_two_ranks_give_the_tokens_of_one(
+@TINY
+@pytest.mark.feature("tensor parallelism, 2 ranks")
+def test_two_ranks_keep_the_tokens_of_one(
     tiny_compressed: Path, tiny_prompts: list[list[int]], tiny_eager: list[list[int]]
 ) -> None:
     done = try_engine(
@@ -203,7 +212,7 @@ def test_two_ranks_give_the_tokens_of_one(
 
 
 @pytest.mark.feature("tensor parallelism, factors cut by rank rows")
-def test_two_ranks_hold_half_each_and_send_no_more_than_dense(tiny_prompts: list[list[int]], tmp_path: Path) -> None:
+def test_two_ranks_hold_half_and_send_no_more_than_dense(tiny_prompts: list[list[int]], tmp_path: Path) -> None:
     model = save_tiny_model(tmp_path / "model", layers=8, bias=True)
     factored = write_checkpoint(
         model, tmp_path / "out", lambda _, weight: truncated(weight, int(0.55 * weight.numel() / sum(weight.shape)))
@@ -225,7 +234,7 @@ def test_two_ranks_hold_half_each_and_send_no_more_than_dense(tiny_prompts: list
     assert len(told) in (1, 2), done.log[-6000:]
     planned = list(preview(stored, 2, 0))
     for megabytes, cuts, sent, dense in told:
-        # What pgsvd-vllm inspect --tp 2 shows.
+        # `pgsvd-vllm inspect --tp 2` shows the same.
         assert abs(1e6 * megabytes - sum(plan.here for plan in planned)) <= 1000
         assert (sent, dense) == (sum(plan.sent for plan in planned), sum(plan.dense for plan in planned))
         assert {"gathered", "joined"} <= set(re.findall("[a-z]+", cuts)), cuts

@@ -1,4 +1,4 @@
-"""Every architecture that sees: a tiny random model compressed, verified, served by vLLM, like transformers."""
+"""Every vision-language architecture: a tiny random model is compressed, verified and served like by transformers."""
 
 import json
 from dataclasses import replace
@@ -14,14 +14,15 @@ from pgsvd_vllm.cli import main
 from pgsvd_vllm.format.reader import open_checkpoint
 from pgsvd_vllm.offline.data.image_text import PROMPT, load_processor
 from pgsvd_vllm.offline.model import source as model_source
+from pgsvd_vllm.offline.model.find_projections import find_projections
 from pgsvd_vllm.offline.model.source import KINDS, ModelSource
 from tests.e2e.checkpoints import reconstruct_dense
 from tests.e2e.engine import EMBED, Answer, greedy, one_core_each, run_engine, tokens
-from tests.e2e.vision_models import VISION_MODELS, VisionModel, save_pairs, save_seeing_model
+from tests.e2e.vision_models import VISION_MODELS, VisionModel, save_pairs, save_vision_model
 
 NEW_TOKENS = 16
 ASKED = 6
-# Of float32 log-probabilities and of embeddings of length 1, computed in another order.
+# Bound on differences of float32 log-probabilities, and of unit embeddings, from another order of sums.
 CLOSE = 2e-3
 
 
@@ -36,28 +37,28 @@ def rows_of(pairs: Path) -> list[dict[str, str]]:
 
 
 @pytest.mark.parametrize(
-    "seeing", [pytest.param(row, id=row.name, marks=() if row.core else pytest.mark.slow) for row in VISION_MODELS]
+    "row", [pytest.param(row, id=row.name, marks=() if row.core else pytest.mark.slow) for row in VISION_MODELS]
 )
-def test_compressed_and_served(seeing: VisionModel, pairs: Path, tmp_path: Path, one_thread: None) -> None:
-    """Once with the ranks that the tool chooses, and once, to be served, with every projection factored."""
-    model = save_seeing_model(seeing, tmp_path / "model")
+def test_compressed_model_matches_transformers(row: VisionModel, pairs: Path, tmp_path: Path, one_thread: None) -> None:
+    """Compress with chosen ranks, and with every projection factored; vLLM serves the second checkpoint."""
+    model = save_vision_model(row, tmp_path / "model")
     for output, options in ((tmp_path / "chosen", ()), (tmp_path / "all", ("--baseline", "pifa"))):
         arguments = ["compress", str(model), "-o", str(output), "--ratio", "0.25", "--dataset", str(pairs), *options]
         assert main(arguments) == 0
         assert main(["verify", str(output)]) == 0
     chosen, served = (open_checkpoint(tmp_path / name).modules for name in ("chosen", "all"))
-    towers = {p.name: p.tower for row in ModelSource(model).projections() for p in row}
+    towers = {p.name: p.tower for row in find_projections(ModelSource(model)).layers for p in row}
     assert {towers[name] for name in chosen} >= {"vision", "language"}
-    assert {towers[name] for name in served} == {"vision", "language"} | ({"projector"} if seeing.projector else set())
-    if seeing.compares:
-        compared(tmp_path / "all", pairs)
+    assert {towers[name] for name in served} == {"vision", "language"} | ({"projector"} if row.projector else set())
+    if row.compares:
+        check_embeddings(tmp_path / "all", pairs)
     else:
-        described(tmp_path / "all", pairs, seeing.like_transformers)
+        check_answers(tmp_path / "all", pairs, row.like_transformers)
 
 
 @torch.inference_mode()
-def compared(folder: Path, pairs: Path) -> None:
-    """The embeddings of texts and of images are those of transformers."""
+def check_embeddings(folder: Path, pairs: Path) -> None:
+    """Text and image embeddings match transformers."""
     rows = rows_of(pairs)
     texts = [{"prompt": row["text"]} for row in rows]
     images = [{"prompt": "", "image": str(pairs / row["image"])} for row in rows]
@@ -72,14 +73,14 @@ def compared(folder: Path, pairs: Path) -> None:
         torch.testing.assert_close(torch.tensor(text.vector), expected.text_embeds[0], atol=CLOSE, rtol=0)
         torch.testing.assert_close(torch.tensor(image.vector), expected.image_embeds[0], atol=CLOSE, rtol=0)
         seen.append(expected.image_embeds[0])
-    # Models that say the same whatever they see would hide errors.
+    # A model with one embedding for all images would hide errors.
     assert min(float((a - b).abs().max()) for a in seen for b in seen if a is not b) > 3 * CLOSE
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["LLaVA 1.5", "Qwen2-VL", "Idefics 3, SmolVLM"])
-def test_served_by_two_ranks(name: str, pairs: Path, tmp_path: Path, one_thread: None) -> None:
-    """Of their projectors' layers vLLM cuts the first by outputs and the second by inputs, and the last model's not."""
+def test_vision_models_on_two_ranks(name: str, pairs: Path, tmp_path: Path, one_thread: None) -> None:
+    """vLLM cuts a projector's first layer by outputs and its second by inputs; it replicates Idefics 3's."""
     row = next(row for row in VISION_MODELS if row.name == name)
 
     def even(ids: dict[str, int]) -> dict[str, Any]:
@@ -87,29 +88,29 @@ def test_served_by_two_ranks(name: str, pairs: Path, tmp_path: Path, one_thread:
         heads = next(key for key in options["vision_config"] if key in ("num_heads", "num_attention_heads"))
         return options | {"vision_config": options["vision_config"] | {heads: 4}}
 
-    model, output = save_seeing_model(replace(row, options=even), tmp_path / "model"), tmp_path / "all"
+    model, output = save_vision_model(replace(row, options=even), tmp_path / "model"), tmp_path / "all"
     arguments = ["compress", str(model), "-o", str(output), "--ratio", "0.25", "--dataset", str(pairs)]
     assert main([*arguments, "--baseline", "pifa"]) == 0
-    described(output, pairs, True, tensor_parallel_size=2, environment=one_core_each())
+    check_answers(output, pairs, True, tensor_parallel_size=2, environment=one_core_each())
 
 
 @pytest.mark.slow
-def test_plain_matrices_are_multiplied_back(
+def test_unfactored_vllm_layers_get_dense_weights(
     pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
 ) -> None:
-    """As of models that nobody has served yet: vLLM has InternVL's vision attention so."""
+    """The dense fallback: vLLM builds InternVL's vision attention without factored linear layers."""
     monkeypatch.setattr(model_source, "STAYS_DENSE", {})
     row = next(row for row in VISION_MODELS if row.name == "InternVL 3")
-    model, output = save_seeing_model(row, tmp_path / "model"), tmp_path / "all"
+    model, output = save_vision_model(row, tmp_path / "model"), tmp_path / "all"
     arguments = ["compress", str(model), "-o", str(output), "--ratio", "0.25", "--dataset", str(pairs)]
     assert main([*arguments, "--baseline", "pifa"]) == 0
     assert "model.vision_tower.encoder.layer.0.attention.q_proj" in open_checkpoint(output).modules
-    # Loading again clears the workers' cache of images, of which vLLM's scheduler hears nothing.
-    described(output, pairs, True, reload=output, mm_processor_cache_gb=0, enable_prefix_caching=False)
+    # A reload clears the workers' image cache; vLLM's scheduler does not know, so its cache is off.
+    check_answers(output, pairs, True, reload=output, mm_processor_cache_gb=0, enable_prefix_caching=False)
 
 
-def described(folder: Path, pairs: Path, like_transformers: bool, **engine: Any) -> None:
-    """What is said of images has the probabilities that the reference gives it, and is what that finds likeliest."""
+def check_answers(folder: Path, pairs: Path, like_transformers: bool, **engine: Any) -> None:
+    """Answers about images have the reference's log-probabilities and are its most likely tokens."""
     processor = load_processor(folder)
     prompts = []
     for row in rows_of(pairs):
@@ -121,7 +122,7 @@ def described(folder: Path, pairs: Path, like_transformers: bool, **engine: Any)
     job = (prompts, greedy(NEW_TOKENS, logprobs=0))
     found, *again = run_engine(folder, [job], max_model_len=512, **engine)
     assert all(tokens(answers) == tokens(found) for answers in again)
-    assert len({tuple(answer.tokens) for answer in found}) > 1, "the model says the same whatever it sees"
+    assert len({tuple(answer.tokens) for answer in found}) > 1, "the model gives one answer for all images"
     if not like_transformers:
         dense = reconstruct_dense(folder, folder.with_name("back"))
         expected = run_engine(dense, [job], max_model_len=512, load_format="auto")[0]
@@ -139,7 +140,7 @@ def described(folder: Path, pairs: Path, like_transformers: bool, **engine: Any)
 
 
 def logprobs(answer: Answer) -> torch.Tensor:
-    """Of the tokens of an answer, [steps]."""
+    """Log-probabilities of an answer's tokens, [steps]."""
     assert len(answer.tokens) == NEW_TOKENS
     return torch.tensor([step[token] for step, token in zip(answer.logprobs, answer.tokens, strict=True)])
 
@@ -148,7 +149,7 @@ def logprobs(answer: Answer) -> torch.Tensor:
 def forced(model: Any, inputs: Any, answer: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probabilities of a given answer in transformers, and the largest ones at each of its steps, [steps]."""
     start = inputs["input_ids"].shape[1]
-    model.generation_config.eos_token_id = None  # answers go on, whatever they say
+    model.generation_config.eos_token_id = None  # answers go on past the end token
     outputs = model.generate(
         **inputs,
         max_new_tokens=len(answer),

@@ -1,4 +1,4 @@
-"""One tiny random model of every architecture that sees, with its processor, images and captions."""
+"""One tiny random vision-language model per architecture, with its processor, images and captions."""
 
 import json
 from collections.abc import Callable
@@ -32,13 +32,13 @@ class VisionModel:
         config: class of transformers.
         options: its arguments, given the ids of special tokens by name.
         processor: makes the processor of a tokenizer.
-        published: what transformers writes in names of tensors -> what published checkpoints have there.
-        compares: whether it compares images with texts, instead of saying something of them.
-        note: what is particular about it.
+        published: prefix of tensor names that transformers writes -> the prefix in published checkpoints.
+        compares: whether it embeds images and texts, instead of generating text about images.
+        note: its particularity, for docs/models.md.
         like_transformers: whether vLLM's probabilities of the dense model are those of transformers; where they are
-            not, factored models are compared with the multiplied-back dense one in vLLM.
-        core: whether it is tested every time, and not only with all.
-        projector: whether what joins its towers may be factored.
+            not, factored models are compared with the reconstructed dense model in vLLM.
+        core: whether `make test` tests it; `make test-all` tests them all.
+        projector: whether the projector between its towers may be factored.
     """
 
     name: str
@@ -99,7 +99,7 @@ VISION_MODELS = (
         "InternVLConfig",
         parts.internvl_options,
         parts.internvl_processor,
-        note="vLLM makes its vision attention of other linear layers",
+        note="vLLM builds its vision attention from other linear layers",
     ),
     VisionModel(
         "Mistral Small 3.1",
@@ -132,7 +132,7 @@ VISION_MODELS = (
         parts.gemma_options,
         parts.gemma_processor,
         VISION_MODEL,
-        note="vLLM's CPU attention does not let an image's tokens see later ones",
+        note="vLLM's CPU attention is causal between an image's tokens",
         like_transformers=False,
     ),
 )
@@ -162,7 +162,7 @@ def _renamed(name: str, published: dict[str, str]) -> str:
     return name
 
 
-def save_seeing_model(row: VisionModel, folder: Path) -> Path:
+def save_vision_model(row: VisionModel, folder: Path) -> Path:
     """A random model in float32 with its processor."""
     import transformers
 

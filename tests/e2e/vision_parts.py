@@ -1,4 +1,4 @@
-"""Configurations and processors of tiny models that see: a function of each for every architecture."""
+"""Configurations and processors of tiny vision-language models: a function of each per architecture."""
 
 from typing import Any
 
@@ -26,7 +26,7 @@ VOCABULARY = 256 + len(SPECIAL)
 
 
 def byte_tokenizer(framed: bool, **more: Any) -> Any:
-    """A tokenizer of bytes, whose special tokens come last; `framed` texts begin with <s> and end with </s>."""
+    """A byte tokenizer whose special tokens come last; `framed` texts begin with <s> and end with </s>."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -86,7 +86,7 @@ def language(ids: dict[str, int], model_type: str, **more: Any) -> dict[str, Any
 
 
 def llava_processor(tokenizer: Any) -> Any:
-    """Of LLaVA; the first of the vision model's tokens is left out."""
+    """Of LLaVA; the first of the vision tower's tokens is left out."""
     from transformers import LlavaProcessor
 
     return LlavaProcessor(
@@ -109,7 +109,7 @@ def llava_options(ids: dict[str, int]) -> dict[str, Any]:
 
 
 def llava_next_processor(tokenizer: Any) -> Any:
-    """Of LLaVA-NeXT, which also sees an image in pieces."""
+    """Of LLaVA-NeXT, which also splits an image into tiles."""
     from transformers import LlavaNextProcessor
     from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
@@ -121,7 +121,7 @@ def llava_next_processor(tokenizer: Any) -> Any:
 
 
 def llava_next_options(ids: dict[str, int]) -> dict[str, Any]:
-    """As LLaVA, and the sizes that pieces make."""
+    """As LLaVA, with the sizes of the tiles."""
     return llava_options(ids) | {"image_grid_pinpoints": PIECES}
 
 
@@ -146,7 +146,7 @@ def mistral_options(ids: dict[str, int]) -> dict[str, Any]:
 
 
 def onevision_processor(tokenizer: Any) -> Any:
-    """Of LLaVA-OneVision, which sees an image in pieces, all of its tokens."""
+    """Of LLaVA-OneVision, which splits an image into tiles and keeps all of its tokens."""
     from transformers import LlavaOnevisionProcessor, LlavaOnevisionVideoProcessor
     from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 
@@ -174,7 +174,7 @@ def onevision_options(ids: dict[str, int]) -> dict[str, Any]:
 
 
 def internvl_processor(tokenizer: Any) -> Any:
-    """Of InternVL: no image is cut into pieces."""
+    """Of InternVL: no image is split into tiles."""
     from transformers import InternVLProcessor, InternVLVideoProcessor
     from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 
@@ -198,7 +198,7 @@ def internvl_options(ids: dict[str, int]) -> dict[str, Any]:
 
 
 def idefics_processor(tokenizer: Any) -> Any:
-    """Of Idefics 3: no image is cut into pieces."""
+    """Of Idefics 3: no image is split into tiles."""
     from transformers import Idefics3Processor
     from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 
@@ -220,7 +220,7 @@ def idefics_options(ids: dict[str, int]) -> dict[str, Any]:
 
 
 def smolvlm_processor(tokenizer: Any) -> Any:
-    """Of SmolVLM 2, which also takes videos: no image is cut into pieces."""
+    """Of SmolVLM 2, which also takes videos: no image is split into tiles."""
     from transformers import SmolVLMProcessor, SmolVLMVideoProcessor
     from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
@@ -288,7 +288,7 @@ def qwen2_options(ids: dict[str, int]) -> dict[str, Any]:
 
 
 def qwen25_options(ids: dict[str, int]) -> dict[str, Any]:
-    """Of Qwen2.5-VL, some of whose layers see windows of the image."""
+    """Of Qwen2.5-VL, some of whose layers attend within windows of the image."""
     vision = {"hidden_size": 96, "out_hidden_size": 128, "intermediate_size": 224, "window_size": 28}
     return qwen_options(ids, "qwen2_5_vl", vision | {"fullatt_block_indexes": [2]})
 
