@@ -177,8 +177,8 @@ def test_experts_with_too_few_tokens_stay_dense(
 @pytest.mark.parametrize(
     ("model", "include", "told"),
     [
-        ("Llama 2, 3", "experts", "has no mixture whose checkpoint stores expert by expert"),
-        ("Gemma 2", "lm_head", "shares its output head with the input embeddings"),
+        ("Llama 2, 3", "experts", "has no MoE whose checkpoint stores expert by expert"),
+        ("Gemma 2", "lm_head", "ties its LM head to the input embeddings"),
     ],
 )
 def test_include_without_a_match_is_refused(
