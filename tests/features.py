@@ -1,6 +1,6 @@
-"""Writes docs/vllm-features.md from the tests that are marked as showing a feature.
+"""Writes docs/vllm-features.md from the tests that are marked with a feature.
 
-python tests/features.py        # runs them, some minutes
+python tests/features.py        # runs the tests, some minutes
 """
 
 import json
@@ -14,36 +14,39 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCUMENT = ROOT / "docs" / "vllm-features.md"
 HEAD = """# vLLM's features on a factored model
 
-Written by `python tests/features.py` from a run of the tests it names, on vLLM {version} (CPU): real engines
-and servers, whose tokens are compared with transformers' or the plain engine's.
+Written by `python tests/features.py` after a run of the listed tests on vLLM {version} (CPU). They start real engines
+and servers, and compare their tokens with those of transformers or of the plain engine.
 
-| feature | test | |
+| feature | test | result |
 |---|---|---|
 """
-# What no test shows.
+# Limits, and features that no test covers.
 REMARKS = """
-- Several nodes: vLLM's own (`vllm serve DIR --load-format pgsvd --tensor-parallel-size 8 --pipeline-parallel-size 2
-  --distributed-executor-backend ray`). Nothing of a factored model is in its way, and nothing of it was run.
-- Tensor parallelism: `pgsvd-vllm inspect DIR --tp N` shows what each rank holds and sends, PGSVD_COLLECTIVE_BYTES=0
-  gives the least memory. With LoRA row-parallel layers sum their outputs, as dense ones do. Not run on more than two
-  workers; 4 and 8 ranks are simulated (`tests/serving/test_ranks.py`).
-- Expert parallelism (`--enable-expert-parallel`): vLLM 0.32 on CPU ends with an error, dense models too; not run
+- Several nodes: `vllm serve DIR --load-format pgsvd --tensor-parallel-size 8 --pipeline-parallel-size 2
+  --distributed-executor-backend ray`. Factored models need nothing else; this has not been run.
+- Tensor parallelism: `pgsvd-vllm inspect DIR --tp N` shows the weights and the communication of each rank;
+  PGSVD_COLLECTIVE_BYTES=0 minimizes memory. With LoRA, row-parallel layers all-reduce their outputs, as dense ones do.
+  Run with two ranks; 4 and 8 ranks are simulated (`tests/serving/test_collectives.py`).
+- Expert parallelism (`--enable-expert-parallel`): vLLM 0.32 on CPU ends with an error, for dense models too; not run
   elsewhere.
-- A draft of its dense parent loses time: it is as deep as the parent (`benchmarks/draft.py`, performance.md).
-- Sleep: level 1 keeps all weights; after level 2 load them again (`reload_weights`). Neither was run: they need a GPU.
-- LoRA in vLLM 0.32 on CPU: a request without an adapter, in a batch with others, gets the adapter of the last
-  slot. Give `--max-loras` one more than there are.
-- Pipeline stages in vLLM 0.32 on CPU: not with `--enforce-eager`, dense models neither.
-- Mixtures: without `--include experts` these stay dense, and are most of such a model: of Mixtral-8x7B's 46.7 billion
-  parameters 1.3 are other projections, so that `--ratio 0.2` removes 0.6 % of it. Factored experts are computed from
-  their factors on CPU (`benchmarks/experts_cpu.py`, performance.md); on GPUs, with expert parallelism and with LoRA
-  they are multiplied back as they are loaded: smaller on disk, as large and as fast as dense in memory. Factored
-  experts are loaded once: `reload_weights` is an error that says so. vLLM multiplies DeepSeek's `kv_b_proj` back.
+- A compressed draft model of its dense parent loses time: it is as deep as the parent (`benchmarks/draft.py`,
+  [performance.md](performance.md)).
+- Sleep mode: level 1 keeps all weights; after level 2, reload them (`reload_weights`). Neither has been run: both need
+  a GPU.
+- LoRA in vLLM 0.32 on CPU: in a mixed batch, a request without an adapter gets the adapter of the last slot. Set
+  `--max-loras` to one more than the number of adapters.
+- Pipeline parallelism in vLLM 0.32 on CPU does not start with `--enforce-eager`, for dense models either.
+- MoE models: without `--include experts` the experts stay dense, and they are most of the model: of Mixtral-8x7B's
+  46.7 billion parameters 1.3 billion are other projections, so that `--ratio 0.2` removes 0.6 % of it. On CPU, vLLM
+  computes with the experts' factors (`benchmarks/experts_cpu.py`, [performance.md](performance.md)). On GPUs, with
+  expert parallelism and with LoRA, their dense weights are reconstructed at load: the checkpoint is smaller on disk,
+  memory and speed are those of the dense model. `reload_weights` refuses factored experts. DeepSeek's `kv_b_proj`
+  also gets dense weights.
 """
 
 
 class Features:
-    """Collects what marked tests show, as a plugin of pytest.
+    """Collects the marked tests and their outcomes, as a pytest plugin.
 
     Attributes:
         tests: node id -> feature.

@@ -158,7 +158,7 @@ def test_experts_with_too_few_tokens_stay_dense(
     said = capsys.readouterr().out
     assert "tokens per expert: " in said
     assert "WARNING: an expert sees about 128 tokens" not in said
-    assert "matrices of experts stay dense, since too few tokens reach them" in said
+    assert "projections of experts stay dense, since too few tokens reach them" in said
     report = json.loads((tmp_path / "out" / "pgsvd_report.json").read_text(encoding="utf-8"))
     reached = report["tokens"]
     assert len(reached) == 3 * 4 * 3  # layers, experts, projections of each

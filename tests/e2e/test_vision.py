@@ -13,7 +13,6 @@ import pgsvd_vllm.hf  # noqa: F401  (registers the format)
 from pgsvd_vllm.cli import main
 from pgsvd_vllm.format.reader import open_checkpoint
 from pgsvd_vllm.offline.data.image_text import PROMPT, load_processor
-from pgsvd_vllm.offline.model import source as model_source
 from pgsvd_vllm.offline.model.find_projections import find_projections
 from pgsvd_vllm.offline.model.source import KINDS, ModelSource
 from tests.e2e.checkpoints import reconstruct_dense
@@ -99,7 +98,7 @@ def test_unfactored_vllm_layers_get_dense_weights(
     pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
 ) -> None:
     """The dense fallback: vLLM builds InternVL's vision attention without factored linear layers."""
-    monkeypatch.setattr(model_source, "STAYS_DENSE", {})
+    monkeypatch.setattr("pgsvd_vllm.offline.model.find_projections.STAYS_DENSE", {})
     row = next(row for row in VISION_MODELS if row.name == "InternVL 3")
     model, output = save_vision_model(row, tmp_path / "model"), tmp_path / "all"
     arguments = ["compress", str(model), "-o", str(output), "--ratio", "0.25", "--dataset", str(pairs)]
