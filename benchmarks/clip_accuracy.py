@@ -1,10 +1,10 @@
-"""Zero-shot accuracy of a small CLIP, compressed by one tolerance a tower, by one for both, and by measured losses.
+"""Zero-shot accuracy of a small CLIP, compressed by one tolerance per tower, one for both, and measured losses.
 
     python benchmarks/clip_accuracy.py [--images ZIP] [--quick] [--json FILE] [--markdown FILE] [--plot FILE]
 
-The model is that of small_clip.py. At every size the tolerances of the towers (PGSVD, arXiv 2510.05544) are those of
-the pair of that size, of those tried, that leaves the calibration images' classes nearest to the dense model's (KL
-divergence); other images tell how good that is, by the same and by accuracy.
+The model is that of small_clip.py. At every size a search tries pairs of tolerances for the two towers (PGSVD, arXiv
+2510.05544) and takes the pair with the least KL divergence of class probabilities from the dense model on calibration
+images. Divergence and accuracy on other images evaluate the result.
 """
 
 import argparse
@@ -25,18 +25,18 @@ from transformers import AutoModelForZeroShotImageClassification as CLIP
 
 import pgsvd_vllm.hf  # noqa: F401  (registers the format)
 from benchmarks.small_clip import Pictures, accuracy, class_logits, load_pictures, save_pairs, small_clip
+from pgsvd_vllm.offline.calibration.collect import output_energies
 from pgsvd_vllm.offline.compress import compress
 from pgsvd_vllm.offline.data.image_text import load_processor
 from pgsvd_vllm.offline.options import CompressOptions
+from pgsvd_vllm.offline.planning.plan import Plan, make_plan
+from pgsvd_vllm.offline.planning.prepare import open_state
 from pgsvd_vllm.offline.ranks.allocation import Allocation
 from pgsvd_vllm.offline.ranks.error_profile import error_profile
-from pgsvd_vllm.offline.ranks.select import output_energies
 from pgsvd_vllm.offline.ranks.uniform import at_tolerance
-from pgsvd_vllm.offline.run.plan import Plan, make_plan
-from pgsvd_vllm.offline.run.state import RunState
 
 RATIOS = (0.2, 0.4, 0.6, 0.8, 0.9)
-# Of the tolerance that removes as much of both: those of the vision model that are tried first.
+# First tolerances of the vision tower, as factors of the shared tolerance of that size.
 FACTORS = (0.5, 0.65, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 1.9)
 # Times that the gaps beside the best so far are halved.
 HALVINGS = 3
@@ -47,7 +47,7 @@ SHARED, OWN = "one tolerance for both towers", "one tolerance a tower"
 
 @dataclass(frozen=True)
 class Energies:
-    """What is known of a plan's projections.
+    """Error profiles of a plan's projections.
 
     Attributes:
         profiles: projection -> relative error of every rank.
@@ -58,16 +58,16 @@ class Energies:
 
     def tower(self, name: str) -> list[Any]:
         """A tower's projections."""
-        return [p for p in self.plan.flat if p.tower == name]
+        return [p for p in self.plan.projections.flat if p.tower == name]
 
     def removed(self, tower: str, tolerance: float) -> float:
-        """Numbers that a tower's tolerance removes."""
+        """Parameters that a tower's tolerance removes."""
         projections = self.tower(tower)
-        found = at_tolerance(projections, self.profiles, tolerance, form=self.plan.form)
+        found = at_tolerance(projections, self.profiles, tolerance, form=self.plan.settings.form)
         return found.removed * sum(p.numel for p in projections)
 
     def removing(self, tower: str, numbers: float) -> float | None:
-        """The tolerance with which a tower removes so many numbers; None where none does."""
+        """The tolerance with which a tower removes so many parameters; None if none does."""
         low, high = 0.0, 1.0
         if self.removed(tower, high) < numbers:
             return None
@@ -78,17 +78,18 @@ class Energies:
 
 
 def energies_of(options: CompressOptions) -> Energies:
-    """Reads what calibration has kept."""
+    """Reads the stored calibration."""
     plan = make_plan(replace(options, sensitivity="measured", form="factors"))
-    workspace = RunState(plan)
-    profiles = {name: error_profile(values) for name, values in output_energies(plan, workspace).items()}
-    workspace.discard()
+    state = open_state(plan)
+    energies = output_energies(state, len(plan.projections.layers))
+    profiles = {name: error_profile(values) for name, values in energies.items()}
+    state.discard()
     return Energies(plan, profiles)
 
 
-def own_tolerances(known: Energies, ratio: float, judge: "Judge") -> dict[str, float]:
-    """The pair that loses least: a tolerance of the vision model, and what removes the rest of the language model."""
-    wanted, middle = ratio * sum(p.numel for p in known.plan.flat), shared_tolerance(known, ratio)
+def own_tolerances(known: Energies, ratio: float, evaluator: "Evaluator") -> dict[str, float]:
+    """The pair of least divergence: a tolerance of the vision tower, and the text tower's tolerance for the rest."""
+    wanted, middle = ratio * sum(p.numel for p in known.plan.projections.flat), shared_tolerance(known, ratio)
     tried: dict[float, tuple[float, dict[str, float]]] = {}  # factor -> loss, pair
     factors: Sequence[float] = FACTORS
     for _ in range(1 + HALVINGS):
@@ -98,7 +99,7 @@ def own_tolerances(known: Energies, ratio: float, judge: "Judge") -> dict[str, f
             language = known.removing("language", rest) if rest > 0 else None
             if language is not None:
                 pair = {"vision": vision, "language": language}
-                tried[factor] = judge.compressed({"tolerance": pair})[0], pair
+                tried[factor] = evaluator.compressed({"tolerance": pair})[0], pair
         best = min(tried, key=lambda factor: tried[factor][0])
         ordered = sorted(tried)
         place = ordered.index(best)
@@ -108,29 +109,29 @@ def own_tolerances(known: Energies, ratio: float, judge: "Judge") -> dict[str, f
 
 def shared_tolerance(known: Energies, ratio: float) -> float:
     """The tolerance of both towers that removes the ratio."""
-    wanted, low, high = ratio * sum(p.numel for p in known.plan.flat), 0.0, 1.0
+    wanted, low, high = ratio * sum(p.numel for p in known.plan.projections.flat), 0.0, 1.0
     for _ in range(40):
         middle = (low + high) / 2
-        removed = sum(known.removed(tower, middle) for tower in known.plan.towers)
+        removed = sum(known.removed(tower, middle) for tower in known.plan.projections.towers)
         low, high = (middle, high) if removed < wanted else (low, middle)
     return high
 
 
 def cases(known: Energies, ratio: float, chosen: dict[str, float]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Name and options of every way to that size; `chosen` are the tolerances of the towers."""
+    """Name and options of every method at that size; `chosen` are the tolerances of the towers."""
     yield SHARED, {"tolerance": shared_tolerance(known, ratio)}
     yield OWN, {"tolerance": chosen}
     yield "the same share of each tower", {"sensitivity": "uniform", "ratio": ratio}
     yield "measured losses (default)", {"ratio": ratio}
 
 
-class Judge:
+class Evaluator:
     """How far compressed models are from the dense one, on some pictures.
 
     Args:
         folder: of the dense model.
         options: of its compression.
-        pictures: to judge by.
+        pictures: evaluated.
     """
 
     def __init__(self, folder: Path, options: CompressOptions, pictures: Pictures) -> None:
@@ -138,11 +139,11 @@ class Judge:
         self.dense = self.logits(folder)
 
     def logits(self, folder: Path) -> torch.Tensor:
-        """What a model says of the pictures' classes."""
+        """A model's class logits of the pictures."""
         return class_logits(CLIP.from_pretrained(folder).eval(), self.processor, self.pictures)
 
     def compressed(self, chosen: dict[str, Any]) -> tuple[float, torch.Tensor, Allocation]:
-        """Of a choice of options: nats from the dense model, what it says, and its ranks."""
+        """For a choice of options: nats from the dense model, class logits, and ranks."""
         result = compress(replace(self.options, **chosen))
         logits = self.logits(result.output)
         shutil.rmtree(result.output)
@@ -153,7 +154,7 @@ class Judge:
 def measure(
     ratios: tuple[float, ...], folder: Path, tested: Pictures, trained: Pictures, work: Path
 ) -> list[dict[str, Any]]:
-    """One row a case: accuracy, and what was removed."""
+    """One row per case: accuracy and removed share."""
     options = CompressOptions(
         str(folder), work / "out", dataset=(str(save_pairs(work / "pairs", trained)),), calibration=work / "calibration"
     )
@@ -161,7 +162,7 @@ def measure(
     shutil.rmtree(options.output)
     known = energies_of(options)
     some = torch.randperm(len(trained.pixels), generator=torch.Generator().manual_seed(0))[:CHOOSING]
-    final, choosing = Judge(folder, options, tested), Judge(folder, options, trained.part(some))
+    final, choosing = Evaluator(folder, options, tested), Evaluator(folder, options, trained.part(some))
     by_kind = accuracy(final.dense, tested)
     rows = [{"case": "dense", "value": by_kind["all"], "bar": None, "ok": True, "removed": 0.0, **by_kind}]
     for ratio in ratios:
@@ -179,7 +180,7 @@ def measure(
 
 
 def markdown(rows: list[dict[str, Any]], ratios: tuple[float, ...]) -> str:
-    """A line a case, a column a size: accuracy, and nats from the dense model's classes."""
+    """A line per case, a column per size: accuracy, and nats from the dense model's class probabilities."""
     lines = ["| | " + " | ".join(f"{ratio:.0%}" for ratio in ratios) + " |", "|---" * (len(ratios) + 1) + "|"]
     names = dict.fromkeys(row["case"].rpartition(", ")[0] for row in rows[1:])
     for name in names:
@@ -189,7 +190,7 @@ def markdown(rows: list[dict[str, Any]], ratios: tuple[float, ...]) -> str:
 
 
 def plot(rows: list[dict[str, Any]], file: Path) -> None:
-    """What is lost, and accuracy, by removed share."""
+    """Divergence and accuracy by removed share."""
     from matplotlib import pyplot
 
     _, (above, below) = pyplot.subplots(2, 1, figsize=(6, 7), sharex=True)

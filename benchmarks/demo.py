@@ -60,8 +60,8 @@ def held_out_perplexity(folder: Path, tokens_from: Path) -> float:
     from pgsvd_vllm.offline.data import text
 
     tokenizer = text.load_tokenizer(tokens_from)
-    tokens = text.tokenize(tokenizer, [held_out_prose()])
-    windows = text.cut_windows(tokens, text.leading_tokens(tokenizer), HELD_OUT_WINDOWS, WINDOW, 0, "docstrings")
+    tokens = text.tokenize(tokenizer, [held_out_prose()], "docstrings")
+    windows = text.cut_windows(tokens, HELD_OUT_WINDOWS, WINDOW, 0)
     model = AutoModelForCausalLM.from_pretrained(folder)
     return perplexity(model, windows.ids, desc=f"perplexity {folder.name}")
 

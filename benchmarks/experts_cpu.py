@@ -1,11 +1,11 @@
-"""Time of a mixture's factored experts beside vLLM's dense ones, on CPU.
+"""Time of factored MoE experts on CPU relative to vLLM's dense experts.
 
     python benchmarks/experts_cpu.py [--quick] [--json FILE]
 
-vLLM's own mixtures in bf16 with random weights, in the shapes of Qwen3-30B-A3B (half of its experts) and of
-Mixtral-8x7B (half as wide); every projection has the rank that removes a share of its parameters. Dense and factored
-run in turn on the same tokens, each of which goes to experts drawn at random. The value is factored time over dense
-time; the bar is 1. The dense experts are the products of the factors: nothing is printed where the outputs differ.
+The layers are vLLM's own MoE layers in bf16 with random weights, in the shapes of Qwen3-30B-A3B (half of its experts)
+and of Mixtral-8x7B (half as wide); every projection has the rank that removes a share of its parameters. Dense and
+factored layers run in turn on the same tokens, each of which is routed to random experts. The value is factored time
+over dense time; the bar is 1. Dense weights are reconstructed from the factors: different outputs end the run.
 """
 
 import argparse
@@ -57,8 +57,8 @@ def factors(shape: tuple[int, int, int, int], ratio: float) -> Iterator[tuple[st
             yield f"{number}.{leaf}", u, v
 
 
-def mixture(shape: tuple[int, int, int, int], ratio: float, factored: bool) -> Any:
-    """vLLM's mixture, loaded."""
+def moe_layer(shape: tuple[int, int, int, int], ratio: float, factored: bool) -> Any:
+    """vLLM's MoE layer, loaded."""
     hidden, inner, experts, chosen = shape
     prefix = f"{'factored' if factored else 'dense'}.{hidden}.{ratio}.mlp.experts"
     table, tensors = {}, []
@@ -84,17 +84,17 @@ def mixture(shape: tuple[int, int, int, int], ratio: float, factored: bool) -> A
 
 
 def run(layer: Any, x: torch.Tensor, weights: torch.Tensor, numbers: torch.Tensor) -> tuple[float, torch.Tensor]:
-    """Seconds, and what the experts give."""
+    """Seconds, and the experts' output."""
     begin = time.perf_counter()
     y = layer.quant_method.apply(layer, x, weights, numbers, None, None)
     return time.perf_counter() - begin, y
 
 
 def measure(name: str, ratio: float, rounds: int) -> Iterator[dict[str, Any]]:
-    """One row a number of tokens; raises RuntimeError where the outputs differ."""
+    """One row per number of tokens; raises RuntimeError if the outputs differ."""
     shape = SHAPES[name]
     hidden, _, experts, chosen = shape
-    layers = [mixture(shape, ratio, factored) for factored in (False, True)]
+    layers = [moe_layer(shape, ratio, factored) for factored in (False, True)]
     generator = torch.Generator().manual_seed(1)
     for tokens in TOKENS:
         times: list[list[float]] = [[], []]
@@ -106,7 +106,7 @@ def measure(name: str, ratio: float, rounds: int) -> Iterator[dict[str, Any]]:
             dense, factored = (y.float() for _, y in results)
             gap = float((factored - dense).norm() / dense.norm())
             if not gap < GATE:
-                raise RuntimeError(f"{name}, {tokens} tokens: factored experts are {gap:.2f} off the dense ones")
+                raise RuntimeError(f"{name}, {tokens} tokens: factored experts differ from the dense ones by {gap:.2f}")
             if turn:  # the first warms up
                 for found, (seconds, _) in zip(times, results, strict=True):
                     found.append(seconds)

@@ -1,11 +1,11 @@
-"""Is everything well with the Triton kernels on this GPU, and how fast are they?
+"""Correctness and speed of the Triton kernels on this GPU.
 
     python benchmarks/gpu_check.py [--dry-run] [--quick] [--json FILE]
 
-Needs torch and triton alone, no network, and about five minutes of an H100: random layers and those of Llama-2-7B
-against float64, repeated; then the latter with 20, 40 and 60 % removed beside the dense ones, in CUDA graphs over
-more copies than the cache holds; tuning of two; and, where vLLM is, a whole model. Exit status 1 where a result is
-wrong; speeds have bars but do not fail.
+It needs torch and triton alone, no network, and about five minutes of an H100. It compares random layers and those of
+Llama-2-7B with float64, repeatedly. Then it times the latter with 20, 40 and 60 % removed beside the dense ones, in
+CUDA graphs over more copies than the cache holds; tunes two; and runs a whole model if vLLM is installed. The exit
+status is 1 if a result is wrong; speeds have bars but do not fail.
 """
 
 import argparse
@@ -69,7 +69,7 @@ def rank_for(out: int, columns: int, removed: float, pivots: bool = False) -> in
 
 
 def most_room(space: SplitKScratch, packed: PackedLayer) -> None:
-    """Make room for our kernels at any number of tokens."""
+    """Allocate scratch memory for our kernels at any number of tokens."""
     steps = [Step(most, own_tiles(most, packed.sizes)) for most in (16, FEW_TOKENS, FEW_TOKENS_OF_MANY, MOST_TOKENS)]
     space.grow(*room(len(packed.v), tuple(steps)))
 
@@ -82,7 +82,7 @@ def shards_of(name: str, removed: float, pivots: bool = False) -> list[ShardShap
 
 
 def correctness(device: torch.device, overlap: bool, count: int) -> Iterator[Row]:
-    """Random layers against float64, by our kernels with their own tiles, and by the library."""
+    """Random layers against float64, by our kernels with their own tiles, and by cuBLAS."""
     rng = random.Random(0)
     torch.manual_seed(0)
     space = SplitKScratch(device)
@@ -92,35 +92,33 @@ def correctness(device: torch.device, overlap: bool, count: int) -> Iterator[Row
             columns = rng.choice([16, 100, 576, 2048, 4100])
             gated = number % 3 == 0
             layer = gated_layer(rng, dtype, columns) if gated else Layer(rng, dtype, columns)
-            for tensors in (layer.readers, layer.ups, layer.places):
-                tensors[:] = [tensor if tensor is None else tensor.to(device) for tensor in tensors]
-            packed = PackedLayer(layer.readers, layer.ups, layer.places)
+            shards = [shard.to(device) for shard in layer.shards]
+            packed = PackedLayer(shards)
             most_room(space, packed)
             tokens = rng.choice([0, 1, 2, 7, 16, 17, 40, 64, 65, 200, MOST_TOKENS])
             x = torch.randn(tokens, packed.columns, device=device).to(dtype)
             bias = torch.randn(packed.out, device=device).to(dtype) if rng.random() < 0.5 else None
-            shards = layer.readers, layer.ups, layer.places
-            wrong.append(layer_difference(x, *shards, bias, run_library(x, packed, bias, kernels=True)))
+            wrong.append(layer_difference(x, shards, bias, run_library(x, packed, bias, kernels=True)))
             if dtype == torch.float32:  # is never served by the kernels: it spills registers
                 continue
-            wrong.append(layer_difference(x, *shards, bias, run(x, packed, space, bias, overlap=overlap)))
+            wrong.append(layer_difference(x, shards, bias, run(x, packed, space, bias, overlap=overlap)))
             if gated:
-                gate = Gate(packed, layer.ups, layer.places)
+                gate = Gate(packed, shards)
                 wrong.append(
-                    gated_difference(x, *shards, bias, run_gated(x, packed, gate, space, bias, overlap=overlap))
+                    gated_difference(x, shards, bias, run_gated(x, packed, gate, space, bias, overlap=overlap))
                 )
                 if packed.sources is not None:
-                    wrong.append(gated_difference(x, *shards, bias, run_library_gated(x, packed, gate, bias)))
+                    wrong.append(gated_difference(x, shards, bias, run_library_gated(x, packed, gate, bias)))
         yield verdict(f"random layers, {dtype}", wrong)
 
 
 def row(case: str, value: float, bar: float | None) -> Row:
-    """A finished measurement; the bar is the most that is well."""
+    """A finished measurement; its value may not exceed the bar."""
     return {"case": case, "value": value, "bar": bar, "ok": bar is None or value <= bar}
 
 
 def verdict(case: str, wrong: Sequence[str]) -> Row:
-    """How many of several judgements found something wrong, and what the first of them did."""
+    """The number of comparisons that found a wrong result, and the first of their messages."""
     found = [text for text in wrong if text]
     return row(f"{case}, wrong" + (f" ({found[0]})" if found else ""), len(found), 0)
 
@@ -152,20 +150,19 @@ class Stack:
             layer = RandomLayer(shards, columns, torch.bfloat16, device)
             self.packed.append(layer.pack())
             if name == "gate_up":
-                self.gates.append(Gate(self.packed[-1], layer.ups, layer.places))
+                self.gates.append(Gate(self.packed[-1], layer.shards))
         most_room(space, self.packed[0])
 
 
 def real_layers(device: torch.device, overlap: bool) -> Iterator[Row]:
-    """Layers of Llama-2-7B at 40 %, against float64, and repeated: the same to the bit however the programs end."""
+    """Layers of Llama-2-7B at 40 %, against float64, and repeated: bit-identical in any order of programs."""
     space = SplitKScratch(device)
     for name, pivots in itertools.product(LAYERS, (False, True)):
         columns = LAYERS[name][1]
         layer = RandomLayer(shards_of(name, 0.4, pivots), columns, torch.bfloat16, device)
         packed = layer.pack()
         most_room(space, packed)
-        gate = Gate(packed, layer.ups, layer.places) if name == "gate_up" else None
-        weights = layer.readers, layer.ups, layer.places
+        gate = Gate(packed, layer.shards) if name == "gate_up" else None
         wrong: list[str] = []
         differing = 0
         for tokens in (1, 16, 64, MOST_TOKENS):
@@ -173,9 +170,9 @@ def real_layers(device: torch.device, overlap: bool) -> Iterator[Row]:
             runs = [(layer_difference, partial(run, x, packed, space, overlap=overlap))]
             if gate:
                 runs.append((gated_difference, partial(run_gated, x, packed, gate, space, overlap=overlap)))
-            for judge, compute in runs:
+            for compare, compute in runs:
                 first = compute()
-                wrong.append(judge(x, *weights, None, first))
+                wrong.append(compare(x, layer.shards, None, first))
                 differing += sum(not torch.equal(first, compute()) for _ in range(REPEATS // 4))
         at = f"{name}, {'pivots' if pivots else 'factors'}"
         yield verdict(at, wrong)
@@ -184,7 +181,7 @@ def real_layers(device: torch.device, overlap: bool) -> Iterator[Row]:
 
 
 def in_graphs(device: torch.device, overlap: bool) -> Iterator[Row]:
-    """Chains of layers in CUDA graphs, where launches follow each other at once, for one input after the other."""
+    """Chains of layers in CUDA graphs, whose launches follow each other at once, for one input after the other."""
     space = SplitKScratch(device)
     kinds = {
         "factors": [ShardShape(4096, 1232), ShardShape(1024, 400), ShardShape(1024, 512)],
@@ -197,12 +194,12 @@ def in_graphs(device: torch.device, overlap: bool) -> Iterator[Row]:
         layers = [RandomLayer(shards, 4096, torch.bfloat16, device) for _ in range(4)]
         packed = [layer.pack() for layer in layers]
         most_room(space, packed[0])
-        judge, calls = layer_difference, [partial(run, layer=p, workspace=space, overlap=overlap) for p in packed]
+        compare, calls = layer_difference, [partial(run, layer=p, scratch=space, overlap=overlap) for p in packed]
         if name == "gate":
-            gates = [Gate(p, layer.ups, layer.places) for p, layer in zip(packed, layers, strict=True)]
-            judge = gated_difference
+            gates = [Gate(p, layer.shards) for p, layer in zip(packed, layers, strict=True)]
+            compare = gated_difference
             calls = [
-                partial(run_gated, layer=p, gate=gate, workspace=space, overlap=overlap)
+                partial(run_gated, layer=p, gate=gate, scratch=space, overlap=overlap)
                 for p, gate in zip(packed, gates, strict=True)
             ]
         x = torch.randn(tokens, 4096, device=device).bfloat16()
@@ -215,20 +212,17 @@ def in_graphs(device: torch.device, overlap: bool) -> Iterator[Row]:
         for _ in range(5):
             x.copy_(torch.randn(tokens, 4096, device=device))
             graph.replay()
-            wrong += [
-                judge(x, layer.readers, layer.ups, layer.places, None, y)
-                for layer, y in zip(layers, outputs, strict=True)
-            ]
+            wrong += [compare(x, layer.shards, None, y) for layer, y in zip(layers, outputs, strict=True)]
         yield verdict(f"in a graph, {name}, {tokens} tokens", wrong)
 
 
 def speed(device: torch.device, overlap: bool, tokens_of: tuple[int, ...]) -> Iterator[Row]:
-    """Factored, as served without the activation, beside dense, in turn; at last a decoder layer's four together."""
+    """Factored layers as served without the activation, in turn with dense; last, a decoder layer's four together."""
     space = SplitKScratch(device)
     totals: dict[tuple[str, float, int], list[float]] = {}
 
-    def timed(product: Callable[[Any], object], weights: Sequence[Any]) -> float:
-        return seconds([partial(product, one) for one in weights], device)
+    def timed(layer: Callable[[Any], object], weights: Sequence[Any]) -> float:
+        return seconds([partial(layer, one) for one in weights], device)
 
     for name in LAYERS:
         dense = Stack(name, 0.0, device, space)
@@ -244,7 +238,7 @@ def speed(device: torch.device, overlap: bool, tokens_of: tuple[int, ...]) -> It
                 taken, tiles = library, tiles_for(steps, tokens)
                 if tiles:
                     taken = timed(lambda p, x=x, t=tiles: run(x, p, space, tiles=t, overlap=overlap), stack.packed)
-                    yield row(f"{at}, torch's products / ours", library / taken, None)
+                    yield row(f"{at}, cuBLAS / ours", library / taken, None)
                 bar = MOST_OF_IDEAL if tokens <= FEW_TOKENS else None
                 yield row(f"{at}, time / (dense x share)", taken / times[tokens] / stack.share, bar)
                 yield row(f"{at}, dense / time", times[tokens] / taken, None)
@@ -252,7 +246,7 @@ def speed(device: torch.device, overlap: bool, tokens_of: tuple[int, ...]) -> It
                 whole[0] += times[tokens]
                 whole[1] += taken
                 if tiles and stack.gates:
-                    # vLLM's kernel is not here: another one that reads and writes as much stands for it.
+                    # Without vLLM's kernel, one that reads and writes as many bytes takes its place.
                     half = x.new_empty(tokens, stack.gates[0].half)
                     own = own_tiles(tokens, stack.packed[0].sizes, gated=True, amd=amd)
 
@@ -269,7 +263,7 @@ def speed(device: torch.device, overlap: bool, tokens_of: tuple[int, ...]) -> It
 
 
 def tuned(device: torch.device, overlap: bool) -> Iterator[Row]:
-    """What `pgsvd-vllm tune` would find for two layers."""
+    """The tiles that `pgsvd-vllm tune` would find for two layers."""
     for name in ("qkv", "down"):
         tuner = LayerTuner(shards_of(name, 0.4), LAYERS[name][1], torch.bfloat16, device, overlap)
         for tokens in (1, 64):
@@ -285,10 +279,10 @@ def tuned(device: torch.device, overlap: bool) -> Iterator[Row]:
 
 
 def whole_model() -> Iterator[Row]:
-    """Random models in vLLM, dense and factored in turn, in Llama-2-7B's shape, where both are installed."""
+    """Random models of Llama-2-7B's shape in vLLM, dense and factored in turn, if vLLM and pgsvd-vllm are installed."""
     plugins = entry_points(group="vllm.general_plugins")
     if find_spec("vllm") is None or not any(plugin.name == "pgsvd" for plugin in plugins):
-        print("whole models: left out, there is no vLLM with pgsvd-vllm installed beside it")
+        print("whole models: skipped, vLLM and pgsvd-vllm are not both installed")
         return
     from benchmarks.random_model import LLAMA_2_7B
     from benchmarks.serve_cpu import FORMS, measure
@@ -308,7 +302,7 @@ def whole_model() -> Iterator[Row]:
 def main() -> int:
     """Run all; 1 if a result is wrong."""
     parser = argparse.ArgumentParser(description="Check the Triton kernels on this GPU, and time them.")
-    parser.add_argument("--dry-run", action="store_true", help="say what would be done; needs no GPU")
+    parser.add_argument("--dry-run", action="store_true", help="list the checks; needs no GPU")
     parser.add_argument("--quick", action="store_true", help="fewer layers and numbers of tokens")
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args()
@@ -321,7 +315,7 @@ def main() -> int:
         )
         return 0
     if not torch.cuda.is_available():
-        print("no GPU that torch can use; --dry-run needs none", file=sys.stderr)
+        print("torch finds no GPU; --dry-run needs none", file=sys.stderr)
         return 2
     device = torch.device("cuda", 0)
     major, minor = torch.cuda.get_device_capability(device)

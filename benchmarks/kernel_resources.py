@@ -1,10 +1,10 @@
-"""What the Triton kernels' machine code needs, for GPUs that need not be there.
+"""Registers, spills and shared memory of the Triton kernels' machine code, without a GPU.
 
     python benchmarks/kernel_resources.py [--quick | --candidates] [--targets sm_80 gfx942 ...] [--json FILE]
 
-Every tile that the launcher chooses by itself, or every other one that tuning tries, compiled ahead of time. The
-bars: no spilled registers, products in tensor core instructions, weights loaded 16 bytes at a time, shared memory
-that the device has. The exit status is 1 where one is missed.
+It compiles every default tile of the launcher ahead of time, or every further tile that tuning tries. The bars: no
+spilled registers, GEMMs in tensor core instructions, weights loaded 16 bytes at a time, and no more shared memory than
+the device has. The exit status is 1 if one is missed.
 """
 
 import argparse
@@ -67,7 +67,7 @@ class Case:
 
 
 def _features(full: bool, pdl: bool) -> tuple[dict[str, Any], str]:
-    """Constants of a kernel with places and bias or without, and their words."""
+    """Constants of a kernel with or without pivot positions and bias, and the name's ending."""
     constants = {"HAS_PLACES": full, "HAS_BIAS": full, "PDL": pdl}
     return constants, (" with places and bias" if full else "") + (", PDL" if pdl else "")
 
@@ -82,8 +82,8 @@ def up_case(name: str, target: str, tile: Tile, shards: int, full: bool, pdl: bo
     """An up kernel."""
     constants, after = _features(full, pdl)
     own = {"BLOCK_N": tile.block_out, "SHARDS": shards, "SWAP": tile.swap, "HAS_OWN": full}
-    words = f"up, {name}, {shards} shard{'s'[: shards - 1]}{after}"
-    return Case(words, target, up_kernel, tile, own | constants)
+    label = f"up, {name}, {shards} shard{'s'[: shards - 1]}{after}"
+    return Case(label, target, up_kernel, tile, own | constants)
 
 
 def gated_case(name: str, target: str, tile: Tile, full: bool, pdl: bool) -> Case:
@@ -94,12 +94,12 @@ def gated_case(name: str, target: str, tile: Tile, full: bool, pdl: bool) -> Cas
 
 
 def overlaps(target: str) -> list[bool]:
-    """Without and, where the device has it, with programmatic dependent launch."""
+    """Without and, if the device has it, with programmatic dependent launch."""
     return [False, True] if target in ("sm_90", "sm_100") else [False]
 
 
 def usual_cases(targets: list[str], quick: bool) -> Iterator[Case]:
-    """Every kernel that is launched where nothing has been tuned; the quick ones with every feature, in bf16 alone."""
+    """Every kernel with default tiles; if `quick`, the kernels with every feature, in bf16 alone."""
     for target in targets:
         for tokens, pdl in itertools.product(TOKENS, overlaps(target)):
             down, up = own_tiles(tokens, SIZES, amd=target.startswith("gfx"))
@@ -118,7 +118,7 @@ def usual_cases(targets: list[str], quick: bool) -> Iterator[Case]:
 
 
 def candidate_cases(targets: list[str]) -> Iterator[Case]:
-    """Every tile that tuning tries besides, once, with every feature."""
+    """Every further tile that tuning tries, once, with every feature."""
     for target in targets:
         amd = target.startswith("gfx")
         tried: dict[str, dict[Tile, None]] = {"down": {}, "up": {}}
@@ -172,7 +172,7 @@ def resources(case: Case) -> Row:
 
 
 def nvidia_figures(built: dict[str, Any]) -> Row:
-    """What the machine code of a compiled kernel says."""
+    """Figures from the machine code of a compiled kernel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(built["cubin"])
         file.flush()
@@ -213,7 +213,7 @@ def _amd(code: str, has_places: bool) -> Row:
 
 def main() -> int:
     """Print the table; 1 if a bar is missed."""
-    parser = argparse.ArgumentParser(description="What the Triton kernels' machine code needs, without a GPU.")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--quick", action="store_true", help="the kernels with every feature alone, in bf16")
     which.add_argument("--candidates", action="store_true", help="the tiles that pgsvd-vllm tune tries, instead")

@@ -1,12 +1,12 @@
-"""Time of one factored layer beside the dense one, on CPU, as a multiple of what its bytes or FLOPs promise.
+"""Time of one factored layer on CPU, as a multiple of the ideal time that its bytes or FLOPs give.
 
     python benchmarks/linear_cpu.py [--quick] [--json FILE] [--markdown FILE]
 
-vLLM's own layer objects in bf16 with random weights, in the shapes of TinyLlama-1.1B and Llama-2-7B, every
-shard with the rank that removes a share of its parameters. As vLLM does on CPU, many copies of the layer, 160 MB
-of weights, are compiled as one graph; dense and factored graphs run in turn. The value is time /
-(dense time x share), where the share is of bytes at 1 and 8 tokens, of FLOPs at 512: 1.0 is all that the
-smaller size promises. Nothing is printed of a layer whose output is not that of float64.
+The layers are vLLM's own objects in bf16 with random weights, in the shapes of TinyLlama-1.1B and Llama-2-7B; every
+shard has the rank that removes a share of its parameters. As in vLLM on CPU, many copies of the layer, 160 MB of
+weights, are compiled as one graph; dense and factored graphs run in turn. The value is time / (dense time x share),
+with the share of bytes at 1 and 8 tokens and of FLOPs at 512: 1.0 is the full gain of the smaller size. A layer whose
+output differs from float64 prints no time and ends the run.
 """
 
 import argparse
@@ -59,7 +59,7 @@ COPY_BYTES = 160e6
 
 @contextmanager
 def one_rank() -> Iterator[None]:
-    """vLLM's state of a worker that is alone."""
+    """vLLM's state of a single worker."""
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         stack.enter_context(vllm_config.set_current_vllm_config(vllm_config.VllmConfig()))
@@ -139,7 +139,7 @@ class Layer:
         error = ((y.double() - expected).norm() / expected.norm()).item()
         # Two roundings to 8 bits lose 0.3 % on average; a row in a wrong place is an error near 1.
         if not error < 0.01:
-            raise RuntimeError(f"the layer's output is {error:.1%} off what float64 says")
+            raise RuntimeError(f"the layer's output differs from float64 by {error:.1%}")
 
 
 def _plain(tensors: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
@@ -173,7 +173,7 @@ def in_turn(calls: list[Callable[[], object]], seconds: float) -> list[list[floa
 
 
 def peaks() -> dict[str, float]:
-    """What this machine does at best: GFLOP/s in bf16, and GB/s read and written by a copy."""
+    """This machine's peak: GFLOP/s in bf16, and GB/s read and written by a copy."""
     size = 4096
     a = torch.randn(size, size, dtype=torch.bfloat16)
     block = torch.ones(2**28, dtype=torch.uint8)
@@ -183,7 +183,7 @@ def peaks() -> dict[str, float]:
 
 
 def measure(model: str, leaf: str, ratios: tuple[float, ...], seconds: float) -> Iterator[dict[str, Any]]:
-    """One row a form, a share and a number of tokens."""
+    """One row per form, share and number of tokens."""
     rows, columns = rows_of(model, leaf)
     x = {tokens: torch.randn(tokens, columns).bfloat16() for tokens in TOKENS}
     for tokens in TOKENS[1:]:
@@ -228,7 +228,7 @@ def measure(model: str, leaf: str, ratios: tuple[float, ...], seconds: float) ->
 
 
 def medians(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """The median over all shapes, with its bar, a form, a share and a number of tokens."""
+    """For each form, share and number of tokens the median over all shapes, with its bar."""
     for form, ratio, tokens in dict.fromkeys((row["form"], row["ratio"], row["tokens"]) for row in rows):
         found = [r["value"] for r in rows if (r["form"], r["ratio"], r["tokens"]) == (form, ratio, tokens)]
         value, bar = statistics.median(found), BARS.get(tokens)
@@ -238,7 +238,7 @@ def medians(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
 
 def markdown(rows: list[dict[str, Any]], ratios: tuple[float, ...], best: dict[str, float]) -> str:
-    """A table of medians, and where the time goes in every shape."""
+    """A table of medians, and the times of every shape."""
     lines = [
         f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}; "
         + ", ".join(f"{value:.0f} {unit}" for unit, value in best.items()),

@@ -3,12 +3,11 @@
     python benchmarks/quality.py --wikitext DIR [--c4 FILE] [--model NAME] [--seed N] [--quick]
         [--calibration-windows N] [--json FILE] [--markdown FILE] [--plot FILE]
 
-DIR holds wiki.valid.raw, which is calibrated on, and wiki.test.raw, which is judged on; nothing is
-chosen by looking at the test text. Of FILE every second document is judged on; the others are mixed
-into the calibration text of the mixed case alone. Calibration is done once for all methods and shares,
-and it and every finished case are kept in the work folder, for every model and seed apart, so that an
-interrupted run continues where it was. Every case is judged as a checkpoint read back by transformers.
-The bars are SmolLM2's, calibrated on 128 windows.
+DIR holds wiki.valid.raw for calibration and wiki.test.raw for evaluation; no choice depends on the test text. Every
+second document of FILE is for evaluation; the others are calibration text of the mixed case alone. Calibration runs
+once for all methods and shares. It and every finished case are kept in the work folder, separately for every model and
+seed, so an interrupted run continues. Every case is evaluated as a checkpoint loaded by transformers. The bars are
+SmolLM2's, calibrated on 128 windows.
 """
 
 import argparse
@@ -29,15 +28,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import pgsvd_vllm.hf  # noqa: F401  (registers the format)
 from benchmarks.perplexity import perplexity
 from pgsvd_vllm.errors import InputError
-from pgsvd_vllm.offline.calibration.collect import calibrate_layers
+from pgsvd_vllm.offline.compress import calibrate, measured_spectra
 from pgsvd_vllm.offline.data.text import leading_tokens, load_tokenizer, read_documents, tokenize
 from pgsvd_vllm.offline.factors.factorize import factor_layers
 from pgsvd_vllm.offline.options import CompressOptions
 from pgsvd_vllm.offline.output.checkpoint import write_checkpoint
+from pgsvd_vllm.offline.output.outcome import Choice
+from pgsvd_vllm.offline.planning.plan import Plan, make_plan
+from pgsvd_vllm.offline.planning.prepare import open_state
 from pgsvd_vllm.offline.ranks.select import choose_ranks, measured_front
 from pgsvd_vllm.offline.refine.run import refine_layers
-from pgsvd_vllm.offline.run.plan import Plan, make_plan
-from pgsvd_vllm.offline.run.state import RunState
+from pgsvd_vllm.offline.run_state import RunState
+from pgsvd_vllm.offline.settings import resolve_settings
 from tests.support import reference_model
 
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
@@ -57,7 +59,7 @@ METHODS: dict[str, dict[str, Any]] = {
     REFINED: {},
     MIXED: {},
 }
-# Multiples of dense that must be reached.
+# Largest allowed multiples of dense.
 BARS = {
     ("default", "wikitext"): {0.2: 1.08, 0.4: 1.48, 0.6: 2.20},
     (REFINED, "wikitext"): {0.2: 1.05, 0.4: 1.28, 0.6: 1.75},
@@ -70,7 +72,7 @@ WINDOWS = 128
 
 
 def paper_form(raw: str) -> str:
-    """WikiText as papers read it: its rows, joined by blank lines."""
+    """WikiText in the form that papers use: its rows, joined by blank lines."""
     return "\n\n".join(f"{line}\n" if line.strip() else "" for line in raw.split("\n"))
 
 
@@ -82,7 +84,7 @@ def spread_windows(folder: Path, documents: list[str], count: int) -> torch.Tens
     """
     tokenizer = load_tokenizer(folder)
     head = torch.tensor(leading_tokens(tokenizer), dtype=torch.int64)
-    tokens = tokenize(tokenizer, documents)
+    tokens = tokenize(tokenizer, documents, "test").ids
     body = LENGTH - len(head)
     available = len(tokens) // body
     if available < count:
@@ -106,12 +108,12 @@ def quality_plan(
         work: folder, or None for one in the user's cache.
         documents: mixed with that text, half and half.
         model: one of MODELS.
-        seed: of the windows that are drawn from the text, and of the labels that gradients are taken for.
+        seed: random seed of the windows of the text and of the sampled labels of the gradients.
         windows: of LENGTH tokens to calibrate on.
     """
     work = work or reference_model.cache_folder() / "quality"
     work.mkdir(parents=True, exist_ok=True)
-    # In the form of the text that is judged: tokens of blank lines that were never seen cost 4 % of perplexity.
+    # In the form of the evaluated text: tokens of blank lines that calibration has not seen cost 4 % of perplexity.
     text = work / "wiki.valid.txt"
     text.write_text(paper_form((wikitext / "wiki.valid.raw").read_text(encoding="utf-8")), encoding="utf-8")
     others = work / "others.jsonl"
@@ -131,18 +133,26 @@ def quality_plan(
     )
 
 
-def compressed(plan: Plan, workspace: RunState, method: str, ratio: float, minutes: float) -> PreTrainedModel:
-    """The model of one case, in the dtype it is stored in; `minutes` of training where the method trains."""
+def with_options(plan: Plan, **changes: Any) -> Plan:
+    """The plan for other options on the same model and calibration data."""
+    options = replace(plan.options, **changes)
+    settings = resolve_settings(options, plan.settings.device, plan.settings.compute_dtype)
+    return replace(plan, options=options, settings=settings)
+
+
+def compressed(plan: Plan, state: RunState, method: str, ratio: float, minutes: float) -> PreTrainedModel:
+    """The model of one case, in the dtype it is stored in; `minutes` of distillation if the method has it."""
     refine = minutes if method == REFINED else None
-    plan = replace(plan, options=replace(plan.options, ratio=ratio, refine=refine, **METHODS[method]))
-    front = measured_front(plan, workspace) if plan.measured else None
-    allocation = choose_ranks(plan, workspace, front)
-    factor_layers(plan, workspace, allocation)
-    if plan.options.refine is not None:
-        refine_layers(plan, workspace, print)
-    write_checkpoint(plan, workspace, allocation, front)
-    # Weights are mapped from the files: these must stay until the model has been judged.
-    return AutoModelForCausalLM.from_pretrained(workspace.checkpoint, dtype="auto")
+    plan = with_options(plan, ratio=ratio, refine=refine, **METHODS[method])
+    spectra = measured_spectra(plan, state)
+    front = None if spectra.loss is None else measured_front(plan.projections, spectra.loss, plan.target)
+    allocation = choose_ranks(plan.projections, spectra, plan.target, front)
+    factor_layers(plan.source, plan.data, plan.settings, plan.projections, state, allocation.ranks)
+    if refine is not None:
+        refine_layers(plan.source, plan.data, plan.settings, plan.projections, state, print)
+    write_checkpoint(plan, state, Choice(allocation, front))
+    # Weights are mapped from the files: these must stay until the model has been evaluated.
+    return AutoModelForCausalLM.from_pretrained(state.checkpoint, dtype="auto")
 
 
 def rows_of(
@@ -207,13 +217,13 @@ def main() -> int:
     """Measure, print the table, write JSON; the status is 0 where every bar is met."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--wikitext", type=Path, required=True, metavar="DIR", help="has wiki.valid.raw, wiki.test.raw")
-    parser.add_argument("--c4", type=Path, metavar="FILE", help=".jsonl with a text field, to judge on as well")
+    parser.add_argument("--c4", type=Path, metavar="FILE", help=".jsonl with a text field, evaluated as well")
     parser.add_argument("--model", choices=MODELS, default="smollm2")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the calibration; 0 unless given")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="random seed of the calibration (default 0)")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--ratios", nargs="+", type=float, choices=RATIOS)
-    parser.add_argument("--refine-minutes", type=float, default=20.0, metavar="M", help="of the trained case")
-    parser.add_argument("--quick", action="store_true", help="only 20, 40 and 60 %%, a quarter of the judged windows")
+    parser.add_argument("--refine-minutes", type=float, default=20.0, metavar="M", help="minutes of the refined case")
+    parser.add_argument("--quick", action="store_true", help="only 20, 40 and 60 %%, a quarter of the windows")
     parser.add_argument(
         "--calibration-windows",
         type=int,
@@ -242,12 +252,12 @@ def main() -> int:
         mixed_in, texts["c4"] = documents[::2], documents[1::2]
     windows = {name: spread_windows(folder, documents, count) for name, documents in texts.items()}
 
-    dtype = str(plan.compute_dtype).removeprefix("torch.")  # that of `perplexity`
+    dtype = str(plan.settings.compute_dtype).removeprefix("torch.")  # that of `perplexity`
     results = plan.options.output.with_name(f"results-{plan.options.output.name}-{count}-{dtype}.json")
     found: dict[str, float] = json.loads(results.read_text(encoding="utf-8")) if results.is_file() else {}
 
-    def judge(model: PreTrainedModel, case: str) -> None:
-        model.eval().to(plan.device)
+    def evaluate(model: PreTrainedModel, case: str) -> None:
+        model.eval().to(plan.settings.device)
         for name, ids in windows.items():
             found[f"{case} {name}"] = perplexity(model, ids, desc=f"{case} {name}")
         results.with_suffix(".writing").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
@@ -257,22 +267,22 @@ def main() -> int:
         return any(f"{case} {name}" not in found for name in windows)
 
     if missing("dense"):
-        judge(AutoModelForCausalLM.from_pretrained(folder, dtype="auto"), "dense")
+        evaluate(AutoModelForCausalLM.from_pretrained(folder, dtype="auto"), "dense")
     for method in arguments.methods:
         todo = [ratio for ratio in ratios if missing(f"{method} {ratio}")]
         if not todo or (method == MIXED and not mixed_in):
             continue
         calibrated = planned(mixed_in) if method == MIXED else plan
-        workspace = RunState(calibrated)
+        state = open_state(calibrated)
         start = time.monotonic()
-        calibrate_layers(calibrated, workspace)
+        calibrate(calibrated, state)
         print(f"{method}: calibration {time.monotonic() - start:.0f} s in this run", flush=True)
         for ratio in todo:
             begun = time.monotonic()
-            model = compressed(calibrated, workspace, method, ratio, arguments.refine_minutes)
+            model = compressed(calibrated, state, method, ratio, arguments.refine_minutes)
             print(f"{method} {ratio}: factored in {time.monotonic() - begun:.0f} s", flush=True)
-            judge(model, f"{method} {ratio}")
-            shutil.rmtree(workspace.checkpoint, ignore_errors=True)
+            evaluate(model, f"{method} {ratio}")
+            shutil.rmtree(state.checkpoint, ignore_errors=True)
 
     barred = arguments.model == "smollm2" and arguments.calibration_windows == WINDOWS
     table = list(rows_of(found, ratios, list(windows), BARS if barred else {}))

@@ -1,12 +1,11 @@
-"""Models with random weights in the shape of TinyLlama-1.1B or Llama-2-7B, dense and factored, for speed.
+"""Models with random weights in the shape of TinyLlama-1.1B or Llama-2-7B, dense and factored, for speed benchmarks.
 
     python benchmarks/random_model.py [FORM RATIO]    e.g. pivot 0.4
 
-Random weights have no structure that could decide on ranks, so the ranks are those of a real model:
-kept_shares.json holds the percentage of parameters that the planner keeps of every projection of
-SmolLM2-135M-Instruct, calibrated as benchmarks/quality.py does (26 November 2026). Here each projection
-gets the rank that keeps the share of the one at the same relative depth. Folders are made in the user's
-cache, once.
+Random weights have no structure that could determine ranks, so the ranks come from a real model: kept_shares.json holds
+the percentage of parameters that the planner keeps of every projection of SmolLM2-135M-Instruct, calibrated as in
+benchmarks/quality.py (26 November 2026). Each projection here gets the rank that keeps the share of the projection at
+the same relative depth. Folders are created once in the user's cache.
 """
 
 import hashlib
@@ -48,7 +47,7 @@ class Shape:
 
     @property
     def config(self) -> dict[str, int]:
-        """As transformers names them."""
+        """The sizes by transformers' names."""
         return {name: value for name, value in vars(self).items() if name != "name"}
 
 
@@ -82,7 +81,7 @@ def modules(form: str, ratio: float, shape: Shape = TINYLLAMA) -> dict[str, Fact
 
 
 def largest_rank(form: str, rows: int, columns: int, share: float) -> int:
-    """The largest multiple of RANK_MULTIPLE that keeps at most a share of a matrix's numbers; 0 if none does."""
+    """The largest multiple of RANK_MULTIPLE that keeps at most a share of a matrix's parameters; 0 if none does."""
     ranks = range(RANK_MULTIPLE, min(rows, columns), RANK_MULTIPLE)
     fitting = (rank for rank in ranks if stored_size(form, rows, columns, rank) <= share * rows * columns)
     return max(fitting, default=0)

@@ -1,11 +1,11 @@
-"""What the two launches of a factored layer should take on GPUs: computed, not measured.
+"""Roofline time of a factored layer's two launches on GPUs: computed, not measured.
 
     python benchmarks/roofline.py [--json FILE]
 
-A launch takes its bytes over the bandwidth that kernels reach, or its FLOPs over the rate that they reach, and
-a fixed time for starting and draining within a CUDA graph, less where it overlaps the launch before.
-Llama-2-7B, bf16, merged projections as vLLM has them, ranks that are multiples of 16. The row with a bar is
-batch 1 on an H100 at 40 %.
+A launch takes its bytes over the bandwidth that kernels reach, or its FLOPs over the rate that they reach, and a fixed
+time for start and drain within a CUDA graph, which is shorter if it overlaps the launch before. The layers are those of
+Llama-2-7B in bf16, merged as in vLLM, with ranks that are multiples of 16. The row with a bar is batch 1 on an H100 at
+40 %.
 """
 
 import argparse
@@ -43,8 +43,8 @@ FIXED, OVERLAPPED = 2.0e-6, 0.8e-6
 BAR = 1.15
 
 
-def product(gpu: Gpu, tokens: int, rows: int, columns: int) -> float:
-    """Seconds of one product, without its launch."""
+def gemm(gpu: Gpu, tokens: int, rows: int, columns: int) -> float:
+    """Seconds of one GEMM, without its launch."""
     moved = NUMBER * (rows * columns + tokens * (rows + columns))
     return max(moved / gpu.bandwidth, 2 * tokens * rows * columns / gpu.peak)
 
@@ -52,15 +52,15 @@ def product(gpu: Gpu, tokens: int, rows: int, columns: int) -> float:
 def dense(gpu: Gpu, tokens: int, name: str) -> float:
     """Seconds of the dense layer."""
     outs, columns = LAYERS[name]
-    return FIXED + product(gpu, tokens, sum(outs), columns)
+    return FIXED + gemm(gpu, tokens, sum(outs), columns)
 
 
 def factored(gpu: Gpu, tokens: int, name: str, removed: float) -> float:
-    """Seconds of the factored layer: two launches, or one more a shard where a library computes it."""
+    """Seconds of the factored layer: two launches, or one more per shard with cuBLAS."""
     outs, columns = LAYERS[name]
     ranks = [rank_for(out, columns, removed) for out in outs]
-    down = product(gpu, tokens, sum(ranks), columns)
-    ups = [product(gpu, tokens, out, rank) for out, rank in zip(outs, ranks, strict=True)]
+    down = gemm(gpu, tokens, sum(ranks), columns)
+    ups = [gemm(gpu, tokens, out, rank) for out, rank in zip(outs, ranks, strict=True)]
     shards = [ShardShape(out, rank) for out, rank in zip(outs, ranks, strict=True)]
     tiles = tiles_for(usual_steps(layer_shape_of(shards, columns)), tokens)
     launches = FIXED * (1 + len(ups))

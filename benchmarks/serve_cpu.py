@@ -1,12 +1,12 @@
-"""Decode and prefill speed of factored models in vLLM on CPU, beside the dense one.
+"""Decode and prefill speed of factored models in vLLM on CPU, relative to the dense model.
 
     python benchmarks/serve_cpu.py [--quick] [--http] [--json FILE] [--markdown FILE]
 
-The models are those of random_model.py: TinyLlama-1.1B's shape, ranks as the planner chooses them. One engine
-a model lives in a process of its own; they are asked in turn, dense, factored, dense, factored, so that
-whatever else the machine does hits both. A speed-up is the median of dense times over the median of factored
-ones; its bar is 0.9 of what the smaller number of bytes (decode) or FLOPs (prefill) promises, and 1.0 where 20 %
-are removed. Nothing is printed of a model whose log-probabilities are not those of transformers.
+The models are those of random_model.py: TinyLlama-1.1B's shape with ranks that the planner chose. Each model has an
+engine in a process of its own. The engines run in turn, dense, factored, dense, factored, so that other load on the
+machine affects both. A speed-up is the median of dense times over the median of factored times; its bar is 0.9 of the
+ideal of the smaller number of bytes (decode) or FLOPs (prefill), and 1.0 at 20 % removed. A model whose
+log-probabilities differ from those of transformers prints no speed and ends the run.
 """
 
 import argparse
@@ -47,10 +47,10 @@ SHARE_OF_IDEAL = 0.9
 
 
 class Engine:
-    """An offline vLLM engine in a process of its own, which answers requests of how long something takes.
+    """An offline vLLM engine in a process of its own that times requests.
 
     Attributes:
-        script: what runs in that process.
+        script: the Python file that runs in that process.
     """
 
     script = __file__
@@ -99,7 +99,7 @@ class Engine:
         raise RuntimeError(f"the engine of {self.folder.name} ended:\n{self.log.read_text(errors='replace')[-4000:]}")
 
     def ask(self, batch: int, length: int, new: int, checked: bool = False) -> dict[str, Any]:
-        """Generate `new` tokens to `batch` prompts of `length` tokens; seconds, and what was generated if `checked`."""
+        """Generate `new` tokens for `batch` prompts of `length` tokens; seconds, and the tokens if `checked`."""
         assert self.process.stdin is not None
         request = {"batch": batch, "length": length, "new": new, "checked": checked}
         self.process.stdin.write(json.dumps(request) + "\n")
@@ -108,7 +108,7 @@ class Engine:
 
 
 def engine_main(options: dict[str, Any]) -> None:
-    """The engine's side: one answer a line of standard input."""
+    """The engine's side: one answer per line of standard input."""
     import psutil
     from vllm import LLM, SamplingParams
     from vllm.compilation.counter import compilation_counter
@@ -120,7 +120,7 @@ def engine_main(options: dict[str, Any]) -> None:
     llm = LLM(**options)
     seconds = time.perf_counter() - begin
     gc.collect()
-    # What compilation and the warm-up run have freed is no part of the model; glibc keeps it.
+    # glibc keeps memory that compilation and the warm-up run have freed; it is no part of the model.
     ctypes.CDLL(None).malloc_trim(0)
     loaded = psutil.Process().memory_info().rss
     start = {"seconds": seconds, "resident": loaded, "compiled": asdict(compilation_counter)}
@@ -183,12 +183,12 @@ def check(engine: Engine) -> float:
     chosen = expected.gather(1, torch.tensor(answer["tokens"])[:, None])[:, 0]
     gap = float((chosen - torch.tensor(answer["logprobs"])).abs().mean())
     if not gap < GATE:
-        raise RuntimeError(f"{engine.folder.name}: log-probabilities are {gap:.2f} off those of transformers")
+        raise RuntimeError(f"{engine.folder.name}: log-probabilities differ from those of transformers by {gap:.2f}")
     return gap
 
 
 def in_turn(engines: Sequence[Engine], rounds: int, batch: int, length: int, steps: int) -> list[list[float]]:
-    """Seconds a decode step where `steps` > 0, else of a prefill; one list an engine."""
+    """Seconds of a decode step if `steps` > 0, else of a prefill; one list per engine."""
     found: list[list[float]] = [[] for _ in engines]
     for _ in range(rounds):
         for engine, times in zip(engines, found, strict=True):
@@ -200,7 +200,7 @@ def in_turn(engines: Sequence[Engine], rounds: int, batch: int, length: int, ste
 
 
 def sizes(form: str, ratio: float, shape: Shape) -> tuple[float, float]:
-    """What is left, beside dense: of the bytes read a decode step, and of a prefill's FLOPs."""
+    """Remaining shares of the dense model's bytes read per decode step and of its FLOPs of a prefill."""
     table = random_model.modules(form, ratio, shape)
     shapes = {name: (rows, columns) for name, _, _, rows, columns in random_model.projections(shape)}
     dense = sum(rows * columns for rows, columns in shapes.values())
@@ -223,7 +223,7 @@ def measure(
     batches: Sequence[int] = BATCHES,
     **options: Any,
 ) -> Iterator[dict[str, Any]]:
-    """One row a batch size of decode, one of prefill, one of memory; `options` are vLLM's, besides the usual ones."""
+    """One row per decode batch size, one of prefill, one of memory; `options` are further options of vLLM."""
     byte_ratio, flop_ratio = sizes(form, ratio, shape)
     with ExitStack() as stack:
         engines = []
@@ -269,7 +269,7 @@ def measure(
 
 
 def http_speed(form: str, ratio: float, rounds: int, log: Path) -> Iterator[dict[str, Any]]:
-    """Generated tokens per second through `vllm serve`, both servers up, asked in turn."""
+    """Generated tokens per second through `vllm serve`, with both servers up and requests in turn."""
     from openai import OpenAI
 
     from tests.support.server import serve
@@ -310,7 +310,7 @@ def http_speed(form: str, ratio: float, rounds: int, log: Path) -> Iterator[dict
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    """A line a row; memory and whatever else has no speed below."""
+    """One line per row; rows without a speed, such as memory, follow below the table."""
     versions = ", ".join(f"{name} {version(name)}" for name in ("vllm", "torch"))
     lines = [f"{platform.machine()}, {os.cpu_count()} cores, {versions}", ""]
     lines += ["| case | dense tokens/s | factored tokens/s | speed-up | ideal | bar |", "|---" * 6 + "|"]

@@ -1,9 +1,9 @@
-"""A small real CLIP, trained here: no package carries one's weights.
+"""A small real CLIP, trained here because no package has one's weights.
 
     python benchmarks/small_clip.py [--images ZIP]
 
-Its data are scikit-learn's handwritten digits and, where given, a ZIP of small photographs with a labels.json (classes,
-images: file and label). The model lands in the user's cache, once. Run it to train and print the folder.
+Its data are scikit-learn's handwritten digits and optionally a ZIP of small photographs with a labels.json (classes,
+images: file and label). The model is kept in the user's cache. Run the script to train it and print its folder.
 """
 
 import argparse
@@ -55,17 +55,17 @@ class Pictures:
     classes: list[tuple[str, str]]
 
     def captions(self, label: int) -> list[str]:
-        """What may be said of an image of a class."""
+        """Captions of an image of a class."""
         kind, name = self.classes[label]
         return [template.format(name) for template in TEMPLATES[kind]]
 
     def part(self, rows: torch.Tensor) -> "Pictures":
-        """Some of them."""
+        """A subset of the images."""
         return Pictures(self.pixels[rows], self.labels[rows], self.classes)
 
 
 def load_pictures(photographs: Path | None) -> tuple[Pictures, Pictures]:
-    """Those to train on, and those to test with."""
+    """The training images and the test images."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -203,7 +203,7 @@ def save_pairs(folder: Path, pictures: Pictures) -> Path:
 
 @torch.inference_mode()
 def class_logits(model: Any, processor: Any, pictures: Pictures) -> torch.Tensor:
-    """What the model says of every image's class, zero-shot, [images, classes].
+    """Zero-shot class logits of every image, [images, classes].
 
     Captions of a class are averaged, as is usual (CLIP, arXiv 2103.00020, section 3.1.4).
     """
@@ -220,7 +220,7 @@ def class_logits(model: Any, processor: Any, pictures: Pictures) -> torch.Tensor
 
 
 def accuracy(logits: torch.Tensor, pictures: Pictures) -> dict[str, float]:
-    """Share of images whose own class is the likeliest; by kind, and of all."""
+    """Share of images whose own class is the most likely; by kind, and of all."""
     right = logits.argmax(1) == pictures.labels
     kinds = [pictures.classes[label][0] for label in pictures.labels.tolist()]
     found = {

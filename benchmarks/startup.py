@@ -1,10 +1,10 @@
-"""Seconds until a factored model is ready in vLLM on CPU, beside the dense one, and how many graphs are compiled.
+"""Start-up seconds of a factored model in vLLM on CPU relative to dense, and the number of compiled graphs.
 
     python benchmarks/startup.py [--quick] [--json FILE]
 
-The models are those of random_model.py. Cold starts have empty caches of compiled code, warm ones those that the
-cold ones left; dense and factored take turns. For the number of graphs vLLM is made to compile layer by layer, as
-it does on GPUs: layers of different ranks must share graphs as the dense model's layers do.
+The models are those of random_model.py. Cold starts have empty compilation caches, warm starts the caches of the cold
+ones; dense and factored starts alternate. To count graphs, vLLM compiles layer by layer, as it does on GPUs: layers of
+different ranks must share graphs as the dense model's layers do.
 """
 
 import argparse
@@ -27,7 +27,7 @@ BAR = 1.1
 
 
 def start(folder: Path, caches: Path, **options: Any) -> dict[str, Any]:
-    """Start an engine, end it, and say what it told about the start."""
+    """Start an engine, end it, and return its start-up measurements."""
     environment = {"VLLM_CACHE_ROOT": str(caches / "vllm"), "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor")}
     log = reference_model.cache_folder() / f"startup-{folder.name}.log"
     with Engine(folder, log, {**engine_options(), **options}, environment) as engine:

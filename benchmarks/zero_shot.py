@@ -1,4 +1,4 @@
-"""Zero-shot accuracy of compressed models beside the dense one, by lm_eval on local task files.
+"""Zero-shot accuracy of compressed models and the dense one, by lm_eval on local task files.
 
     python benchmarks/zero_shot.py --tasks DIR DENSE COMPRESSED... [--quick] [--json FILE]
 
@@ -59,7 +59,7 @@ def accuracies(folder: Path, definitions: Path, rows: int | None) -> dict[str, f
 
 
 def main() -> int:
-    """Print a table of points, write JSON; the status is 0 where no model loses more than is allowed."""
+    """Print a table of points, write JSON; the status is 0 if no model loses more than the allowed points."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("dense", type=Path)
     parser.add_argument("compressed", type=Path, nargs="+")

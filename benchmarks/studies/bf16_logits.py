@@ -1,8 +1,8 @@
-"""How far bf16 moves the logits: factored, multiplied back, and the dense original, each against fp32.
+"""Effect of bf16 on the logits: factored, reconstructed dense, and the dense original, each against fp32.
 
-The question it settles: whether factors lose more in bf16 than the dense model does. Every case
-runs in vLLM (eager, in a process of its own) over the same token windows; the reference is
-transformers in fp32 on the same weights. All differences are in units of logits.
+The question is whether factors lose more in bf16 than the dense model does. Every case runs in vLLM (eager, in a
+process of its own) over the same token windows; the reference is transformers in fp32 on the same weights. All
+differences are in units of logits.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from pgsvd_vllm.format.lowrank import product
+from pgsvd_vllm.format.lowrank import reconstruct
 from pgsvd_vllm.format.reader import open_checkpoint, read_config
 
 WINDOW = 64
@@ -135,12 +135,12 @@ def reconstruct_dense(folder: Path, dtype: torch.dtype) -> dict[str, torch.Tenso
         tensors.update(load_file(path))
     for name, module in checkpoint.modules.items():
         parts = {suffix: tensors.pop(f"{name}.{suffix}") for suffix in module.suffixes}
-        tensors[f"{name}.weight"] = product(parts).to(dtype)
+        tensors[f"{name}.weight"] = reconstruct(parts).to(dtype)
     return tensors
 
 
 def write_dense(folder: Path, target: Path, dtype: torch.dtype) -> Path:
-    """The checkpoint as an ordinary dense model: every low-rank matrix multiplied out, stored in `dtype`."""
+    """The checkpoint as an ordinary dense model: every low-rank matrix reconstructed, stored in `dtype`."""
     target.mkdir(parents=True)
     save_file(reconstruct_dense(folder, dtype), target / "model.safetensors", metadata={"format": "pt"})
     config = {k: v for k, v in read_config(folder).items() if k not in ("quantization_config", "transformers_weights")}
@@ -180,12 +180,12 @@ def measure(dense: Path, compressed: Path, text: str, count: int) -> dict[str, D
         found["factored, bf16, transformers"] = compare(
             reference_logits(compressed, windows, torch.bfloat16), reference
         )
-        # vLLM rounds the fp32 product to bf16 while loading.
-        found["multiplied back, bf16"] = compare(run_vllm(product, "bfloat16", saved), reference)
+        # vLLM rounds the fp32 weights to bf16 while loading.
+        found["reconstructed, bf16"] = compare(run_vllm(product, "bfloat16", saved), reference)
     return found
 
 
-def judge(found: dict[str, Difference]) -> list[Row]:
+def rows_of(found: dict[str, Difference]) -> list[Row]:
     """Every figure as a row; bars on what must hold."""
     bars = {
         ("factored, fp32", "maximum"): BAR_FP32,
@@ -213,7 +213,7 @@ def main() -> int:
     print(f"{'case':36} {'max':>9} {'RMS':>9} {'same top-1':>11} {'margin':>8}")
     for case, d in found.items():
         print(f"{case:36} {d.maximum:9.5f} {d.rms:9.6f} {d.top1:11.2%} {d.margin:8.4f}")
-    rows = judge(found)
+    rows = rows_of(found)
     for row in rows:
         if row.bar is not None:
             print(f"{row.case}: {row.value:.6f}, bar {row.bar:.6f}: {'good' if row.ok else 'MISSED'}")

@@ -1,16 +1,17 @@
-"""Peers' Triton kernels for one token of a factored Llama-2-7B, and ours at the same sizes, as machine code.
+"""Machine code of other projects' Triton kernels for one token of a factored Llama-2-7B, beside ours at the same sizes.
 
-    python benchmarks/peer_kernels.py --flashsvd DIR --mem-efficient-blr DIR [--targets sm_80 sm_90] [--json FILE]
+    python benchmarks/studies/peer_kernels.py --flashsvd DIR --mem-efficient-blr DIR [--targets sm_80 sm_90]
+        [--json FILE]
 
-Each DIR is your own checkout of the peer's repository, which the kernels are imported from; either may be left out:
+Each DIR is a checkout of that project's repository, from which the kernels are imported; either may be left out:
 
     https://github.com/Zishan-Shao/FlashSVD         a7d348303e531870b00c2b88d213e84086bf643f
     https://github.com/pabillam/mem-efficient-blr   d3e02c1741bdc824c5112b55472ca5f5ca300b6c
 
-bf16, 40 % removed. A peer's tiles are what its launcher chooses for the rank; of a list that it tunes over, the one
-with the fewest spilled registers, of those that fit the device if any does. Needs no GPU, and about ten minutes for
-the lists. The bar: our kernels spill no more and a layer takes no more launches; the launches of a kernel that does
-not fit the device do not count, as there can be none. The exit status is 1 where a bar is missed.
+All kernels are bf16 with 40 % removed. A peer's tiles are those of its launcher for the rank; if it tunes over a list,
+the entry with the fewest spilled registers among those that fit the device. It needs no GPU, and about ten minutes for
+the lists. The bar: our kernels spill no more and a layer takes no more launches; a kernel that does not fit the device
+has no launches. The exit status is 1 if a bar is missed.
 """
 
 import argparse
@@ -96,7 +97,7 @@ def strides(prefix: str, **sizes: int) -> dict[str, int]:
 
 
 def flashsvd(root: Path, target: str) -> Iterator[Peer]:
-    """FlashSVD v1.5's decode kernels; its o projection is two products of a library."""
+    """FlashSVD v1.5's decode kernels; its o projection is two cuBLAS GEMMs."""
     mlp = load(root / "kernels/mlp/decode/dual_split_triton.py")
     packed = load(root / "kernels/mlp/decode/dual_split_triton_pcat_s.py")
     attention = load(root / "kernels/attn/decode/densekv_reconstruct_triton.py")
@@ -112,13 +113,13 @@ def flashsvd(root: Path, target: str) -> Iterator[Peer]:
     # As benchmark/attn/decode_compare.py chooses them for a rank of 512 and more.
     constants = {"BD": 128, "BR": 128, "HAS_BQ": 0, "HAS_BK": 0, "HAS_BV": 0} | flags
     kernel = attention._reconstruct_qkv_token_shared_kernel
-    # One product with the stacked down factors, and the kernel.
+    # One GEMM with the stacked down factors, and the kernel.
     yield Peer("qkv", "FlashSVD reconstruct", kernel, sizes, [(constants, 8, 2)], heads, 2)
 
     (inner, _), hidden = LAYERS["gate_up"]
     rank = rank_for(inner, hidden, REMOVED)
     # One launch for the stacked down factors of gate and up, one for the kernel. Then v1 adds its parts; the others
-    # have zeroed what they add to, and round it; all but v3 multiply by the last factor.
+    # have zeroed what they add to, and round it; all but v3 include the GEMM with the last factor.
     kernels = (
         (mlp._dual_split_phase1_partials_token, mlp._pick_dual_split_token_config(rank, inner)),
         (mlp._dual_split_phase1_atomic_token, mlp._pick_dual_split_token_v2_config(rank, inner)),
@@ -144,7 +145,7 @@ def flashsvd(root: Path, target: str) -> Iterator[Peer]:
 
 
 def mem_efficient_blr(root: Path) -> Iterator[Peer]:
-    """mem-efficient-blr's low-rank kernel: both products of a projection in one launch."""
+    """mem-efficient-blr's low-rank kernel: both GEMMs of a projection in one launch."""
     # The file imports one function of its repository's utils, which import much else.
     utils = sys.modules["utils"] = ModuleType("utils")
     vars(utils)["next_power_of_2"] = triton.next_power_of_2
