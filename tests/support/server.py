@@ -23,7 +23,7 @@ STOP_SECONDS = 30
 
 @dataclass(frozen=True)
 class Server:
-    """A server that answers."""
+    """A running server."""
 
     url: str
     model: str
@@ -64,7 +64,7 @@ def is_healthy(url: str) -> bool:
 
 
 def wait_until_ready(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    """Poll /health; fails with the end of the log when the server ends or takes too long."""
+    """Poll /health; raises with the end of the log when the server ends or takes too long."""
     begin, reported = time.monotonic(), 0.0
     while not is_healthy(url):
         waited = time.monotonic() - begin
@@ -89,7 +89,7 @@ def group_is_alive(group: int) -> bool:
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
-    """End the server's process group: first politely, then not."""
+    """End the server's process group: SIGTERM, then SIGKILL."""
     for sign in (signal.SIGTERM, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, sign)
@@ -113,7 +113,7 @@ def serve(model: Path, log: Path, *options: str) -> Iterator[Server]:
         *("--host", "127.0.0.1", "--port", str(port)),
         *options,
     ]
-    # The engine in a process of its own, as users have it; only offline engines run in one here.
+    # The engine has a process of its own, as for users; only the offline engines of tests run in-process.
     environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", **os.environ}
     environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
     with log.open("wb") as output:
