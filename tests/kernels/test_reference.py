@@ -1,4 +1,4 @@
-"""The plain definition of a factored projection against float64 NumPy."""
+"""The torch reference of a factored projection against float64 NumPy."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from pgsvd_vllm.format.lowrank import factored_linear, pivot_linear, pivot_weigh
 @pytest.mark.parametrize("tokens", [0, 1, 17])
 @pytest.mark.parametrize("shards", [[(13, 1)], [(29, 7), (11, 11), (11, 3)], [(31, 16), (31, 5)]])
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_reference_is_the_definition(tokens: int, shards: list[tuple[int, int]], with_bias: bool) -> None:
+def test_reference_matches_numpy(tokens: int, shards: list[tuple[int, int]], with_bias: bool) -> None:
     rng = np.random.default_rng(tokens + len(shards))
     width = 23
     x = rng.normal(size=(2, tokens, width))
@@ -31,7 +31,7 @@ def test_reference_is_the_definition(tokens: int, shards: list[tuple[int, int]],
 @pytest.mark.parametrize("tokens", [0, 1, 17])
 @pytest.mark.parametrize(("rows", "rank"), [(13, 1), (29, 28), (31, 16)])
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_pivot_reference_is_the_definition(tokens: int, rows: int, rank: int, with_bias: bool) -> None:
+def test_pivot_reference_matches_numpy(tokens: int, rows: int, rank: int, with_bias: bool) -> None:
     rng = np.random.default_rng(rows)
     x, p = rng.normal(size=(2, tokens, 23)), rng.normal(size=(rank, 23))
     c = rng.normal(size=(rows - rank, rank))

@@ -1,4 +1,4 @@
-"""Tables of tiles: written, read back, searched, and refused when they are wrong."""
+"""Tile tables: written, read back, searched, and refused when malformed."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ STEPS = (Step(1, FEW), Step(16, None), Step(MOST_TOKENS, MANY))
 SIZES = LayerShape(4096, 3696, 12288, 1232, 3, False)
 
 
-def test_a_table_is_read_as_it_was_written(tmp_path: Path) -> None:
+def test_a_written_table_reads_back_equal(tmp_path: Path) -> None:
     table = Table("GPU of a test", {SIZES: STEPS, LayerShape(64, 32, 0, 0, 0, True): STEPS[:1]})
     write_table(table, tmp_path / "new" / "table.json")
     assert read_table(tmp_path / "new" / "table.json") == table
@@ -26,7 +26,7 @@ def test_a_table_is_read_as_it_was_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("tokens", "tiles"), [(1, FEW), (2, None), (16, None), (17, MANY), (MOST_TOKENS, MANY), (MOST_TOKENS + 1, None)]
 )
-def test_numbers_of_tokens_find_their_step(tokens: int, tiles: Any) -> None:
+def test_token_counts_find_their_step(tokens: int, tiles: Any) -> None:
     assert tiles_for(STEPS, tokens) == tiles
 
 
@@ -36,7 +36,7 @@ def test_numbers_of_tokens_find_their_step(tokens: int, tiles: Any) -> None:
     [(1, False, False, 16), (1, True, False, 16), (2, False, False, 32), (2, True, False, 16), (3, True, False, 32)]
     + [(3, False, False, 128), (2, True, True, 32), (1, True, True, 32)],
 )
-def test_the_usual_steps_are_our_kernels_tiles_as_long_as_they_are_the_fastest(
+def test_usual_steps_use_the_kernels_up_to_their_limit(
     shards: int, scattered: bool, gated: bool, most: int, amd: bool
 ) -> None:
     sizes = LayerShape(4096, 3696, 12288, 1232, shards, scattered)
@@ -59,18 +59,18 @@ def test_the_usual_steps_are_our_kernels_tiles_as_long_as_they_are_the_fastest(
         (LayerShape(4096, 3696, 12288, 1232, 3, True), None),
     ],
 )
-def test_a_layer_takes_the_most_similar_ones_steps(sizes: LayerShape, found: int | None) -> None:
+def test_a_layer_takes_the_steps_of_a_similar_shape(sizes: LayerShape, found: int | None) -> None:
     table = Table("", {SIZES: (Step(1, FEW),), LayerShape(4096, 3000, 12288, 1100, 3, False): (Step(2, FEW),)})
     steps = table.steps(sizes)
     assert (steps[0].most_tokens if steps else None) == found
     assert Table("").steps(sizes) is None
 
 
-def test_sizes_count_padded_ranks_and_rows_of_the_up_product() -> None:
+def test_shapes_count_padded_ranks_and_up_rows() -> None:
     assert layer_shape_of([ShardShape(100, 17), ShardShape(60, 16, 16), ShardShape(20)], 64) == LayerShape(
         64, 32 + 16 + 20, 144, 4016 // 144, 2, True
     )
-    # All outputs are pivots: nothing is left for the up product, and nothing is padded.
+    # All outputs are pivots: the up GEMM has no rows, and nothing is padded.
     assert layer_shape_of([ShardShape(17, 17, 17)], 64) == LayerShape(64, 17, 0, 0, 0, True)
 
 
@@ -109,7 +109,7 @@ def content() -> dict[str, Any]:
         (("layers", 0, "steps", 0, "tiles", "up", "swap"), 1, "swap is 1"),
     ],
 )
-def test_what_is_no_table_is_refused(path: tuple[Any, ...], value: Any, message: str, tmp_path: Path) -> None:
+def test_malformed_tables_are_refused(path: tuple[Any, ...], value: Any, message: str, tmp_path: Path) -> None:
     table: Any = content()
     file = tmp_path / "table.json"
     file.write_text(json.dumps(table))
