@@ -1,6 +1,7 @@
 """The layout keeps its promises: light import, one-way dependencies, no clash with other packages."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -102,3 +103,18 @@ def test_the_architecture_document_names_every_folder() -> None:
     levels = {"pgsvd_vllm": 9, "offline": 9, "kernels": 9, "benchmarks": 9, "tests": 1, "docs": 9}
     existing = set().union(*(folders_below(ROOT / name, depth) for name, depth in levels.items()))
     assert sorted(named) == sorted(existing)
+
+
+def test_documents_name_files_that_exist() -> None:
+    documents = [
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        ROOT / "kernels" / "README.md",
+        *(ROOT / "docs").glob("*.md"),
+    ]
+    # docs/architecture.md shortens paths below these.
+    bases = [ROOT, *(ROOT / name for name in ("pgsvd_vllm", "offline", "tests", "docs"))]
+    pattern = re.compile(r"(?<![\w/.~-])(?:[\w-]+/)+[\w-]+\.(?:py|md|json|png)\b")
+    named = {(path.name, name) for path in documents for name in pattern.findall(path.read_text(encoding="utf-8"))}
+    assert len(named) > 50
+    assert not [pair for pair in sorted(named) if not any((base / pair[1]).is_file() for base in bases)]
