@@ -42,6 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
     import torch
 
     from pgsvd_vllm.format.latency_table import write_latencies
+    from pgsvd_vllm.offline.model.find_projections import find_projections
     from pgsvd_vllm.offline.model.hub import resolve_folder
     from pgsvd_vllm.offline.model.source import ModelSource
     from pgsvd_vllm.serving.gemm.latency import measure
@@ -51,7 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.output.is_dir():
         raise InputError(f"--output {arguments.output}: is a folder; name a file to write")
     source = ModelSource(resolve_folder(arguments.model), arguments.trust_remote_code)
-    shapes = sorted({(p.out_features, p.in_features) for row in source.projections() for p in row})
+    shapes = sorted({(p.out_features, p.in_features) for p in find_projections(source).flat})
     current_platform.import_kernels()
     dtype = getattr(torch, arguments.dtype)
     table = measure(shapes, arguments.tokens, dtype, lambda line: print(line, flush=True))
