@@ -80,7 +80,7 @@ def main() -> int:
     from vllm import __version__
 
     features = Features()
-    status = pytest.main(["-m", "feature", "-q", str(ROOT / "tests")], plugins=[features])
+    status = pytest.main(["-m", "feature", "-q", str(ROOT / "tests" / "e2e")], plugins=[features])
     if status == 0:
         text = HEAD.format(version=__version__) + "\n".join(features.rows()) + "\n" + REMARKS
         DOCUMENT.write_text(text, encoding="utf-8")
@@ -92,7 +92,7 @@ def marked() -> dict[str, str]:
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); import json, pytest; from tests.features import Features;"
         "found = Features();"
-        "status = pytest.main(['--collect-only', '-qq', '-m', 'feature', 'tests'], plugins=[found]);"
+        "status = pytest.main(['--collect-only', '-qq', '-m', 'feature', 'tests/e2e'], plugins=[found]);"
         "print(); print(json.dumps(found.tests)); sys.exit(status)"
     )
     done = subprocess.run(

@@ -1,11 +1,15 @@
 """One offline vLLM engine in a process of its own, and its prompts.
 
-The module is both sides: tests call `run_engine`, which starts this file as a script; the script
-loads the model, answers every job of the request and writes the answers as JSON.
+The module is both sides: tests call `run_engine`, which starts this file as a script, once per test process. The
+script imports vLLM, which takes longer than to start a tiny engine, and forks for every engine: the fork loads the
+model, answers every job of the request and writes the answers as JSON.
 """
 
+import functools
 import json
+import multiprocessing
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -92,6 +96,44 @@ def equal_length_prompts(folder: Path, length: int = PROMPT_TOKENS) -> list[list
     return prompts
 
 
+class EngineParent:
+    """The process that has imported vLLM and forks engines."""
+
+    def __init__(self) -> None:
+        command = [sys.executable, __file__]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
+
+    def run(self, order: dict[str, Any], timeout: float) -> int:
+        """Fork an engine and wait for it; its exit status.
+
+        Args:
+            order: as `engine_of` takes it.
+            timeout: seconds until the engine's process group is ended.
+
+        Raises:
+            subprocess.TimeoutExpired: after that.
+        """
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(json.dumps(order).encode() + b"\n")
+        engine = int(self.process.stdout.readline())
+        try:
+            if not select.select([self.process.stdout], [], [], timeout)[0]:
+                raise subprocess.TimeoutExpired("an engine", timeout)
+        except BaseException:
+            # Workers of a tensor-parallel engine are in the same group.
+            os.killpg(engine, signal.SIGKILL)
+            self.process.stdout.readline()
+            raise
+        return int(self.process.stdout.readline())
+
+
+@functools.cache
+def _parent() -> EngineParent:
+    """Started when the first engine is needed; ends with this process, whose end closes its input."""
+    return EngineParent()
+
+
 def try_engine(
     model: Path,
     jobs: Sequence[Job],
@@ -122,26 +164,14 @@ def try_engine(
         **options,
     }
     with tempfile.TemporaryDirectory() as scratch:
-        request, response = Path(scratch) / "request.json", Path(scratch) / "response.json"
+        request, response, log = (Path(scratch) / name for name in ("request.json", "response.json", "log"))
         wanted = {"engine": engine, "jobs": list(jobs), "reload": str(reload or "")}
         request.write_text(json.dumps(wanted), encoding="utf-8")
-        process = subprocess.Popen(
-            [sys.executable, __file__, str(request), str(response)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env={**os.environ, **(environment or {})},
-            start_new_session=True,
-        )
-        try:
-            log, _ = process.communicate(timeout=timeout)
-        except BaseException:
-            # Workers of a tensor-parallel engine are in the same group.
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            raise
-        if process.returncode != 0:
-            return EngineRun(process.returncode, log, [])
+        files = {"request": str(request), "response": str(response), "log": str(log)}
+        returncode = _parent().run({**files, "environment": {**os.environ, **(environment or {})}}, timeout)
+        text = log.read_text(encoding="utf-8", errors="replace")
+        if returncode != 0:
+            return EngineRun(returncode, text, [])
         answers = json.loads(response.read_text(encoding="utf-8"))
     rows = [
         [
@@ -154,7 +184,7 @@ def try_engine(
         ]
         for job in answers
     ]
-    return EngineRun(process.returncode, log, rows)
+    return EngineRun(returncode, text, rows)
 
 
 def run_engine(model: Path, jobs: Sequence[Job], **options: Any) -> list[list[Answer]]:
@@ -180,7 +210,7 @@ def asked_of(prompt: Prompt) -> dict[str, Any]:
     return {"prompt": prompt["prompt"], "multi_modal_data": {"image": Image.open(prompt["image"]).convert("RGB")}}
 
 
-def main(request: Path, response: Path) -> None:
+def answer(request: Path, response: Path) -> None:
     """The engine's side."""
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
@@ -234,5 +264,47 @@ def main(request: Path, response: Path) -> None:
     response.write_text(json.dumps(answers), encoding="utf-8")
 
 
+def engine_of(order: dict[str, Any]) -> None:
+    """Be the engine of a request, in a new process.
+
+    Args:
+        order: paths of "request", "response" and "log", and the "environment".
+    """
+    import torch
+
+    os.setsid()
+    log = os.open(order["log"], os.O_WRONLY | os.O_CREAT)
+    for output in (1, 2):
+        os.dup2(log, output)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.environ.clear()
+    os.environ.update(order["environment"])
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", len(os.sched_getaffinity(0)))))
+    answer(Path(order["request"]), Path(order["response"]))
+    if not multiprocessing.active_children():
+        # Nothing is left to be ended: taking the engine apart would take seconds.
+        sys.stdout.flush()
+        os._exit(0)
+
+
+def main() -> None:
+    """Fork an engine for every line of the input: write its process id, and its exit status when it ends."""
+    replies = os.dup(1)
+    os.dup2(2, 1)
+    import vllm.entrypoints.llm
+    import vllm.lora.request
+    import vllm.sampling_params  # noqa: F401
+
+    while line := sys.stdin.readline():
+        engine = os.fork()
+        if engine == 0:
+            os.close(replies)
+            engine_of(json.loads(line))
+            return
+        os.write(replies, f"{engine}\n".encode())
+        _, status = os.waitpid(engine, 0)
+        os.write(replies, f"{os.waitstatus_to_exitcode(status)}\n".encode())
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main()
