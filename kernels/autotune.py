@@ -1,7 +1,7 @@
-"""The fastest tiles of a layer on this GPU, each candidate checked against float64 and then timed.
+"""Finds the fastest tiles of a layer on this GPU; each candidate is checked against float64 and then timed.
 
-The down product's tile is chosen with our own one of the up products, then the parts of its sums or the library in
-its place, then the up products' tile; at last the two launches are compared with the vendor's library.
+The search chooses the down GEMM's tile with the default up tile, then its split-K or cuBLAS in its place, then the up
+GEMMs' tile. At the end it compares the two launches with cuBLAS for the whole layer.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -17,51 +17,53 @@ from pgsvd_vllm.kernels.launch import REFUSALS, SplitKScratch, room, run
 from pgsvd_vllm.kernels.layer_shape import LayerShape, ShardShape
 from pgsvd_vllm.kernels.numerics import layer_difference
 from pgsvd_vllm.kernels.packed_weights import PackedLayer
+from pgsvd_vllm.kernels.shard_weights import ShardWeights
 from pgsvd_vllm.kernels.tile_heuristics import MOST_TOKENS, Step, Steps, Tile, Tiles, own_tiles, tiles_for, usual_steps
 
 TOKENS = (1, 16, 32, 64, 128, MOST_TOKENS)
 SPLITS = (1, 2, 4, 8, 16)
-# Unless it saves this share of the time, another choice than the usual one is noise.
+# A choice that saves less than this fraction of the default's time is noise.
 LEAST_GAIN = 0.02
 
 
 class RandomLayer:
-    """A layer of random numbers, as PackedLayer takes it.
+    """A layer of random weights.
+
+    Args:
+        shards, columns: its sizes.
 
     Attributes:
-        readers, ups, places: of its shards.
+        shards: its weights.
     """
 
     def __init__(self, shards: Sequence[ShardShape], columns: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.readers: list[torch.Tensor] = []
-        self.ups: list[torch.Tensor | None] = []
-        self.places: list[torch.Tensor | None] = []
+        self.shards: list[ShardWeights] = []
 
         def weight(rows: int, width: int) -> torch.Tensor:
             return torch.randn(rows, width, device=device, dtype=dtype) / max(width, 1) ** 0.5
 
         for shard in shards:
             own = shard.pivots or 0
-            self.readers.append(weight(shard.out if shard.rank is None else shard.rank, columns))
-            self.ups.append(None if shard.rank is None else weight(shard.out - own, shard.rank))
+            down = weight(shard.out if shard.rank is None else shard.rank, columns)
+            up = None if shard.rank is None else weight(shard.out - own, shard.rank)
             place = None
             if shard.rank is not None and shard.pivots is not None:
                 taken = torch.randperm(shard.rank, device=device)[:own].sort().values
-                # As in a checkpoint: pivots and the other rows ascend.
+                # As in a checkpoint, pivots and the other rows ascend.
                 place = torch.arange(shard.out, device=device)
                 outputs = torch.randperm(shard.out, device=device)[:own].sort().values
                 others = torch.ones(shard.out, dtype=torch.bool, device=device)
                 others[outputs] = False
                 place[others] = torch.arange(shard.out - own, device=device)
                 place[outputs] = -1 - taken
-            self.places.append(place)
+            self.shards.append(ShardWeights(down, up, place))
 
     def pack(self) -> PackedLayer:
         """Its weights as the kernels take them."""
-        return PackedLayer(self.readers, self.ups, self.places)
+        return PackedLayer(self.shards)
 
 
-# Of up to so many tokens, of the down product and of the up products: block_m, block_out, block_k, warps, stages and
+# Up to so many tokens -> tiles of the down GEMM and of the up GEMMs: block_m, block_out, block_k, warps, stages and
 # swap. With bf16 none spills registers on sm_80 to sm_100 and gfx942 (benchmarks/kernel_resources.py --candidates).
 Shape = tuple[int, int, int, int, int, bool]
 SHAPES: dict[int, tuple[tuple[Shape, ...], tuple[Shape, ...]]] = {
@@ -86,12 +88,12 @@ SHAPES: dict[int, tuple[tuple[Shape, ...], tuple[Shape, ...]]] = {
 
 
 def candidates(tokens: int, own: Tiles, amd: bool = False) -> tuple[list[Tile], list[Tile]]:
-    """Tiles to try besides our kernels' own: of the down product, with that one's parts, and of the up products.
+    """Tiles to try besides the defaults: of the down GEMM, with the default's split-K, and of the up GEMMs.
 
     Args:
-        tokens: of TOKENS.
-        own: `own_tiles` there.
-        amd: two stages, as those have.
+        tokens: one of TOKENS.
+        own: the defaults, from `own_tiles`.
+        amd: use two stages, as these do.
     """
     downs, ups = SHAPES[next(most for most in SHAPES if tokens <= most)]
 
@@ -105,13 +107,13 @@ def candidates(tokens: int, own: Tiles, amd: bool = False) -> tuple[list[Tile], 
 
 @dataclass(frozen=True)
 class Finding:
-    """The best of one layer at one number of tokens.
+    """The best tiles of one layer at one number of tokens.
 
     Attributes:
         step: for the table.
-        usual, best, library: seconds of the usual choice, of the best one, and of the vendor's library.
-        refused: tiles that could not be compiled or did not fit the device.
-        wrong: tiles whose result was wrong; none ought to be.
+        usual, best, library: seconds of the default choice, of the best one, and of cuBLAS.
+        refused: number of tiles that could not be compiled or did not fit the device.
+        wrong: tiles with a wrong result; there should be none.
     """
 
     step: Step
@@ -130,10 +132,10 @@ class LayerTuner:
         dtype: float16 or bfloat16.
         device: a GPU.
         overlap: as of `run`.
-        clock: seconds of one of several calls on a device.
+        clock: measures the seconds of one of several calls on a device.
 
     Raises:
-        ValueError: the kernels cannot take such a layer.
+        ValueError: the kernels do not support such a layer.
     """
 
     def __init__(
@@ -161,10 +163,11 @@ class LayerTuner:
         return self.layers[0].sizes
 
     def step(self, tokens: int) -> Finding:
-        """The best for one number of tokens.
+        """The best tiles for one number of tokens.
 
         Raises:
-            ValueError: the usual tiles compute something wrong on this GPU, or cannot be compiled for it.
+            ValueError: the default tiles compute a wrong result on this GPU, or cannot be compiled for it.
+            torch.OutOfMemoryError: the layer does not fit into the GPU's memory.
         """
         self.refused, self.wrong = 0, []
         layer = self.layers[0]
@@ -173,7 +176,7 @@ class LayerTuner:
         tiles = own_tiles(tokens, layer.sizes, amd=amd)
         own = self._time(tiles, x)
         if own is None:
-            raise ValueError(f"the usual tiles fail on this GPU: {', '.join(self.wrong) or 'they do not fit'}")
+            raise ValueError(f"the default tiles fail on this GPU: {', '.join(self.wrong) or 'they do not fit'}")
         best = own
         downs, ups = candidates(tokens, tiles, amd)
 
@@ -193,27 +196,28 @@ class LayerTuner:
                 # Each part has two steps at least.
                 if parts != down.split_k and layer.columns >= 2 * down.block_k * parts
             )
-            # The library's down product before our up products.
+            # cuBLAS for the down GEMM before our up kernel.
             better(iter([(None, tiles[1])]))
         if layer.ranks:
             better((tiles[0], tile) for tile in ups)
         library = self.clock([partial(run_library, x, one, kernels=True) for one in self.layers], self.device)
         ours = tiles_for(usual_steps(layer.sizes, amd=amd), tokens) is not None
-        # The usual one of both stays unless the other saves enough.
+        # The default of the two stays unless the other saves enough.
         chosen = best * (1 - LEAST_GAIN) <= library if ours else best < library * (1 - LEAST_GAIN)
         step = Step(tokens, tiles if chosen else None)
         return Finding(step, own if ours else library, best if chosen else library, library, self.refused, self.wrong)
 
     def _time(self, tiles: Tiles, x: torch.Tensor) -> float | None:
-        """Seconds, or None of what does not fit the device or is wrong."""
+        """Seconds; None for tiles that do not fit the device or compute a wrong result."""
         self.space.grow(*room(len(self.layers[0].v), (Step(len(x), tiles),)))
         try:
             y = run(x, self.layers[0], self.space, tiles=tiles, overlap=self.overlap)
+        except torch.OutOfMemoryError:
+            raise
         except REFUSALS:
             self.refused += 1
             return None
-        first = self.first
-        wrong = layer_difference(x, first.readers, first.ups, first.places, None, y)
+        wrong = layer_difference(x, self.first.shards, None, y)
         if wrong:
             self.wrong.append(f"{tiles[0]}, {tiles[1]}: {wrong}")
             return None
@@ -222,5 +226,5 @@ class LayerTuner:
 
 
 def merged(steps: Sequence[Step]) -> Steps:
-    """Steps without those whose tiles are also the next one's."""
+    """The steps, without each one whose tiles the next one has as well."""
     return (*(step for step, after in pairwise(steps) if step.tiles != after.tiles), steps[-1])

@@ -12,12 +12,13 @@ from pgsvd_vllm.kernels.padding import Collective
 from pgsvd_vllm.kernels.tile_heuristics import Steps, Tile, Tiles, own_tiles
 from pgsvd_vllm.kernels.up import up_kernel
 
-# What Triton raises of a kernel that cannot be compiled, or not be started, on a device.
+# Triton's errors for a kernel that it cannot compile, or not start, on a device. torch.OutOfMemoryError is a
+# RuntimeError as well, but says nothing about a kernel: handlers let it pass.
 REFUSALS = (TritonError, RuntimeError)
 
 
 def room(rows: int, steps: Steps) -> tuple[int, int]:
-    """(partial sums, counters) that the down products of a layer need, with so many rows that read x."""
+    """(partial sums, counters) for the down GEMMs of a layer whose stacked matrix has so many rows."""
     numbers = tiles = 0
     for step in steps:
         down, tokens = step.tiles[0] if step.tiles else None, step.most_tokens
@@ -29,7 +30,7 @@ def room(rows: int, steps: Steps) -> tuple[int, int]:
 
 
 class SplitKScratch:
-    """What split sums need, for all layers of a stream, which run one after the other.
+    """The memory of split-K sums, for all layers of a stream, which run one after the other.
 
     Attributes:
         partials: float32.
@@ -37,13 +38,13 @@ class SplitKScratch:
     """
 
     def __init__(self, device: torch.device) -> None:
-        # Captured graphs may still write what was outgrown.
+        # Captured graphs may still write the outgrown tensors.
         self._outgrown: list[torch.Tensor] = []
         self.partials = torch.empty(1, dtype=torch.float32, device=device)
         self.counters = torch.zeros(1, dtype=torch.int32, device=device)
 
     def grow(self, numbers: int, tiles: int) -> None:
-        """Have room for so many partial sums and counters; doubled, or all that is outgrown would be much."""
+        """Have room for so many partial sums and counters; sizes double, which bounds the outgrown memory."""
         if numbers > len(self.partials):
             self._outgrown.append(self.partials)
             self.partials = self.partials.new_empty(max(numbers, 2 * len(self.partials)))
@@ -60,20 +61,20 @@ def can_overlap(device: torch.device) -> bool:
 def run(
     x: torch.Tensor,
     layer: PackedLayer,
-    workspace: SplitKScratch,
+    scratch: SplitKScratch,
     bias: torch.Tensor | None = None,
     tiles: Tiles | None = None,
     overlap: bool = False,
-    exchange: Collective | None = None,
+    collective: Collective | None = None,
 ) -> torch.Tensor:
     """The layer's outputs.
 
     Args:
-        x: [tokens, in]; copied only where the numbers of a row do not lie side by side.
+        x: [tokens, in]; copied only if the elements of a row are not contiguous.
         bias: [out] or None.
-        tiles: other than our kernels' own.
-        overlap: start the up product while the down product ends; see `can_overlap`.
-        exchange: what lies between the products, where the layer was packed for that.
+        tiles: in place of `own_tiles`.
+        overlap: start the up GEMM while the down GEMM ends; see `can_overlap`.
+        collective: completes z between the GEMMs, if the layer was packed for one.
 
     Returns:
         [tokens, out] in x's dtype.
@@ -87,12 +88,12 @@ def run(
         return y
     down, up = tiles or own_tiles(len(x), layer.sizes, amd=bool(torch.version.hip))
     above, own = layer.up_places, layer.own_places
-    overlap = overlap and down is not None  # the library's kernel does not let the next one start
-    s = _down_product(x, layer, workspace, down, overlap)
+    overlap = overlap and down is not None  # cuBLAS does not let the next kernel start
+    s = _down_gemm(x, layer, scratch, down, overlap)
     z = s[:, : layer.z_rows]
-    if exchange is not None:
+    if collective is not None:
         overlap = False  # with another kernel in between
-        z = exchange(z)
+        z = collective(z)
         _place_pivots(z, y, layer, bias)
     empty = [0] * (MOST_SHARDS - len(layer.ranks))
     blocks = sum(triton.cdiv(height, up.block_out) for height in layer.heights)
@@ -124,7 +125,7 @@ def run_gated(
     x: torch.Tensor,
     layer: PackedLayer,
     gate: Gate,
-    workspace: SplitKScratch,
+    scratch: SplitKScratch,
     bias: torch.Tensor | None = None,
     tiles: Tiles | None = None,
     overlap: bool = False,
@@ -140,7 +141,7 @@ def run_gated(
         return y
     down, up = tiles or own_tiles(len(x), layer.sizes, gated=True, amd=bool(torch.version.hip))
     overlap = overlap and down is not None
-    z = _down_product(x, layer, workspace, down, overlap)
+    z = _down_gemm(x, layer, scratch, down, overlap)
     gated_kernel[triton.cdiv(gate.half, up.block_out), triton.cdiv(len(x), up.block_m)](
         *(z, layer.u, y, z if gate.places is None else gate.places, z if bias is None else bias),
         *(len(x), z.stride(0), gate.half, gate.height, *gate.ranks, *gate.starts),
@@ -159,7 +160,7 @@ def run_gated(
 
 
 def _checked(x: torch.Tensor, layer: PackedLayer, bias: torch.Tensor | None) -> torch.Tensor:
-    """x with the numbers of a row side by side; raises ValueError where something does not fit the layer."""
+    """x with contiguous rows; raises ValueError if x or the bias does not fit the layer."""
     if x.ndim != 2 or x.shape[1] != layer.columns or x.dtype != layer.dtype:
         raise ValueError(f"inputs of {x.dtype} {tuple(x.shape)} for {layer.columns} columns of {layer.dtype}")
     if bias is not None and (bias.shape != (layer.out,) or not bias.is_contiguous()):
@@ -171,21 +172,21 @@ def _extra(overlap: bool) -> dict[str, bool]:
     return {"launch_pdl": True} if overlap else {}
 
 
-def _down_product(
-    x: torch.Tensor, layer: PackedLayer, workspace: SplitKScratch, down: Tile | None, overlap: bool
+def _down_gemm(
+    x: torch.Tensor, layer: PackedLayer, scratch: SplitKScratch, down: Tile | None, overlap: bool
 ) -> torch.Tensor:
-    """x v^T, [tokens, rows of v], in the first launch or, without a tile, by the library."""
+    """x v^T, [tokens, rows of v], in the first launch or, without a tile, by cuBLAS."""
     if down is None:
         return F.linear(x, layer.v)
     tokens, rows = len(x), len(layer.v)
     s = x.new_empty(tokens, rows)
     grid = triton.cdiv(rows, down.block_out), down.split_k, triton.cdiv(tokens, down.block_m)
     if down.split_k > 1 and (
-        workspace.partials.numel() < down.split_k * tokens * rows or workspace.counters.numel() < grid[0] * grid[2]
+        scratch.partials.numel() < down.split_k * tokens * rows or scratch.counters.numel() < grid[0] * grid[2]
     ):
-        raise ValueError(f"the workspace is too small for {tokens} tokens in {down.split_k} parts")
+        raise ValueError(f"the scratch is too small for {tokens} tokens in {down.split_k} parts")
     down_kernel[grid](
-        *(x, layer.v, s, workspace.partials, workspace.counters, tokens, rows, layer.columns, x.stride(0)),
+        *(x, layer.v, s, scratch.partials, scratch.counters, tokens, rows, layer.columns, x.stride(0)),
         BLOCK_M=down.block_m,
         BLOCK_R=down.block_out,
         BLOCK_K=down.block_k,
@@ -201,7 +202,7 @@ def _down_product(
 
 
 def _place_pivots(z: torch.Tensor, y: torch.Tensor, layer: PackedLayer, bias: torch.Tensor | None) -> None:
-    """The outputs that are components of an exchanged z."""
+    """Scatter the outputs that are components of z, after the collective."""
     if layer.pivots is None or layer.pivot_columns is None:
         return
     part = z.index_select(1, layer.pivots)

@@ -1,4 +1,4 @@
-"""Outputs put in their order after the vendor's library, whose products lie side by side."""
+"""Permutes the side-by-side outputs of cuBLAS GEMMs into the layer's order."""
 
 import triton
 import triton.language as tl
@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit(do_not_specialize=["tokens"])
 def gather_kernel(
-    products,
+    parts,
     sources,
     y,
     bias,
@@ -21,16 +21,16 @@ def gather_kernel(
     """One tile of tokens and outputs.
 
     Args:
-        products: [tokens, ...], rows `p_stride` apart.
-        sources: int32 [half], or [2 * half] where GATED: the column of products that an output is.
-        y: [tokens, half], without gaps; where GATED silu(first half) * second half.
-        bias: of the outputs before the activation.
+        parts: [tokens, ...], rows `p_stride` apart.
+        sources: int32 [half], or [2 * half] with GATED: the column of `parts` for each output.
+        y: [tokens, half], contiguous; with GATED silu(first half) * second half.
+        bias: added before the activation.
     """
     o = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     m = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
     there = o < half
     inside = (m < tokens) & there[None, :]
-    row = products + m.to(tl.int64) * p_stride
+    row = parts + m.to(tl.int64) * p_stride
     found = tl.load(row + tl.load(sources + o, mask=there, other=0)[None, :], mask=inside, other=0.0).to(tl.float32)
     if HAS_BIAS:
         found += tl.load(bias + o, mask=there, other=0.0).to(tl.float32)[None, :]

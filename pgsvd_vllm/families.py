@@ -1,24 +1,36 @@
-"""Everything that depends on names: of model families, of their modules and of tensors."""
+"""Every table and every test on names: of model families, of their modules and of tensors."""
 
-# Model type -> paths of projections that vLLM does not load in factors: of BLOOM it reorders the rows of every tensor
-# that has this name, V's as well; InternVL's vision attention is none of its own linear layers.
+from enum import Enum
+from typing import Literal
+
+Kind = Literal["linear", "expert", "lm_head"]
+# Part of the name of every MoE expert's projections.
+EXPERTS = ".experts."
+# Model type -> paths of projections that vLLM does not load in factors: for BLOOM it reorders the rows of every tensor
+# of this name, V's as well; InternVL's vision attention does not use vLLM's linear layers.
 STAYS_DENSE = {"bloom": "*.query_key_value", "internvl": "*.vision_tower.*.attention.*"}
-# Types of models whose projector is known to be served in factors, as vLLM makes it of its own linear layers; that of
-# others stays dense. Each is a row of tests/e2e/vision_models.py.
+# Model types whose projector vLLM builds from its own linear layers; the projector of other types stays dense. Each
+# type is a row of tests/e2e/vision_models.py.
 SERVED_PROJECTORS = ("llava", "llava_next", "qwen2_vl", "qwen2_5_vl", "idefics3", "smolvlm")
-# Read in vLLM 0.32; classes derived from them may do something else, and are left alone.
-VLLM_MODELS = "vllm.model_executor.models"
+# The merged gate and up layer and the activation in the MLPs of vLLM's models.
+GATE_UP, ACTIVATION = "gate_up_proj", "act_fn"
+# vLLM's MLPs whose forward passes the gate and up layer's output to the activation and to nothing else -> the hash of
+# that forward (`serving.layers.fused_silu.source_hash`), read in vLLM 0.32 and 0.33, where it is the same.
 SILU_MLPS = {
-    f"{VLLM_MODELS}.{name}"
-    for name in (
-        *("llama.LlamaMLP", "qwen2.Qwen2MLP", "mistral.MistralMLP", "internlm2.InternLM2MLP", "granite.GraniteMLP"),
-        *("qwen2_moe.Qwen2MoeMLP", "deepseek_v2.DeepseekV2MLP", "solar.SolarMLP", "exaone.ExaoneGatedMLP"),
-    )
+    "vllm.model_executor.models.llama.LlamaMLP": "372698f456c565a1",
+    "vllm.model_executor.models.qwen2.Qwen2MLP": "ed8f76673b96ed75",
+    "vllm.model_executor.models.mistral.MistralMLP": "fac73f565ecc23b4",
+    "vllm.model_executor.models.internlm2.InternLM2MLP": "830ac8d59ce18837",
+    "vllm.model_executor.models.granite.GraniteMLP": "ed8f76673b96ed75",
+    "vllm.model_executor.models.qwen2_moe.Qwen2MoeMLP": "bfdd0a984a5ccabc",
+    "vllm.model_executor.models.deepseek_v2.DeepseekV2MLP": "ed8f76673b96ed75",
+    "vllm.model_executor.models.solar.SolarMLP": "ed8f76673b96ed75",
+    "vllm.model_executor.models.exaone.ExaoneGatedMLP": "fd2e384250436e49",
 }
 # The parts of merged layers by their usual names.
-PACKED_MODULES = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
-# Models whose fused QKV has the queries, the key and the value of one key/value head after the other, which vLLM
-# puts in its own order while it loads tensors with an `output_dim`.
+PACKED_MODULES = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], GATE_UP: ["gate_proj", "up_proj"]}
+# Model types whose fused QKV interleaves queries, key and value by key/value head; vLLM reorders the rows of tensors
+# with an `output_dim` while it loads them.
 INTERLEAVED_QKV = ("falcon",)
 MERGED_GROUPS = (
     ("q_proj", "k_proj", "v_proj"),
@@ -27,15 +39,43 @@ MERGED_GROUPS = (
     ("w1", "w3"),
     ("c_fc_0", "c_fc_1"),
 )
-# Ends of names. These are cut by inputs, those below not at all, all others by outputs.
+# Endings of the names of row-parallel layers and of replicated ones; all others are column-parallel.
 ROW_PARALLEL = (
     *(".o_proj", ".out_proj", ".down_proj", ".c_proj", ".dense", ".dense_4h_to_h", ".fc2", ".w2", ".wo", ".proj"),
     *("_projector.linear_2", ".merger.mlp.2"),
 )
 REPLICATED = (".modality_projection.proj", ".q_a_proj", ".kv_a_proj_with_mqa")
+# Parts of the names of layers that vLLM may run on a stream of their own, or on the tokens that choose them alone.
+SIDE_STREAM = ("shared_expert", "share_expert", "shared_mlp", EXPERTS)
+
+
+class Split(Enum):
+    """The dimension of a linear layer that vLLM shards over tensor-parallel ranks."""
+
+    NONE = "replicated"
+    OUTPUTS = "column-parallel"
+    INPUTS = "row-parallel"
+
+
+def module_kind(name: str, lm_head: str | None) -> Kind:
+    """The kind of a module of a checkpoint; `lm_head` is the name of the factored LM head, if there is one."""
+    if name == lm_head:
+        return "lm_head"
+    return "expert" if EXPERTS in name else "linear"
+
+
+def split_of(name: str) -> Split:
+    """How vLLM shards a layer of this name."""
+    dotted = f".{name}"
+    if dotted.endswith(REPLICATED):
+        return Split.NONE
+    return Split.INPUTS if dotted.endswith(ROW_PARALLEL) else Split.OUTPUTS
 
 
 def may_run_on_side_stream(name: str) -> bool:
-    """Whether vLLM may run a layer of this name on a stream of its own, where its collective would meet others', or
-    only where tokens choose it."""
-    return any(part in name for part in ("shared_expert", "share_expert", "shared_mlp", ".experts."))
+    """Whether a collective in a layer of this name might meet another layer's."""
+    return any(part in name for part in SIDE_STREAM)
+
+
+# Dual encoders that vLLM serves: the class of their whole model in transformers.
+DUAL_ENCODERS = ("CLIPModel", "SiglipModel")

@@ -35,7 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
         where = checkpoint.folder / "config.json"
         lines += summary(checkpoint)
         if arguments.tp > 1:
-            lines += ranks(checkpoint, arguments.tp)
+            lines += tensor_parallel(checkpoint, arguments.tp)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise CheckpointError(f"{where}: malformed ({type(error).__name__}: {error})") from None
     print("\n".join(lines))
@@ -78,27 +78,30 @@ def table(checkpoint: Checkpoint, rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def ranks(checkpoint: Checkpoint, workers: int) -> list[str]:
-    """One line a vLLM layer: how tensor parallelism cuts it, and the totals; raises InputError."""
-    # Not above: brings torch.
+def tensor_parallel(checkpoint: Checkpoint, tp_size: int) -> list[str]:
+    """One line for each vLLM layer, with its tensor-parallel cut, and the totals; raises InputError."""
+    # Not above: imports torch.
     from pgsvd_vllm.parallel.comm_plan import VARIABLE, Cut, collective_bytes
     from pgsvd_vllm.parallel.preview import preview
 
     least = collective_bytes()
-    plans = list(preview(checkpoint, workers, least))
+    plans = list(preview(checkpoint, tp_size, least))
     names = [", ".join((p.names[0], *(name.rpartition(".")[2] for name in p.names[1:]))) for p in plans]
     width = max(map(len, [*names, "layer"]))
-    lines = ["", f"{'layer':{width}}  {'cut':8} {'MB':>8} {'of all':>7} {'sent':>7} {'dense':>7}"]
+    lines = ["", f"{'layer':{width}}  {'cut':21} {'MB':>8} {'of all':>7} {'sent':>7} {'dense':>7}"]
     for name, p in zip(names, plans, strict=True):
         share = f"{p.here / p.whole:7.1%} {p.sent:7} {p.dense:7}"
-        lines.append(f"{name:{width}}  {p.cut.name.lower():8} {p.here / 1e6:8.2f} {share}")
+        lines.append(f"{name:{width}}  {p.cut.name.lower():21} {p.here / 1e6:8.2f} {share}")
     here, whole = sum(p.here for p in plans), sum(p.whole for p in plans)
     sent, dense = sum(p.sent for p in plans), sum(p.dense for p in plans)
-    lines += ["", f"on each of {workers} ranks     {here / 1e6:.1f} MB of {whole / 1e6:.1f} MB ({here / whole:.1%})"]
-    lines.append(f"sent a token          {sent} numbers of each sum twice, of each gathering once; dense {dense}")
-    if any(".experts." in p.names[0] for p in plans):
-        lines.append("Experts are counted as CPUs hold them: on GPUs they are multiplied back")
-    lines += [f"  {cut.name.lower():8} {cut.value}" for cut in Cut if any(p.cut is cut for p in plans)]
+    lines += ["", f"on each of {tp_size} ranks     {here / 1e6:.1f} MB of {whole / 1e6:.1f} MB ({here / whole:.1%})"]
+    lines.append(
+        f"sent a token          {sent} elements, those of an all-reduce counted twice, of an all-gather once; "
+        f"dense {dense}"
+    )
+    if any(module.kind == "expert" for module in checkpoint.modules.values()):
+        lines.append("MoE experts are counted in factors, as on CPU; on GPUs their dense weights are reconstructed")
+    lines += [f"  {cut.name.lower():21} {cut.value}" for cut in Cut if any(p.cut is cut for p in plans)]
     lines.append(
         f"One more collective must save a rank {least / 1e6:.1f} MB ({VARIABLE}, for vllm serve as well; "
         "0: the least memory)"

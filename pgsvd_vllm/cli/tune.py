@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from pgsvd_vllm.errors import InputError
+from pgsvd_vllm.errors import InputError, reason_of
 from pgsvd_vllm.format.reader import open_checkpoint
 from pgsvd_vllm.kernels.layer_shape import LayerShape, layer_shape_of
 from pgsvd_vllm.kernels.tile_table import Table, default_path, read_table, write_table
@@ -42,10 +42,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Tune and write the table; raises PgsvdError."""
-    ranks = arguments.tensor_parallel_size
-    if ranks < 1:
-        raise InputError(f"--tensor-parallel-size {ranks}: must be 1 or more")
-    layers = list(grouped_layers(open_checkpoint(arguments.dir), ranks))
+    tp_size = arguments.tensor_parallel_size
+    if tp_size < 1:
+        raise InputError(f"--tensor-parallel-size {tp_size}: must be 1 or more")
+    layers = list(grouped_layers(open_checkpoint(arguments.dir), tp_size))
     kinds: dict[LayerShape, LayerSizes] = {}
     for layer in layers:
         sizes = layer_shape_of(layer.shards, layer.columns)
@@ -88,6 +88,8 @@ def _tune(kinds: dict[LayerShape, LayerSizes], output: Path | None) -> int:
             found = [tuner.step(tokens) for tokens in TOKENS]
         except ValueError as error:
             raise InputError(f"tune: {_described(sizes)}: {error}") from None
+        except torch.OutOfMemoryError as error:
+            raise InputError(f"tune: {_described(sizes)}: {reason_of(error)}") from None
         table.layers[tuner.sizes] = merged([one.step for one in found])
         try:
             write_table(table, path)

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 import torch.nn.functional as F
 
-from pgsvd_vllm.format.schema import FactoredModule, check_pivots
+from pgsvd_vllm.format.schema import FORMS, check_pivots
 
 
 def factored_linear(
@@ -62,26 +62,22 @@ def pivot_weight(p: torch.Tensor, c: torch.Tensor, pivots: torch.Tensor) -> torc
     return pivot_linear(torch.eye(p.shape[1], dtype=p.dtype, device=p.device), p, c, pivots).T
 
 
-def product(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The matrix [m, n] that the tensors of a form stand for, float64."""
-    if "pivots" in tensors:
-        return pivot_weight(tensors["weight_p"].double(), tensors["weight_c"].double(), tensors["pivots"])
-    return tensors["weight_u"].double() @ tensors["weight_v"].double()
-
-
-def multiplied(name: str, module: FactoredModule, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """The matrix [out, in] of a module's factors, float32.
+def reconstruct(
+    tensors: Mapping[str, torch.Tensor], dtype: torch.dtype = torch.float64, name: str | None = None
+) -> torch.Tensor:
+    """The weight [out, in] that the factors of a module stand for.
 
     Args:
-        name: of the module, for errors.
-        module: its form.
-        parts: its tensors by suffix.
+        tensors: the module's factors by suffix, in either form.
+        dtype: of the computation and of the result.
+        name: of a module whose factors come from a file: its pivots are checked first, and named in errors.
 
     Raises:
-        CheckpointError: pivots that are no rows.
+        CheckpointError: pivots of a named module that are not ascending row numbers.
     """
-    if module.form == "pivot":
-        p, c, pivots = (parts[kind] for kind in module.suffixes)
-        check_pivots(pivots, len(p) + len(c), f"{name}.pivots")
-        return pivot_weight(p.float(), c.float(), pivots)
-    return parts["weight_u"].float() @ parts["weight_v"].float()
+    if "pivots" in tensors:
+        p, c, pivots = (tensors[suffix] for suffix in FORMS["pivot"])
+        if name is not None:
+            check_pivots(pivots, len(p) + len(c), f"{name}.pivots")
+        return pivot_weight(p.to(dtype), c.to(dtype), pivots)
+    return tensors["weight_u"].to(dtype) @ tensors["weight_v"].to(dtype)

@@ -1,16 +1,16 @@
 """The checkpoint format, version 1: schema, reading, validation.
 
 A checkpoint is a Hugging Face model folder in which some projections P carry, in place of
-`P.weight` [out, in], a matrix of low rank in one of two forms:
+`P.weight` [out, in], a low-rank matrix in one of two forms:
   factors  `P.weight_v` [rank, in] and `P.weight_u` [out, rank], with weight = weight_u @ weight_v
   pivot    `P.weight_p` [rank, in], `P.weight_c` [out - rank, rank] and `P.pivots` int32 [rank]: the
            rows of the weight that `pivots` names are weight_p, the others are weight_c @ weight_p.
-           The same matrix in rank^2 - rank fewer numbers (PIFA, arXiv 2501.19090).
+           The same matrix in rank^2 - rank fewer elements (PIFA, arXiv 2501.19090).
 `config.json` lists them under `quantization_config.modules`.
 
 The weight files are named `pgsvd-*.safetensors`, not `model-*.safetensors`: a library that does
-not know the format finds no weights and says so, where it would otherwise fill the missing
-`P.weight` with random numbers. This module imports neither vLLM nor the compression side.
+not know the format finds no weights and stops; it would otherwise initialize the missing
+`P.weight` at random. This module imports neither vLLM nor the compression side.
 """
 
 import math
@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from pgsvd_vllm.errors import CheckpointError
+from pgsvd_vllm.families import Kind, module_kind
 
 FORMAT_VERSION = 1
 QUANT_METHOD = "pgsvd"
@@ -38,10 +39,17 @@ FLOAT_DTYPES = ("F32", "F16", "BF16")
 
 @dataclass(frozen=True)
 class FactoredModule:
-    """One row of the module table: how projection P is stored."""
+    """One row of the module table: how projection P is stored.
+
+    Attributes:
+        rank: of its weight.
+        form: a key of FORMS.
+        kind: a linear layer's projection, a MoE expert's, or the LM head; follows from its name.
+    """
 
     rank: int
     form: str = "factors"
+    kind: Kind = "linear"
 
     @property
     def suffixes(self) -> tuple[str, ...]:
@@ -61,7 +69,7 @@ def form_shapes(form: str, out_features: int, in_features: int, rank: int) -> di
 
 
 def stored_size(form: str, out_features: int, in_features: int, rank: int) -> int:
-    """Numbers stored for a weight [out, in] with a rank in a form, pivots counted as numbers."""
+    """Elements stored for a weight [out, in] with a rank in a form, pivots included."""
     return sum(math.prod(shape) for shape in form_shapes(form, out_features, in_features, rank).values())
 
 
@@ -103,5 +111,5 @@ def parse_modules(section: Mapping[str, Any], where: str) -> dict[str, FactoredM
             raise CheckpointError(f"{where}: module {name!r} has rank {rank!r}, not a positive integer")
         if not isinstance(form, str) or form not in FORMS:
             raise CheckpointError(f"{where}: module {name!r} has form {form!r}; known forms: {', '.join(FORMS)}")
-        modules[name] = FactoredModule(rank=rank, form=form)
+        modules[name] = FactoredModule(rank, form, module_kind(name, section.get("head")))
     return modules

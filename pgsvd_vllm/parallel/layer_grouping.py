@@ -1,13 +1,13 @@
-"""The layers that vLLM makes of a checkpoint's modules: which are merged, and what one tensor-parallel rank holds.
+"""Groups a checkpoint's modules into the layers that vLLM builds from them, with their sizes on a tensor-parallel rank.
 
-From names alone, as the common architectures have them: enough to tune kernels for, where a layer of another
-sort only gets the tiles of a similar one, and to show what ranks will hold.
+The grouping uses names alone, as the common architectures have them. That is enough to tune kernels, where a wrongly
+grouped layer gets the tiles of a similar one, and to preview the memory of a rank.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from pgsvd_vllm.families import MERGED_GROUPS, REPLICATED, ROW_PARALLEL
+from pgsvd_vllm.families import MERGED_GROUPS, Split, split_of
 from pgsvd_vllm.format.reader import Checkpoint
 from pgsvd_vllm.kernels.layer_shape import ShardShape
 
@@ -18,7 +18,7 @@ class LayerSizes:
 
     Attributes:
         columns: inputs.
-        shards: at least one of them of low rank.
+        shards: at least one of them is low-rank.
     """
 
     columns: int
@@ -26,23 +26,20 @@ class LayerSizes:
 
 
 def grouped_layers(checkpoint: Checkpoint, tensor_parallel: int = 1) -> Iterator[LayerSizes]:
-    """Every layer with a factored module, in the order of the checkpoint's table, but those that no kernel runs.
+    """Every layer with a factored module that the Triton kernels run, in the order of the checkpoint's table.
 
-    Those are experts, which are multiplied back on GPUs, and the output head.
+    The kernels do not run MoE experts, which are reconstructed on GPUs, nor the LM head.
     """
-    for names, by_inputs in groups(checkpoint):
-        if ".experts." in names[0] or names[0] == checkpoint.head:
+    for names, split in groups(checkpoint):
+        if any(checkpoint.modules[name].kind != "linear" for name in names if name in checkpoint.modules):
             continue
-        ranks = 1 if by_inputs is None else tensor_parallel
-        cuts = [_cut(checkpoint, one, ranks, bool(by_inputs)) for one in names]
+        tp_size = 1 if split is Split.NONE else tensor_parallel
+        cuts = [_cut(checkpoint, one, tp_size, split is Split.INPUTS) for one in names]
         yield LayerSizes(cuts[0][0], tuple(shard for _, shard in cuts))
 
 
-def groups(checkpoint: Checkpoint) -> Iterator[tuple[tuple[str, ...], bool | None]]:
-    """The modules of every layer with a factored one, and whether ranks cut it by inputs, in the table's order.
-
-    None instead where every rank has all of it.
-    """
+def groups(checkpoint: Checkpoint) -> Iterator[tuple[tuple[str, ...], Split]]:
+    """The modules of every layer with a factored one, and how vLLM shards it, in the table's order."""
     seen: set[str] = set()
     for name in checkpoint.modules:
         if name in seen:
@@ -52,20 +49,19 @@ def groups(checkpoint: Checkpoint) -> Iterator[tuple[tuple[str, ...], bool | Non
         names = [f"{parent}.{part}" if parent else part for part in group]
         known = [one for one in names if one in checkpoint.modules or f"{one}.weight" in checkpoint.tensors]
         seen.update(known)
-        dotted = f".{name}"
-        yield tuple(known), None if dotted.endswith(REPLICATED) else dotted.endswith(ROW_PARALLEL)
+        yield tuple(known), split_of(name)
 
 
-def _cut(checkpoint: Checkpoint, name: str, ranks: int, by_inputs: bool) -> tuple[int, ShardShape]:
-    """(inputs, sizes) of a module on the first of several ranks."""
+def _cut(checkpoint: Checkpoint, name: str, tp_size: int, by_inputs: bool) -> tuple[int, ShardShape]:
+    """(inputs, sizes) of a module on the first tensor-parallel rank."""
     module = checkpoint.modules.get(name)
     if module is None:
         out, columns = checkpoint.tensors[f"{name}.weight"].shape
     else:
         out, columns, _ = checkpoint.shape(name)
-    columns, outs = (-(-columns // ranks), out) if by_inputs else (columns, -(-out // ranks))
+    columns, outs = (-(-columns // tp_size), out) if by_inputs else (columns, -(-out // tp_size))
     if module is None:
         return columns, ShardShape(outs)
-    # Of all rows, the share that are pivots is taken to be the same on every rank.
+    # Assumes that every rank has the same share of the pivot rows.
     pivots = -(-module.rank * outs // out) if module.form == "pivot" else None
     return columns, ShardShape(outs, module.rank, pivots)

@@ -1,12 +1,12 @@
-"""What ranks of tensor parallelism hold and send of a checkpoint, without an engine; for pgsvd-vllm inspect."""
+"""Memory and traffic of a checkpoint on tensor-parallel ranks, without an engine; for `pgsvd-vllm inspect --tp`."""
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from pgsvd_vllm.families import may_run_on_side_stream
+from pgsvd_vllm.families import Split
 from pgsvd_vllm.format.reader import Checkpoint
-from pgsvd_vllm.parallel.comm_plan import CommPlan, Cut
+from pgsvd_vllm.parallel.comm_plan import CommPlan, Cut, ParallelLayer
 from pgsvd_vllm.parallel.layer_grouping import groups
 
 
@@ -16,9 +16,9 @@ class LayerPlan:
 
     Attributes:
         names: of its modules.
-        cut: what the ranks exchange inside it.
+        cut: its tensor-parallel cut.
         here, whole: bytes of its weights on one rank (at most), and in the checkpoint.
-        sent, dense: numbers a token that it sends, and would if it were dense, as of CommPlan.
+        sent, dense: its traffic in elements per token, and that of the dense layer; see CommPlan.
     """
 
     names: tuple[str, ...]
@@ -29,33 +29,26 @@ class LayerPlan:
     dense: int
 
 
-def preview(checkpoint: Checkpoint, workers: int, least: int) -> Iterator[LayerPlan]:
+def preview(checkpoint: Checkpoint, tensor_parallel: int, least: int) -> Iterator[LayerPlan]:
     """Every layer with a factored module, as the engine cuts it.
 
-    Key/value heads are taken to be at least as many as ranks.
+    Assumes at least as many key/value heads as ranks.
 
     Args:
         checkpoint: its table is in the order of the model.
-        workers: ranks of tensor parallelism.
+        tensor_parallel: ranks.
         least: as of CommPlan.
     """
-    traffic = CommPlan(least)
-    for names, by_inputs in groups(checkpoint):
-        ranks = 1 if by_inputs is None else workers
+    plan = CommPlan(least)
+    for names, split in groups(checkpoint):
+        tp_size = 1 if split is Split.NONE else tensor_parallel
         modules = {name: checkpoint.modules[name] for name in names if name in checkpoint.modules}
         first = next(iter(modules))
         out, columns, _ = checkpoint.shape(first)
         stored = checkpoint.tensors[f"{first}.{modules[first].suffixes[0]}"]
         itemsize = stored.nbytes // stored.numel
-        sent, dense = traffic.sent, traffic.dense
-        cut = Cut.REPLICATED
-        if may_run_on_side_stream(first) or first == checkpoint.head:
-            pass
-        elif ranks > 1 and by_inputs:
-            up = modules[first].shapes(out, columns)[modules[first].suffixes[1]]
-            cut = traffic.by_inputs(modules[first].rank, up[0], out, ranks, itemsize)
-        elif ranks > 1:
-            cut = traffic.by_outputs([module.rank for module in modules.values()], columns, ranks, itemsize)
+        sent, dense = plan.sent, plan.dense
+        cut = plan.choose(ParallelLayer(first, split, tuple(modules.values()), columns, out, itemsize), tp_size)
         here = whole = 0
         for name in names:
             module = modules.get(name)
@@ -68,17 +61,17 @@ def preview(checkpoint: Checkpoint, workers: int, least: int) -> Iterator[LayerP
                 if kind == "pivots":
                     continue
                 whole += itemsize * math.prod(shape)
-                here += itemsize * _here(kind, shape, bool(by_inputs), cut, ranks)
-        yield LayerPlan(names, cut, here, whole, traffic.sent - sent, traffic.dense - dense)
+                here += itemsize * _here(kind, shape, split is Split.INPUTS, cut, tp_size)
+        yield LayerPlan(names, cut, here, whole, plan.sent - sent, plan.dense - dense)
 
 
-def _here(kind: str, shape: tuple[int, ...], by_inputs: bool, cut: Cut, workers: int) -> int:
-    """Numbers of a tensor [rows, columns] on one rank."""
+def _here(kind: str, shape: tuple[int, ...], by_inputs: bool, cut: Cut, tp_size: int) -> int:
+    """Elements of a tensor [rows, columns] on one rank."""
     rows, columns = shape
     if by_inputs and kind in ("weight_v", "weight_p", "weight"):
-        columns = -(-columns // workers)
+        columns = -(-columns // tp_size)
     elif kind in ("weight_v", "weight_p"):
-        rows = -(-rows // workers) if cut is Cut.ALL_GATHER_Z else rows
+        rows = -(-rows // tp_size) if cut is Cut.ALL_GATHER_Z else rows
     elif not by_inputs or cut is Cut.ALL_REDUCE_Z_GATHER_Y:
-        rows = -(-rows // workers)
+        rows = -(-rows // tp_size)
     return rows * columns

@@ -1,4 +1,4 @@
-"""Factors where the served model has a plain matrix: they are multiplied back as they are loaded."""
+"""Dense fallback: weights reconstructed at load, where vLLM's model has a dense layer for a factored module."""
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -6,15 +6,15 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 
 from pgsvd_vllm.errors import CheckpointError
-from pgsvd_vllm.format.lowrank import multiplied
+from pgsvd_vllm.format.lowrank import reconstruct
 from pgsvd_vllm.format.schema import FactoredModule
 
 
 def patterns(modules: Mapping[str, FactoredModule]) -> list[str]:
-    """What --ignore takes, in quotes, for modules and those like them in other layers.
+    """Patterns for --ignore, in quotes, that match modules and their siblings in other layers.
 
     Args:
-        modules: by name; of one with several names the first, the checkpoint's, counts.
+        modules: by name; the first of several names is the checkpoint's, and is used.
     """
     first: dict[int, str] = {}
     for name, module in modules.items():
@@ -25,14 +25,14 @@ def patterns(modules: Mapping[str, FactoredModule]) -> list[str]:
 def reconstructed_weights(
     weights: Iterable[tuple[str, torch.Tensor]], modules: Mapping[str, FactoredModule]
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """A checkpoint's tensors, with `P.weight` in place of the factors of some modules P.
+    """A checkpoint's tensors, with `P.weight` [out, in] in place of the factors of some modules P.
 
     Args:
         weights: names and tensors, in any order.
-        modules: those that are to be dense.
+        modules: to be reconstructed, in float32, and stored in the factors' dtype.
 
     Raises:
-        CheckpointError: some of a module's factors do not come.
+        CheckpointError: some of a module's factors are missing, or its pivots are wrong.
     """
     waiting: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in weights:
@@ -42,9 +42,9 @@ def reconstructed_weights(
             yield name, tensor
             continue
         parts = waiting.setdefault(parent, {})
-        parts[kind] = tensor.clone()  # not a view of the file, which may be closed when the last one comes
+        parts[kind] = tensor.clone()  # a copy: the file may be closed before the module's last factor comes
         if len(parts) == len(module.suffixes):
             dtype = parts[module.suffixes[0]].dtype
-            yield f"{parent}.weight", multiplied(parent, module, waiting.pop(parent)).to(dtype)
+            yield f"{parent}.weight", reconstruct(waiting.pop(parent), torch.float32, parent).to(dtype)
     for parent in waiting:
         raise CheckpointError(f"{parent}: not all of its factors are in the checkpoint")

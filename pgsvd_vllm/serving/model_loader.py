@@ -1,28 +1,23 @@
-"""The load format `pgsvd`: refuses what is not a complete factored checkpoint, then loads it."""
+"""The load format `pgsvd`: checks that a factored checkpoint is complete, then loads it."""
 
 import copy
-import dataclasses
 import logging
 from collections import Counter
 from collections.abc import Generator
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from vllm.config import ModelConfig, VllmConfig, set_current_vllm_config
 from vllm.config.load import LoadConfig
-from vllm.model_executor.layers.linear import ColumnParallelLinear, LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, UnquantizedEmbeddingMethod
 from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
-from vllm.model_executor.model_loader.reload import record_metadata_for_reloading
-from vllm.model_executor.models.utils import StageMissingLayer
 
 from pgsvd_vllm.errors import CheckpointError
 from pgsvd_vllm.format.reader import check_factors, read_headers
 from pgsvd_vllm.format.schema import QUANT_METHOD, FactoredModule, parse_modules
-from pgsvd_vllm.hf.weight_mapping import without_weight_norm
 from pgsvd_vllm.serving.dense_fallback import patterns, reconstructed_weights
 from pgsvd_vllm.serving.layers.dense import share_graphs
 from pgsvd_vllm.serving.layers.fused_silu import fuse_silu
@@ -31,69 +26,67 @@ from pgsvd_vllm.serving.layers.lm_head import PgsvdLMHeadMethod
 from pgsvd_vllm.serving.layers.moe import FactoredMoEMethod
 from pgsvd_vllm.serving.layers.moe_dense import DenseFallbackMoEMethod
 from pgsvd_vllm.serving.quant_config import PgsvdConfig
+from pgsvd_vllm.serving.vllm_compat.internals import (
+    dense_expert_weights,
+    disabled_modules,
+    keep_names_of_factors,
+    mark_compiled_graphs,
+    replace_linear_method,
+    replace_lm_head_method,
+    weight_files,
+)
 
 logger = logging.getLogger("vllm.pgsvd")
 
 
-def _tell_cuts(model: nn.Module) -> None:
-    """Log what a rank of tensor parallelism holds and sends."""
+def _log_cuts(model: nn.Module) -> None:
+    """Log the memory and the traffic of this tensor-parallel rank."""
     methods = [getattr(module, "quant_method", None) for module in model.modules()]
     factored = [method for method in methods if isinstance(method, PgsvdLinearMethod)]
     factored += [part for method in methods if isinstance(method, FactoredMoEMethod) for part in method.layers]
     cuts = Counter(method.cut.name.lower() for method in factored)
-    traffic = {id(method.traffic): method.traffic for method in factored}.values()
+    plans = {id(method.comm_plan): method.comm_plan for method in factored}.values()
     logger.info(
-        "Factored layers hold %.3f MB on this rank (%s) and send %d numbers a token between ranks, dense ones %d",
+        "Factored layers hold %.3f MB on this rank (%s) and send %d elements a token between ranks, dense ones %d",
         sum(method.nbytes for method in factored) / 1e6,
         ", ".join(f"{count} {name}" for name, count in sorted(cuts.items())),
-        sum(one.sent for one in traffic),
-        sum(one.dense for one in traffic),
+        sum(plan.sent for plan in plans),
+        sum(plan.dense for plan in plans),
     )
 
 
-def _take_left_out(model: nn.Module, config: PgsvdConfig) -> None:
-    """Give the factored method to layers that did not ask for it.
+def _claim_left_out(model: nn.Module, config: PgsvdConfig) -> None:
+    """Give the factored method to layers whose model did not ask for one.
 
-    MLPs of SigLIP of sizes that 64 does not divide, and output heads of some models.
+    These are MLPs of SigLIP whose sizes are not multiples of 64, and the LM heads of some models.
     """
-    # vLLM does not make towers whose input is switched off, but their layers are there.
-    left_out = [module.module for module in model.modules() if isinstance(module, StageMissingLayer) and module.module]
-    for missing in (module for part in left_out for module in part.modules() if isinstance(module, LinearBase)):
-        config.get_quant_method(missing, missing.prefix)
-    for name, one in model.named_modules():
-        # Some models make their output head without saying what it is called.
-        if isinstance(one, ParallelLMHead) and isinstance(one.quant_method, UnquantizedEmbeddingMethod):
-            found = config.get_quant_method(one, name)
-            if isinstance(found, PgsvdLMHeadMethod):
-                found.take_over(one)
+    for _, module in disabled_modules(model):
+        if isinstance(module, LinearBase):
+            config.get_quant_method(module, module.prefix)
+    for name, module in model.named_modules():
+        # Some models make their LM head without its name.
+        if isinstance(module, ParallelLMHead) and isinstance(module.quant_method, UnquantizedEmbeddingMethod):
+            head = config.get_quant_method(module, name)
+            if isinstance(head, PgsvdLMHeadMethod):
+                replace_lm_head_method(module, head)
     for layer in model.modules():
-        if not isinstance(layer, LinearBase) or not isinstance(layer.quant_method, UnquantizedLinearMethod):
-            continue
-        method = config.get_quant_method(layer, layer.prefix)
-        if not isinstance(method, PgsvdLinearMethod):
-            continue
-        made: Any = layer
-        device = made.weight.device
-        del made.weight
-        made.quant_method = method
-        columns = getattr(made, "input_size_per_partition", made.input_size)
-        partitions = made.output_partition_sizes if isinstance(layer, ColumnParallelLinear) else [made.output_size]
-        with device:
-            method.create_weights(layer, columns, partitions, made.input_size, made.output_size, made.params_dtype)
-            record_metadata_for_reloading(layer)
+        if isinstance(layer, LinearBase) and isinstance(layer.quant_method, UnquantizedLinearMethod):
+            method = config.get_quant_method(layer, layer.prefix)
+            if isinstance(method, PgsvdLinearMethod):
+                replace_linear_method(layer, method)
 
 
 @register_model_loader(QUANT_METHOD)
 class PgsvdModelLoader(DefaultModelLoader):
-    """vLLM's safetensors loader with the format's checks in front and every tensor accounted for."""
+    """vLLM's safetensors loader, with the format's checks before and a check of every tensor after."""
 
     def __init__(self, load_config: LoadConfig) -> None:
         config = copy.copy(load_config)
-        # vLLM's own file selection knows no foreign format name.
+        # vLLM's own file selection accepts only its own format names.
         config.load_format = "safetensors"
         super().__init__(config)
         self.vllm_config: VllmConfig | None = None
-        # vLLM checks that every parameter was loaded, but not for quantized models unless asked.
+        # vLLM checks that every parameter was loaded, for quantized models only on request.
         if self.enable_weights_track is None:
             self.enable_weights_track = True
 
@@ -111,58 +104,60 @@ class PgsvdModelLoader(DefaultModelLoader):
                 f"out to serve it as it is, or compress it: pgsvd-vllm compress {model_config.model} -o DIR"
             )
         modules = parse_modules(section, f"{model_config.model}/config.json")
-        _, files, _, _ = self._prepare_weights(model_config.model, None, model_config.revision, False, None)
         tensors = {}
-        for file in files:
-            tensors.update(read_headers(Path(file)))
+        for file in weight_files(self, model_config):
+            tensors.update(read_headers(file))
         check_factors(modules, tensors, model_config.model)
         self.vllm_config = vllm_config
         model = super().load_model(vllm_config, model_config, prefix)
         if vllm_config.parallel_config.tensor_parallel_size > 1:
-            _tell_cuts(model)
+            _log_cuts(model)
         return model
 
     def track_weights_loading(self, model: nn.Module, loaded_weights: set[str] | None, quantized: bool = False) -> None:
-        """vLLM's check, which does not know that experts may come as factors; their method counts them."""
+        """vLLM's check; reconstructed MoE experts count as loaded, since their method checks their factors."""
         if loaded_weights is not None:
             for name, module in model.named_modules():
                 if isinstance(getattr(module, "quant_method", None), DenseFallbackMoEMethod):
-                    loaded_weights |= {f"{name}.w13_weight", f"{name}.w2_weight"}
+                    loaded_weights |= dense_expert_weights(name)
         super().track_weights_loading(model, loaded_weights, quantized)
 
     def get_all_weights(
         self, model_config: ModelConfig, model: nn.Module
     ) -> Generator[tuple[str, torch.Tensor], None, None]:
-        """The checkpoint's tensors, dense ones for plain matrices."""
-        plain: dict[str, FactoredModule] = getattr(model, "pgsvd_plain", {})
-        yield from reconstructed_weights(super().get_all_weights(model_config, model), plain)
+        """The checkpoint's tensors, with reconstructed weights for dense layers."""
+        fallbacks: dict[str, FactoredModule] = getattr(model, "pgsvd_fallbacks", {})
+        yield from reconstructed_weights(super().get_all_weights(model_config, model), fallbacks)
 
     def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
-        """Settle which layers compute their activations, then load."""
-        if self.vllm_config is not None:  # not where weights are loaded again
+        """Prepare the model's layers for factors, then load the weights."""
+        if self.vllm_config is not None:  # None in a reload
+            keep_names_of_factors(model)
+            # This loader changes traced code, in ways that depend on the model: graphs of other loaders do not fit.
+            mark_compiled_graphs(self.vllm_config, load_format=QUANT_METHOD)
             config = self.vllm_config.quant_config
-            made: Any = model
-            mapper = getattr(model, "hf_to_vllm_mapper", None)
-            if mapper is not None and mapper.orig_to_new_renaming:
-                names = without_weight_norm(mapper.orig_to_new_renaming)
-                made.hf_to_vllm_mapper = dataclasses.replace(mapper, orig_to_new_renaming=names)
             if isinstance(config, PgsvdConfig):
                 with set_current_vllm_config(self.vllm_config):
-                    _take_left_out(model, config)
+                    _claim_left_out(model, config)
             share_graphs(model, self.vllm_config)
             fuse_silu(model, self.vllm_config)
-            # A stage of a pipeline has only some of the layers, and a draft out of the target's own checkpoint.
-            whole = self.vllm_config.parallel_config.pipeline_parallel_size == 1 and model_config.runner_type != "draft"
             if isinstance(config, PgsvdConfig):
-                plain = config.dense_fallbacks(model)
-                made.pgsvd_plain = plain  # for when weights are loaded again, by another loader
-                if plain:
-                    logger.warning(
-                        "%d factored modules are plain matrices in vLLM's model: they are multiplied back, and as "
-                        "large and slow as dense ones. Compressed again with --ignore %s they would be exact",
-                        len({id(module) for module in plain.values()}),
-                        " ".join(patterns(plain)),
-                    )
-                if whole:
-                    config.check_claimed()
+                self._prepare_fallbacks(model, model_config, config)
         super().load_weights(model, model_config)
+
+    def _prepare_fallbacks(self, model: nn.Module, model_config: ModelConfig, config: PgsvdConfig) -> None:
+        """Find the dense fallbacks; raises CheckpointError for a module that no layer has claimed."""
+        made: Any = model
+        fallbacks = config.dense_fallbacks(model)
+        made.pgsvd_fallbacks = fallbacks  # for a reload, which another loader does
+        if fallbacks:
+            logger.warning(
+                "%d factored modules are dense layers in vLLM's model: their weights are reconstructed, with the size "
+                "and speed of dense ones. Compress again with --ignore %s to keep them exact",
+                len({id(module) for module in fallbacks.values()}),
+                " ".join(patterns(fallbacks)),
+            )
+        assert self.vllm_config is not None
+        # A pipeline stage has only some of the layers, and so has a draft model from the target's own checkpoint.
+        if self.vllm_config.parallel_config.pipeline_parallel_size == 1 and model_config.runner_type != "draft":
+            config.check_claimed()

@@ -1,15 +1,14 @@
-"""vLLM's view of the module table: which layer is factored, and how."""
+"""vLLM's quantization method `pgsvd`: the layers of a model that are factored, and their methods."""
 
 from pathlib import Path
 from typing import Any
 
 import torch
-from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
-from vllm.model_executor.models.utils import StageMissingLayer
 
 from pgsvd_vllm.errors import CheckpointError
 from pgsvd_vllm.families import PACKED_MODULES
@@ -20,9 +19,7 @@ from pgsvd_vllm.serving.dense_fallback import patterns
 from pgsvd_vllm.serving.layers.linear import LayerShard, PgsvdLinearMethod
 from pgsvd_vllm.serving.layers.lm_head import PgsvdLMHeadMethod
 from pgsvd_vllm.serving.layers.moe import moe_method
-
-# vLLM puts this before the names of a draft model's layers (speculative decoding), where the table has plain ones.
-DRAFT_PREFIX = "draft_model."
+from pgsvd_vllm.serving.vllm_compat.internals import checkpoint_name, disabled_modules
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -30,17 +27,19 @@ class PgsvdConfig(QuantizationConfig):
     """The `quantization_config` of a factored checkpoint.
 
     Attributes:
-        modules: checkpoint module name (in vLLM's naming once a mapper was applied) -> its form.
-        head: name of the output head in the checkpoint, if that is factored.
-        claimed: ids of those forms that a layer has taken.
+        modules: checkpoint module name (also vLLM's name once a mapper was applied) -> its form.
+        claimed: ids of the forms that a layer has taken.
+        comm_plan: chooses the layers' tensor-parallel cuts; reads PGSVD_COLLECTIVE_BYTES once, here.
+
+    Raises:
+        InputError: PGSVD_COLLECTIVE_BYTES is not a number of bytes.
     """
 
-    def __init__(self, modules: dict[str, FactoredModule], head: str | None = None) -> None:
+    def __init__(self, modules: dict[str, FactoredModule]) -> None:
         super().__init__()
         self.modules = modules
-        self.head = head
         self.claimed: set[int] = set()
-        self.traffic = CommPlan(collective_bytes())
+        self.comm_plan = CommPlan(collective_bytes())
 
     def __repr__(self) -> str:
         return f"PgsvdConfig({len(self.modules)} factored modules)"
@@ -66,7 +65,7 @@ class PgsvdConfig(QuantizationConfig):
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "PgsvdConfig":
         """Parse the section of config.json; raises CheckpointError."""
-        return cls(parse_modules(config, "config.json"), config.get("head"))
+        return cls(parse_modules(config, "config.json"))
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
         """Check a local checkpoint's files before anything is allocated; raises CheckpointError."""
@@ -74,52 +73,47 @@ class PgsvdConfig(QuantizationConfig):
             open_checkpoint(model_name)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
-        """Add vLLM's names of the modules; names already known stay, so it can be applied twice."""
-        # Rules may end in a dot, so they are shown names of tensors.
+        """Add vLLM's names of the modules; the old names stay, so it can be applied twice."""
+        # A mapper's rules may end in a dot: they are applied to names of tensors.
         named = hf_to_vllm_mapper.apply_dict({f"{name}.weight": module for name, module in self.modules.items()})
         self.modules |= {name.removesuffix(".weight"): module for name, module in named.items()}
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
-        """The factored method for a linear layer or a mixture with anything factored, or a factored output head."""
+        """The factored method for a linear layer, a MoE layer or an LM head with anything factored."""
         if isinstance(layer, RoutedExperts):
-            method = moe_method(layer, prefix, prefix.removeprefix(DRAFT_PREFIX), self.modules, self.traffic)
+            method = moe_method(layer, prefix, checkpoint_name(prefix), self.modules, self.comm_plan)
             if method is not None:
                 self.claimed |= {id(shard.module) for expert in method.experts for shard in expert.values()}
             return method
         if isinstance(layer, ParallelLMHead):
-            head = self.modules.get(prefix.removeprefix(DRAFT_PREFIX))
+            head = self.modules.get(checkpoint_name(prefix))
             if head is None:
                 return None
             self.claimed.add(id(head))
             return PgsvdLMHeadMethod(prefix, head)
         if not isinstance(layer, LinearBase):
             return None
-        parent, _, leaf = prefix.removeprefix(DRAFT_PREFIX).rpartition(".")
-        # What a model says its layer is merged of; the layer itself, which may be merged in the checkpoint as well,
-        # whatever the model says; and what its name says, since not every model says anything.
-        said = self.packed_modules_mapping.get(leaf, [leaf])
-        for leaves in (said, [leaf], PACKED_MODULES.get(leaf, [])):
+        parent, _, leaf = checkpoint_name(prefix).rpartition(".")
+        # The model's own mapping comes first; then the layer's own name, since the checkpoint may store the merged
+        # matrix; then the usual parts of that name, since not every model has a mapping.
+        mapped = self.packed_modules_mapping.get(leaf, [leaf])
+        for leaves in (mapped, [leaf], PACKED_MODULES.get(leaf, [])):
             names = [f"{parent}.{part}" if parent else part for part in leaves]
             shards = [LayerShard(name, self.modules.get(name)) for name in names]
             if any(shard.module is not None for shard in shards):
                 self.claimed |= {id(shard.module) for shard in shards}
-                return PgsvdLinearMethod(shards, self.traffic)
+                return PgsvdLinearMethod(shards, self.comm_plan)
         return UnquantizedLinearMethod()
 
     def dense_fallbacks(self, model: torch.nn.Module) -> dict[str, FactoredModule]:
-        """The factored modules that are plain matrices in a model, which cannot be served in factors.
+        """The factored modules that are torch's linear layers in vLLM's model, which cannot be served in factors.
 
         Returns:
-            their forms by all of their names; they count as taken.
+            their forms by all of their names; they count as claimed.
         """
-        plain, absent = set(), set()
-        for name, module in model.named_modules(remove_duplicate=False):
-            if isinstance(module, torch.nn.Linear):
-                plain.add(name)
-            # vLLM does not make towers whose input is switched off, but their layers are there.
-            hidden = module.module if isinstance(module, StageMissingLayer) else None
-            inner = hidden.named_modules() if hidden is not None else ()
-            absent |= {f"{name}.{one}" for one, linear in inner if isinstance(linear, torch.nn.Linear)}
+        modules = model.named_modules(remove_duplicate=False)
+        plain = {name for name, module in modules if isinstance(module, torch.nn.Linear)}
+        absent = {name for name, module in disabled_modules(model) if isinstance(module, torch.nn.Linear)}
         found = {id(module) for name, module in self.modules.items() if name in plain} - self.claimed
         self.claimed |= found | {id(module) for name, module in self.modules.items() if name in absent}
         return {name: module for name, module in self.modules.items() if id(module) in found}
@@ -130,13 +124,13 @@ class PgsvdConfig(QuantizationConfig):
         if not left:
             return
         first = next(iter(left))
-        if ".experts." in first:
+        if left[first].kind == "expert":
             instead = "without --include experts"
-        elif first == self.head:
+        elif left[first].kind == "lm_head":
             instead = "without --include lm_head"
         else:
-            others = {name: module for name, module in left.items() if ".experts." not in name and name != self.head}
-            instead = f"with --ignore {' '.join(patterns(others))}"
+            linear = {name: module for name, module in left.items() if module.kind == "linear"}
+            instead = f"with --ignore {' '.join(patterns(linear))}"
         raise CheckpointError(
             f"{first}: vLLM's model has no linear layer of this name, so its factors cannot be served; compress the "
             f"model {instead}"

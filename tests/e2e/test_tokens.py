@@ -190,7 +190,7 @@ def test_compiled_tokens_equal_eager_ones(
 
 def told_of_ranks(log: str) -> set[tuple[float, str, int, int]]:
     """(MB of factored layers, their cuts, numbers sent per token, those of dense layers), from the ranks' log."""
-    pattern = r"hold ([\d.]+) MB on this rank \((.*?)\) and send (\d+) numbers a token between ranks, dense ones (\d+)"
+    pattern = r"hold ([\d.]+) MB on this rank \((.*?)\) and send (\d+) elements a token between ranks, dense ones (\d+)"
     return {(float(mb), cuts, int(sent), int(dense)) for mb, cuts, sent, dense in re.findall(pattern, log)}
 
 
@@ -208,7 +208,7 @@ def test_two_ranks_keep_the_tokens_of_one(
     assert done.returncode == 0, done.log[-6000:]
     assert tokens(done.answers[0]) == tiny_eager
     # No matrix of so small a model is worth one more collective.
-    assert {re.sub(r"\d", "n", cuts) for _, cuts, _, _ in told_of_ranks(done.log)} == {"n plain, n reduced"}
+    assert {re.sub(r"\d", "n", cuts) for _, cuts, _, _ in told_of_ranks(done.log)} == {"n all_reduce_z, n replicated"}
 
 
 @pytest.mark.feature("tensor parallelism, factors cut by rank rows")
@@ -237,6 +237,6 @@ def test_two_ranks_hold_half_and_send_no_more_than_dense(tiny_prompts: list[list
         # `pgsvd-vllm inspect --tp 2` shows the same.
         assert abs(1e6 * megabytes - sum(plan.here for plan in planned)) <= 1000
         assert (sent, dense) == (sum(plan.sent for plan in planned), sum(plan.dense for plan in planned))
-        assert {"gathered", "joined"} <= set(re.findall("[a-z]+", cuts)), cuts
+        assert {"all_gather_z", "all_reduce_z_gather_y"} <= set(re.findall("[a-z_]+", cuts)), cuts
         assert 1e6 * megabytes <= 0.55 * total
         assert sent <= dense == 8 * 2 * 2 * 128

@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 from pgsvd_vllm.kernels.layer_shape import ShardShape
 from pgsvd_vllm.kernels.numerics import gated_difference, layer_difference
 from pgsvd_vllm.kernels.packed_weights import Gate, PackedLayer
+from pgsvd_vllm.kernels.shard_weights import ShardWeights
 from pgsvd_vllm.kernels.tile_heuristics import Tile, Tiles
 
 TOKENS = (0, 1, 2, 3, 5, 8, 16, 17, 33, 67)
@@ -44,7 +45,7 @@ class Layer:
     """A random layer and what it computes, in float64.
 
     Attributes:
-        readers, ups, places: as PackedLayer takes them.
+        shards: its weights.
     """
 
     def __init__(self, rng: random.Random, dtype: torch.dtype, columns: int) -> None:
@@ -52,9 +53,7 @@ class Layer:
         kinds = [rng.choice(forms) for _ in range(rng.choice([1, 1, 2, 3]))]
         if "factors" not in kinds and "pivot" not in kinds:
             kinds[rng.randrange(len(kinds))] = rng.choice(forms[1:])
-        self.readers: list[torch.Tensor] = []
-        self.ups: list[torch.Tensor | None] = []
-        self.places: list[torch.Tensor | None] = []
+        self.shards: list[ShardWeights] = []
         self.outs = []
         for kind in kinds:
             out, rank = rng.choice([1, 2, 7, 16, 31, 48, 97, 113, 150]), rng.choice([1, 1, 3, 15, 16, 17, 40, 64, 89])
@@ -62,17 +61,18 @@ class Layer:
                 # Sometimes all of a tensor-parallel rank's rows are pivots, and not all pivots are its rows.
                 out = max(out, rank + rng.choice([0, 1, 1, 1]))
             self.outs.append(out)
-            self.readers.append((torch.randn(out if kind == "dense" else rank, columns) / columns**0.5).to(dtype))
+            down = (torch.randn(out if kind == "dense" else rank, columns) / columns**0.5).to(dtype)
             rows = out - rank if kind == "pivot" else out
-            self.ups.append(None if kind == "dense" else (torch.randn(rows, rank) / rank**0.5).to(dtype))
+            up = None if kind == "dense" else (torch.randn(rows, rank) / rank**0.5).to(dtype)
             mine = rng.randint(1, rank) if rng.random() < 0.3 else rank
             found = torch.cat([torch.arange(rows), -1 - torch.randperm(rank)[:mine]])
             self.outs[-1] = len(found) if kind == "pivot" else out
-            self.places.append(found[torch.randperm(len(found))] if kind == "pivot" else None)
+            places = found[torch.randperm(len(found))] if kind == "pivot" else None
+            self.shards.append(ShardWeights(down, up, places))
 
     def difference(self, x: torch.Tensor, bias: torch.Tensor | None, y: torch.Tensor) -> str:
         """What is wrong with an output; empty if nothing is."""
-        return layer_difference(x, self.readers, self.ups, self.places, bias, y)
+        return layer_difference(x, self.shards, bias, y)
 
 
 def random_tiles(rng: random.Random) -> Tiles:
@@ -86,16 +86,16 @@ def random_tiles(rng: random.Random) -> Tiles:
 
 
 def room(packed: PackedLayer, tokens: int, down: Tile | None) -> Any:
-    """A workspace that is just large enough, poisoned."""
+    """A scratch that is just large enough, poisoned."""
     from pgsvd_vllm.kernels.launch import SplitKScratch
 
-    workspace = SplitKScratch(torch.device("cpu"))
+    scratch = SplitKScratch(torch.device("cpu"))
     if down is None:
-        return workspace
+        return scratch
     rows, tiles = len(packed.v), -(-tokens // down.block_m) * -(-len(packed.v) // down.block_out)
-    workspace.partials = poisoned(down.split_k * tokens * rows + 1, dtype=torch.float32)
-    workspace.counters = torch.zeros(tiles + 1, dtype=torch.int32)
-    return workspace
+    scratch.partials = poisoned(down.split_k * tokens * rows + 1, dtype=torch.float32)
+    scratch.counters = torch.zeros(tiles + 1, dtype=torch.int32)
+    return scratch
 
 
 def check_one(rng: random.Random) -> None:
@@ -106,18 +106,18 @@ def check_one(rng: random.Random) -> None:
 
     dtype, tokens, columns = rng.choice(DTYPES), rng.choice(TOKENS), rng.choice(COLUMNS)
     layer = Layer(rng, dtype, columns)
-    packed = PackedLayer(layer.readers, layer.ups, layer.places)
+    packed = PackedLayer(layer.shards)
     gap = rng.choice([0, 8, 11])
     x = torch.cat([torch.randn(tokens, columns), torch.full((tokens, gap), float("nan"))], 1).to(dtype)[:, :columns]
     bias = torch.randn(sum(layer.outs)).to(dtype) if rng.random() < 0.5 else None
     down, up = random_tiles(rng)
-    workspace = room(packed, tokens, down)
+    scratch = room(packed, tokens, down)
     described = f"{dtype}, {tokens} tokens, {columns} columns, ranks {packed.ranks}, outputs {layer.outs}, {down}, {up}"
     before, overlap = watch.launches, rng.random() < 0.5
     try:
-        y = launch.run(x, packed, workspace, bias, (down, up), overlap)
+        y = launch.run(x, packed, scratch, bias, (down, up), overlap)
         launches = watch.launches - before
-        again = launch.run(x, packed, workspace, bias, (down, up), overlap)
+        again = launch.run(x, packed, scratch, bias, (down, up), overlap)
         ordered = run_library(x, packed, bias, kernels=True)
     except Exception as error:
         raise SystemExit(f"{described}: {error}") from error
@@ -126,7 +126,7 @@ def check_one(rng: random.Random) -> None:
         raise SystemExit(f"{described}: {wrong}")
     if launches != ((2 if down else 1) if tokens else 0):
         raise SystemExit(f"{described}: {launches} launches")
-    if not torch.equal(y, again) or workspace.counters.any():
+    if not torch.equal(y, again) or scratch.counters.any():
         raise SystemExit(f"{described}: the second run differs, or counters are left")
 
 
@@ -153,30 +153,30 @@ def check_gated(rng: random.Random) -> None:
     dtype, tokens, columns = rng.choice(DTYPES), rng.choice(TOKENS), rng.choice(COLUMNS)
     layer = gated_layer(rng, dtype, columns)
     packed = layer.pack()
-    gate = Gate(packed, layer.ups, layer.places)
+    gate = Gate(packed, layer.shards)
     # Gates of all sizes, up to where SiLU's exponential overflows; fp16 would not hold their products.
     x = (torch.randn(tokens, columns) * rng.choice([0.1, 1, 30, 30 if dtype == torch.float16 else 300])).to(dtype)
     bias = torch.randn(packed.out).to(dtype) if rng.random() < 0.5 else None
     down, up = random_tiles(rng)
-    workspace = room(packed, tokens, down)
+    scratch = room(packed, tokens, down)
     described = (
         f"gated, {dtype}, {tokens} tokens, {columns} columns, half {gate.half}, ranks {gate.ranks}, {down}, {up}"
     )
     before, overlap = watch.launches, rng.random() < 0.5
     try:
-        y = launch.run_gated(x, packed, gate, workspace, bias, (down, up), overlap)
+        y = launch.run_gated(x, packed, gate, scratch, bias, (down, up), overlap)
         launches = watch.launches - before
-        again = launch.run_gated(x, packed, gate, workspace, bias, (down, up), overlap)
+        again = launch.run_gated(x, packed, gate, scratch, bias, (down, up), overlap)
         ordered = y if packed.sources is None else run_library_gated(x, packed, gate, bias)
     except Exception as error:
         raise SystemExit(f"{described}: {error}") from error
-    wrong = gated_difference(x, layer.readers, layer.ups, layer.places, bias, y)
-    wrong = wrong or gated_difference(x, layer.readers, layer.ups, layer.places, bias, ordered)
+    wrong = gated_difference(x, layer.shards, bias, y)
+    wrong = wrong or gated_difference(x, layer.shards, bias, ordered)
     if wrong:
         raise SystemExit(f"{described}: {wrong}")
     if launches != ((2 if down else 1) if tokens else 0):
         raise SystemExit(f"{described}: {launches} launches")
-    if not torch.equal(y, again) or workspace.counters.any():
+    if not torch.equal(y, again) or scratch.counters.any():
         raise SystemExit(f"{described}: the second run differs, or counters are left")
 
 
@@ -185,7 +185,7 @@ def check_products(rng: random.Random) -> None:
     from pgsvd_vllm.serving.gemm.gpu import TritonGemms
 
     layer = Layer(rng, torch.bfloat16, 64)
-    products = TritonGemms(layer.readers, layer.ups, layer.places, has_bias=True)
+    products = TritonGemms(layer.shards, has_bias=True)
     for tokens in (0, 1, 20, 70, 300):
         x = torch.randn(tokens, 64).bfloat16()
         wrong = layer.difference(x, None, products(x))

@@ -72,8 +72,10 @@ def check_reload() -> None:
 def check_activation() -> int:
     """MLPs of vLLM whose gate and up layer computes the activation, and such as must keep theirs."""
     from pgsvd_vllm.kernels.numerics import gated_difference
+    from pgsvd_vllm.kernels.shard_weights import ShardWeights
     from pgsvd_vllm.parallel.slicing import pivot_rows
     from pgsvd_vllm.serving.layers.fused_silu import fuse_silu
+    from pgsvd_vllm.serving.vllm_compat.internals import encode
 
     torch.set_default_dtype(torch.bfloat16)
     plain, lora = VllmConfig(), VllmConfig()
@@ -89,15 +91,15 @@ def check_activation() -> int:
         if fuse_silu(mlp, lora) or fuse_silu(torch.nn.ModuleList([mlp]), plain) != 1:
             raise SystemExit(f"{kind.__name__} {ranks}: taken where it must not be, or not taken")
         case.load().finish()
-        readers, ups, places = [], [], []
+        shards = []
         for kinds in case.tensors.values():
-            reader, up, place = (kinds.get(name) for name in ("weight", "weight_u", "places"))
             if "pivots" in kinds:
-                reader = kinds["weight_p"]
-                up, place = pivot_rows(kinds["pivots"], kinds["weight_c"], [slice(0, WIDE)])
-            readers.append(kinds["weight_v"] if reader is None else reader)
-            ups.append(up)
-            places.append(place)
+                up, places = pivot_rows(kinds["pivots"], kinds["weight_c"], [slice(0, WIDE)])
+                shards.append(ShardWeights(kinds["weight_p"], up, places))
+            elif "weight" in kinds:
+                shards.append(ShardWeights(kinds["weight"]))
+            else:
+                shards.append(ShardWeights(kinds["weight_v"], kinds["weight_u"]))
         added = torch.cat([kinds["bias"] for kinds in case.tensors.values()]) if bias else None
         if not case.layer.quant_method.opaque:
             raise SystemExit("the layer is not called through the op")
@@ -108,17 +110,18 @@ def check_activation() -> int:
             if watch.launches - earlier != expected_launches(case.layer.pgsvd_gemms, tokens):
                 raise SystemExit(f"{kind.__name__} {ranks}, {tokens} tokens: {watch.launches - earlier} launches")
             with FakeTensorMode(allow_non_fake_inputs=True):
-                traced, _ = mlp.gate_up_proj(torch.empty(tokens, HIDDEN))
+                name = encode(case.layer.prefix)
+                traced = torch.ops.pgsvd.linear(torch.empty(tokens, HIDDEN), None, hidden.shape[1], name)
             if traced.shape != hidden.shape:
                 raise SystemExit(f"traced as {tuple(traced.shape)}, computed as {tuple(hidden.shape)}")
-            wrong = gated_difference(x, readers, ups, places, added, hidden)
+            wrong = gated_difference(x, shards, added, hidden)
             if wrong or not torch.equal(mlp(x), mlp.down_proj(hidden)[0]):
                 raise SystemExit(f"{kind.__name__} {ranks}, {tokens} tokens: {wrong or 'the MLP is another'}")
         taken += 1
     other = OtherMLP(HIDDEN, WIDE, "silu", prefix="other")
     other.gate_up_proj = Case("gate_up_proj", (33, 20), prefix="others").layer
     # What vLLM tells stored graphs apart by.
-    if "activations" not in str(plain.additional_config) or lora.additional_config:
+    if "fused_activations" not in plain.additional_config["pgsvd"] or lora.additional_config:
         raise SystemExit(f"additional_config: {plain.additional_config}, {lora.additional_config}")
     if fuse_silu(other, plain) or isinstance(other.act_fn, torch.nn.Identity):
         raise SystemExit("the activation of an unknown MLP is taken")

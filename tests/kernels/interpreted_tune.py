@@ -102,7 +102,7 @@ def check_search() -> Any:
     try:
         tuner.step(1)
     except ValueError as error:
-        expect(str(error).startswith("the usual tiles fail on this GPU: Tile("), True, str(error))
+        expect(str(error).startswith("the default tiles fail on this GPU: Tile("), True, str(error))
     else:
         raise SystemExit("usual tiles that are wrong are taken")
     broken.clear()
@@ -135,21 +135,21 @@ def check_table(folder: Path, tuner: Any, step: Any) -> None:
         ((ShardShape(48, 17),), usual_steps(layer_shape_of((ShardShape(48, 17),), 640))),
     ):
         layer = RandomLayer(shards, 640, torch.bfloat16, CPU)
-        products = TritonGemms(layer.readers, layer.ups, layer.places, has_bias=True)
+        products = TritonGemms(layer.shards, has_bias=True)
         expect(products.steps, wanted, "steps")
         for tokens in (0, 1, 5, 40):
             x = torch.randn(tokens, 640).bfloat16()
-            wrong = layer_difference(x, layer.readers, layer.ups, layer.places, None, products(x))
+            wrong = layer_difference(x, layer.shards, None, products(x))
             expect(wrong, "", f"{tokens} tokens")
     # With the activation all but the down tile is the usual choice.
     layer = RandomLayer(gated, 640, torch.bfloat16, CPU)
-    products = TritonGemms(layer.readers, layer.ups, layer.places, True, lambda y: silu(y[:, :40]) * y[:, 40:])
+    products = TritonGemms(layer.shards, True, lambda y: silu(y[:, :40]) * y[:, 40:])
     for tokens in (1, 5, 40, 70, 256):
         own = own_tiles(tokens, products.layer.sizes, gated=True)
         wanted = (tiles[0], own[1]) if tokens == 1 else own if tokens == 5 else None
         expect(tiles_for(products.steps, tokens), wanted, f"a gate's tiles for {tokens} tokens")
         x = torch.randn(tokens, 640).bfloat16()
-        wrong = gated_difference(x, layer.readers, layer.ups, layer.places, None, products(x))
+        wrong = gated_difference(x, layer.shards, None, products(x))
         expect(wrong, "", f"a gate, {tokens} tokens")
 
 

@@ -20,6 +20,7 @@ from pgsvd_vllm.kernels.cublas import run_library  # noqa: E402
 from pgsvd_vllm.kernels.launch import SplitKScratch, room, run  # noqa: E402
 from pgsvd_vllm.kernels.layer_shape import LayerShape  # noqa: E402
 from pgsvd_vllm.kernels.packed_weights import PackedLayer  # noqa: E402
+from pgsvd_vllm.kernels.shard_weights import ShardWeights  # noqa: E402
 from pgsvd_vllm.kernels.tile_heuristics import FEW_TOKENS_OF_MANY, down_tile, usual_steps  # noqa: E402
 from pgsvd_vllm.serving.gemm.gpu import ScratchPool, TritonGemms  # noqa: E402
 from tests.kernels.interpreted import Layer  # noqa: E402
@@ -69,7 +70,7 @@ def test_cublas_path_matches_float64(dtype: torch.dtype) -> None:
     for tokens in (1, 2, 17, 300):
         for _ in range(10):
             one = Layer(rng, dtype, rng.choice([16, 100, 129]))
-            packed = PackedLayer(one.readers, one.ups, one.places)
+            packed = PackedLayer(one.shards)
             x, bias = torch.randn(tokens, packed.columns).to(dtype), torch.randn(packed.out).to(dtype)
             for added in (None, bias):
                 assert one.difference(x, added, run_library(x, packed, added)) == ""
@@ -162,9 +163,11 @@ def test_gpu_check_dry_run_lists_its_cases() -> None:
 
 def layer(*shards: tuple[int, int, int | None]) -> PackedLayer:
     """Shards of (outputs, inputs, rank)."""
-    readers = [torch.randn(out if rank is None else rank, columns) for out, columns, rank in shards]
-    ups = [None if rank is None else torch.randn(out, rank) for out, _, rank in shards]
-    return PackedLayer(readers, ups, [None] * len(shards))
+    weights = []
+    for out, columns, rank in shards:
+        up = None if rank is None else torch.randn(out, rank)
+        weights.append(ShardWeights(torch.randn(out if rank is None else rank, columns), up))
+    return PackedLayer(weights)
 
 
 @pytest.mark.parametrize(
@@ -181,11 +184,11 @@ def test_unsupported_layers_are_refused(shards: list[tuple[int, int, int | None]
 
 def test_mismatched_weights_are_refused() -> None:
     with pytest.raises(ValueError, match="the kernels take float16, bfloat16 and float32"):
-        PackedLayer([torch.zeros(4, 16).double()], [torch.zeros(8, 4).double()], [None])
+        PackedLayer([ShardWeights(torch.zeros(4, 16).double(), torch.zeros(8, 4).double())])
     with pytest.raises(ValueError, match="^an up factor of another rank than its down factor"):
-        PackedLayer([torch.zeros(4, 16)], [torch.zeros(8, 5)], [None])
+        PackedLayer([ShardWeights(torch.zeros(4, 16), torch.zeros(8, 5))])
     with pytest.raises(ValueError, match=r"weights of torch\.float16 \(8, 4\) beside torch\.float32"):
-        PackedLayer([torch.zeros(4, 16)], [torch.zeros(8, 4).half()], [None])
+        PackedLayer([ShardWeights(torch.zeros(4, 16), torch.zeros(8, 4).half())])
 
 
 @pytest.mark.parametrize(
@@ -206,26 +209,26 @@ def test_mismatched_inputs_are_refused(x: torch.Tensor, bias: torch.Tensor | Non
 def test_too_small_scratch_is_refused() -> None:
     wide = layer((8, 4096, 4))
     assert down_tile(2, wide.sizes).split_k > 1
-    with pytest.raises(ValueError, match=r"the workspace is too small for 2 tokens in 8 parts"):
+    with pytest.raises(ValueError, match=r"the scratch is too small for 2 tokens in 8 parts"):
         run(torch.zeros(2, 4096), wide, SplitKScratch(torch.device("cpu")))
 
 
 def test_environment_chooses_the_gemms(monkeypatch: pytest.MonkeyPatch) -> None:
-    weights = [torch.randn(4, 16)], [torch.randn(8, 4)], [None], False
+    down, up = torch.randn(4, 16), torch.randn(8, 4)
     monkeypatch.setenv("PGSVD_KERNELS", "torch")
-    gemms = TritonGemms(*weights)
+    gemms = TritonGemms([ShardWeights(down, up)], False)
     x = torch.randn(3, 16)
-    torch.testing.assert_close(gemms(x), x @ weights[0][0].T @ weights[1][0].T)
+    torch.testing.assert_close(gemms(x), x @ down.T @ up.T)
     monkeypatch.setenv("PGSVD_KERNELS", "cuda")
     with pytest.raises(InputError, match="PGSVD_KERNELS=cuda: must be triton or torch"):
-        TritonGemms(*weights)
+        TritonGemms([ShardWeights(down, up)], False)
 
 
 def test_unreadable_tile_table_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PGSVD_KERNEL_TABLE", str(tmp_path / "none.json"))
-    weights = [torch.randn(4, 16).half()], [torch.randn(8, 4).half()], [None], False
+    shard = ShardWeights(torch.randn(4, 16).half(), torch.randn(8, 4).half())
     with pytest.raises(InputError, match=r"^PGSVD_KERNEL_TABLE: .*none\.json: cannot be read"):
-        TritonGemms(*weights)
+        TritonGemms([shard], False)
 
 
 def test_every_stream_has_its_own_scratch() -> None:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from pgsvd_vllm.format.reader import Checkpoint, TensorInfo, open_checkpoint
-from pgsvd_vllm.format.schema import FactoredModule
+from pgsvd_vllm.format.schema import FactoredModule, parse_modules
 from pgsvd_vllm.kernels.layer_shape import ShardShape
 from pgsvd_vllm.parallel.layer_grouping import LayerSizes, grouped_layers
 from pgsvd_vllm.parallel.preview import preview
@@ -70,8 +70,10 @@ def test_every_factored_module_of_a_real_checkpoint_is_in_a_layer(tiny_compresse
     )
 
 
-def test_experts_and_the_output_head_are_no_layers_of_kernels() -> None:
-    names = ("m.0.mlp.experts.0.gate_proj", "m.0.mlp.experts.0.up_proj", "lm_head")
-    found = checkpoint(dict.fromkeys((*names, "fc1"), (60, 50)), dict.fromkeys((*names, "fc1"), FACTORS))
-    found.config["quantization_config"] = {"head": "lm_head"}
+def test_kernels_run_no_experts_and_no_lm_head() -> None:
+    names = ("m.0.mlp.experts.0.gate_proj", "m.0.mlp.experts.0.up_proj", "lm_head", "fc1")
+    rows = {name: {"rank": 16, "form": "factors"} for name in names}
+    modules = parse_modules({"quant_method": "pgsvd", "version": 1, "head": "lm_head", "modules": rows}, "here")
+    assert [module.kind for module in modules.values()] == ["expert", "expert", "lm_head", "linear"]
+    found = checkpoint(dict.fromkeys(names, (60, 50)), modules)
     assert list(grouped_layers(found)) == [LayerSizes(50, (ShardShape(60, 16),))]

@@ -1,4 +1,4 @@
-"""Factored layers on 1, 2, 4 and 8 ranks of tensor parallelism against float64, and what the ranks exchange."""
+"""Factored layers on 1, 2, 4 and 8 tensor-parallel ranks against float64, and their collectives."""
 
 import pytest
 import torch
@@ -23,9 +23,9 @@ TOKENS = 5
 
 def spendthrift() -> CommPlan:
     """Every collective is worth it, and allowed."""
-    traffic = CommPlan(0)
-    traffic.dense = 10**9
-    return traffic
+    plan = CommPlan(0)
+    plan.dense = 10**9
+    return plan
 
 
 def thrifty() -> CommPlan:
@@ -42,8 +42,8 @@ def check_ranks(
         cases = []
         for ranks.rank in range(size):
             prefix = f"rank{ranks.rank}.block"  # the opaque op finds layers by name
-            case = Case(leaf, mix, bias, dtype, prefix=prefix, traffic=spendthrift() if rich else thrifty())
-            sent, dense = case.layer.quant_method.traffic.sent, case.layer.quant_method.traffic.dense
+            case = Case(leaf, mix, bias, dtype, prefix=prefix, comm_plan=spendthrift() if rich else thrifty())
+            sent, dense = case.layer.quant_method.comm_plan.sent, case.layer.quant_method.comm_plan.dense
             case.load()
             for part, kinds in case.tensors.items():
                 if "bias" in kinds:
@@ -181,7 +181,7 @@ def test_a_matrix_fused_in_the_checkpoint_is_cut_by_rank_as_well(module: Factore
     with ranks.instead_of_vllms():
         layers = []
         for ranks.rank in range(size):
-            config.traffic = spendthrift()
+            config.comm_plan = spendthrift()
             layer = vllm_linear.MergedColumnParallelLinear(
                 *(HIDDEN, [WIDE, WIDE], False),
                 quant_config=config,
@@ -208,18 +208,18 @@ def test_a_matrix_fused_in_the_checkpoint_is_cut_by_rank_as_well(module: Factore
 
 
 def row_layer(
-    traffic: CommPlan, module: FactoredModule | None = None, name: str = "a.down_proj", sums: bool = True
+    plan: CommPlan, module: FactoredModule | None = None, name: str = "a.down_proj", sums: bool = True
 ) -> nn.Module:
     config = PgsvdConfig({name: module or FactoredModule(30)})
-    config.traffic = traffic
+    config.comm_plan = plan
     return vllm_linear.RowParallelLinear(
         *(WIDE, HIDDEN, False), quant_config=config, prefix=name, params_dtype=torch.float32, reduce_results=sums
     )
 
 
-def column_layer(traffic: CommPlan, name: str = "a.up_proj") -> nn.Module:
+def column_layer(plan: CommPlan, name: str = "a.up_proj") -> nn.Module:
     config = PgsvdConfig({name: FactoredModule(30)})
-    config.traffic = traffic
+    config.comm_plan = plan
     return vllm_linear.ColumnParallelLinear(HIDDEN, WIDE, False, quant_config=config, prefix=name)
 
 
@@ -230,12 +230,12 @@ def test_layers_that_keep_vllms_own_sums() -> None:
         pass
 
     with Ranks(2).instead_of_vllms():
-        traffic = spendthrift()
-        assert row_layer(traffic).quant_method.cut is Cut.ALL_REDUCE_Z_GATHER_Y
+        plan = spendthrift()
+        assert row_layer(plan).quant_method.cut is Cut.ALL_REDUCE_Z_GATHER_Y
         config = VllmConfig()
         config.lora_config = LoRAConfig(max_lora_rank=16)
         with set_current_vllm_config(config):
-            layer = row_layer(traffic)
+            layer = row_layer(plan)
         assert layer.quant_method.cut is Cut.REPLICATED
         assert type(layer) is vllm_linear.RowParallelLinear
         pgsvd = PgsvdConfig({"a": FactoredModule(30)})
@@ -261,35 +261,35 @@ def test_wrong_rank_rows_are_named() -> None:
 
 
 @pytest.mark.parametrize("share", [0.2, 0.4, 0.6])
-@pytest.mark.parametrize("workers", WORLDS[1:])
-def test_a_model_never_sends_more_than_dense(share: float, workers: int) -> None:
+@pytest.mark.parametrize("tp_size", WORLDS[1:])
+def test_a_model_never_sends_more_than_dense(share: float, tp_size: int) -> None:
     """Llama-2-7B's sizes, plain factors; and it keeps about its share on a rank."""
     hidden, wide = 4096, 11008
     square, oblong = int((1 - share) * hidden / 2), int((1 - share) * hidden * wide / (hidden + wide))
-    traffic = CommPlan(0)
+    plan = CommPlan(0)
     kept = total = 0
 
     def keep(cut: Cut, out: int, columns: int, rank: int, by_outputs: bool) -> None:
         nonlocal kept, total
         total += rank * (out + columns)
-        v, u = rank * columns / workers, rank * out / workers
+        v, u = rank * columns / tp_size, rank * out / tp_size
         if by_outputs and cut is Cut.REPLICATED:
-            v *= workers
+            v *= tp_size
         if not by_outputs and cut is not Cut.ALL_REDUCE_Z_GATHER_Y:
-            u *= workers
+            u *= tp_size
         kept += v + u
 
     for _ in range(32):
         for ranks, out in (([square] * 3, hidden), ([oblong] * 2, wide)):
-            cut = traffic.by_outputs(ranks, hidden, workers, 2)
+            cut = plan.by_outputs(ranks, hidden, tp_size, 2)
             for rank in ranks:
                 keep(cut, out, hidden, rank, by_outputs=True)
-            assert traffic.sent <= traffic.dense
+            assert plan.sent <= plan.dense
             columns = hidden if out == hidden else wide
-            keep(traffic.by_inputs(ranks[0], hidden, hidden, workers, 2), hidden, columns, ranks[0], by_outputs=False)
-            assert traffic.sent <= traffic.dense
-    assert traffic.dense == 32 * 4 * hidden
-    if workers == 2 and share >= 0.4:
+            keep(plan.by_inputs(ranks[0], hidden, hidden, tp_size, 2), hidden, columns, ranks[0], by_outputs=False)
+            assert plan.sent <= plan.dense
+    assert plan.dense == 32 * 4 * hidden
+    if tp_size == 2 and share >= 0.4:
         assert kept <= 0.55 * total
 
 
@@ -302,7 +302,7 @@ def test_bytes_that_are_none_are_refused(wrong: str, monkeypatch: pytest.MonkeyP
 
 def test_a_collective_must_save_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PGSVD_COLLECTIVE_BYTES", "1000")
-    traffic = CommPlan(collective_bytes())
-    traffic.dense = 10**6
-    assert traffic.by_outputs([20], 49, 2, 2) is Cut.REPLICATED
-    assert traffic.by_outputs([20], 50, 2, 2) is Cut.ALL_GATHER_Z
+    plan = CommPlan(collective_bytes())
+    plan.dense = 10**6
+    assert plan.by_outputs([20], 49, 2, 2) is Cut.REPLICATED
+    assert plan.by_outputs([20], 50, 2, 2) is Cut.ALL_GATHER_Z

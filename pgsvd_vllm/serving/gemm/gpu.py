@@ -1,7 +1,7 @@
-"""A layer's products on GPUs: the Triton kernels for few tokens, torch's products for many.
+"""A layer's GEMMs on GPUs: the Triton kernels for few tokens, cuBLAS for many.
 
-PGSVD_KERNELS=torch takes torch's for all. PGSVD_KERNEL_TABLE names a file of `pgsvd-vllm tune`; without
-it, the one in the user's cache is read where there is one for this GPU.
+PGSVD_KERNELS=torch uses cuBLAS for all. PGSVD_KERNEL_TABLE names a file written by `pgsvd-vllm tune`; the default is
+the file for this GPU in the user's cache, if there is one.
 """
 
 import logging
@@ -17,10 +17,12 @@ from pgsvd_vllm.kernels.cublas import run_library, run_library_gated
 from pgsvd_vllm.kernels.launch import REFUSALS, SplitKScratch, can_overlap, room, run, run_gated
 from pgsvd_vllm.kernels.packed_weights import MOST_SHARDS, Gate, PackedLayer
 from pgsvd_vllm.kernels.padding import Collective
+from pgsvd_vllm.kernels.shard_weights import ShardWeights
 from pgsvd_vllm.kernels.tile_heuristics import Step, Steps, tiles_for, usual_steps
 from pgsvd_vllm.kernels.tile_table import Table, default_path, read_table
 from pgsvd_vllm.parallel.comm_plan import Cut
 from pgsvd_vllm.serving.collectives import collective_of
+from pgsvd_vllm.serving.gemm.cpu import OTHER_SIZES
 
 __all__ = ["MOST_SHARDS", "TritonGemms", "wants_triton"]
 VARIABLE = "PGSVD_KERNELS"
@@ -30,10 +32,10 @@ logger = logging.getLogger("vllm.pgsvd")
 
 
 def wants_triton() -> bool:
-    """Whether few tokens go through the Triton kernels.
+    """Whether the Triton kernels compute few tokens.
 
     Raises:
-        InputError: PGSVD_KERNELS is something else than its choices.
+        InputError: PGSVD_KERNELS is none of CHOICES.
     """
     chosen = os.environ.get(VARIABLE, CHOICES[0])
     if chosen not in CHOICES:
@@ -42,7 +44,7 @@ def wants_triton() -> bool:
 
 
 def _suits(dtype: torch.dtype, device: torch.device) -> bool:
-    """float32 spills registers or does not fit; before Ampere there are no tensor cores for what is compiled."""
+    """Whether the kernels suit: float32 spills registers or does not fit, GPUs before Ampere lack their MMA units."""
     if dtype == torch.float32:
         return False
     return device.type != "cuda" or bool(torch.version.hip) or torch.cuda.get_device_capability(device)[0] >= 8
@@ -50,29 +52,29 @@ def _suits(dtype: torch.dtype, device: torch.device) -> bool:
 
 @cache
 def _table(device: str, chosen: str | None) -> Table | None:
-    """The measured tiles of a GPU of a name, from a chosen file or the user's cache.
+    """The measured tiles for a GPU of this name, from a chosen file or the user's cache.
 
     Raises:
         InputError: the chosen file cannot be used.
     """
     path = Path(chosen) if chosen else default_path(device)
-    if not chosen and not os.path.exists(path):  # unlike Path.exists, also where nothing may be read
+    if not chosen and not os.path.exists(path):  # unlike Path.exists, also false for an unreadable folder
         return None
     try:
         table = read_table(path)
     except ValueError as error:
         if chosen:
             raise InputError(f"{TABLE_VARIABLE}: {error}") from None
-        logger.warning("%s; the usual tiles are taken", error)
+        logger.warning("%s; using the default tiles", error)
         return None
     if table.device != device:
-        logger.warning("%s is of another GPU, %s", path, table.device)
+        logger.warning("%s is for another GPU, %s", path, table.device)
     logger.info("Tiles of %d layers from %s", len(table.layers), path)
     return table
 
 
 class ScratchPool:
-    """Those of a device, one a stream: on one stream, layers run one after the other."""
+    """The split-K scratch of a device, one for each stream: on a stream, layers run one after the other."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -80,28 +82,28 @@ class ScratchPool:
         self.room = (0, 0)
 
     def reserve(self, rows: int, steps: Steps) -> None:
-        """Make room for a layer, on all streams, those to come as well."""
+        """Make room for a layer on all streams, later ones included."""
         numbers, tiles = room(rows, steps)
         self.room = max(self.room[0], numbers), max(self.room[1], tiles)
-        for space in self.of.values():
-            space.grow(*self.room)
+        for scratch in self.of.values():
+            scratch.grow(*self.room)
 
     def here(self) -> SplitKScratch | None:
         """The current stream's."""
         if self.device.type != "cuda":
             return self.of_stream(0, capturing=False)
         stream = torch.cuda.current_stream(self.device).cuda_stream
-        # Asked only where it matters.
+        # The capture state is read only if it matters.
         return self.of.get(stream) or self.of_stream(stream, torch.cuda.is_current_stream_capturing())
 
     def of_stream(self, stream: int, capturing: bool) -> SplitKScratch | None:
-        """The workspace of a stream, made where there is none.
+        """The scratch of a stream, made on first use.
 
-        Not while a graph is captured: that graph alone would clear the counters. vLLM runs a model on the stream
-        before it captures there.
+        It is not made while a graph is captured: only that graph would clear the counters. vLLM runs a model on the
+        stream before it captures there.
         """
         if stream not in self.of and capturing:
-            logger.warning("A stream is captured on which no layer has run before: torch's products are taken")
+            logger.warning("A stream is captured on which no layer has run before: using cuBLAS")
             return None
         if stream not in self.of:
             self.of[stream] = SplitKScratch(self.device)
@@ -113,38 +115,37 @@ _scratch_pools: dict[torch.device, ScratchPool] = {}
 
 
 class TritonGemms:
-    """The products of a layer whose weights the kernels can take.
+    """The GEMMs of a layer on a GPU.
 
     Args:
-        readers, ups, places: as of PackedLayer.
-        has_bias: whether the layer may be called with one.
-        activation: of two shards silu(first) * second is wanted; computes that from [tokens, out]. Not with a cut.
-        cut, workers: as of FactoredGemms.
+        shards: in the order of the layer's outputs.
+        has_bias: whether the layer may be called with a bias.
+        activation: SiLU of the first shard times the second, from [tokens, out], if the layer computes it as well;
+            only with the cut REPLICATED.
+        cut, tp_size: as of FactoredGemms.
 
     Raises:
-        ValueError: the kernels cannot take them.
+        ValueError: the kernels do not support the shards.
         InputError: an environment variable of this module is wrong.
     """
 
     def __init__(
         self,
-        readers: Sequence[torch.Tensor],
-        ups: Sequence[torch.Tensor | None],
-        places: Sequence[torch.Tensor | None],
+        shards: Sequence[ShardWeights],
         has_bias: bool,
         activation: Callable[[torch.Tensor], torch.Tensor] | None = None,
         cut: Cut = Cut.REPLICATED,
-        workers: int = 1,
+        tp_size: int = 1,
     ) -> None:
-        blocks = workers if cut is Cut.ALL_GATHER_Z else 1
-        self.layer = PackedLayer(readers, ups, places, blocks, cut is not Cut.REPLICATED)
-        self.exchange = collective_of(cut, self.layer.widths, workers)
+        blocks = tp_size if cut is Cut.ALL_GATHER_Z else 1
+        self.layer = PackedLayer(shards, blocks, cut is not Cut.REPLICATED)
+        self.collective = collective_of(cut, self.layer.widths, tp_size)
         self.activation = activation
-        self.gate = Gate(self.layer, ups, places) if activation else None
-        device = readers[0].device
+        self.gate = Gate(self.layer, shards) if activation else None
+        device = shards[0].down.device
         if device not in _scratch_pools:
             _scratch_pools[device] = ScratchPool(device)
-        self.workspaces = _scratch_pools[device]
+        self.scratch_pool = _scratch_pools[device]
         self.overlap = can_overlap(device)
         self.amd = bool(torch.version.hip)
         self.steps: Steps = ()
@@ -153,21 +154,23 @@ class TritonGemms:
         measured = self._measured(device)
         if measured:
             try:
-                self._take(measured, has_bias)
+                self._compile(measured, has_bias)
                 return
+            except torch.OutOfMemoryError:
+                raise
             except REFUSALS as error:
-                # Made with another Triton, or for another GPU.
+                # The table is from another Triton, or for another GPU.
                 logger.warning("%s: tiles of the table cannot be compiled (%s)", self.layer.sizes, error)
-        self._take(usual_steps(self.layer.sizes, self.gate is not None, self.amd), has_bias)
+        self._compile(usual_steps(self.layer.sizes, self.gate is not None, self.amd), has_bias)
 
     def _measured(self, device: torch.device) -> Steps | None:
-        """The steps that a table has for this layer."""
+        """The steps for this layer in the table of measured tiles."""
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         table = _table(name, os.environ.get(TABLE_VARIABLE))
         steps = table.steps(self.layer.sizes) if table else None
         if steps is None or self.gate is None:
             return steps
-        # Measured without the activation, which takes twice the registers and saves a launch: only the down tile holds.
+        # Measured without the activation, which takes twice the registers and saves a launch: only the down tiles hold.
         usual = usual_steps(self.layer.sizes, True, self.amd)
         found = []
         for most in sorted({step.most_tokens for step in (*steps, *usual)}):
@@ -176,35 +179,35 @@ class TritonGemms:
                 found.append(Step(most, ((measured[0] if measured else None) or own[0], own[1])))
         return tuple(found)
 
-    def _take(self, steps: Steps, has_bias: bool) -> None:
-        """Make room for the steps, and run every kernel once, which otherwise would be compiled under a request."""
-        self.workspaces.reserve(len(self.layer.v), steps)
+    def _compile(self, steps: Steps, has_bias: bool) -> None:
+        """Make room for the steps, and run every kernel once: a first run under a request would compile there."""
+        self.scratch_pool.reserve(len(self.layer.v), steps)
         self.steps = steps
-        # After the last step it is the library's turn, with a kernel of ours where outputs lie scattered.
+        # After the last step cuBLAS computes the layer, with our permute kernel for scattered outputs.
         first = [1, *(step.most_tokens + 1 for step in steps)]
         for tokens, tiles in zip(first, (*(step.tiles for step in steps), None), strict=True):
             if tiles or self.layer.sources is not None:
                 x = self.layer.v.new_zeros(tokens, self.layer.columns)
-                stand_in = self._no_exchange if self.exchange else None
+                stand_in = self._no_collective if self.collective else None
                 self._run(x, None, stand_in)
                 if has_bias:
                     self._run(x, self.layer.v.new_zeros(self.layer.out), stand_in)
 
     def refill(self, other: "TritonGemms") -> None:
-        """Take another layer's weights, where captured graphs look for them.
+        """Copy another layer's weights into this one's storage, which captured graphs read.
 
         Raises:
-            ValueError: it has other sizes.
+            ValueError: it has other sizes; nothing is copied.
         """
         mine, theirs = self._tensors(), other._tensors()
         same = all(getattr(self.layer, name) == getattr(other.layer, name) for name in ("heights", "ranks", "v_starts"))
         if not same or [tensor.shape for tensor in mine] != [tensor.shape for tensor in theirs]:
-            raise ValueError("the new weights have other ranks or pivots than the old ones; restart the engine")
+            raise ValueError(OTHER_SIZES)
         for old, new in zip(mine, theirs, strict=True):
             old.copy_(new)
-        # Sleep of level 2 loses all that was allocated at load.
-        for space in self.workspaces.of.values():
-            space.counters.zero_()
+        # Sleep of level 2 discards everything that was allocated at load.
+        for scratch in self.scratch_pool.of.values():
+            scratch.counters.zero_()
 
     def _tensors(self) -> list[torch.Tensor]:
         places = [self.gate.places] if self.gate and self.gate.places is not None else []
@@ -212,21 +215,21 @@ class TritonGemms:
 
     def __call__(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x [tokens, in] -> [tokens, out], or half of it after the activation."""
-        return self._run(x, bias, self.exchange)
+        return self._run(x, bias, self.collective)
 
-    def _no_exchange(self, z: torch.Tensor) -> torch.Tensor:
-        """What is exchanged, as far as kernels see it; others may run their kernels another number of times."""
+    def _no_collective(self, z: torch.Tensor) -> torch.Tensor:
+        """z of the right shape without a collective: ranks may compile a different number of kernels."""
         return z.new_zeros(len(z), sum(self.layer.ranks))
 
-    def _run(self, x: torch.Tensor, bias: torch.Tensor | None, exchange: Collective | None) -> torch.Tensor:
+    def _run(self, x: torch.Tensor, bias: torch.Tensor | None, collective: Collective | None) -> torch.Tensor:
         tiles = tiles_for(self.steps, len(x))
-        space = self.workspaces.here() if tiles else None
-        if tiles is None or space is None:
+        scratch = self.scratch_pool.here() if tiles else None
+        if tiles is None or scratch is None:
             kernels = bool(self.steps)
             if self.gate and kernels and self.layer.sources is not None:
                 return run_library_gated(x, self.layer, self.gate, bias)
-            y = run_library(x, self.layer, bias, exchange, kernels)
+            y = run_library(x, self.layer, bias, collective, kernels)
             return self.activation(y) if self.activation else y
         if self.gate:
-            return run_gated(x, self.layer, self.gate, space, bias, tiles, self.overlap)
-        return run(x, self.layer, space, bias, tiles, self.overlap, exchange)
+            return run_gated(x, self.layer, self.gate, scratch, bias, tiles, self.overlap)
+        return run(x, self.layer, scratch, bias, tiles, self.overlap, collective)

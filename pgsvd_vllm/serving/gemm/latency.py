@@ -1,8 +1,8 @@
-"""Times dense and low-rank products of given shapes with the code that serves them, on this machine's CPU.
+"""Measures the latency of dense and low-rank GEMMs of given shapes, by the code that serves them, on this CPU.
 
-Every time is that of many copies of the weights one after the other, more bytes than most caches hold, as in
-a decode step, where each weight is read once. Dense products and those of every rank take turns. Each projection
-is timed on its own: vLLM serves some of them in one product, which costs a few microseconds less.
+Each measurement runs over many copies of the weights, more bytes than most caches hold, as a decode step does, which
+reads each weight once. Dense GEMMs and those of every rank alternate. Each projection is timed on its own: vLLM
+merges some of them into one GEMM, which saves a few microseconds.
 """
 
 import platform
@@ -14,17 +14,18 @@ import torch
 
 from pgsvd_vllm.format.latency_table import LatencyTable, ShapeLatencies
 from pgsvd_vllm.format.schema import FORMS, stored_size
+from pgsvd_vllm.kernels.shard_weights import ShardWeights
 from pgsvd_vllm.serving.gemm.cpu import FactoredGemms
-from pgsvd_vllm.serving.vllm_compat import vllm_gemm
+from pgsvd_vllm.serving.vllm_compat.cpu_gemm import vllm_gemm
 
 COPY_BYTES = 96e6
-# Small matrices have fewer bytes than caches hold then, and are timed as faster than they are.
+# Copies of small matrices may fit into caches, so that they are timed as faster than they are.
 MOST_COPIES = 256
-# Of the largest rank that saves anything; 0 is the smallest rank there is.
+# Fractions of the largest rank that saves anything; 0 stands for the smallest rank.
 RANK_FRACTIONS = (0.0, 0.125, 0.25, 0.5, 0.75, 1.0)
 RANK_MULTIPLE = 16
 SECONDS_A_SHAPE = 4.0
-Product = Callable[[torch.Tensor], torch.Tensor]
+Layer = Callable[[torch.Tensor], torch.Tensor]
 
 
 def measure(
@@ -34,7 +35,7 @@ def measure(
 
     Args:
         shapes: (out, in) of the weights.
-        tokens: multiplied at once; 1 is the decode of one request.
+        tokens: of each GEMM; 1 is the decode of one request.
         dtype: of weights and inputs.
         say: called with one line a shape.
     """
@@ -59,7 +60,7 @@ def measure(
 
 
 def ranks_to_time(form: str, out: int, width: int) -> list[int]:
-    """Some ranks from the smallest to the largest that saves numbers; none where no rank does."""
+    """Some ranks from the smallest to the largest that saves memory; none if no rank does."""
     saving = [rank for rank in range(1, min(out, width)) if stored_size(form, out, width, rank) < out * width]
     if not saving:
         return []
@@ -67,22 +68,22 @@ def ranks_to_time(form: str, out: int, width: int) -> list[int]:
     return sorted({max(step, int(fraction * saving[-1]) // step * step) for fraction in RANK_FRACTIONS})
 
 
-def in_turn(stacks: Sequence[Sequence[Product]], x: torch.Tensor) -> list[float]:
-    """Median microseconds of one product of each stack."""
+def in_turn(stacks: Sequence[Sequence[Layer]], x: torch.Tensor) -> list[float]:
+    """Median microseconds of one layer of each stack."""
     times: list[list[float]] = [[] for _ in stacks]
     begin = time.perf_counter()
     # The first round warms up.
     while len(times[0]) < 4 or time.perf_counter() - begin < SECONDS_A_SHAPE:
         for stack, found in zip(stacks, times, strict=True):
             start = time.perf_counter()
-            for product in stack:
-                product(x)
+            for layer in stack:
+                layer(x)
             found.append(1e6 * (time.perf_counter() - start) / len(stack))
     return [statistics.median(found[1:]) for found in times]
 
 
-def _copies(kind: str, out: int, width: int, rank: int, dtype: torch.dtype) -> Iterator[Product]:
-    """The products of one kind, each with weights of its own."""
+def _copies(kind: str, out: int, width: int, rank: int, dtype: torch.dtype) -> Iterator[Layer]:
+    """Layers of one kind, each with weights of its own."""
 
     def weight(rows: int, columns: int) -> torch.Tensor:
         return torch.empty(rows, columns, dtype=dtype).uniform_(-1, 1)
@@ -92,12 +93,12 @@ def _copies(kind: str, out: int, width: int, rank: int, dtype: torch.dtype) -> I
         if kind == "dense":
             yield _dense(weight(out, width))
         elif kind == "factors":
-            yield FactoredGemms([weight(rank, width)], [weight(out, rank)], [None])
+            yield FactoredGemms([ShardWeights(weight(rank, width), weight(out, rank))])
         else:
             places = torch.cat([torch.arange(out - rank), -1 - torch.arange(rank)])[torch.randperm(out)]
-            yield FactoredGemms([weight(rank, width)], [weight(out - rank, rank)], [places])
+            yield FactoredGemms([ShardWeights(weight(rank, width), weight(out - rank, rank), places)])
 
 
-def _dense(weight: torch.Tensor) -> Product:
+def _dense(weight: torch.Tensor) -> Layer:
     run = vllm_gemm(weight)
     return lambda x: run(x, None)

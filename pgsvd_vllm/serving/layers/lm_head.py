@@ -1,14 +1,14 @@
-"""vLLM's method for a factored output head: every rank has V, and its own words' rows of U."""
+"""vLLM's method for a factored LM head: V is replicated, U is vocab-parallel."""
 
 from typing import Any
 
 import torch
 from torch import nn
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
-from vllm.model_executor.model_loader.reload import record_metadata_for_reloading
 
 from pgsvd_vllm.errors import CheckpointError
 from pgsvd_vllm.format.schema import FactoredModule
+from pgsvd_vllm.kernels.shard_weights import ShardWeights
 from pgsvd_vllm.serving.gemm.cpu import FactoredGemms
 
 
@@ -16,7 +16,7 @@ class PgsvdLMHeadMethod(QuantizeMethodBase):
     """Computes logits from two factors.
 
     Args:
-        name: of the head in the checkpoint, for messages.
+        name: of the LM head in the checkpoint, for messages.
         module: its rank and form.
 
     Raises:
@@ -25,7 +25,7 @@ class PgsvdLMHeadMethod(QuantizeMethodBase):
 
     def __init__(self, name: str, module: FactoredModule) -> None:
         if module.form != "factors":
-            raise CheckpointError(f"{name}: the form {module.form} is not for output heads, only factors is")
+            raise CheckpointError(f"{name}: an LM head must have the form factors, not {module.form}")
         self.module = module
 
     def create_weights(
@@ -38,7 +38,7 @@ class PgsvdLMHeadMethod(QuantizeMethodBase):
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
-        """Register both factors, with vLLM's loader, which cuts what has an `output_dim` and pads it."""
+        """Register both factors with vLLM's loader, which shards and pads a parameter that has an `output_dim`."""
         rank = self.module.rank
         for name, shape in (("weight_v", (rank, input_size)), ("weight_u", (sum(output_partition_sizes), rank))):
             parameter: Any = nn.Parameter(torch.empty(shape, dtype=params_dtype), requires_grad=False)
@@ -47,35 +47,22 @@ class PgsvdLMHeadMethod(QuantizeMethodBase):
                 parameter.output_dim = 0
             layer.register_parameter(name, parameter)
 
-    def take_over(self, layer: Any) -> None:
-        """Be the method of a head that was made with another one."""
-        device, dtype = layer.weight.device, layer.weight.dtype
-        del layer.weight
-        layer.quant_method = self
-        with device:
-            self.create_weights(
-                layer,
-                layer.embedding_dim,
-                [layer.num_embeddings_per_partition],
-                layer.embedding_dim,
-                layer.num_embeddings_padded,
-                dtype,
-                weight_loader=layer.weight_loader,
-            )
-            record_metadata_for_reloading(layer)
-
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Pack the products; the originals are released."""
-        layer.pgsvd_gemms = FactoredGemms([layer.weight_v.data], [layer.weight_u.data], [None])
-        # LoRA asks it for its dtype and device.
+        """Pack the weights, into the storage of the first ones in a reload, and release the originals."""
+        packed = FactoredGemms([ShardWeights(layer.weight_v.data, layer.weight_u.data)])
+        if hasattr(layer, "pgsvd_gemms"):
+            layer.pgsvd_gemms.refill(packed)
+        else:
+            layer.pgsvd_gemms = packed
+        # LoRA reads its dtype and device.
         layer.weight = layer.weight_v.data.new_empty(0)
         for parameter in (layer.weight_v, layer.weight_u):
             parameter.data = parameter.data.new_empty(0)
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """x [tokens, in] -> logits [tokens, words of this rank]."""
+        """x [tokens, in] -> logits [tokens, this rank's vocabulary]."""
         return layer.pgsvd_gemms(x, bias)
 
     def tie_weights(self, layer: Any, embed_tokens: Any) -> Any:
         """Never: raises CheckpointError."""
-        raise CheckpointError("a factored output head cannot be tied to the embeddings: config.json says both")
+        raise CheckpointError("a factored LM head cannot be tied to the embeddings: config.json says both")

@@ -1,7 +1,7 @@
-"""vLLM's methods for the experts of mixtures where some are factored.
+"""vLLM's methods for MoE layers with factored experts.
 
-On CPU every expert is computed from its factors, by the same products as linear layers. Elsewhere, where one kernel
-runs all experts and wants them equal, the factors are multiplied back while they are loaded.
+On CPU every expert is computed from its factors, by the same GEMMs as linear layers. On GPUs one kernel runs all
+experts and needs equal sizes: there the dense weights are reconstructed at load.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,19 +12,31 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from vllm.config import get_current_vllm_config
-from vllm.model_executor.layers.fused_moe.activation import MoEActivation
-from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoEQuantConfig
-from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
-from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+from vllm.model_executor.layers.fused_moe import (
+    FusedMoEConfig,
+    FusedMoEMethodBase,
+    FusedMoEQuantConfig,
+    MoEActivation,
+    RoutedExperts,
+)
 from vllm.platforms import current_platform
-from vllm.utils.torch_utils import LayerNameType, _encode_layer_name, _resolve_layer_name, direct_register_custom_op
 
 from pgsvd_vllm.errors import CheckpointError
 from pgsvd_vllm.format.schema import FactoredModule
 from pgsvd_vllm.parallel.comm_plan import CommPlan
 from pgsvd_vllm.serving.layers.linear import LayerShard, PgsvdLinearMethod
-from pgsvd_vllm.serving.layers.moe_dense import DOWN, GATE, UP, DenseFallbackMoEMethod, Expert, _loaded, _register
-from pgsvd_vllm.serving.vllm_compat import find_layer, make_findable
+from pgsvd_vllm.serving.layers.moe_dense import DenseFallbackMoEMethod, Expert, loaded_twice, register_factors
+from pgsvd_vllm.serving.vllm_compat.internals import (
+    DOWN,
+    GATE,
+    UP,
+    LayerName,
+    encode,
+    expert_names,
+    find_layer,
+    make_findable,
+    register_op,
+)
 
 PLACE = {GATE: 0, UP: 1, DOWN: 0}
 ACTIVATIONS: dict[MoEActivation, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -35,18 +47,18 @@ ACTIVATIONS: dict[MoEActivation, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 def moe_method(
-    layer: RoutedExperts, prefix: str, name: str, modules: Mapping[str, FactoredModule], traffic: CommPlan
+    layer: RoutedExperts, prefix: str, name: str, modules: Mapping[str, FactoredModule], comm_plan: CommPlan
 ) -> "FactoredMoEMethod | DenseFallbackMoEMethod | None":
-    """The method of a mixture, or None where none of its experts is factored.
+    """The method of a MoE layer; None if none of its experts is factored.
 
     Args:
         layer: being made.
         prefix: its name in vLLM.
         name: the same in the checkpoint.
         modules: the checkpoint's table.
-        traffic: of the model's layers before this one.
+        comm_plan: of the model.
     """
-    leaves = {GATE: layer.ckpt_gate_proj_name, UP: layer.ckpt_up_proj_name, DOWN: layer.ckpt_down_proj_name}
+    leaves = expert_names(layer)
     experts: list[Expert] = []
     for number in range(layer.moe_config.num_logical_experts):
         names = {kind: f"{name}.{number}.{leaf}" for kind, leaf in leaves.items()}
@@ -60,43 +72,43 @@ def moe_method(
         and not (config.moe_parallel_config.use_ep or config.has_bias or config.is_lora_enabled)
         and not layer.apply_router_weight_on_input
     )
-    return FactoredMoEMethod(config, prefix, experts, traffic) if suits else DenseFallbackMoEMethod(config, experts)
+    return FactoredMoEMethod(config, prefix, experts, comm_plan) if suits else DenseFallbackMoEMethod(config, experts)
 
 
 class _Part(nn.Module):
-    """A linear layer as `PgsvdLinearMethod` knows them: gate and up of an expert, or its down projection."""
+    """A linear layer for `PgsvdLinearMethod`: gate and up of an expert, or its down projection."""
 
     bias = None
     reduce_results = False
 
-    def __init__(self, prefix: str, config: FusedMoEConfig, shards: list[LayerShard], traffic: CommPlan) -> None:
+    def __init__(self, prefix: str, config: FusedMoEConfig, shards: list[LayerShard], comm_plan: CommPlan) -> None:
         super().__init__()
         self.prefix, self.tp_rank, self.tp_size = prefix, config.tp_rank, config.tp_size
-        self.quant_method = PgsvdLinearMethod(shards, traffic)
+        self.quant_method = PgsvdLinearMethod(shards, comm_plan)
 
     def load(self, kind: str, tensor: torch.Tensor, place: int) -> None:
         parameter: Any = getattr(self, kind, None)
         if parameter is None:
             shard = self.quant_method.shards[place]
-            raise CheckpointError(f"tensor {shard.name}.{kind}: config.json says {shard.name} has none such")
+            raise CheckpointError(f"tensor {shard.name}.{kind}: config.json lists no such tensor for {shard.name}")
         parameter.weight_loader(parameter, tensor, place)
 
 
 class FactoredMoEMethod(FusedMoEMethodBase):
-    """Experts as pairs of linear layers of low rank, one after the other over those that tokens have chosen.
+    """Experts as pairs of low-rank linear layers, computed one after the other for the tokens that chose them.
 
     Args:
         moe: of the layer.
         prefix: its name.
         experts: their shards.
-        traffic: of the model's layers before this one.
+        comm_plan: of the model.
     """
 
-    def __init__(self, moe: FusedMoEConfig, prefix: str, experts: list[Expert], traffic: CommPlan) -> None:
+    def __init__(self, moe: FusedMoEConfig, prefix: str, experts: list[Expert], comm_plan: CommPlan) -> None:
         super().__init__(moe)
-        # The name belongs to the mixture itself.
+        # vLLM's MoE layer has the prefix itself.
         self.prefix = f"{prefix}.factored"
-        self.experts, self.traffic = experts, traffic
+        self.experts, self.comm_plan = experts, comm_plan
         self.parts: list[tuple[_Part, _Part]] = []
         self.packed = False
 
@@ -109,7 +121,7 @@ class FactoredMoEMethod(FusedMoEMethodBase):
         params_dtype: torch.dtype,
         **_extra: object,
     ) -> None:
-        """Make the experts' layers, and what vLLM finds them by."""
+        """Make the experts' layers, and the parameters under which vLLM loads them."""
         here = intermediate_size_per_partition
         whole = here * self.moe.tp_size
         self.activation = ACTIVATIONS[layer.activation]
@@ -118,12 +130,12 @@ class FactoredMoEMethod(FusedMoEMethodBase):
         make_findable(self, config)
         for number, expert in enumerate(self.experts):
             name = f"{self.prefix}.experts.{number}"
-            inner = _Part(f"{name}.gate_up", self.moe, [expert[GATE], expert[UP]], self.traffic)
-            outer = _Part(f"{name}.down", self.moe, [expert[DOWN]], self.traffic)
+            inner = _Part(f"{name}.gate_up", self.moe, [expert[GATE], expert[UP]], self.comm_plan)
+            outer = _Part(f"{name}.down", self.moe, [expert[DOWN]], self.comm_plan)
             inner.quant_method.create_weights(inner, hidden_size, [here, here], hidden_size, 2 * whole, params_dtype)
             outer.quant_method.create_weights(outer, here, [hidden_size], whole, hidden_size, params_dtype)
             self.parts.append((inner, outer))
-        _register(layer, self.experts, self._take)
+        register_factors(layer, self.experts, self._take)
 
     @property
     def layers(self) -> list[PgsvdLinearMethod]:
@@ -131,15 +143,15 @@ class FactoredMoEMethod(FusedMoEMethodBase):
         return [part.quant_method for pair in self.parts for part in pair]
 
     def _take(self, expert_id: int, shard_id: str, kind: str, tensor: torch.Tensor) -> bool:
-        """One tensor of an expert; see `_register`."""
+        """Load one tensor of an expert; see `register_factors`."""
         if self.packed:
-            raise _loaded(self.experts)
+            raise loaded_twice(self.experts)
         part = self.parts[expert_id][shard_id == DOWN]
         part.load(kind, tensor, PLACE[shard_id])
         return True
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Pack the products; raises CheckpointError where a tensor has not come."""
+        """Pack the weights; raises CheckpointError if a tensor is missing."""
         for part in (part for pair in self.parts for part in pair):
             if self.is_dummy:
                 for parameter in part.parameters():
@@ -149,7 +161,7 @@ class FactoredMoEMethod(FusedMoEMethodBase):
         self.packed = True
 
     def get_fused_moe_quant_config(self, layer: Any) -> FusedMoEQuantConfig | None:
-        """None is quantized."""
+        """No: the factors are not quantized."""
         return None
 
     def apply(
@@ -162,7 +174,9 @@ class FactoredMoEMethod(FusedMoEMethodBase):
         shared_experts_input: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """x [tokens, hidden], weights and experts' numbers [tokens, chosen] -> [tokens, hidden]."""
-        return torch.ops.pgsvd.experts(x, topk_weights, topk_ids, _encode_layer_name(self.prefix))
+        if not torch.compiler.is_compiling():
+            return self.run(x, topk_weights, topk_ids)
+        return torch.ops.pgsvd.experts(x, topk_weights, topk_ids, encode(self.prefix))
 
     def run(self, x: torch.Tensor, weights: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
         """As `apply`; the sum over experts is float32."""
@@ -182,17 +196,12 @@ class FactoredMoEMethod(FusedMoEMethodBase):
         return result.to(x.dtype)
 
 
-def _experts(x: torch.Tensor, weights: torch.Tensor, numbers: torch.Tensor, layer_name: LayerNameType) -> torch.Tensor:
-    return find_layer(_resolve_layer_name(layer_name)).run(x, weights, numbers)
+def _experts(x: torch.Tensor, weights: torch.Tensor, numbers: torch.Tensor, layer_name: LayerName) -> torch.Tensor:
+    return find_layer(layer_name).run(x, weights, numbers)
 
 
-def _experts_fake(
-    x: torch.Tensor, weights: torch.Tensor, numbers: torch.Tensor, layer_name: LayerNameType
-) -> torch.Tensor:
+def _experts_fake(x: torch.Tensor, weights: torch.Tensor, numbers: torch.Tensor, layer_name: LayerName) -> torch.Tensor:
     return torch.empty_like(x)
 
 
-_library = torch.library.Library("pgsvd", "FRAGMENT")
-
-
-direct_register_custom_op("experts", _experts, fake_impl=_experts_fake, target_lib=_library)
+register_op("experts", _experts, _experts_fake)

@@ -14,7 +14,6 @@ from vllm.distributed import parallel_state  # noqa: E402
 from vllm.model_executor.layers import linear as vllm_linear  # noqa: E402
 from vllm.model_executor.layers import utils as vllm_utils  # noqa: E402
 from vllm.platforms import current_platform  # noqa: E402
-from vllm.utils.torch_utils import _encode_layer_name  # noqa: E402
 
 from pgsvd_vllm.errors import CheckpointError  # noqa: E402
 from pgsvd_vllm.format.schema import FactoredModule  # noqa: E402
@@ -22,7 +21,8 @@ from pgsvd_vllm.parallel.comm_plan import CommPlan  # noqa: E402
 from pgsvd_vllm.serving.gemm.cpu import gemm  # noqa: E402
 from pgsvd_vllm.serving.layers.linear import PgsvdLinearMethod  # noqa: E402
 from pgsvd_vllm.serving.quant_config import PgsvdConfig  # noqa: E402
-from pgsvd_vllm.serving.vllm_compat import Run, can_pack, vllm_gemm  # noqa: E402
+from pgsvd_vllm.serving.vllm_compat.cpu_gemm import Gemm, can_pack, vllm_gemm  # noqa: E402
+from pgsvd_vllm.serving.vllm_compat.internals import encode  # noqa: E402
 
 HIDDEN, HEAD, HEADS, KV_HEADS, WIDE = 64, 8, 8, 4, 96
 LEAVES = {
@@ -88,7 +88,7 @@ class Case:
         dtype: torch.dtype = torch.float32,
         seed: int = 0,
         prefix: str = "model.layers.0.block",
-        traffic: CommPlan | None = None,
+        comm_plan: CommPlan | None = None,
     ) -> None:
         generator = torch.Generator().manual_seed(seed)
         self.leaves, self.dtype = LEAVES[leaf], dtype
@@ -97,7 +97,7 @@ class Case:
         self.modules = dict(zip(self.leaves, map(module_of, ranks), strict=True))
         config = PgsvdConfig({self.names[part]: module for part, module in self.modules.items() if module})
         config.packed_modules_mapping = {name: list(parts) for name, parts in LEAVES.items() if len(parts) > 1}
-        config.traffic = traffic or config.traffic
+        config.comm_plan = comm_plan or config.comm_plan
         common = {"bias": bias, "quant_config": config, "prefix": f"{prefix}.{leaf}", "params_dtype": dtype}
         self.layer: nn.Module
         if leaf == "qkv_proj":
@@ -397,13 +397,13 @@ def test_only_vllms_own_compilation_sees_one_op(traced: bool) -> None:
 def test_the_op_is_a_correct_custom_op(dtype: torch.dtype) -> None:
     case = Case("qkv_proj", (24, None, "p16"), bias=True, dtype=dtype).load().finish()
     x = torch.randn(5, HIDDEN).to(dtype)
-    encoded = _encode_layer_name(case.layer.prefix)
+    encoded = encode(case.layer.prefix)
     for bias in (None, case.layer.bias.data):
         results = torch.library.opcheck(torch.ops.pgsvd.linear.default, (x, bias, sum(case.leaves.values()), encoded))
         assert set(results.values()) == {"SUCCESS"}, results
 
 
-def check_product(run: Run, weight: torch.Tensor, tokens: int, gap: int) -> None:
+def check_product(run: Gemm, weight: torch.Tensor, tokens: int, gap: int) -> None:
     """x whose rows lie `gap` numbers apart, with and without a bias, against float64."""
     rows, columns = weight.shape
     x, bias = torch.randn(tokens, columns + gap).to(weight.dtype)[:, gap:], torch.randn(rows).to(weight.dtype)

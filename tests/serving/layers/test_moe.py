@@ -11,7 +11,6 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.fused_moe import FusedMoEFactory
-from vllm.utils.torch_utils import _encode_layer_name
 
 from pgsvd_vllm.errors import CheckpointError
 from pgsvd_vllm.format.schema import FactoredModule
@@ -19,6 +18,7 @@ from pgsvd_vllm.serving.layers import moe as experts
 from pgsvd_vllm.serving.layers.moe import FactoredMoEMethod
 from pgsvd_vllm.serving.layers.moe_dense import DenseFallbackMoEMethod
 from pgsvd_vllm.serving.quant_config import PgsvdConfig
+from pgsvd_vllm.serving.vllm_compat.internals import encode
 from tests.serving.layers.test_linear import vllm_world  # noqa: F401  (a fixture)
 
 PREFIX = "model.layers.0.mlp.experts"
@@ -167,7 +167,7 @@ def test_the_op_is_what_torch_expects_of_one() -> None:
     mixture = Mixture(torch.float32)
     mixture.load()
     x = torch.randn(6, HIDDEN)
-    torch.library.opcheck(torch.ops.pgsvd.experts, (x, *routed(6), _encode_layer_name(mixture.method.prefix)))
+    torch.library.opcheck(torch.ops.pgsvd.experts, (x, *routed(6), encode(mixture.method.prefix)))
 
 
 def test_a_drafts_experts_are_not_the_targets() -> None:
