@@ -148,7 +148,7 @@ class Evaluator:
         logits = self.logits(result.output)
         shutil.rmtree(result.output)
         gap = F.kl_div(logits.log_softmax(-1), self.dense.log_softmax(-1), reduction="batchmean", log_target=True)
-        return float(gap), logits, result.allocation
+        return float(gap), logits, result.choice.allocation
 
 
 def measure(

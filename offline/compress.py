@@ -1,26 +1,30 @@
-"""The pipeline: plan, calibrate, allocate ranks, factorize, write."""
+"""The pipeline: plan, calibrate, choose ranks, factorize, refine, write."""
 
 import errno
 from collections.abc import Callable
 
 from safetensors import SafetensorError
 
-from pgsvd_vllm.errors import InputError, PgsvdError
-from pgsvd_vllm.offline.calibration.collect import calibrate_layers
-from pgsvd_vllm.offline.calibration.token_coverage import leave_uncovered_dense, token_counts
+from pgsvd_vllm.errors import ChoiceError, InputError, PgsvdError
+from pgsvd_vllm.offline.calibration.collect import Calibration, loss_energies, output_energies
+from pgsvd_vllm.offline.calibration.token_coverage import check_towers_left, leave_uncovered_dense, token_counts
 from pgsvd_vllm.offline.factors.factorize import factor_layers
 from pgsvd_vllm.offline.factors.lm_head import factor_lm_head
 from pgsvd_vllm.offline.options import CompressOptions
-from pgsvd_vllm.offline.output.checkpoint import CompressResult, write_checkpoint
-from pgsvd_vllm.offline.output.messages import _head_line, _time_line, describe, front_line, rank_rule
-from pgsvd_vllm.offline.ranks.select import choose_ranks, measured_front
+from pgsvd_vllm.offline.output.checkpoint import write_checkpoint
+from pgsvd_vllm.offline.output.messages import describe, front_line, lm_head_line, ranks_line
+from pgsvd_vllm.offline.output.outcome import Choice, CompressResult
+from pgsvd_vllm.offline.planning.plan import Plan
+from pgsvd_vllm.offline.planning.prepare import open_state, prepare
+from pgsvd_vllm.offline.planning.resources import check_disk, disk_bytes
+from pgsvd_vllm.offline.ranks.select import Spectra, choose_ranks, measured_front
 from pgsvd_vllm.offline.refine.run import refine_layers
-from pgsvd_vllm.offline.run.plan import make_plan
-from pgsvd_vllm.offline.run.resources import check_disk, disk_bytes, fit_into_memory
-from pgsvd_vllm.offline.run.state import RunState
+from pgsvd_vllm.offline.run_state import RunState
+
+Say = Callable[[str], None]
 
 
-def compress(options: CompressOptions, say: Callable[[str], None] = lambda _line: None) -> CompressResult:
+def compress(options: CompressOptions, say: Say = lambda _line: None) -> CompressResult:
     """Compress a model and write it to `options.output`.
 
     Args:
@@ -31,49 +35,73 @@ def compress(options: CompressOptions, say: Callable[[str], None] = lambda _line
         InputError: an option, the model or the text cannot be used, or the disk is full.
         CheckpointError: a file of the model is missing or damaged.
     """
-    plan = fit_into_memory(make_plan(options), say)
+    plan = prepare(options, say)
     say(describe(plan))
-    workspace = RunState(plan)
-    keep = workspace.has_any_layer  # of the run that is resumed
+    state = open_state(plan)
+    keep = state.has_any_layer  # of the run that is resumed
     try:
-        check_disk(plan, disk_bytes(plan) - workspace.used_bytes, workspace.folder)
-        calibrate_layers(plan, workspace)
-        keep = True  # another --ratio or --tolerance may do
-        tokens = token_counts(plan, workspace)
-        plan = leave_uncovered_dense(plan, workspace, tokens, say)
-        front = measured_front(plan, workspace) if plan.measured else None
-        if front is not None:
-            say(front_line(plan, front))
-        allocation = choose_ranks(plan, workspace, front)
-        say(
-            f"ranks by {rank_rule(plan, allocation)}: {len(allocation.ranks)} of {len(plan.flat)} projections "
-            f"factored, {allocation.removed:.1%} of their parameters removed{_time_line(plan, allocation)}"
-        )
-        factor_layers(plan, workspace, allocation)
-        if plan.options.refine is not None:
-            refine_layers(plan, workspace, say)
-        head = None
-        if plan.head is not None:
-            head = factor_lm_head(plan, plan.head, workspace.load_head())
-            say(_head_line(plan, head.report))
-        result = write_checkpoint(plan, workspace, allocation, front, tokens, head)
-        workspace.publish()
+        check_disk(plan, disk_bytes(plan) - state.used_bytes, state.folder)
+        calibrate(plan, state)
+        keep = True
+        result = _factor_and_write(plan, state, say)
+        state.publish()
         return result
     except PgsvdError as error:
-        if keep:
-            raise type(error)(f"{error} (calibration is kept: repeat with --resume)") from None
-        workspace.discard()
+        if isinstance(error, ChoiceError):
+            raise ChoiceError(f"{error} (calibration is kept: repeat with --resume)") from None
+        if not keep:
+            state.discard()
         raise
     except (OSError, SafetensorError) as error:
         # safetensors reports a full disk as an error of its own kind.
         if getattr(error, "errno", None) != errno.ENOSPC and "No space left" not in str(error):
             raise
         raise InputError(
-            f"--output-dir {options.output}: the disk is full; what is done is kept in {workspace.folder}: "
+            f"--output-dir {options.output}: the disk is full; what is done is kept in {state.folder}: "
             "make room and repeat with --resume"
         ) from None
     except KeyboardInterrupt:
-        if workspace.has_any_layer:
-            raise KeyboardInterrupt(f"finished layers are kept in {workspace.folder}, continue with --resume") from None
-        workspace.discard()
+        if state.has_any_layer:
+            raise KeyboardInterrupt(f"finished layers are kept in {state.folder}, continue with --resume") from None
+        state.discard()
         raise
+
+
+def calibrate(plan: Plan, state: RunState) -> None:
+    """Measure every layer that the state does not have yet; raises InputError."""
+    Calibration(plan.source, plan.data, plan.settings, plan.projections, state).run()
+
+
+def measured_spectra(plan: Plan, state: RunState) -> Spectra:
+    """The spectra of every projection of a calibrated run."""
+    layers, sensitivity = len(plan.projections.layers), plan.settings.sensitivity
+    losses = loss_energies(state, layers, sensitivity) if plan.settings.measured else None
+    return Spectra(output_energies(state, layers), losses)
+
+
+def _factor_and_write(plan: Plan, state: RunState, say: Say) -> CompressResult:
+    """Ranks, factors and the checkpoint of a calibrated run, in the state's checkpoint folder."""
+    plan, tokens = _covered(plan, state, say)
+    spectra = measured_spectra(plan, state)
+    front = None if spectra.loss is None else measured_front(plan.projections, spectra.loss, plan.target)
+    if front is not None:
+        say(front_line(plan.settings, front))
+    allocation = choose_ranks(plan.projections, spectra, plan.target, front)
+    say(ranks_line(plan, allocation))
+    factor_layers(plan.source, plan.data, plan.settings, plan.projections, state, allocation.ranks)
+    if plan.settings.refine_minutes is not None:
+        refine_layers(plan.source, plan.data, plan.settings, plan.projections, state, say)
+    head = None
+    if plan.projections.lm_head is not None:
+        head = factor_lm_head(plan.source, plan.settings, plan.projections.lm_head, state.load_lm_head())
+        say(lm_head_line(plan.settings, head.report))
+    return write_checkpoint(plan, state, Choice(allocation, front, tokens, head))
+
+
+def _covered(plan: Plan, state: RunState, say: Say) -> tuple[Plan, dict[str, int]]:
+    """The plan without projections that too few tokens reach, and the tokens that reach each candidate."""
+    tokens = token_counts(plan.projections, state)
+    left = leave_uncovered_dense(plan.projections, plan.settings, state, tokens, say)
+    for option, shares in (("ratio", plan.options.ratio), ("tolerance", plan.options.tolerance)):
+        check_towers_left(left, shares if isinstance(shares, dict) else (), option, tokens)
+    return plan.with_projections(left), tokens

@@ -9,7 +9,8 @@ def reason_of(error: Exception) -> str:
 class PgsvdError(Exception):
     """Base of every error whose message is written for the user.
 
-    The command line prints it as one line and exits with status 2.
+    The command line prints it as one line and exits with status 2. Messages of numeric code name an option by its
+    field in backticks, such as `ratio`; the command line shows the flag instead.
     """
 
 
@@ -19,3 +20,7 @@ class CheckpointError(PgsvdError, ValueError):
 
 class InputError(PgsvdError, ValueError):
     """An option, a model or a calibration text cannot be used as given; names it."""
+
+
+class ChoiceError(InputError):
+    """No ranks give the requested size, latency or error; another value may, on the same calibration."""

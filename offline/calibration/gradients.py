@@ -9,7 +9,7 @@ which is not so.
 The product of the two averages takes gradients and inputs as independent, which they are not: errors
 matter most where gradients are large. So half of C is C_w = E[w x x^T], w = ||g||^2 / E||g||^2, with the tokens
 weighted by their gradients. Only half, since gradients are blind to what is not small: a layer that feeds the token
-which all others attend to shows none there, yet must not lose that token (docs/log.md).
+which all others attend to shows none there, yet must not lose that token (docs/dev/log.md).
 
 The gradients come from a layer-wise backward pass: every layer is loaded once more, run forward
 again from its stored inputs, and run backward. Memory holds one layer, as in calibration.
@@ -32,7 +32,7 @@ from pgsvd_vllm.offline.model.layerwise import LayerStream
 from pgsvd_vllm.offline.model.projection import Projection
 
 # A backward pass costs twice a forward pass: no more tokens than this take part in it. On other text, factors
-# fitted with 16k tokens lost 5 % more than with 32k; 64k should be within 3 % of any number (docs/log.md).
+# fitted with 16k tokens lost 5 % more than with 32k; 64k should be within 3 % of any number (docs/dev/log.md).
 GRADIENT_TOKENS = 65536
 
 
@@ -93,7 +93,7 @@ class GradientPass:
             seed: of the draw of labels.
         """
         source, stream = self.stream.source, self.stream
-        source.load_head(stream.device, stream.dtype)
+        source.load_lm_head(stream.device, stream.dtype)
         outputs = {
             number: {index: kept.detach().requires_grad_() for index, kept in stream.flow.kept[number].items()}
             for number in range(self.batches)
@@ -106,7 +106,7 @@ class GradientPass:
                 if not torch.isfinite(leaf.grad).all():
                     raise InputError(
                         f"{source.folder}: the loss gradient overflows in {stream.dtype}; "
-                        "calibrate with --dtype float32 or bfloat16"
+                        "calibrate with `dtype` float32 or bfloat16"
                     )
                 self._gradients[number][index] = leaf.grad
 
@@ -213,7 +213,7 @@ class _GradientHooks:
                     continue
                 raise InputError(
                     f"{name}: none of the calibration text's first {tokens} tokens reaches it; "
-                    f"leave it dense with --ignore {name}, or use --sensitivity forward"
+                    f"leave it dense with `ignore` {name}, or use `sensitivity` forward"
                 )
             moments[name] = sums.moment * (weight / sums.tokens)
             energy = float(sums.moment.trace())  # sum ||g||^2

@@ -132,7 +132,7 @@ def advance(
                 if not torch.isfinite(output).all():
                     raise InputError(
                         f"{path}: the layer's output overflows in {stream.dtype}; "
-                        "calibrate with --dtype float32 or bfloat16"
+                        "calibrate with `dtype` float32 or bfloat16"
                     )
                 done = stream.flow.hidden[i].shape[:-1].numel()
                 stream.flow.hidden[i] = output
@@ -144,5 +144,5 @@ def advance(
     if collect:
         missing = [p.name for p in projections if p.name not in hooks.leader and p.reach == 1]
         if missing:
-            raise InputError(f"{missing[0]}: the layer never calls it; leave it dense with --ignore {missing[0]}")
+            raise InputError(f"{missing[0]}: the layer never calls it; leave it dense with `ignore` {missing[0]}")
         yield LayerGrams(hooks.grams, hooks.leader, tokens, dict(hooks.counts))

@@ -31,7 +31,7 @@ def calibrate_lm_head(stream: LayerStream, head: Projection) -> LMHeadCalibratio
         InputError: fewer tokens than the head has inputs.
     """
     source = stream.source
-    source.load_head(stream.device, stream.dtype)
+    source.load_lm_head(stream.device, stream.dtype)
     module: nn.Module = source.model.get_submodule(head.path)
     gram = torch.zeros(head.in_features, head.in_features, dtype=torch.float64, device=stream.device)
     weight = torch.zeros(head.out_features, device=stream.device)
@@ -53,12 +53,12 @@ def calibrate_lm_head(stream: LayerStream, head: Projection) -> LMHeadCalibratio
         handle.remove()
     if tokens < head.in_features:
         raise InputError(
-            f"--include lm_head: {tokens} tokens are too little calibration text; {head.name} has {head.in_features} "
+            f"`include` lm_head: {tokens} tokens are too little calibration text; {head.name} has {head.in_features} "
             "inputs and needs at least as many"
         )
     weight /= tokens
     root = gram_root(gram)
-    square = _square(source.tensor(f"{head.path}.weight"), _scale(weight))
+    square = gram_of_rows(source.weights.tensor(f"{head.path}.weight"), row_scale(weight))
     energy = torch.linalg.eigvalsh(root.T @ square @ root).flip(0).clamp_min(0)
     return LMHeadCalibration(gram.float(), weight, energy)
 
@@ -73,22 +73,22 @@ def _logits(stream: LayerStream, number: int, batch: dict[str, torch.Tensor], la
         yield logits_after(source.model, source.layers, ids[None], hidden[None])
 
 
-def _scale(weight: torch.Tensor) -> torch.Tensor:
+def row_scale(weight: torch.Tensor) -> torch.Tensor:
     """What rows are multiplied by, float64 [out, 1]."""
     w = weight.double()
     return w.clamp_min(FLOOR * w.mean()).sqrt()[:, None]
 
 
-def _blocks(matrix: torch.Tensor, scale: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+def weighted_blocks(matrix: torch.Tensor, scale: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
     """Some rows of a matrix at a time, weighted, float64, where `scale` is."""
     for start in range(0, len(matrix), HEAD_ROWS):
         rows = slice(start, min(start + HEAD_ROWS, len(matrix)))
         yield rows, scale[rows] * matrix[rows].to(scale.device).double()
 
 
-def _square(matrix: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+def gram_of_rows(matrix: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """S^T S, float64 [in, in]."""
     total = torch.zeros(matrix.shape[1], matrix.shape[1], dtype=torch.float64, device=scale.device)
-    for _, block in _blocks(matrix, scale):
+    for _, block in weighted_blocks(matrix, scale):
         total += block.T @ block
     return total

@@ -36,7 +36,7 @@ class Objective:
         Returns:
             the number of terms.
         """
-        if self.stream.source.compares:
+        if self.stream.source.is_dual_encoder:
             return self._compare(outputs)
         return sum(self._generate(number, leaves) for number, leaves in outputs.items())
 

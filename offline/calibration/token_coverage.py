@@ -1,76 +1,95 @@
-"""Experts of mixtures and projectors: how many tokens of the calibration data reach each, and which of them too few."""
+"""MoE experts and projectors: how many calibration tokens reach each, and which of them stay dense for want of them."""
 
 import statistics
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Collection
 
 from pgsvd_vllm.errors import InputError
+from pgsvd_vllm.offline.model.projection import Projection, ProjectionSet
 from pgsvd_vllm.offline.model.towers import PROJECTOR
-from pgsvd_vllm.offline.run.plan import Plan
-from pgsvd_vllm.offline.run.state import RunState
+from pgsvd_vllm.offline.run_state import RunState
+from pgsvd_vllm.offline.settings import RunSettings
 
 # Projections named in the warning.
 SHOWN = 3
 
 
-def token_counts(plan: Plan, workspace: RunState) -> dict[str, int]:
-    """Projection that may be `scarce` of tokens -> those of the calibration data that reached it."""
+def token_counts(projections: ProjectionSet, state: RunState) -> dict[str, int]:
+    """Projection that may lack tokens -> the calibration tokens that reached it."""
     found = {}
-    for index, row in enumerate(plan.projections):
-        scarce = [p for p in row if p.scarce]
-        if not scarce:
+    for index, row in enumerate(projections.layers):
+        candidates = [p for p in row if p.may_lack_tokens]
+        if not candidates:
             continue
-        data = workspace.load_layer(index, with_grams=False)
-        for p in scarce:
+        data = state.load_layer(index, with_grams=False)
+        for p in candidates:
             leader = data.leader.get(p.name)
             found[p.name] = 0 if leader is None else data.counts[leader]
     return found
 
 
-def leave_uncovered_dense(plan: Plan, workspace: RunState, tokens: dict[str, int], say: Callable[[str], None]) -> Plan:
-    """The plan without the matrices that too few tokens reach: they stay dense, and count as kept.
+def leave_uncovered_dense(
+    projections: ProjectionSet,
+    settings: RunSettings,
+    state: RunState,
+    tokens: dict[str, int],
+    say: Callable[[str], None],
+) -> ProjectionSet:
+    """The set without the projections that too few tokens reach: they stay dense, and count as kept.
 
-    Too few are fewer than the projection has inputs, so that its Gram matrix has not full rank.
+    Too few are fewer than the projection has inputs: its Gram matrix then lacks full rank.
 
     Args:
-        plan, workspace: calibrated.
+        projections: measured.
+        settings: of the run.
+        state: with the measurements.
         tokens: of `token_counts`.
-        say: called with a line about the experts' tokens, and with one about what stays dense.
-
-    Raises:
-        InputError: a ratio or tolerance of its own was asked for a tower of which nothing is left.
+        say: called with a line about the experts' tokens, and with one about the projections that stay dense.
     """
     if not tokens:
-        return plan
-    counts = sorted(tokens[p.name] for p in plan.flat if p.reach < 1)
+        return projections
+    counts = sorted(tokens[p.name] for p in projections.flat if p.reach < 1)
     if counts:
         say(f"tokens per expert: {counts[0]} to {counts[-1]}, median {statistics.median_low(counts)}")
-    known = set()
-    for index in range(len(plan.projections)):
-        data = workspace.load_layer(index, with_grams=False)
-        measured = workspace.load_sensitivity(index, plan.sensitivity, with_matrices=False) if plan.measured else data
-        known |= data.energy.keys() & measured.energy.keys()
-    starved = [p for p in plan.flat if p.scarce and p.name not in known]
-    if not starved:
-        return plan
-    left = replace(
-        plan,
-        projections=[[p for p in row if p not in starved] for row in plan.projections],
-        ignored=[*plan.ignored, *starved],
-    )
-    lost = set(plan.towers) - set(left.towers)
-    shown = ", ".join(f"{p.name} ({tokens[p.name]} of {p.in_features})" for p in starved[:SHOWN])
-    more = f" and {len(starved) - SHOWN} more" if len(starved) > SHOWN else ""
-    reason = f"too few tokens reach them (a projection needs as many as it has inputs): {shown}{more}"
-    for option, shares in (("--ratio", plan.options.ratio), ("--tolerance", plan.options.tolerance)):
-        for tower in lost.intersection(shares if isinstance(shares, dict) else ()):
-            raise InputError(
-                f"{option} {tower}=...: all its matrices must stay dense, since {reason}; leave {tower} out, or start "
-                "anew with more --num-calibration-samples"
-            )
-    kinds = sorted({"the projector" if p.tower == PROJECTOR else "experts" for p in starved})
+    known: set[str] = set()
+    for index in range(len(projections.layers)):
+        energy = state.load_layer(index, with_grams=False).energy
+        if settings.measured:
+            measured = state.load_sensitivity(index, settings.sensitivity, with_matrices=False).energy
+            known |= energy.keys() & measured.keys()
+        else:
+            known |= energy.keys()
+    uncovered = [p for p in projections.flat if p.may_lack_tokens and p.name not in known]
+    if not uncovered:
+        return projections
+    kinds = sorted({"the projector" if p.tower == PROJECTOR else "experts" for p in uncovered})
     say(
-        f"WARNING: {len(starved)} matrices of {' and '.join(kinds)} stay dense, since {reason}; more "
-        "--num-calibration-samples may help"
+        f"WARNING: {len(uncovered)} projections of {' and '.join(kinds)} stay dense, since "
+        f"{_reason(uncovered, tokens)}; more `num_calibration_samples` may help"
     )
-    return left
+    return projections.kept_dense(uncovered)
+
+
+def check_towers_left(left: ProjectionSet, asked: Collection[str], option: str, tokens: dict[str, int]) -> None:
+    """Refuse a ratio or tolerance of a tower whose projections all stay dense.
+
+    Args:
+        left: of `leave_uncovered_dense`.
+        asked: towers that the option names.
+        option: the option's field.
+        tokens: of `token_counts`.
+
+    Raises:
+        InputError: names the option and the tower.
+    """
+    for tower in sorted(set(asked) - set(left.towers)):
+        dense = [p for p in left.ignored if p.tower == tower and p.name in tokens]
+        raise InputError(
+            f"`{option}` {tower}=...: all its projections must stay dense, since {_reason(dense, tokens)}; leave "
+            f"{tower} out, or start anew with more `num_calibration_samples`"
+        )
+
+
+def _reason(uncovered: list[Projection], tokens: dict[str, int]) -> str:
+    shown = ", ".join(f"{p.name} ({tokens[p.name]} of {p.in_features})" for p in uncovered[:SHOWN])
+    more = f" and {len(uncovered) - SHOWN} more" if len(uncovered) > SHOWN else ""
+    return f"too few tokens reach them (a projection needs as many as it has inputs): {shown}{more}"

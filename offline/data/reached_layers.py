@@ -1,35 +1,53 @@
-"""Which layers the calibration data reaches."""
+"""Which layers the calibration data reaches, and whose outputs the model uses."""
+
+from dataclasses import dataclass
 
 import torch
 
 from pgsvd_vllm.offline.data.image_text import Pairs
 from pgsvd_vllm.offline.model.layerwise import LayerStream
-from pgsvd_vllm.offline.model.projection import Projection
+from pgsvd_vllm.offline.model.projection import Projection, ProjectionSet
 from pgsvd_vllm.offline.model.source import ModelSource
 
 
-def _reached(
-    source: ModelSource,
-    projections: list[list[Projection]],
-    pairs: Pairs | None,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> tuple[list[list[Projection]], list[Projection], float]:
-    """The projections of layers that the data reaches and something is computed from, all others, and how many tokens
-    the vision model makes of a pixel value."""
-    if not source.sees:
-        return projections, [], 0.0
-    used = range(source.spans[-1].start, len(source.layers))
-    ends: set[int] = set()
+@dataclass(frozen=True)
+class Reach:
+    """What one forward pass of the calibration data shows.
+
+    Attributes:
+        layers: indexes of the layers that run and whose outputs the model uses.
+        tokens_per_pixel: tokens that the vision encoder makes of one number in `pixel_values`; 0 without images.
+    """
+
+    layers: frozenset[int]
+    tokens_per_pixel: float
+
+
+def reached_layers(source: ModelSource, pairs: Pairs | None, device: torch.device, dtype: torch.dtype) -> Reach:
+    """Run the first batch of a vision-language model's calibration data; of a language model all layers count.
+
+    Args:
+        source: the model.
+        pairs: images with texts; None leaves only the language model's layers.
+        device, dtype: to compute on and in.
+    """
+    if not source.reads_images:
+        return Reach(frozenset(range(len(source.layers))), 0.0)
+    reached = set(range(source.spans[-1].start, len(source.layers)))
     per_pixel = 0.0
     if pairs is not None:
         stream = LayerStream(source, pairs.batches[:1], device, dtype)
-        ends = stream.read
+        for end in stream.read:
+            reached.update(range(source.span(end).start, end + 1))
         tokens = sum(hidden.shape[:-1].numel() for hidden in stream.flow.hidden)
         per_pixel = tokens / max(1, pairs.batches[0].get("pixel_values", torch.empty(0)).numel())
+    return Reach(frozenset(reached), per_pixel)
 
-    def counts(index: int) -> bool:
-        return index in used or any(index <= end for end in ends if end in source.span(index))
 
-    rows = [row if counts(index) else [] for index, row in enumerate(projections)]
-    return rows, [p for index, row in enumerate(projections) for p in row if not counts(index)], per_pixel
+def reached_projections(projections: ProjectionSet, reach: Reach) -> ProjectionSet:
+    """The set with the projections of layers out of reach moved to the unused ones."""
+    unused: list[Projection] = [
+        p for index, row in enumerate(projections.layers) if index not in reach.layers for p in row
+    ]
+    layers = [row if index in reach.layers else [] for index, row in enumerate(projections.layers)]
+    return ProjectionSet(layers, projections.ignored, unused, projections.lm_head)

@@ -28,6 +28,21 @@ DATE = datetime(2026, 1, 1)
 
 
 @dataclass(frozen=True)
+class TokenizedText:
+    """One text as token ids.
+
+    Attributes:
+        ids: int64 [n].
+        prefix: tokens that start every window, such as BOS.
+        name: where the text came from.
+    """
+
+    ids: torch.Tensor
+    prefix: list[int]
+    name: str
+
+
+@dataclass(frozen=True)
 class Windows:
     """Token windows of equal length, cut from one text.
 
@@ -193,48 +208,44 @@ def leading_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return []
 
 
-def tokenize(tokenizer: PreTrainedTokenizerBase, documents: list[str]) -> torch.Tensor:
-    """All documents as one int64 stream, separated by the end-of-text token where there is one."""
+def tokenize(tokenizer: PreTrainedTokenizerBase, documents: list[str], name: str) -> TokenizedText:
+    """All documents as one stream of tokens, separated by the end-of-text token where there is one."""
     separator = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None and len(documents) > 1 else []
     ids: list[int] = []
     for encoded in tokenizer(documents, add_special_tokens=False, verbose=False)["input_ids"] if documents else []:
         ids += encoded + separator
-    return torch.tensor(ids, dtype=torch.int64)
+    return TokenizedText(torch.tensor(ids, dtype=torch.int64), leading_tokens(tokenizer), name)
 
 
-def cut_windows(
-    tokens: torch.Tensor, prefix: list[int], count: int, length: int, seed: int, name: str, spare: int = 0
-) -> Windows:
+def cut_windows(text: TokenizedText, count: int, length: int, seed: int, spare: int = 0) -> Windows:
     """Draw `count` windows that do not overlap; fewer where the text is short.
 
     Args:
-        tokens: int64 [n].
-        prefix: tokens to start every window with.
+        text: to draw from.
         count: windows wanted.
         length: tokens of a window, the prefix included.
         seed: of the draw.
-        name: of the text.
         spare: windows that must be left over.
 
     Raises:
         InputError: the text does not fill one window and the spare ones.
     """
-    body = length - len(prefix)
-    available = len(tokens) // body
+    body = length - len(text.prefix)
+    available = len(text.ids) // body
     if available < 1 + spare:
         raise InputError(
-            f"--dataset {name}: {len(tokens)} tokens are too little calibration text: {1 + spare} x "
+            f"--dataset {text.name}: {len(text.ids)} tokens are too little calibration text: {1 + spare} x "
             f"--max-seq-length {length} needs {(1 + spare) * body}; give more text or a smaller --max-seq-length"
         )
     order = torch.randperm(available, generator=torch.Generator().manual_seed(seed)).tolist()
     count = min(count, available - spare)
-    head = torch.tensor(prefix, dtype=torch.int64)
+    prefix = torch.tensor(text.prefix, dtype=torch.int64)
 
     def windows(chosen: list[int]) -> torch.Tensor:
-        rows = [torch.cat([head, tokens[i * body : (i + 1) * body]]) for i in chosen]
+        rows = [torch.cat([prefix, text.ids[i * body : (i + 1) * body]]) for i in chosen]
         return torch.stack(rows) if rows else torch.empty(0, length, dtype=torch.int64)
 
-    return _windows(windows(order[:count]), windows(order[count:]), name)
+    return _windows(windows(order[:count]), windows(order[count:]), text.name)
 
 
 def no_windows(length: int) -> Windows:

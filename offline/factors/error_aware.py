@@ -12,7 +12,7 @@ its inputs tell: M gains g R (C' + lam I)^-1, R = sum e x'^T. Which projections 
 names: the layer's output must be its input plus theirs, on the calibration text.
 
 Such targets learn the tokens of this pass by heart, so the norm in which M is then cut to its rank is not theirs: it is
-that of all calibration text, moved by C' - C, with C = sum x x^T of the same tokens (docs/log.md).
+that of all calibration text, moved by C' - C, with C = sum x x^T of the same tokens (docs/dev/log.md).
 
 A layer runs once with its factors: every batch's run pauses in front of each projection until that one is factored.
 Memory holds one layer, both sets of hidden states, the dense layer's inputs of its projections, and the paused runs.
@@ -34,7 +34,7 @@ from pgsvd_vllm.offline.linalg import gram_of
 from pgsvd_vllm.offline.model.layerwise import Flow, LayerStream
 from pgsvd_vllm.offline.model.projection import Projection
 
-# Calibration tokens that take part; twice as many gained what half as many lost (docs/log.md).
+# Calibration tokens that take part; twice as many gained what half as many lost (docs/dev/log.md).
 SEQUENTIAL_TOKENS = 131072
 # f and g: the shares of the inputs' and of the stream's error that are corrected.
 CORRECTED = 0.5
@@ -245,7 +245,7 @@ class ErrorAwarePass:
     def _overflow(self, name: str) -> InputError:
         return InputError(
             f"{name}: the factored model overflows here in {self.stream.dtype}; "
-            "calibrate with --dtype float32 or bfloat16"
+            "calibrate with `dtype` float32 or bfloat16"
         )
 
 
@@ -296,7 +296,7 @@ def _note(name: str) -> Callable[..., None]:
 def _other_tokens(name: str) -> InputError:
     return InputError(
         f"{name}: its tokens depend on the weights before it (a router); "
-        f"leave it dense with --ignore {name}, or use --no-sequential"
+        f"leave it dense with `ignore` {name}, or use `no_sequential`"
     )
 
 

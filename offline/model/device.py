@@ -18,7 +18,7 @@ def pick_device(name: str) -> torch.device:
         torch.ones(1, device=device, dtype=torch.float64).item()
     except (RuntimeError, AssertionError, TypeError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise InputError(f"--device {name}: cannot be used ({reason})") from None
+        raise InputError(f"`device` {name}: cannot be used ({reason})") from None
     return device
 
 

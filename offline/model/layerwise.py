@@ -162,7 +162,7 @@ class LayerStream:
         self._calls: dict[tuple[int, Any], list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
         source.load_outer(device, dtype)
         self.batches = list(batches)
-        self.read = {len(source.layers) - 1} if not source.sees else self._find_read()
+        self.read = {len(source.layers) - 1} if not source.reads_images else self._find_read()
         self.flow = Flow()
         self.enter(0, self.flow)
 
@@ -203,7 +203,7 @@ class LayerStream:
             [..., hidden]; None where the batch does not run this tower, such as text a vision encoder.
         """
         span = self.source.span(start)
-        seen: list[torch.Tensor] = []
+        seen: list[tuple[torch.Tensor, int]] = []
         calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         takers: dict[int, _Taker] = {}
 
@@ -214,9 +214,10 @@ class LayerStream:
             taker = takers.setdefault(self.source.span(index).start, _Taker(hidden))
             if index < start:
                 return taker.give(outputs.get(index, taker.first), hidden)
-            if seen and hidden.data_ptr() != seen[0].data_ptr():
-                raise self._unsupported("between its layers the model changes what they hand on")
-            seen.append(hidden)
+            # A change in place keeps the address and counts the version up.
+            if seen and (hidden.data_ptr() != seen[0][0].data_ptr() or hidden._version != seen[0][1]):
+                raise self._unsupported("between its layers the model changes the hidden states")
+            seen.append((hidden, hidden._version))
             kwargs.pop("hidden_states", None)
             if any(isinstance(value, MutableMapping) for value in (*args[1:], *kwargs.values())):
                 raise self._unsupported("its layers hand each other more than hidden states")
@@ -227,16 +228,16 @@ class LayerStream:
 
         with _replaced_forward(self.source.layers, record), contextlib.suppress(Reached):
             self.source.model(**self.batch(number), **_options(self.source.model))
-        if not calls and self.source.sees:
+        if not calls and self.source.reads_images:
             return None
         if len(calls) != len(span):
             path = self.source.tower(start).path
             raise self._unsupported(f"the model runs {len(calls)} of its {len(span)} layers in {path}")
         self._calls[start, self._call_key(number)] = calls
-        return seen[0]
+        return seen[0][0]
 
     def _unsupported(self, what: str) -> InputError:
-        text = "; its language model may be compressed with text alone" if self.source.sees else ""
+        text = "; its language model may be compressed with text alone" if self.source.reads_images else ""
         return InputError(f"{self.source.folder}: {what}: this architecture is not supported{text}")
 
     def _call_key(self, number: int) -> Any:

@@ -1,6 +1,7 @@
-"""A dense linear layer that may be factored."""
+"""Dense linear layers that may be factored, one by one and as the set that a run works on."""
 
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
 
 from pgsvd_vllm.offline.model.towers import LANGUAGE, PROJECTOR
 
@@ -15,9 +16,9 @@ class Projection:
     Attributes:
         name: module name in the checkpoint, without `.weight`.
         out_features, in_features: shape of its weight.
-        module: its path in the model, where transformers has another one than the checkpoint.
-        tower: name of the tower that it belongs to.
-        reach: share of the tokens that it is expected to see: less than 1 of an expert of a mixture.
+        module: its module path in the model, where transformers has another one than the checkpoint.
+        tower: name of the tower it belongs to.
+        reach: expected share of the tokens that run it: below 1 for a routed MoE expert.
     """
 
     name: str
@@ -33,11 +34,63 @@ class Projection:
         return self.module or self.name
 
     @property
-    def scarce(self) -> bool:
-        """Whether the calibration data may well be too little for it, and it then stays dense."""
+    def numel(self) -> int:
+        """Parameters of its weight."""
+        return self.out_features * self.in_features
+
+    @property
+    def may_lack_tokens(self) -> bool:
+        """Whether it may see fewer tokens than it has inputs, and then stays dense: an expert, or the projector."""
         return self.reach < 1 or self.tower == PROJECTOR
+
+
+@dataclass(frozen=True)
+class ProjectionSet:
+    """The projections of one run, by layer.
+
+    Attributes:
+        layers: the projections to factor, one list for each layer of the model; may be empty lists.
+        ignored: projections that the user keeps dense; they count as kept.
+        unused: projections of layers whose outputs nothing uses or which the calibration data does not reach.
+        lm_head: the LM head, if it is to be factored.
+    """
+
+    layers: list[list[Projection]]
+    ignored: list[Projection] = field(default_factory=list)
+    unused: list[Projection] = field(default_factory=list)
+    lm_head: Projection | None = None
+
+    @property
+    def flat(self) -> list[Projection]:
+        """All projections to factor, in order."""
+        return [p for row in self.layers for p in row]
+
+    @property
+    def towers(self) -> list[str]:
+        """The names of the towers with projections to factor."""
+        return list(dict.fromkeys(p.tower for p in self.flat))
 
     @property
     def numel(self) -> int:
-        """Parameters of the dense weight."""
-        return self.out_features * self.in_features
+        """Parameters of the projections to factor and of the ignored ones."""
+        return sum(p.numel for p in (*self.flat, *self.ignored))
+
+    @property
+    def ignored_numel(self) -> int:
+        """Parameters of the ignored projections."""
+        return sum(p.numel for p in self.ignored)
+
+    def of_tower(self, tower: str) -> "ProjectionSet":
+        """The part of the set that belongs to one tower, without the LM head."""
+        layers = [[p for p in row if p.tower == tower] for row in self.layers]
+        return ProjectionSet(layers, [p for p in self.ignored if p.tower == tower])
+
+    def kept_dense(self, left_out: Collection[Projection]) -> "ProjectionSet":
+        """The set with some projections moved to the ignored ones."""
+        layers = [[p for p in row if p not in left_out] for row in self.layers]
+        return replace(self, layers=layers, ignored=[*self.ignored, *left_out])
+
+
+def widest(projections: Sequence[Projection]) -> Projection | None:
+    """The projection with the most inputs; None of an empty sequence."""
+    return max(projections, key=lambda p: p.in_features, default=None)

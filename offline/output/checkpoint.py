@@ -1,88 +1,85 @@
-"""Writes the compressed checkpoint: factors, dense tensors, config, report and model card."""
+"""Writes the compressed checkpoint: factors, dense tensors, and the files that belong to the model."""
 
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
 from pgsvd_vllm.format.reader import open_checkpoint
 from pgsvd_vllm.format.writer import TensorWriter
-from pgsvd_vllm.offline.output.report import write_config, write_description
-from pgsvd_vllm.offline.ranks.allocation import Allocation
-from pgsvd_vllm.offline.ranks.pareto import LossFront
-from pgsvd_vllm.offline.records import LMHeadFactors, ModuleReport
-from pgsvd_vllm.offline.run.plan import Plan
-from pgsvd_vllm.offline.run.state import RunState
+from pgsvd_vllm.offline.output.outcome import Choice, CompressResult
+from pgsvd_vllm.offline.output.report import write_config, write_model_card, write_report
+from pgsvd_vllm.offline.planning.plan import Plan
+from pgsvd_vllm.offline.records import ModuleReport
+from pgsvd_vllm.offline.run_state import RunState
 
 COPIED_SUFFIXES = {".json", ".jinja", ".txt", ".model", ".tiktoken"}
+COPIED_FOLDERS = ("additional_chat_templates",)
 NOT_COPIED = {"config.json", "model.safetensors.index.json", "README.md"}
+REMOTE_CODE_SUFFIX = ".py"
 
 
-@dataclass(frozen=True)
-class CompressResult:
-    """What was written.
+def write_checkpoint(plan: Plan, state: RunState, choice: Choice) -> CompressResult:
+    """Write the factors and everything else into the state's checkpoint folder, and describe the result.
 
-    Attributes:
-        output: the folder.
-        allocation: tolerances and ranks.
-        modules: one entry a projection, factored or dense.
-        parameters_before, parameters_after: of the whole model.
-        compares: whether it compares images with texts, and is served to embed them.
+    Args:
+        plan: of the run.
+        state: with the factors of every layer.
+        choice: the ranks, and the LM head.
+
+    Raises:
+        CheckpointError: what was written is no valid checkpoint.
     """
-
-    output: Path
-    allocation: Allocation
-    modules: list[ModuleReport]
-    parameters_before: int
-    parameters_after: int
-    compares: bool
-
-
-def write_checkpoint(
-    plan: Plan,
-    workspace: RunState,
-    allocation: Allocation,
-    front: LossFront | None,
-    tokens: dict[str, int] | None = None,
-    head: LMHeadFactors | None = None,
-) -> CompressResult:
-    """Write the factors and everything else, and describe the result; `tokens` are those of `token_counts`."""
-    folder = workspace.begin_checkpoint()
+    folder = state.begin_checkpoint()
     writer = TensorWriter(folder)
+    ranks, weights, head = choice.allocation.ranks, plan.source.weights, choice.lm_head
     modules: list[ModuleReport] = []
-    after = 0
-    for index, row in enumerate(plan.projections):
-        factors = workspace.load_factors(index)
+    for index, row in enumerate(plan.projections.layers):
+        factors = state.load_factors(index)
         for p in row:
-            if p.name not in allocation.ranks:
+            if p.name not in ranks:
                 modules.append(ModuleReport(p.name, p.out_features, p.in_features, None, 0.0, 0.0, 0))
                 continue
             for suffix, tensor in factors.tensors[p.name].items():
                 writer.add(f"{p.name}.{suffix}", tensor)
-                after += tensor.numel()
             modules.append(factors.reports[p.name])
-    paths = [p.path for p in plan.flat if p.name in allocation.ranks]
+    paths = [p.path for p in plan.projections.flat if p.name in ranks]
     if head is not None:
         modules.append(head.report)
-        if plan.head is not None and head.tensors:
-            paths.append(plan.head.path)
+        if plan.projections.lm_head is not None and head.tensors:
+            paths.append(plan.projections.lm_head.path)
         for suffix, tensor in head.tensors.items():
             writer.add(f"{head.name}.{suffix}", tensor)
-            after += tensor.numel()
-    factored = {stored for path in paths for stored in plan.source.stored_as(f"{path}.weight")}
-    for name in plan.source.tensors:
+    factored = {stored for path in paths for stored in weights.stored_as(f"{path}.weight")}
+    for name in weights.tensors:
         if name in factored:
             continue
-        tensor = plan.source.read(name)
-        if plan.store_dtype is not None and tensor.is_floating_point():
-            tensor = tensor.to(plan.store_dtype)
+        tensor = weights.read(name)
+        if plan.settings.store_dtype is not None and tensor.is_floating_point():
+            tensor = tensor.to(plan.settings.store_dtype)
         writer.add(name, tensor)
-        after += tensor.numel()
     writer.close()
-    for path in sorted(plan.source.folder.iterdir()):
-        if path.is_file() and path.suffix in COPIED_SUFFIXES and path.name not in NOT_COPIED:
-            shutil.copyfile(path, folder / path.name)
-    small = head.report if head is not None and head.tensors else None
-    write_config(folder, plan, allocation, after, writer.count, small)
-    write_description(folder, plan, allocation, front, modules, after, tokens or {})
+    copy_companions(plan.source.folder, folder, plan.options.trust_remote_code)
+    result = CompressResult(
+        state.output, choice, modules, weights.numel, writer.numel, writer.count, plan.source.is_dual_encoder
+    )
+    write_config(folder, plan, result)
+    write_report(folder, plan, result)
+    write_model_card(folder, plan, result)
     open_checkpoint(folder)
-    return CompressResult(workspace.output, allocation, modules, plan.total_parameters, after, plan.source.compares)
+    return result
+
+
+def copy_companions(model: Path, folder: Path, trust_remote_code: bool) -> None:
+    """Copy the files beside a model's weights: tokenizer, processor, chat templates.
+
+    Args:
+        model: the dense model's folder.
+        folder: of the checkpoint.
+        trust_remote_code: copy the modelling code that config.json refers to as well.
+    """
+    suffixes = COPIED_SUFFIXES | ({REMOTE_CODE_SUFFIX} if trust_remote_code else set())
+    for path in sorted(model.iterdir()):
+        if path.is_file() and path.suffix in suffixes and path.name not in NOT_COPIED:
+            shutil.copyfile(path, folder / path.name)
+    for name in COPIED_FOLDERS:
+        if (model / name).is_dir():
+            shutil.copytree(model / name, folder / name, copy_function=shutil.copyfile)

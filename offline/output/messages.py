@@ -1,98 +1,111 @@
-"""What a run tells its user, in words."""
+"""The lines in which a run says what it does."""
 
 import math
 
+from pgsvd_vllm.offline.data.calibration_set import CalibrationSet
 from pgsvd_vllm.offline.options import WINDOWS
+from pgsvd_vllm.offline.planning.plan import Plan
 from pgsvd_vllm.offline.ranks.allocation import Allocation
 from pgsvd_vllm.offline.ranks.pareto import LossFront
 from pgsvd_vllm.offline.records import ModuleReport
-from pgsvd_vllm.offline.run.plan import Plan
+from pgsvd_vllm.offline.settings import FORWARD, MEASURED, RunSettings
 
 
 def describe(plan: Plan) -> str:
-    """One paragraph: model, text, what is about to happen."""
-    ignored = f", {plan.ignored_parameters / 1e6:.1f} M more ignored" if plan.ignored_parameters else ""
-    if plan.unreachable_parameters:
-        ignored += (
-            f"; {plan.unreachable_parameters / 1e6:.1f} M in other matrices of theirs, such as "
-            f"{'routers' if plan.source.splits else 'experts'}, stay dense"
-        )
-        if not plan.source.splits and plan.source.could_split:
-            ignored += " (--include experts factors them)"
-    if plan.unused:
-        towers = " and ".join(sorted({p.tower for p in plan.unused}))
-        reason = "layers whose outputs nobody reads" if plan.pairs else "no images in the calibration data"
-        ignored += f"; {sum(p.numel for p in plan.unused) / 1e6:.1f} M of the {towers} model stay dense ({reason})"
-    starving = _starving_line(plan)
-    sizes = {tower: sum(p.numel for p in plan.flat if p.tower == tower) for tower in plan.towers}
+    """One paragraph: the model, what is factored, the calibration data, the device."""
+    projections, settings = plan.projections, plan.settings
+    sizes = {tower: sum(p.numel for p in projections.flat if p.tower == tower) for tower in projections.towers}
     parts = ", ".join(f"{tower} {size / 1e6:.1f} M" for tower, size in sizes.items())
     return (
-        f"{plan.options.model}: {plan.total_parameters / 1e6:.1f} M parameters, "
-        f"{sum(p.numel for p in plan.flat) / 1e6:.1f} M in {len(plan.flat)} projections of "
-        f"{len(plan.projections)} layers{f' ({parts})' if len(sizes) > 1 else ''}{ignored}\n"
-        f"calibration: {_data_line(plan)}, "
-        f"on {plan.device} in {str(plan.compute_dtype).removeprefix('torch.')}{starving}"
+        f"{plan.options.model}: {plan.source.weights.numel / 1e6:.1f} M parameters, "
+        f"{sum(p.numel for p in projections.flat) / 1e6:.1f} M in {len(projections.flat)} projections of "
+        f"{len(projections.layers)} layers{f' ({parts})' if len(sizes) > 1 else ''}{_dense_line(plan)}\n"
+        f"calibration: {_data_line(plan.data, plan.options.num_calibration_samples)}, "
+        f"on {settings.device} in {str(settings.compute_dtype).removeprefix('torch.')}{_coverage_line(plan)}"
     )
 
 
-def _starving_line(plan: Plan) -> str:
-    """What to do where the average expert will see too few tokens; empty where it sees enough."""
-    experts = [p for p in plan.flat if p.reach < 1]
-    short = [p for p in experts if plan.tokens * p.reach < p.in_features]
+def _dense_line(plan: Plan) -> str:
+    """What stays dense before any rank is chosen, and why."""
+    projections, source = plan.projections, plan.source
+    line = f", {projections.ignored_numel / 1e6:.1f} M more ignored" if projections.ignored else ""
+    known = {f"{p.path}.weight" for p in (*projections.flat, *projections.ignored, *projections.unused)}
+    others = source.other_numel(known)
+    if others:
+        such = "routers" if source.unstacks_experts else "experts"
+        line += f"; {others / 1e6:.1f} M in other matrices of the layers, such as {such}, stay dense"
+        if not source.unstacks_experts and source.could_unstack:
+            line += " (`include` experts factors them)"
+    if projections.unused:
+        towers = " and ".join(sorted({p.tower for p in projections.unused}))
+        reason = "layers whose outputs nothing uses" if plan.data.pairs else "no images in the calibration data"
+        line += f"; {sum(p.numel for p in projections.unused) / 1e6:.1f} M of the {towers} model stay dense ({reason})"
+    return line
+
+
+def _coverage_line(plan: Plan) -> str:
+    """What to do where the average MoE expert will see too few tokens; empty where it sees enough."""
+    tokens = plan.data.tokens
+    short = [p for p in plan.projections.flat if p.reach < 1 and tokens * p.reach < p.in_features]
     if not short:
         return ""
-    needed = max(p.in_features / p.reach for p in short) / plan.tokens
-    samples = len(plan.windows.ids) + (plan.pairs.count if plan.pairs else 0)
+    needed = max(p.in_features / p.reach for p in short) / tokens
     return (
-        f"\nWARNING: an expert sees about {plan.tokens * short[0].reach:.0f} tokens, and to be compressed needs as "
-        f"many as it has inputs, up to {max(p.in_features for p in short)}; --num-calibration-samples "
-        f"{math.ceil(2 * needed * samples)} would do for most"
+        f"\nWARNING: an expert sees about {tokens * short[0].reach:.0f} tokens, and to be compressed needs as "
+        f"many as it has inputs, up to {max(p.in_features for p in short)}; `num_calibration_samples` "
+        f"{math.ceil(2 * needed * plan.data.samples)} would do for most"
     )
 
 
-def _data_line(plan: Plan) -> str:
-    """How much of what is read."""
-    ids, parts = plan.windows.ids, []
-    if plan.pairs is not None:
-        parts.append(f"{plan.pairs.count} images with texts from {plan.pairs.name}")
+def _data_line(data: CalibrationSet, asked: int | None) -> str:
+    """How much calibration data, and where it comes from."""
+    ids, parts = data.windows.ids, []
+    if data.pairs is not None:
+        parts.append(f"{data.pairs.count} images with texts from {data.pairs.name}")
     if len(ids):
-        wanted = plan.options.num_calibration_samples or WINDOWS
+        wanted = asked or WINDOWS
         short = f" (the text has no more; {wanted} asked for)" if not parts and len(ids) < wanted else ""
-        parts.append(f"{len(ids)} windows{short} of {ids.shape[1]} tokens from {plan.windows.name}")
+        parts.append(f"{len(ids)} windows{short} of {ids.shape[1]} tokens from {data.windows.name}")
     return " and ".join(parts)
 
 
-def _time_line(plan: Plan, allocation: Allocation) -> str:
-    if plan.costs is None or allocation.time is None:
-        return ""
-    tokens = f"{plan.costs.tokens} token" + ("s" if plan.costs.tokens > 1 else "")
-    return f", {allocation.time:.1%} of their time for {tokens} (measured on {plan.costs.machine})"
+def ranks_line(plan: Plan, allocation: Allocation) -> str:
+    """How many projections are factored, and by what rule."""
+    latency = ""
+    if plan.latencies is not None and allocation.time is not None:
+        tokens = f"{plan.latencies.tokens} token" + ("s" if plan.latencies.tokens > 1 else "")
+        latency = f", {allocation.time:.1%} of their latency for {tokens} (measured on {plan.latencies.machine})"
+    return (
+        f"ranks by {rank_rule(plan.settings, allocation)}: {len(allocation.ranks)} of {len(plan.projections.flat)} "
+        f"projections factored, {allocation.removed:.1%} of their parameters removed{latency}"
+    )
 
 
-def _head_line(plan: Plan, report: ModuleReport) -> str:
-    wanted = f"with a relative error of {plan.options.head_tolerance}"
+def lm_head_line(settings: RunSettings, report: ModuleReport) -> str:
+    """What became of the LM head."""
+    wanted = f"with a relative error of {settings.head_tolerance}"
     if report.rank is None:
-        return f"output head stays dense: factors {wanted} would be larger; a larger --head-tolerance may help"
+        return f"LM head stays dense: factors {wanted} would be larger; a larger `head_tolerance` may help"
     removed = 1 - report.rank * (report.out_features + report.in_features) / (report.out_features * report.in_features)
-    return f"output head: rank {report.rank} of {report.in_features} {wanted}, {removed:.1%} of its parameters removed"
+    return f"LM head: rank {report.rank} of {report.in_features} {wanted}, {removed:.1%} of its parameters removed"
 
 
-def rank_rule(plan: Plan, allocation: Allocation) -> str:
-    """What the ranks follow from, in words."""
-    if plan.options.baseline is not None:
-        return f"one ratio for every projection, method {plan.options.baseline}"
+def rank_rule(settings: RunSettings, allocation: Allocation) -> str:
+    """The rule that the ranks follow from."""
+    if settings.baseline is not None:
+        return f"one ratio for every projection, method {settings.baseline}"
     if not allocation.tolerances:
-        if plan.sensitivity == "forward":
+        if settings.sensitivity == FORWARD:
             return f"responses of the residual stream ({allocation.loss:.4f} of its energy predicted)"
         return f"measured losses ({allocation.loss:.3f} nats a token predicted)"
-    if len(plan.towers) == 1:
+    if len(allocation.tolerances) == 1:
         return f"one relative output error for every projection, {next(iter(allocation.tolerances.values())):.4f}"
     each = ", ".join(f"{tower} {tolerance:.4f}" for tower, tolerance in allocation.tolerances.items())
     return f"one relative output error for every projection of a tower, {each}"
 
 
-def front_line(plan: Plan, front: LossFront) -> str:
-    """The loss that other sizes would cost, in words."""
-    what = "loss" if plan.sensitivity == "measured" else "relative error of the residual stream"
-    share = "removed share of the time" if front.by_time else "removed share"
+def front_line(settings: RunSettings, front: LossFront) -> str:
+    """The predicted loss of other sizes."""
+    what = "loss" if settings.sensitivity == MEASURED else "relative error of the residual stream"
+    share = "removed share of the latency" if front.by_time else "removed share"
     return f"predicted {what} by {share}: " + ", ".join(f"{r:.0%} {x:.4f}" for r, x in front.summary(0.1))

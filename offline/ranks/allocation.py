@@ -8,7 +8,7 @@ given time where it is known what each product costs.
 
 from dataclasses import dataclass
 
-from pgsvd_vllm.errors import InputError
+from pgsvd_vllm.errors import ChoiceError
 from pgsvd_vllm.format.schema import stored_size
 from pgsvd_vllm.offline.model.projection import Projection
 
@@ -56,9 +56,11 @@ def hardware_rank(projection: Projection, rank: int) -> int:
     return -(-rank // RANK_MULTIPLE) * RANK_MULTIPLE
 
 
-def _too_large(ratio: float, most: float, what: str = "") -> InputError:
-    return InputError(f"--ratio {ratio}: more than this model can give; the smallest factors remove {most:.1%}{what}")
+def too_large(ratio: float, most: float, what: str = "") -> ChoiceError:
+    """The error of a share that no ranks remove."""
+    return ChoiceError(f"`ratio` {ratio}: more than this model can give; the smallest factors remove {most:.1%}{what}")
 
 
-def _too_small(ratio: float, above: float) -> InputError:
-    return InputError(f"--ratio {ratio}: too small for this model; the next possible step is {above:.1%}")
+def too_small(ratio: float, above: float) -> ChoiceError:
+    """The error of a share below the smallest step."""
+    return ChoiceError(f"`ratio` {ratio}: too small for this model; the next possible step is {above:.1%}")

@@ -7,57 +7,58 @@ from dataclasses import dataclass
 
 import torch
 
-from pgsvd_vllm.errors import InputError
+from pgsvd_vllm.errors import ChoiceError
 from pgsvd_vllm.format.latency_table import LatencyTable
 from pgsvd_vllm.offline.linalg import tail_energy
-from pgsvd_vllm.offline.model.projection import Projection
+from pgsvd_vllm.offline.model.projection import Projection, ProjectionSet
 from pgsvd_vllm.offline.ranks.allocation import (
     RATIO_SLACK,
     Allocation,
-    _too_large,
-    _too_small,
     hardware_rank,
     saves,
     size,
+    too_large,
+    too_small,
 )
+from pgsvd_vllm.offline.ranks.target import RankTarget
 
 # Share of a projection's cost that ranks by measured losses save at least. A product more costs some time
-# whatever its size, and by size nearly every projection would be cut, many by 2 to 7 % (docs/log.md).
+# whatever its size, and by size nearly every projection would be cut, many by 2 to 7 % (docs/dev/log.md).
 LEAST_SAVING = 0.1
 
 
-def _pays(cost: float, dense: float) -> bool:
+def pays(cost: float, dense: float) -> bool:
+    """Whether a low-rank GEMM costs clearly less than the dense one."""
     return cost <= (1 - LEAST_SAVING) * dense
 
 
-def check_times(
-    ratio: float, projections: Sequence[Projection], ignored: Sequence[Projection], form: str, costs: LatencyTable
-) -> None:
-    """Refuse, before anything is calibrated, a share of the time that no ranks remove.
+def check_latency(projections: ProjectionSet, target: RankTarget) -> None:
+    """Refuse, before anything is calibrated, a share of the latency that no ranks remove.
 
     Args:
-        ratio: share of all projections' time.
-        projections: those that may be factored.
-        ignored: those that were told to stay dense.
-        form: how low-rank matrices are stored.
-        costs: what products take.
+        projections: that may be factored, and those that stay dense.
+        target: with latencies, and one ratio for all towers.
 
     Raises:
-        InputError: the table lacks a shape, or the fastest products do not remove that much.
+        ChoiceError: the fastest GEMMs do not remove that much.
+        InputError: the table lacks a shape.
     """
+    latencies, ratio, form = target.latencies, target.ratio, target.form
+    assert latencies is not None
+    assert isinstance(ratio, float)
     total = saved = 0.0
-    for p in (*projections, *ignored):
-        total += costs.time(p.out_features, p.in_features, form, None)
-    for p in projections:
-        dense = costs.time(p.out_features, p.in_features, form, None)
+    for p in (*projections.flat, *projections.ignored):
+        total += latencies.time(p.out_features, p.in_features, form, None)
+    for p in projections.flat:
+        dense = latencies.time(p.out_features, p.in_features, form, None)
         step = hardware_rank(p, 1)
         ranks = [r for r in range(step, min(p.out_features, p.in_features) + 1, step) if saves(p, r, form)]
-        fastest = min((costs.time(p.out_features, p.in_features, form, r) for r in ranks), default=dense)
-        saved += dense - fastest if _pays(fastest, dense) else 0.0
+        fastest = min((latencies.time(p.out_features, p.in_features, form, r) for r in ranks), default=dense)
+        saved += dense - fastest if pays(fastest, dense) else 0.0
     if saved <= 0:
-        raise InputError("--costs: no product of low rank is clearly faster than the dense one on that machine")
+        raise ChoiceError("`costs`: no low-rank GEMM is clearly faster than the dense one on that machine")
     if saved / total < ratio - RATIO_SLACK:
-        raise _too_large(ratio, saved / total, " of the projections' time")
+        raise too_large(ratio, saved / total, " of the projections' latency")
 
 
 @dataclass(frozen=True)
@@ -91,13 +92,13 @@ class LossFront:
         """The allocation whose removed share is closest to `ratio`.
 
         Raises:
-            InputError: no corner removes that much, or so little.
+            ChoiceError: no corner removes that much, or so little.
         """
         if not self.steps or self.removed[-1] < ratio - RATIO_SLACK:
-            raise _too_large(ratio, self.removed[-1])
+            raise too_large(ratio, self.removed[-1])
         corner = self.corner(ratio)
         if corner == 0:
-            raise _too_small(ratio, self.removed[1])
+            raise too_small(ratio, self.removed[1])
         return Allocation(
             {},
             dict(self.steps[:corner]),
@@ -145,7 +146,7 @@ def _hull(projection: Projection, energy: torch.Tensor, form: str, costs: Latenc
         stored = size(projection, rank, form)
         point = _Choice(rank, stored, cost(rank, stored), tail[rank])
         # Measured times need not fall with the rank, nor below the dense product's.
-        if point.cost >= hull[-1].cost or not _pays(point.cost, hull[0].cost):
+        if point.cost >= hull[-1].cost or not pays(point.cost, hull[0].cost):
             continue
         while len(hull) > 1 and price(hull[-2], hull[-1]) >= price(hull[-1], point):
             hull.pop()

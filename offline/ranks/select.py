@@ -1,102 +1,109 @@
-"""Chooses the ranks that a plan asks for, of all towers together or of each by itself."""
+"""Chooses the ranks that a target asks for, of all towers together or of each by itself."""
 
-from dataclasses import replace
+from dataclasses import dataclass
 
 import torch
 
-from pgsvd_vllm.errors import InputError
-from pgsvd_vllm.offline.options import DEFAULT_RATIO
+from pgsvd_vllm.errors import ChoiceError, InputError
+from pgsvd_vllm.offline.model.projection import ProjectionSet
 from pgsvd_vllm.offline.ranks.allocation import Allocation
 from pgsvd_vllm.offline.ranks.error_profile import error_profile
 from pgsvd_vllm.offline.ranks.pareto import LossFront, loss_front
+from pgsvd_vllm.offline.ranks.target import RankTarget
 from pgsvd_vllm.offline.ranks.uniform import at_equal_ratio, at_ratio, at_tolerance
-from pgsvd_vllm.offline.run.plan import Plan
-from pgsvd_vllm.offline.run.state import RunState
+
+Energies = dict[str, torch.Tensor]
 
 
-def choose_ranks(plan: Plan, workspace: RunState, front: LossFront | None) -> Allocation:
-    """The ranks that the plan's ratios or tolerances give; reads calibration, computes next to nothing.
+@dataclass(frozen=True)
+class Spectra:
+    """What calibration knows of every projection.
+
+    Attributes:
+        output: projection -> eigenvalues of W C W^T, float64, descending.
+        loss: projection -> twice the loss of cutting each direction, float64, descending; None where sensitivities
+            are taken as equal.
+    """
+
+    output: Energies
+    loss: Energies | None
+
+
+def measured_front(projections: ProjectionSet, losses: Energies, target: RankTarget) -> LossFront:
+    """The front of size, or latency, and predicted loss.
 
     Args:
-        plan, workspace: calibrated.
-        front: of sizes and losses of all towers; None where sensitivities are not measured.
+        projections: that may be factored, and those that stay dense.
+        losses: `Spectra.loss`.
+        target: gives the form and the latencies.
 
     Raises:
-        InputError: no ranks give that.
+        InputError: the latency table lacks a shape.
     """
-    options = plan.options
-    if isinstance(options.ratio, dict):
-        asked = {tower: replace(options, ratio=share) for tower, share in options.ratio.items()}
-    elif isinstance(options.tolerance, dict):
-        asked = {tower: replace(options, tolerance=share) for tower, share in options.tolerance.items()}
-    elif len(plan.towers) > 1 and options.tolerance is None and not plan.measured:
+    latencies, dense = target.latencies, 0.0
+    if latencies is not None:
+        dense = sum(latencies.time(p.out_features, p.in_features, target.form, None) for p in projections.ignored)
+    return loss_front(projections.flat, losses, projections.ignored_numel, target.form, latencies, dense)
+
+
+def choose_ranks(
+    projections: ProjectionSet, spectra: Spectra, target: RankTarget, front: LossFront | None = None
+) -> Allocation:
+    """The ranks that a target's ratios or tolerances give; computes next to nothing.
+
+    Args:
+        projections: that may be factored.
+        spectra: of all of them.
+        target: what the ranks must reach.
+        front: of all towers, where it is known already.
+
+    Raises:
+        ChoiceError: no ranks reach the target.
+    """
+    targets = target.of_towers()
+    if not targets and len(projections.towers) > 1 and target.tolerance is None and spectra.loss is None:
         # Relative errors say nothing of losses, by which towers could be weighed against each other.
-        asked = dict.fromkeys(plan.towers, options)
-    else:
-        return _together(plan, workspace, front)
+        targets = dict.fromkeys(projections.towers, target)
+    if not targets:
+        return _together(projections, spectra, target, front)
     parts = []
-    for tower, own in asked.items():
-        part = replace(
-            plan,
-            projections=[[p for p in row if p.tower == tower] for row in plan.projections],
-            ignored=[p for p in plan.ignored if p.tower == tower],
-            options=own,
-        )
+    for tower, own in targets.items():
+        part = projections.of_tower(tower)
         try:
-            parts.append((_together(part, workspace, measured_front(part, workspace) if plan.measured else None), part))
+            parts.append((_together(part, spectra, own), part))
+        except ChoiceError as error:
+            raise ChoiceError(f"{tower}: {error}") from None
         except InputError as error:
             raise InputError(f"{tower}: {error}") from None
-    numbers = sum(p.numel for p in (*plan.flat, *plan.ignored))
-    removed = sum(a.removed * sum(p.numel for p in (*part.flat, *part.ignored)) for a, part in parts) / numbers
+    removed = sum(allocation.removed * part.numel for allocation, part in parts) / projections.numel
     losses = [allocation.loss for allocation, _ in parts if allocation.loss is not None]
     return Allocation(
         {tower: value for allocation, _ in parts for tower, value in allocation.tolerances.items()},
         {name: rank for allocation, _ in parts for name, rank in allocation.ranks.items()},
         removed,
-        sum(losses) if plan.measured else None,
+        None if spectra.loss is None else sum(losses),
     )
 
 
-def _together(plan: Plan, workspace: RunState, front: LossFront | None) -> Allocation:
-    """By one ratio or tolerance for all of a plan's projections."""
-    ratio, tolerance = plan.options.ratio, plan.options.tolerance
+def _together(
+    projections: ProjectionSet, spectra: Spectra, target: RankTarget, front: LossFront | None = None
+) -> Allocation:
+    """By one ratio or tolerance for all projections of a set."""
+    ratio, tolerance = target.ratio, target.tolerance
     assert not isinstance(ratio, dict)
     assert not isinstance(tolerance, dict)
-    ratio = DEFAULT_RATIO if ratio is None else ratio
-    if plan.options.baseline is not None:
-        return at_equal_ratio(plan.flat, ratio, plan.form, plan.ignored_parameters)
-    if front is not None:
-        return front.at(ratio)
-    energies = output_energies(plan, workspace)
-    profiles = {p.name: error_profile(energies[p.name]) for p in plan.flat}
+    flat, ignored = projections.flat, projections.ignored_numel
+    if target.equal:
+        assert ratio is not None
+        return at_equal_ratio(flat, ratio, target.form, ignored)
+    if spectra.loss is not None:
+        assert ratio is not None
+        return (front or measured_front(projections, spectra.loss, target)).at(ratio)
+    profiles = {p.name: error_profile(spectra.output[p.name]) for p in flat}
     if tolerance is None:
-        return at_ratio(plan.flat, profiles, ratio, plan.ignored_parameters, plan.form)
-    allocation = at_tolerance(plan.flat, profiles, tolerance, plan.ignored_parameters, plan.form)
+        assert ratio is not None
+        return at_ratio(flat, profiles, ratio, ignored, target.form)
+    allocation = at_tolerance(flat, profiles, tolerance, ignored, target.form)
     if not allocation.ranks:
-        raise InputError(f"--tolerance {tolerance}: no projection can be factored with so small an error; raise it")
+        raise ChoiceError(f"`tolerance` {tolerance}: no projection can be factored with so small an error; raise it")
     return allocation
-
-
-def output_energies(plan: Plan, workspace: RunState) -> dict[str, torch.Tensor]:
-    """Projection -> eigenvalues of W C W^T, descending, of every layer in the workspace."""
-    found: dict[str, torch.Tensor] = {}
-    for index in range(len(plan.projections)):
-        found.update(workspace.load_layer(index, with_grams=False).energy)
-    return found
-
-
-def loss_energies(plan: Plan, workspace: RunState) -> dict[str, torch.Tensor]:
-    """Projection -> twice what cutting each direction costs, descending, of every layer in the workspace."""
-    found: dict[str, torch.Tensor] = {}
-    for index in range(len(plan.projections)):
-        found.update(workspace.load_sensitivity(index, plan.sensitivity, with_matrices=False).energy)
-    return found
-
-
-def measured_front(plan: Plan, workspace: RunState) -> LossFront:
-    """LayerShape, or times, and predicted losses, from the sensitivities that the workspace holds."""
-    energies, costs = loss_energies(plan, workspace), plan.costs
-    time = (
-        0.0 if costs is None else sum(costs.time(p.out_features, p.in_features, plan.form, None) for p in plan.ignored)
-    )
-    return loss_front(plan.flat, energies, plan.ignored_parameters, plan.form, costs, time)

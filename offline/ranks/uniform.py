@@ -8,11 +8,11 @@ from pgsvd_vllm.offline.model.projection import Projection
 from pgsvd_vllm.offline.ranks.allocation import (
     RATIO_SLACK,
     Allocation,
-    _too_large,
-    _too_small,
     hardware_rank,
     saves,
     size,
+    too_large,
+    too_small,
 )
 from pgsvd_vllm.offline.ranks.error_profile import rank_for
 
@@ -60,7 +60,7 @@ def at_ratio(
     Args: as of `at_tolerance`; `ratio` is a share of all projections' parameters, ignored ones too.
 
     Raises:
-        InputError: even rank 1 everywhere does not remove that much, or the ranks are too coarse
+        ChoiceError: even rank 1 everywhere does not remove that much, or the ranks are too coarse
             to remove so little.
     """
 
@@ -69,7 +69,7 @@ def at_ratio(
 
     best, above = _closest(at, 0.0, 1.0, ratio)
     if abs(best.removed - ratio) > RATIO_SLACK and not best.ranks:
-        raise _too_small(ratio, above.removed)
+        raise too_small(ratio, above.removed)
     return best
 
 
@@ -80,11 +80,11 @@ def _closest(at: Callable[[float], Allocation], low: float, high: float, ratio: 
         the allocation closest to `ratio`, and the next one that removes at least as much.
 
     Raises:
-        InputError: even the largest value does not remove that much.
+        ChoiceError: even the largest value does not remove that much.
     """
     most = at(high)
     if most.removed < ratio - RATIO_SLACK:
-        raise _too_large(ratio, most.removed)
+        raise too_large(ratio, most.removed)
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
         if at(middle).removed < ratio:

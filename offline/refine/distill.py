@@ -25,7 +25,7 @@ from pgsvd_vllm.offline.model.layerwise import hidden_after, logits_after
 
 # Of Adam, a step a window, times the root of the divergence at the start, in nats and at most 1: what the noise of the
 # steps costs grows with the rate, and must stay small against what there is to gain. 4e-5 is good at 0.40 nats and 2e-5
-# at 0.10; 1e-4 does harm at 0.40 (docs/log.md).
+# at 0.10; 1e-4 does harm at 0.40 (docs/dev/log.md).
 LEARNING_RATE = 6e-5
 # Of Adam; short memories, since a run takes a hundred steps, not a million.
 BETAS = (0.9, 0.95)

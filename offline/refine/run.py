@@ -1,4 +1,4 @@
-"""Heals the factors that the workspace holds, and keeps the result there."""
+"""Distils the factors that the run's state holds, and keeps the result there."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -6,50 +6,65 @@ from typing import Any
 
 import torch
 
-from pgsvd_vllm.format.lowrank import product
+from pgsvd_vllm.format.lowrank import reconstruct
+from pgsvd_vllm.offline.data.calibration_set import CalibrationSet
 from pgsvd_vllm.offline.factors.solvers import relative_error
+from pgsvd_vllm.offline.model.projection import ProjectionSet
+from pgsvd_vllm.offline.model.source import ModelSource
 from pgsvd_vllm.offline.options import HELD_OUT
 from pgsvd_vllm.offline.records import LayerFactors
 from pgsvd_vllm.offline.refine.distill import Distiller, Tensors
-from pgsvd_vllm.offline.run.plan import Plan
-from pgsvd_vllm.offline.run.state import RunState
+from pgsvd_vllm.offline.run_state import RunState
+from pgsvd_vllm.offline.settings import RunSettings
 
 
-def refine_layers(plan: Plan, workspace: RunState, say: Callable[[str], None]) -> None:
-    """Train all factors together for `plan.options.refine` minutes; `workspace.load_factors` then gives the result.
+def refine_layers(
+    source: ModelSource,
+    data: CalibrationSet,
+    settings: RunSettings,
+    projections: ProjectionSet,
+    state: RunState,
+    say: Callable[[str], None],
+) -> None:
+    """Train all factors together for `settings.refine_minutes`; `state.load_factors` then gives the result.
 
     Args:
-        plan: with `refine` set.
-        workspace: has the factors of every layer.
+        source: the model, which reads text alone.
+        data: the calibration set; its last held-out windows judge the result.
+        settings: of the run, with `refine_minutes` set.
+        projections: of the run.
+        state: has the factors of every layer.
         say: called with one line at the end.
     """
-    layers = [workspace.load_factors(index) for index in range(len(plan.projections))]
-    assert plan.options.refine is not None
-    workspace.open_refined({"minutes": plan.options.refine, "seed": plan.options.seed})
-    if all(workspace.has_factors(index) for index in range(len(layers))):
+    minutes = settings.refine_minutes
+    assert minutes is not None
+    layers = [state.load_factors(index) for index in range(len(projections.layers))]
+    state.open_refined({"minutes": minutes, "seed": settings.seed})
+    if all(state.has_factors(index) for index in range(len(layers))):
         return
-    tensors: Tensors = {}
-    for layer in layers:
-        tensors.update(layer.tensors)
-    windows = plan.windows
-    healer = Distiller(_model(plan), _model(plan), plan.source.towers[0].path, tensors)
-    # The factors know the windows they were fitted on by heart: others teach them more.
+    # The model's own names, where the checkpoint has others.
+    paths = {p.name: p.path for p in projections.flat}
+    tensors: Tensors = {paths[name]: row for layer in layers for name, row in layer.tensors.items()}
+    windows = data.windows
+    dense, student = (_model(source, settings) for _ in range(2))
+    distiller = Distiller(dense, student, source.towers[0].path, tensors)
+    # The factors overfit the windows they were fitted on: others teach them more.
     text = torch.cat([windows.others[HELD_OUT:], windows.ids])
-    refined = healer.run(text, windows.others[:HELD_OUT], plan.options.refine, plan.options.seed, say)
-    paths = {p.name: p.path for p in plan.flat}
+    refined = distiller.run(text, windows.others[:HELD_OUT], minutes, settings.seed, say)
     for index, layer in enumerate(layers):
-        data = workspace.load_layer(index)
+        calibration = state.load_layer(index)
         reports = dict(layer.reports)
         for name in layer.tensors:
-            weight, gram = plan.source.tensor(f"{paths[name]}.weight"), data.grams[data.leader[name]]
-            error = relative_error(weight, gram, product(refined.tensors[name]))
+            weight = source.weights.tensor(f"{paths[name]}.weight")
+            gram = calibration.grams[calibration.leader[name]]
+            error = relative_error(weight, gram, reconstruct(refined.tensors[paths[name]]))
             reports[name] = replace(reports[name], error=error)
-        workspace.save_factors(index, LayerFactors({n: refined.tensors[n] for n in layer.tensors}, reports))
+        state.save_factors(index, LayerFactors({n: refined.tensors[paths[n]] for n in layer.tensors}, reports))
 
 
-def _model(plan: Plan) -> Any:
+def _model(source: ModelSource, settings: RunSettings) -> Any:
     """The dense model, whole, where and how calibration computed."""
-    model: Any = plan.source.auto_class.from_pretrained(
-        plan.source.folder, dtype=plan.compute_dtype, trust_remote_code=plan.options.trust_remote_code
+    model: Any = source.auto_class.from_pretrained(
+        source.folder, dtype=settings.compute_dtype, trust_remote_code=source.trust_remote_code
     )
-    return model.to(plan.device)
+    return model.to(settings.device)

@@ -10,6 +10,7 @@ from types import FrameType
 
 import pgsvd_vllm
 from pgsvd_vllm.cli import compress, env, inspect, profile, tune, verify
+from pgsvd_vllm.cli.flags import with_flags
 from pgsvd_vllm.errors import PgsvdError
 
 COMMANDS = {"compress": compress, "profile": profile, "tune": tune, "inspect": inspect, "verify": verify, "env": env}
@@ -56,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(end="", flush=True)  # a reader that has gone shows here, not when Python exits
         return status
     except PgsvdError as error:
-        print(f"pgsvd-vllm: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"pgsvd-vllm: error: {with_flags(' '.join(str(error).split()))}", file=sys.stderr)
         return USER_ERROR
     except BrokenPipeError:
         # The reader (head, less) has gone; keep Python from complaining at exit.

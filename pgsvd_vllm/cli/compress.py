@@ -4,12 +4,12 @@ Heavy imports happen after the arguments have been checked.
 """
 
 import argparse
-import json
 import shlex
 import sys
 import time
 from pathlib import Path
 
+from pgsvd_vllm.cli.flags import shareable_command, with_flags
 from pgsvd_vllm.errors import InputError
 
 
@@ -163,8 +163,8 @@ def run(arguments: argparse.Namespace) -> int:
     from pgsvd_vllm.offline.compress import compress
     from pgsvd_vllm.offline.options import HEAD_TOLERANCE, CompressOptions
     from pgsvd_vllm.offline.output.messages import describe
-    from pgsvd_vllm.offline.planning.plan import make_plan
-    from pgsvd_vllm.offline.planning.resources import estimate, fit_into_memory
+    from pgsvd_vllm.offline.planning.prepare import prepare
+    from pgsvd_vllm.offline.planning.resources import estimate
 
     if (arguments.objective == "latency") != (arguments.costs is not None):
         raise InputError(
@@ -197,29 +197,32 @@ def run(arguments: argparse.Namespace) -> int:
         device=arguments.device,
         resume=arguments.resume,
         trust_remote_code=arguments.trust_remote_code,
-        command=shlex.join(["pgsvd-vllm", *sys.argv[1:]]),
+        command=shareable_command(sys.argv[1:]),
     )
     if arguments.dry_run:
-        plan = fit_into_memory(make_plan(options), print)
-        print(describe(plan))
+        plan = prepare(options, _say)
+        _say(describe(plan))
         need = estimate(plan)
         print(f"needs about: {need.memory / 1e9:.1f} GB memory, {need.disk / 1e9:.1f} GB disk while it works, "
               f"{_duration(need.seconds)}")  # fmt: skip
         print(f"would write: {options.output} (dry run: nothing was written)")
         return 0
     start = time.monotonic()
-    result = compress(options, say=lambda line: print(line, flush=True))
+    result = compress(options, say=_say)
     size = sum(f.stat().st_size for f in result.output.glob("*.safetensors"))
-    quantization = json.loads((result.output / "config.json").read_text(encoding="utf-8"))["quantization_config"]
-    linear, total = quantization["ratio"]["linear"], quantization["ratio"]["total"]
+    linear, total = result.ratios["linear"], result.ratios["total"]
     print(
         f"wrote {result.output}: {size / 1e6:.1f} MB, {result.parameters_after / 1e6:.1f} M parameters "
         f"({total:.1%} of the model and {linear:.1%} of its projections removed; {1 - total:.1%} kept) "
         f"in {_duration(time.monotonic() - start)}"
     )
-    pooling = " --runner pooling" if result.compares else ""
+    pooling = " --runner pooling" if result.is_dual_encoder else ""
     print(f"serve it:  vllm serve {shlex.quote(str(result.output))} --load-format pgsvd{pooling}")
     return 0
+
+
+def _say(line: str) -> None:
+    print(with_flags(line), flush=True)
 
 
 def _duration(seconds: float) -> str:

@@ -66,7 +66,7 @@ class LatencyTable:
         costs = self.shapes.get((out_features, in_features))
         if costs is None:
             raise InputError(
-                f"--costs: no times for weights of {out_features} x {in_features}; make the table with this model"
+                f"`costs`: no times for weights of {out_features} x {in_features}; make the table with this model"
             )
         return costs.dense if rank is None else costs.of(form, rank)
 
@@ -95,11 +95,11 @@ def read_latencies(path: Path) -> LatencyTable:
     try:
         content = read_json(path)
     except CheckpointError as error:
-        raise InputError(f"--costs {error}") from None
+        raise InputError(f"`costs` {error}") from None
     try:
         if content["version"] != LATENCY_TABLE_VERSION:
             raise InputError(
-                f"--costs {path}: version {content['version']}, this program reads {LATENCY_TABLE_VERSION}"
+                f"`costs` {path}: version {content['version']}, this program reads {LATENCY_TABLE_VERSION}"
             )
         shapes = {(_whole(row["out"]), _whole(row["in"])): _shape(row) for row in content["shapes"]}
         return LatencyTable(shapes, _whole(content["tokens"]), str(content["dtype"]), str(content["machine"]))
@@ -107,7 +107,7 @@ def read_latencies(path: Path) -> LatencyTable:
         if isinstance(error, InputError):
             raise
         raise InputError(
-            f"--costs {path}: not a table of times ({type(error).__name__}: {error}); make it with pgsvd-vllm profile"
+            f"`costs` {path}: not a table of times ({type(error).__name__}: {error}); make it with pgsvd-vllm profile"
         ) from None
 
 

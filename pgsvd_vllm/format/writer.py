@@ -1,6 +1,8 @@
 """Writing a checkpoint's weight files and index."""
 
 import json
+import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -9,12 +11,31 @@ from safetensors.torch import save_file
 from pgsvd_vllm.format.schema import INDEX_NAME, WEIGHTS_STEM
 
 
+def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file with the permissions that the umask gives any other file.
+
+    safetensors itself leaves 0600, which keeps a server of another user from reading it.
+
+    Args:
+        tensors: on any device.
+        path: to write.
+        metadata: of the file's header.
+    """
+    save_file({name: tensor.cpu() for name, tensor in tensors.items()}, path, metadata=metadata)
+    umask = os.umask(0)
+    os.umask(umask)
+    os.chmod(path, 0o666 & ~umask)
+
+
 class TensorWriter:
     """Writes tensors as they come into safetensors files of bounded size, then the index.
 
     Args:
         folder: an existing folder.
         max_bytes: size at which a new file is begun.
+
+    Attributes:
+        numel: of all tensors added so far.
     """
 
     def __init__(self, folder: Path, max_bytes: int = 2 * 1024**3) -> None:
@@ -24,6 +45,7 @@ class TensorWriter:
         self._pending_bytes = 0
         self._files: list[list[str]] = []
         self._total_bytes = 0
+        self.numel = 0
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
         """Queue one tensor; writes a file when enough have come."""
@@ -32,6 +54,7 @@ class TensorWriter:
             self._flush()
         self._pending[name] = tensor.detach().cpu().contiguous()
         self._pending_bytes += size
+        self.numel += tensor.numel()
 
     @property
     def count(self) -> int:
@@ -43,7 +66,7 @@ class TensorWriter:
 
     def _flush(self) -> None:
         self._files.append(list(self._pending))
-        save_file(self._pending, self._temporary(len(self._files)), metadata={"format": "pt"})
+        save_tensors(self._pending, self._temporary(len(self._files)), metadata={"format": "pt"})
         self._total_bytes += self._pending_bytes
         self._pending, self._pending_bytes = {}, 0
 

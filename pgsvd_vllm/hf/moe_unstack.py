@@ -12,8 +12,13 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
+
+from pgsvd_vllm.hf.transformers_compat import (
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    get_model_conversion_mapping,
+)
 
 _ONE_EXPERT = re.compile(r"experts\.\*\.(\w+)\.weight$")
 

@@ -12,9 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import register_quantization_config, register_quantizer
-from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -31,6 +29,7 @@ from pgsvd_vllm.format.schema import (
     parse_modules,
 )
 from pgsvd_vllm.hf.moe_unstack import unstack_experts, without_stacking
+from pgsvd_vllm.hf.transformers_compat import AUTO_QUANTIZER_MAPPING, Conv1D, mark_initialized, tied_weights
 from pgsvd_vllm.hf.weight_mapping import stored_tensors, without_weight_norm
 
 
@@ -135,7 +134,7 @@ class PgsvdQuantizer(HfQuantizer):
         for file in checkpoint_files or []:
             tensors.update(read_headers(Path(file)))
         check_factors(table, tensors, "checkpoint")
-        if any(".experts." in name for name in table):
+        if any(module.kind == "expert" for module in table.values()):
             self.splits = unstack_experts(model, tensors)
         # The table has the checkpoint's names.
         known = stored_tensors(model, [f"{name}.weight" for name in table])
@@ -165,8 +164,8 @@ class PgsvdQuantizer(HfQuantizer):
             parent: Any = model.get_submodule(target.rpartition(".")[0])
             if next(parent.buffers(recurse=False), None) is None:
                 # Nothing to initialise but what is loaded, and GPT-2 would look for the weights of its children.
-                parent._is_hf_initialized = True
-        tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+                mark_initialized(parent)
+        tied = tied_weights(model)
         present = set(tensors) | stored_tensors(model, list(tensors)).keys()
         for key in model.state_dict():
             if key not in present and key not in tied:

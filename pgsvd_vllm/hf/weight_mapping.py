@@ -10,10 +10,15 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 from pgsvd_vllm.hf.moe_unstack import UnstackedExperts, without_stacking
+from pgsvd_vllm.hf.transformers_compat import (
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    get_model_conversion_mapping,
+    rename_source_key,
+)
 
 
 @dataclass(frozen=True)

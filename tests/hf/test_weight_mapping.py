@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from pgsvd_vllm.errors import InputError
 from pgsvd_vllm.hf.weight_mapping import stored_tensors
+from pgsvd_vllm.offline.model.find_projections import find_projections
 from pgsvd_vllm.offline.model.source import ModelSource
 from tests.e2e.architectures import ARCHITECTURES, save_model
 
@@ -29,14 +30,14 @@ def test_every_tensor_is_what_from_pretrained_loads(folder: Path) -> None:
     assert len(names) > 20
     for name in names:
         wanted = expected.get_parameter(name)
-        assert torch.equal(source.tensor(name), wanted.T if name in source.transposed else wanted), name
-    stored = [stored for name in names for stored in source.stored_as(name)]
-    assert sorted(stored) == sorted(source.tensors)
+        assert torch.equal(source.weights.tensor(name), wanted.T if name in source.weights.transposed else wanted), name
+    stored = [stored for name in names for stored in source.weights.stored_as(name)]
+    assert sorted(stored) == sorted(source.weights.tensors)
 
 
 def test_transposed_layers_become_usual_ones(tmp_path: Path) -> None:
     source = ModelSource(save_model(ROWS["GPT-2"], tmp_path / "model"))
-    row = source.projections()[0]
+    row = find_projections(source).layers[0]
     assert [(p.name.rpartition("h.0.")[2], p.out_features, p.in_features) for p in row] == [
         ("attn.c_attn", 384, 128),
         ("attn.c_proj", 128, 128),
@@ -46,7 +47,7 @@ def test_transposed_layers_become_usual_ones(tmp_path: Path) -> None:
     x = torch.randint(0, 258, (2, 9))
     expected = AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32).eval()
     source.load_outer(torch.device("cpu"), torch.float32)
-    source.load_head(torch.device("cpu"), torch.float32)
+    source.load_lm_head(torch.device("cpu"), torch.float32)
     for index in range(3):
         source._load(source.layers[index], f"{source.paths[index]}.", torch.device("cpu"), torch.float32)
     with torch.no_grad():
@@ -56,7 +57,7 @@ def test_transposed_layers_become_usual_ones(tmp_path: Path) -> None:
 def test_names_without_the_base_models_prefix_are_found(tmp_path: Path) -> None:
     """As the first GPT-2 checkpoints have them."""
     folder = save_model(ROWS["GPT-2"], tmp_path / "model")
-    names = [name.removeprefix("transformer.") for name in ModelSource(folder).tensors]
+    names = [name.removeprefix("transformer.") for name in ModelSource(folder).weights.tensors]
     config = AutoConfig.from_pretrained(folder)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
@@ -69,9 +70,9 @@ def test_an_expert_that_is_missing_is_told(tmp_path: Path) -> None:
     folder = save_model(ROWS["Mixtral"], tmp_path / "model")
     source = ModelSource(folder)
     name = "model.layers.1.mlp.experts.gate_up_proj"
-    lost = source.stored[name].names[3]
-    del source.tensors[lost]
-    source.stored = stored_tensors(source.model, list(source.tensors))
+    lost = source.weights.stored[name].names[3]
+    del source.weights.tensors[lost]
+    source.weights.stored = stored_tensors(source.model, list(source.weights.tensors))
     source.load_outer(torch.device("cpu"), torch.float32)
     with (
         pytest.raises(InputError, match=r"model\.layers\.1\.mlp\.experts\.gate_up_proj"),

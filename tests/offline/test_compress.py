@@ -16,12 +16,13 @@ from pgsvd_vllm.format.reader import check_data, open_checkpoint
 from pgsvd_vllm.offline.calibration.gram import LayerGrams, advance
 from pgsvd_vllm.offline.compress import compress
 from pgsvd_vllm.offline.model.batch import text_batches
+from pgsvd_vllm.offline.model.find_projections import find_projections
 from pgsvd_vllm.offline.model.layerwise import LayerStream
 from pgsvd_vllm.offline.model.source import ModelSource
 from pgsvd_vllm.offline.options import CompressOptions
-from pgsvd_vllm.offline.run import resources as estimate_module
-from pgsvd_vllm.offline.run.plan import make_plan
-from pgsvd_vllm.offline.run.resources import fit_into_memory, free_memory, memory_bytes
+from pgsvd_vllm.offline.planning import resources as estimate_module
+from pgsvd_vllm.offline.planning.plan import make_plan
+from pgsvd_vllm.offline.planning.resources import fit_into_memory, free_memory, memory_bytes
 from tests.conftest import save_tiny_model
 
 SMALL: dict[str, Any] = {"num_calibration_samples": 20, "max_seq_length": 48}
@@ -166,17 +167,17 @@ def test_report_errors_are_those_of_the_written_factors(
     config = json.loads((output / "config.json").read_text())
     assert config["dtype"] == str(expected).removeprefix("torch.")
     source = ModelSource(half_model)
-    stream = LayerStream(source, text_batches(plan.windows.ids), torch.device("cpu"), plan.compute_dtype)
+    stream = LayerStream(source, text_batches(plan.data.windows.ids), torch.device("cpu"), plan.settings.compute_dtype)
     rows = {row["name"]: row for row in report_of(output)["modules"]}
     checked = 0
-    for index, projections in enumerate(source.projections()):
+    for index, projections in enumerate(find_projections(source).layers):
         *_, grams = advance(stream, index, projections, collect=True)
         assert isinstance(grams, LayerGrams)
         for p in projections:
             if rows[p.name]["rank"] is None:
                 continue
             c = grams.grams[grams.leader[p.name]].numpy()
-            w = source.read(f"{p.name}.weight").double().numpy()
+            w = source.weights.read(f"{p.name}.weight").double().numpy()
             residual = w - matrix_of(written, p.name)
             error = np.sqrt(np.trace(residual @ c @ residual.T) / np.trace(w @ c @ w.T))
             # Between the two lies the rounding of the Gram matrix to float32 on disk.
@@ -196,10 +197,10 @@ def test_without_room_for_gradients_forward_passes_must_do(
     assert free > memory_bytes(plan)
     monkeypatch.setattr(estimate_module, "free_memory", lambda _device: memory_bytes(plan) - 1)
     lighter = fit_into_memory(plan, lines.append)
-    assert lighter.sensitivity == "forward"
+    assert lighter.settings.sensitivity == "forward"
     assert memory_bytes(lighter) < memory_bytes(plan)
-    assert lighter.sequential
-    assert lighter.form == "pivot"
+    assert lighter.settings.sequential
+    assert lighter.settings.form == "pivot"
     assert len(lines) == 1
     gigabytes = f"{memory_bytes(plan) / 1e9:.1f} GB"
     assert lines[0].startswith(f"measuring loss gradients needs about {gigabytes} of memory, {gigabytes} are free: ")
@@ -262,17 +263,17 @@ def test_calibration_text_is_named_by_its_tokens(tiny_model: Path, tmp_path: Pat
     output = tmp_path / "out"
     compress(CompressOptions(str(tiny_model), output, ratio=0.3, dataset=(str(text),), **SMALL))
     calibration = section_of(output)["calibration"]
-    assert calibration["name"] == str(text)
+    assert calibration["name"] == "text.md"
     assert calibration["tokens"] == 20 * 48
     assert len(calibration["sha256"]) == 64
 
 
 def test_a_tolerance_nothing_meets_keeps_the_calibration(tiny_model: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
-    with pytest.raises(InputError, match=r"--tolerance 0\.0001: no projection .*--resume"):
+    with pytest.raises(InputError, match=r"`tolerance` 0\.0001: no projection .*--resume"):
         compress(CompressOptions(str(tiny_model), output, tolerance=0.0001, **SMALL))
     assert not output.exists()
-    with pytest.raises(InputError, match=r"--ratio 0\.9999: more than this model can give.*--resume"):
+    with pytest.raises(InputError, match=r"`ratio` 0\.9999: more than this model can give.*--resume"):
         compress(CompressOptions(str(tiny_model), output, ratio=0.9999, resume=True, **SMALL))
     assert not output.exists()
     compress(CompressOptions(str(tiny_model), output, ratio=0.3, resume=True, **SMALL))

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from pgsvd_vllm.errors import InputError
 from pgsvd_vllm.format.latency_table import LatencyTable, ShapeLatencies
-from pgsvd_vllm.format.lowrank import product
+from pgsvd_vllm.format.lowrank import reconstruct
 from pgsvd_vllm.offline.calibration.gradients import GradientPass, LayerGradients, _GradientHooks
 from pgsvd_vllm.offline.calibration.gram import advance
 from pgsvd_vllm.offline.calibration.loss_metric import DAMPING, metric_root, weighted_gram
@@ -19,6 +19,7 @@ from pgsvd_vllm.offline.factors.solvers import closed_form
 from pgsvd_vllm.offline.factors.stored_form import stored_form
 from pgsvd_vllm.offline.linalg import gram_root, output_energy
 from pgsvd_vllm.offline.model.batch import text_batches
+from pgsvd_vllm.offline.model.find_projections import find_projections
 from pgsvd_vllm.offline.model.layerwise import LayerStream
 from pgsvd_vllm.offline.model.projection import Projection
 from pgsvd_vllm.offline.model.source import ModelSource
@@ -33,7 +34,7 @@ def test_streamed_gradients_are_those_of_the_whole_model(tmp_path: Path, tie: bo
     folder = save_tiny_model(tmp_path / "model", tie=tie, bias=not tie, layers=3, seed=2)
     ids = torch.randint(2, 258, (5, 33), generator=torch.Generator().manual_seed(3))
     source = ModelSource(folder)
-    rows = source.projections()
+    rows = find_projections(source).layers
     stream = LayerStream(source, text_batches(ids), torch.device("cpu"), torch.float32)
     gradients = GradientPass(stream, tmp_path / "inputs")
     for index in range(3):
@@ -142,7 +143,7 @@ def test_the_metric_predicts_the_loss_of_a_quadratic_model(m: int, n: int) -> No
             assert loss(u @ v) >= best
         stored = stored_form(factors, torch.from_numpy(w), gram, "factors", torch.bfloat16, root)
         naive = factors.u.bfloat16().double() @ factors.v.bfloat16().double()
-        assert best <= loss(product(stored).numpy()) <= loss(naive.numpy())
+        assert best <= loss(reconstruct(stored).numpy()) <= loss(naive.numpy())
 
 
 def times_of(projections: list[Projection], rng: np.random.Generator) -> LatencyTable:
@@ -227,5 +228,5 @@ def test_ranks_by_loss_are_optimal_against_brute_force(form: str, by_time: bool)
 
 def test_no_ranks_remove_more_than_everything() -> None:
     projection = Projection("p", 8, 8)
-    with pytest.raises(InputError, match=r"--ratio 0\.9: more than this model can give"):
+    with pytest.raises(InputError, match=r"`ratio` 0\.9: more than this model can give"):
         loss_front([projection], {"p": torch.ones(8, dtype=torch.float64)}).at(0.9)

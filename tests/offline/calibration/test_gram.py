@@ -10,6 +10,7 @@ import torch
 from pgsvd_vllm.errors import InputError
 from pgsvd_vllm.offline.calibration.gram import LayerGrams, advance, robust_rows
 from pgsvd_vllm.offline.model.batch import TOKENS_PER_BATCH, text_batches
+from pgsvd_vllm.offline.model.find_projections import find_projections
 from pgsvd_vllm.offline.model.layerwise import LayerStream
 from pgsvd_vllm.offline.model.source import ModelSource
 from tests.conftest import save_tiny_model
@@ -35,7 +36,7 @@ def windows(count: int, length: int, seed: int = 0) -> torch.Tensor:
 def stream_all(source: ModelSource, ids: torch.Tensor, dtype: torch.dtype) -> tuple[list[LayerGrams], LayerStream]:
     stream = LayerStream(source, text_batches(ids), CPU, dtype)
     found = []
-    for index, row in enumerate(source.projections()):
+    for index, row in enumerate(find_projections(source).layers):
         steps = list(advance(stream, index, row, collect=True))
         assert sum(step for step in steps if isinstance(step, int)) == ids.numel()
         assert isinstance(steps[-1], LayerGrams)
@@ -108,7 +109,7 @@ def test_one_layer_at_a_time_is_in_memory(tmp_path: Path) -> None:
 
         assert materialised() == 0
         peak = 0
-        for index, row in enumerate(source.projections()):
+        for index, row in enumerate(find_projections(source).layers):
             for step in advance(stream, index, row, collect=True):
                 if isinstance(step, int):
                     one_layer = sum(p.numel() for p in source.layers[index].parameters())
@@ -125,7 +126,7 @@ def test_the_inputs_of_a_batch_are_not_kept(tiny_model: Path) -> None:
     # Seven batches, all of one size.
     stream = LayerStream(source, text_batches(windows(7 * (TOKENS_PER_BATCH // 64), 64)), CPU, torch.float32)
     live = []
-    for step in advance(stream, 0, source.projections()[0], collect=True):
+    for step in advance(stream, 0, find_projections(source).layers[0], collect=True):
         if isinstance(step, int):
             gc.collect()
             # By type alone: isinstance would wake every lazy module among the objects.
@@ -146,7 +147,7 @@ def test_layers_are_freed_after_an_error(tmp_path: Path) -> None:
     source = ModelSource(folder)
     stream = LayerStream(source, text_batches(windows(2, 16)), CPU, torch.float32)
     with pytest.raises(InputError, match=r"model\.layers\.0: .*overflows in torch\.float32"):
-        list(advance(stream, 0, source.projections()[0], collect=True))
+        list(advance(stream, 0, find_projections(source).layers[0], collect=True))
     assert all(p.is_meta for layer in source.layers for p in layer.parameters())
     assert not any(m._forward_pre_hooks for layer in source.layers for m in layer.modules())
 

@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from pgsvd_vllm.offline.calibration.noise_response import noise_responses
 from pgsvd_vllm.offline.model.batch import text_batches
+from pgsvd_vllm.offline.model.find_projections import find_projections
 from pgsvd_vllm.offline.model.layerwise import LayerStream
 from pgsvd_vllm.offline.model.source import ModelSource
 from tests.conftest import save_tiny_model
@@ -23,7 +24,7 @@ def test_responses_are_those_of_small_errors(tmp_path: Path) -> None:
     folder = save_tiny_model(tmp_path / "model", layers=2, seed=4)
     ids = torch.randint(2, 258, (64, 40), generator=torch.Generator().manual_seed(0))
     source = ModelSource(folder)
-    row = source.projections()[0]
+    row = find_projections(source).layers[0]
     stream = LayerStream(source, text_batches(ids), torch.device("cpu"), torch.float32)
     found = noise_responses(stream, 0, row, seed=0)
     assert list(found) == [p.name for p in row]
@@ -57,7 +58,7 @@ def test_a_projection_that_puts_out_nothing_weighs_nothing(tmp_path: Path) -> No
     model.save_pretrained(folder)
     source = ModelSource(folder)
     stream = LayerStream(source, text_batches(torch.randint(2, 258, (4, 20))), torch.device("cpu"), torch.float32)
-    found = noise_responses(stream, 0, source.projections()[0], seed=0)
+    found = noise_responses(stream, 0, find_projections(source).layers[0], seed=0)
     assert found["model.layers.0.mlp.up_proj"] == 0
     assert found["model.layers.0.mlp.down_proj"] == 0
     assert found["model.layers.0.self_attn.o_proj"] > 0

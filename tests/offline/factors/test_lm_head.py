@@ -8,9 +8,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from pgsvd_vllm.format.reader import open_checkpoint
-from pgsvd_vllm.offline.calibration.lm_head import FLOOR, _scale, calibrate_lm_head
+from pgsvd_vllm.offline.calibration.lm_head import FLOOR, calibrate_lm_head, row_scale
 from pgsvd_vllm.offline.compress import compress
 from pgsvd_vllm.offline.model.batch import text_batches
+from pgsvd_vllm.offline.model.find_projections import find_lm_head
 from pgsvd_vllm.offline.model.layerwise import LayerStream
 from pgsvd_vllm.offline.model.source import ModelSource
 from pgsvd_vllm.offline.options import CompressOptions
@@ -41,14 +42,16 @@ def test_the_measured_moments_are_those_of_the_whole_model(untied: Path) -> None
             with source.layer(index, CPU, torch.float32) as layer:
                 stream.flow.hidden = [stream.run(layer, index, n, h) for n, h in enumerate(stream.flow.hidden)]
             stream.leave(index, stream.flow)
-    found = calibrate_lm_head(stream, source.head())
+    found = calibrate_lm_head(stream, find_lm_head(source))
     x, p = inputs_and_predictions(untied, ids)
     np.testing.assert_allclose(found.gram.numpy(), x.T @ x, rtol=1e-3, atol=1e-2)
     weight = (p * (1 - p)).mean(0)
     np.testing.assert_allclose(found.weight.numpy(), weight, rtol=1e-3)
     scale = np.sqrt(np.maximum(weight, FLOOR * weight.mean()))
-    np.testing.assert_allclose(_scale(found.weight)[:, 0].numpy(), scale, rtol=1e-3)
-    singular = np.linalg.svd(scale[:, None] * source.tensor("lm_head.weight").double().numpy() @ x.T, compute_uv=False)
+    np.testing.assert_allclose(row_scale(found.weight)[:, 0].numpy(), scale, rtol=1e-3)
+    singular = np.linalg.svd(
+        scale[:, None] * source.weights.tensor("lm_head.weight").double().numpy() @ x.T, compute_uv=False
+    )
     np.testing.assert_allclose(found.energy.numpy(), singular[:128] ** 2, rtol=1e-2, atol=1e-4)
 
 

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pgsvd_vllm.format.lowrank import product
+from pgsvd_vllm.format.lowrank import reconstruct
 from pgsvd_vllm.offline.factors.solvers import ALS_TOLERANCE, als, closed_form, relative_error
 from pgsvd_vllm.offline.factors.stored_form import PIVOT_GROWTH, choose_pivots, stored_form
 
@@ -221,11 +221,11 @@ def test_pivot_form_equals_its_parent(kind: str, m: int, n: int) -> None:
         assert c.abs().max() <= PIVOT_GROWTH * (1 + 1e-9)
         parent = factors.u @ factors.v
         tensors = {"weight_p": parent[pivots], "weight_c": c, "pivots": pivots.int()}
-        torch.testing.assert_close(product(tensors), parent, atol=1e-10 * float(parent.abs().max()), rtol=0)
+        torch.testing.assert_close(reconstruct(tensors), parent, atol=1e-10 * float(parent.abs().max()), rtol=0)
         stored = stored_form(factors, weight, gram(x), "pivot", torch.float64)
         assert stored["pivots"].tolist() == pivots.tolist()
         # The refit may leave the parent only for something at least as good.
-        assert relative_error(weight, gram(x), product(stored)) <= relative_error(weight, gram(x), parent) + FLOOR
+        assert relative_error(weight, gram(x), reconstruct(stored)) <= relative_error(weight, gram(x), parent) + FLOOR
 
 
 @pytest.mark.parametrize("with_metric", [False, True])
@@ -250,4 +250,4 @@ def test_the_refit_of_a_rounded_pivot_form_repairs_rounding(with_metric: bool) -
     }
     stored = stored_form(factors, weight, c, "pivot", torch.bfloat16, metric)
     best = loss(factors.u @ factors.v)
-    assert best <= loss(product(stored)) <= loss(product(naive))
+    assert best <= loss(reconstruct(stored)) <= loss(reconstruct(naive))

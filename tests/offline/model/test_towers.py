@@ -17,11 +17,12 @@ from pgsvd_vllm.offline.compress import compress
 from pgsvd_vllm.offline.data.image_text import load_processor, read_pairs
 from pgsvd_vllm.offline.factors.error_aware import ErrorAwarePass
 from pgsvd_vllm.offline.model.batch import Batch
+from pgsvd_vllm.offline.model.find_projections import find_projections
 from pgsvd_vllm.offline.model.layerwise import LayerStream
 from pgsvd_vllm.offline.model.source import ModelSource
 from pgsvd_vllm.offline.options import CompressOptions
-from pgsvd_vllm.offline.run.plan import make_plan
-from tests.e2e.vision_models import VISION_MODELS, save_pairs, save_seeing_model
+from pgsvd_vllm.offline.planning.plan import make_plan
+from tests.e2e.vision_models import VISION_MODELS, save_pairs, save_vision_model
 from tests.offline.calibration.test_gram import CPU, clipped
 from tests.offline.test_compress import section_of
 
@@ -35,7 +36,7 @@ TESTED = ("CLIP", "LLaVA 1.5", "Qwen2-VL", "Idefics 3, SmolVLM")
 def seeing(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[ModelSource, list[Batch]]:
     folder = tmp_path_factory.mktemp("seeing")
     row = next(row for row in VISION_MODELS if row.name == request.param)
-    model = save_seeing_model(row, folder / "model")
+    model = save_vision_model(row, folder / "model")
     pairs = read_pairs(
         str(save_pairs(folder / "pairs", 12)), 12, 0, load_processor(model), 64 if row.compares else None
     )
@@ -47,7 +48,7 @@ def whole_model(source: ModelSource, batches: list[Batch]) -> dict[str, dict[str
     model = source.auto_class.from_pretrained(source.folder, dtype=torch.float32).eval()
     inputs: dict[str, list[torch.Tensor]] = {}
     outputs: dict[str, list[torch.Tensor]] = {}
-    for p in (p for row in source.projections() for p in row):
+    for p in (p for row in find_projections(source).layers for p in row):
 
         def keep(_m: Any, args: Any, output: torch.Tensor, name: str = p.name) -> None:
             if output.requires_grad:
@@ -58,7 +59,7 @@ def whole_model(source: ModelSource, batches: list[Batch]) -> dict[str, dict[str
         model.get_submodule(p.path).register_forward_hook(keep)
     generator = torch.Generator().manual_seed(SEED)
     found = [model(**batch) for batch in batches]
-    if source.compares:
+    if source.is_dual_encoder:
         texts, images = (torch.cat([one[name] for one in found]) for name in ("text_embeds", "image_embeds"))
         logits = texts @ images.T * model.logit_scale.exp()
         parts = [logits, logits.T]
@@ -84,7 +85,7 @@ def test_grams_and_gradients_are_those_of_the_whole_model(
     seeing: tuple[ModelSource, list[Batch]], tmp_path: Path, one_thread: None
 ) -> None:
     source, batches = seeing
-    rows = source.projections()
+    rows = find_projections(source).layers
     stream = LayerStream(source, batches, CPU, torch.float32)
     gradients = GradientPass(stream, tmp_path / "inputs")
     grams: dict[str, tuple[torch.Tensor, int]] = {}
@@ -126,22 +127,22 @@ def test_factored_images_reach_the_language_model(seeing: tuple[ModelSource, lis
     stream = LayerStream(source, batches, CPU, torch.float32)
     walk = ErrorAwarePass(stream)
     products = {
-        p.name: source.tensor(f"{p.path}.weight") * (0.8 + 0.1 * (i % 3))
-        for i, p in enumerate(p for row in source.projections() for p in row)
+        p.name: source.weights.tensor(f"{p.path}.weight") * (0.8 + 0.1 * (i % 3))
+        for i, p in enumerate(p for row in find_projections(source).layers for p in row)
     }
-    for index, row in enumerate(source.projections()):
+    for index, row in enumerate(find_projections(source).layers):
         known = {p.name: products[p.name] for p in row}
         list(walk.advance(index, [[p] for p in row], set(known), lambda *_: pytest.fail("fitted"), known))
 
     model = source.auto_class.from_pretrained(source.folder, dtype=torch.float32).eval()
-    for p in (p for row in source.projections() for p in row):
+    for p in (p for row in find_projections(source).layers for p in row):
         model.get_submodule(p.path).weight.data.copy_(products[p.name])
     with torch.no_grad():
         for number, batch in enumerate(batches):
             expected, found = model(**batch), stream.output(number, walk.factored.kept[number])
-            for name in ("text_embeds", "image_embeds") if source.compares else ("logits",):
+            for name in ("text_embeds", "image_embeds") if source.is_dual_encoder else ("logits",):
                 if name == "logits":  # the head is not loaded: what it would read
-                    source.load_head(CPU, torch.float32)
+                    source.load_lm_head(CPU, torch.float32)
                     found = stream.output(number, walk.factored.kept[number])
                 torch.testing.assert_close(found[name], expected[name], atol=1e-4, rtol=1e-4)
             plain = stream.output(number, stream.flow.kept[number])
@@ -150,7 +151,7 @@ def test_factored_images_reach_the_language_model(seeing: tuple[ModelSource, lis
 
 def options(folder: Path, name: str, **more: Any) -> CompressOptions:
     row = next(row for row in VISION_MODELS if row.name == name)
-    model = save_seeing_model(row, folder / "model")
+    model = save_vision_model(row, folder / "model")
     pairs = str(save_pairs(folder / "pairs", 64))
     return CompressOptions(str(model), folder / "out", **{"dataset": (pairs,), **more})
 
@@ -162,7 +163,7 @@ def test_a_share_for_each_tower(tmp_path: Path, sensitivity: str, one_thread: No
     result = compress(wanted)
     section = section_of(result.output)
     for tower, ratio in ratios.items():
-        own = {p.name: p for row in make_plan(replaced(wanted)).projections for p in row if p.tower == tower}
+        own = {p.name: p for row in make_plan(replaced(wanted)).projections.layers for p in row if p.tower == tower}
         kept = sum(p.numel for name, p in own.items() if name not in section["modules"])
         kept += sum(stored(result.output, name) for name in own if name in section["modules"])
         assert 1 - kept / sum(p.numel for p in own.values()) == pytest.approx(ratio, abs=0.03)
@@ -183,16 +184,16 @@ def stored(folder: Path, name: str) -> int:
 
 def test_towers_that_are_not_named_stay_dense(tmp_path: Path, one_thread: None) -> None:
     result = compress(options(tmp_path, "CLIP", tolerance={"vision": 0.3}))
-    assert result.allocation.tolerances == {"vision": 0.3}
-    assert {name.partition("_")[0] for name in result.allocation.ranks} == {"vision"}
+    assert result.choice.allocation.tolerances == {"vision": 0.3}
+    assert {name.partition("_")[0] for name in result.choice.allocation.ranks} == {"vision"}
 
 
 def test_text_alone_compresses_the_language_model_alone(tmp_path: Path, one_thread: None) -> None:
     wanted = options(tmp_path, "LLaVA 1.5", dataset=("python-docs",), num_calibration_samples=8, max_seq_length=64)
     plan = make_plan(wanted)
-    assert plan.towers == ["language"]
-    assert {p.tower for p in plan.unused} == {"vision", "projector"}
-    assert compress(wanted).allocation.ranks
+    assert plan.projections.towers == ["language"]
+    assert {p.tower for p in plan.projections.unused} == {"vision", "projector"}
+    assert compress(wanted).choice.allocation.ranks
 
 
 def test_a_projector_that_few_tokens_reach_stays_dense(tmp_path: Path, one_thread: None) -> None:
@@ -202,10 +203,10 @@ def test_a_projector_that_few_tokens_reach_stays_dense(tmp_path: Path, one_threa
     result = compress(wanted, said.append)
     name = "model.connector.modality_projection.proj"
     assert any(f"{name} (256 of 384)" in line for line in said)
-    assert name not in result.allocation.ranks
+    assert name not in result.choice.allocation.ranks
     report = json.loads((result.output / "pgsvd_report.json").read_text(encoding="utf-8"))
     assert report["tokens"] == {name: 256}
-    with pytest.raises(InputError, match=rf"--ratio projector=.*{name} \(256 of 384\)"):
+    with pytest.raises(InputError, match=rf"`ratio` projector=.*{name} \(256 of 384\)"):
         compress(replace(wanted, output=tmp_path / "other", ratio={"projector": 0.3}))
 
 
@@ -215,6 +216,6 @@ def test_texts_and_images_may_be_mixed(tmp_path: Path, one_thread: None) -> None
     plan = make_plan(
         CompressOptions(wanted.model, wanted.output, dataset=both, num_calibration_samples=24, max_seq_length=64)
     )
-    assert plan.pairs is not None
-    assert (plan.pairs.count, len(plan.windows.ids)) == (12, 12)
-    assert compress(plan.options).allocation.ranks
+    assert plan.data.pairs is not None
+    assert (plan.data.pairs.count, len(plan.data.windows.ids)) == (12, 12)
+    assert compress(plan.options).choice.allocation.ranks

@@ -103,12 +103,12 @@ def test_ranks_are_rounded_up_where_both_sides_are_large(out: int, width: int, r
 @pytest.mark.parametrize("ratio", [0.97, 0.999])
 def test_a_ratio_beyond_rank_one_is_refused(ratio: float) -> None:
     projections, profiles = model()
-    with pytest.raises(InputError, match=rf"--ratio {ratio}.*remove \d\d\.\d%"):
+    with pytest.raises(InputError, match=rf"`ratio` {ratio}.*remove \d\d\.\d%"):
         at_ratio(projections, profiles, ratio)
 
 
 def test_a_ratio_below_the_first_step_is_refused() -> None:
     # An 8 x 8 matrix saves nothing before rank 3, and then a quarter.
     p = Projection("p", 8, 8)
-    with pytest.raises(InputError, match=r"--ratio 0\.05: too small .* 25\.0%"):
+    with pytest.raises(InputError, match=r"`ratio` 0\.05: too small .* 25\.0%"):
         at_ratio([p], {"p": error_profile(torch.ones(8, dtype=torch.float64))}, 0.05)

@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from pgsvd_vllm.errors import InputError
 from pgsvd_vllm.offline.compress import compress
 from pgsvd_vllm.offline.options import CompressOptions
-from pgsvd_vllm.offline.run.plan import make_plan
-from pgsvd_vllm.offline.run.resources import estimate
+from pgsvd_vllm.offline.planning.plan import make_plan
+from pgsvd_vllm.offline.planning.resources import estimate
 from tests.conftest import run_cli, save_tiny_model
 
 SMALL: dict[str, Any] = {"num_calibration_samples": 20, "max_seq_length": 48}
@@ -243,7 +243,7 @@ def fill(folder: Path) -> Path:
 
 def test_too_small_a_disk_is_refused_at_once(tiny_model: Path, small_disk: Callable[[int], Path]) -> None:
     disk = small_disk(1024 * 1024)
-    with pytest.raises(InputError, match=r"--output-dir .*of disk while it works, 0\.0 GB are free"):
+    with pytest.raises(InputError, match=r"`output_dir` .*of disk while it works, 0\.0 GB are free"):
         compress(CompressOptions(str(tiny_model), disk / "out", ratio=0.3, **SMALL))
     assert list(disk.iterdir()) == []
 

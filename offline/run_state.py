@@ -10,67 +10,61 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from pgsvd_vllm.errors import InputError
-from pgsvd_vllm.offline.model.projection import LM_HEAD
+from pgsvd_vllm.format.writer import save_tensors
 from pgsvd_vllm.offline.records import LayerCalibration, LayerFactors, LayerSensitivity, LMHeadCalibration, ModuleReport
-from pgsvd_vllm.offline.run.plan import Plan
 
 # Raised whenever other things are kept of a layer: what an older program left cannot be continued.
 CALIBRATION = "4"
 RUN_FILE = "run.json"
-
-
-def fingerprint(plan: Plan) -> dict[str, str]:
-    """What calibration depends on: two runs with equal fingerprints may share it."""
-    source = plan.source
-    files = sorted({info.file for info in source.tensors.values()})
-    stamp = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-    return {
-        "model": str(source.folder.resolve()),
-        "weights": hashlib.sha256(json.dumps([stamp, source.config_json]).encode()).hexdigest(),
-        "calibration text": plan.data_sha256,
-        "dtype": str(plan.compute_dtype),
-        "ignore": " ".join(plan.options.ignore),
-        "include": " ".join(kind for kind in plan.options.include if kind != LM_HEAD),
-        "program version": CALIBRATION,
-    }
+SETTINGS = "settings"
 
 
 class RunState:
     """Creates or reopens DIR.partial.
 
     Args:
-        plan: the run.
+        output: DIR, the folder that the run publishes.
+        identity: what calibration depends on; runs of equal identity may share it.
+        settings: what the options left open, as resolved; kept for a resumed run.
+        resume: whether DIR.partial may exist.
+        calibration: the user's folder for what is measured; None for DIR.partial/layers.
 
     Raises:
-        InputError: the folder cannot be made, exists without --resume, or belongs to another run.
+        InputError: the folder cannot be made, exists without `resume`, or belongs to another run.
     """
 
-    def __init__(self, plan: Plan) -> None:
-        options = plan.options
-        self.output = options.output
-        self.folder = self.output.with_name(self.output.name + ".partial")
-        self.layers = options.calibration or self.folder / "layers"
+    def __init__(
+        self,
+        output: Path,
+        identity: dict[str, str],
+        settings: dict[str, str],
+        resume: bool = False,
+        calibration: Path | None = None,
+    ) -> None:
+        self.output = output
+        self.folder = partial_folder(output)
+        self.layers = calibration or self.folder / "layers"
         self.checkpoint = self.folder / "checkpoint"
-        run = fingerprint(plan)
-        if options.calibration is not None:
-            _claim(options.calibration, run, f"--calibration {options.calibration}")
+        if calibration is not None:
+            _claim(calibration, identity, f"--calibration {calibration}")
         if os.path.lexists(self.folder):
-            if not options.resume:
+            if not resume:
                 raise InputError(f"{self.folder}: left by an interrupted run; continue it with --resume, or delete it")
-            _check_owner(self.folder, run, f"--resume: {self.folder}")
+            _check_owner(self.folder, identity, f"--resume: {self.folder}")
             shutil.rmtree(self.checkpoint, ignore_errors=True)
+            if recorded_settings(output) != settings:
+                _write_manifest(self.folder, identity | {SETTINGS: settings}, f"--output-dir {output}")
         else:
-            _claim(self.folder, run, f"--output-dir {self.output}")
+            _claim(self.folder, identity | {SETTINGS: settings}, f"--output-dir {output}")
         self.layers.mkdir(exist_ok=True)
 
     def _layer_file(self, index: int) -> Path:
@@ -106,20 +100,20 @@ class RunState:
         return LayerCalibration(found.get("gram", {}), layer["leader"], found["energy"], layer["tokens"], counts)
 
     @property
-    def _head_file(self) -> Path:
+    def _lm_head_file(self) -> Path:
         return self.layers / "head.safetensors"
 
-    def has_head(self) -> bool:
+    def has_lm_head(self) -> bool:
         """Whether the output head's calibration is complete on disk."""
-        return self._head_file.is_file()
+        return self._lm_head_file.is_file()
 
-    def save_head(self, data: LMHeadCalibration) -> None:
+    def save_lm_head(self, data: LMHeadCalibration) -> None:
         """Write the output head's calibration; the file appears complete or not at all."""
-        _write(self._head_file, {f"head:{name}": tensor for name, tensor in vars(data).items()})
+        _write(self._lm_head_file, {f"head:{name}": tensor for name, tensor in vars(data).items()})
 
-    def load_head(self) -> LMHeadCalibration:
+    def load_lm_head(self) -> LMHeadCalibration:
         """Read the output head's calibration; raises InputError where the file is damaged."""
-        found, _ = _read(self._head_file, ("head",))
+        found, _ = _read(self._lm_head_file, ("head",))
         return LMHeadCalibration(**found["head"])
 
     def _sensitivity_file(self, index: int, kind: str) -> Path:
@@ -201,34 +195,62 @@ class RunState:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def _claim(folder: Path, run: dict[str, str], label: str) -> None:
+def partial_folder(output: Path) -> Path:
+    """Where a run that publishes `output` keeps its work."""
+    return output.with_name(output.name + ".partial")
+
+
+def recorded_settings(output: Path) -> dict[str, str]:
+    """The resolved settings in the manifest of an interrupted run; empty where there is none that can be read."""
+    try:
+        manifest = json.loads((partial_folder(output) / RUN_FILE).read_text(encoding="utf-8"))
+        return dict(manifest[SETTINGS])
+    except (OSError, ValueError, TypeError, KeyError):
+        return {}
+
+
+def _write_manifest(folder: Path, manifest: Mapping[str, Any], label: str) -> None:
+    """Write or replace the manifest, which is complete or as it was; raises InputError, starting with the label."""
+    part = folder / f"{RUN_FILE}.writing"
+    try:
+        part.write_text(json.dumps(manifest, indent=2), encoding="utf-8")
+        os.replace(part, folder / RUN_FILE)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise InputError(f"{label}: cannot be written ({error.strerror})") from None
+
+
+def _claim(folder: Path, manifest: Mapping[str, Any], label: str) -> None:
     """Make a folder for a run, or see that it belongs to this one.
 
     Raises:
         InputError: it cannot be made, or holds something else; starts with the label.
     """
     if os.path.isfile(folder / RUN_FILE):  # unlike Path.is_file, also for a name that is too long
-        return _check_owner(folder, run, label)
+        return _check_owner(folder, manifest, label)
     try:
         if os.path.lexists(folder) and (not folder.is_dir() or any(folder.iterdir())):
             raise InputError(f"{label}: exists and holds something else; name another folder")
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / RUN_FILE).write_text(json.dumps(run, indent=2), encoding="utf-8")
     except OSError as error:
-        shutil.rmtree(folder, ignore_errors=True)  # there was nothing in it
         raise InputError(f"{label}: cannot be written ({error.strerror})") from None
-    return None
+    try:
+        return _write_manifest(folder, manifest, label)
+    except InputError:
+        shutil.rmtree(folder, ignore_errors=True)  # there was nothing in it
+        raise
 
 
-def _check_owner(folder: Path, run: dict[str, str], label: str) -> None:
+def _check_owner(folder: Path, manifest: Mapping[str, Any], label: str) -> None:
     """Refuse the folder of another run; raises InputError saying what differs."""
     run_file = folder / RUN_FILE
     try:
         old = dict(json.loads(run_file.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         raise InputError(f"{run_file}: unreadable, this run cannot be resumed; delete {folder}") from None
+    identity = [key for key in manifest if key != SETTINGS]
     # Earlier versions knew no --include.
-    changed = [key for key in run if old.get(key, "" if key == "include" else None) != run[key]]
+    changed = [key for key in identity if old.get(key, "" if key == "include" else None) != manifest[key]]
     if changed:
         raise InputError(
             f"{label} belongs to a run with another {', '.join(changed)}; use the same options or delete it"
@@ -242,7 +264,7 @@ def _digest(choice: dict[str, Any]) -> str:
 def _write(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
     """Save tensors on the CPU under another name, then give them their own."""
     part = path.with_suffix(".writing")
-    save_file({name: tensor.cpu() for name, tensor in tensors.items()}, part, metadata=metadata)
+    save_tensors(tensors, part, metadata)
     os.replace(part, path)
 
 

@@ -3,7 +3,7 @@
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,7 +14,9 @@ from pgsvd_vllm.offline.calibration.lm_head import HEAD_ROWS
 from pgsvd_vllm.offline.factors.error_aware import SEQUENTIAL_TOKENS
 from pgsvd_vllm.offline.model.batch import TOKENS_PER_BATCH
 from pgsvd_vllm.offline.model.projection import Projection
-from pgsvd_vllm.offline.run.plan import Plan
+from pgsvd_vllm.offline.planning.free_memory import free_memory
+from pgsvd_vllm.offline.planning.plan import Plan
+from pgsvd_vllm.offline.settings import FORWARD, MEASURED
 
 # ALS sweeps a projection takes at the default tolerance, for the time estimate.
 TYPICAL_SWEEPS = 12
@@ -30,65 +32,69 @@ class Estimate:
 
 
 def memory_bytes(plan: Plan) -> int:
-    """Peak memory, from the shapes."""
-    tokens, hidden = plan.most_tokens, plan.source.config.get_text_config().hidden_size
-    width = plan.compute_dtype.itemsize
-    grams = [_gram_sizes(row) for row in plan.projections]
-    layer = max(sum(p.numel for p in row) for row in plan.projections) * width
-    embeddings = plan.source.vocabulary * hidden * width
-    widest = max(max(p.in_features, p.out_features) for p in plan.flat)
-    # In float64, of the layer-by-layer fit of a projection with many inputs.
-    square = max((p.in_features**2 for p in plan.flat if p.reach == 1), default=0)
-    # What a tower hands on stays until the model has run, and of the factored model as well.
-    kept = sum(plan.tokens_of(tower.name) for tower in plan.source.towers[:-1]) * (2 if plan.sequential else 1)
+    """Peak memory of a run, in bytes, from the shapes."""
+    source, settings, rows, flat = plan.source, plan.settings, plan.projections.layers, plan.projections.flat
+    tokens, hidden = _most_tokens(plan), source.config.get_text_config().hidden_size
+    width = settings.compute_dtype.itemsize
+    layer = max(sum(p.numel for p in row) for row in rows) * width
+    embeddings = source.vocabulary * hidden * width
+    widest = max(max(p.in_features, p.out_features) for p in flat)
+    # In float64, of the error-aware fit of a projection with many inputs.
+    square = max((p.in_features**2 for p in flat if p.reach == 1), default=0)
+    # The outputs of a tower stay until the model has run; those of the factored model as well.
+    kept = sum(plan.data.tokens_of(tower.name) for tower in source.towers[:-1]) * (2 if settings.sequential else 1)
     memory = (
         layer + embeddings + tokens * hidden * width
-        + max(sum(n * n for n in sizes) for sizes in grams) * 8
+        + max(sum(n * n for n in _gram_sizes(row)) for row in rows) * 8
         + min(TOKENS_PER_BATCH, tokens) * widest * 8
-        + max(4 * widest * min(widest, 4096), (7 if plan.sequential else 0) * square) * 8
+        + max(4 * widest * min(widest, 4096), (7 if settings.sequential else 0) * square) * 8
         + kept * hidden * width
         + 400 * 1024**2  # torch and transformers themselves
     )  # fmt: skip
-    if plan.sensitivity == "measured":
-        memory += max(sum(p.out_features**2 + p.in_features**2 for p in row) for row in plan.projections) * 8
+    head = plan.projections.lm_head
+    if settings.sensitivity == MEASURED:
+        memory += max(sum(p.out_features**2 + p.in_features**2 for p in row) for row in rows) * 8
         memory += 3 * _activation_bytes(plan, width)
-    walked = min(tokens, SEQUENTIAL_TOKENS) if plan.sequential else 0
-    # The factored hidden states, the dense layer's inputs of its projections, and what the paused runs hold: as much.
+        memory += 0 if head is not None else source.lm_head_numel * width
+    walked = min(tokens, SEQUENTIAL_TOKENS) if settings.sequential else 0
+    # The factored hidden states, the dense layer's inputs of its projections, and as much in the paused runs.
     # Nothing of experts is kept.
-    paused = max(sum(_gram_sizes([p for p in row if p.reach == 1])) for row in plan.projections)
+    paused = max(sum(_gram_sizes([p for p in row if p.reach == 1])) for row in rows)
     memory += walked * (hidden + 2 * paused) * width
-    if plan.head is not None:
+    if head is not None:
         # The matrix and its float32 logits, and blocks and square matrices in float64.
-        memory += plan.head.numel * width + 6 * plan.head.in_features**2 * 8 + HEAD_ROWS * plan.head.in_features * 8 * 4
-    if plan.options.refine is not None:
+        memory += head.numel * width + 6 * head.in_features**2 * 8 + HEAD_ROWS * head.in_features * 8 * 4
+    if settings.refine_minutes is not None:
         # Dense model, student, and float32 numbers with gradients and Adam's two moments.
-        memory += 2 * plan.total_parameters * width + 16 * sum(p.numel for p in plan.flat)
-        length = plan.length
-        memory += 2 * len(plan.projections) * length * _features(plan) * width + 4 * length * plan.source.vocabulary * 4
+        length = plan.data.length
+        memory += 2 * source.weights.numel * width + 16 * sum(p.numel for p in flat)
+        memory += 2 * len(rows) * length * _features(plan) * width + 4 * length * source.vocabulary * 4
     return memory
 
 
 def estimate(plan: Plan) -> Estimate:
     """Peak memory, disk and time; the time from a short measurement of this machine's speed."""
-    tokens = plan.most_tokens
-    walked = min(tokens, SEQUENTIAL_TOKENS) if plan.sequential else 0
-    rates = {d: _flops_per_second(d, plan.device) for d in {plan.compute_dtype, torch.float32, torch.float64}}
+    settings, rows, flat = plan.settings, plan.projections.layers, plan.projections.flat
+    tokens = _most_tokens(plan)
+    walked = min(tokens, SEQUENTIAL_TOKENS) if settings.sequential else 0
+    dtypes = {settings.compute_dtype, torch.float32, torch.float64}
+    rates = {dtype: _flops_per_second(dtype, settings.device) for dtype in dtypes}
     # A token meets some of the experts.
-    met = sum(p.reach * p.numel for p in plan.flat)
-    squares = sum(p.reach * n * n for row in plan.projections for p, n in _inputs(row))
-    seconds = 2 * tokens * met / rates[plan.compute_dtype] + 2 * tokens * squares / rates[torch.float32]
-    if plan.sensitivity == "measured":
+    met = sum(p.reach * p.numel for p in flat)
+    squares = sum(p.reach * n * n for row in rows for p, n in _inputs(row))
+    seconds = 2 * tokens * met / rates[settings.compute_dtype] + 2 * tokens * squares / rates[torch.float32]
+    if settings.sensitivity == MEASURED:
         backward = min(tokens, GRADIENT_TOKENS)
-        seconds += 4 * backward * met / rates[plan.compute_dtype]
-        both = sum(p.reach * (p.out_features**2 + p.in_features**2) for p in plan.flat)
+        seconds += 4 * backward * met / rates[settings.compute_dtype]
+        both = sum(p.reach * (p.out_features**2 + p.in_features**2) for p in flat)
         seconds += 2 * backward * both / rates[torch.float32]
-    if plan.sequential:
+    if settings.sequential:
         # Every layer dense and factored; of every input C', D and, unless all tokens take part, C, all but D by half.
-        seconds += 2 * 2 * walked * met / rates[plan.compute_dtype]
+        seconds += 2 * 2 * walked * met / rates[settings.compute_dtype]
         seconds += (3 if walked == tokens else 4) * walked * squares / rates[torch.float32]
-    seconds += 60 * (plan.options.refine or 0)
-    eigen = _eigenvector_rate(plan.device)
-    for p in plan.flat:
+    seconds += 60 * (settings.refine_minutes or 0)
+    eigen = _eigenvector_rate(settings.device)
+    for p in flat:
         small = min(p.out_features, p.in_features)
         seconds += (2 * p.in_features * p.numel + TYPICAL_SWEEPS * 4 * small**3) / rates[torch.float64]
         seconds += small**3 / eigen
@@ -96,26 +102,20 @@ def estimate(plan: Plan) -> Estimate:
 
 
 def disk_bytes(plan: Plan) -> int:
-    """Peak disk: the finished layers, their inputs while gradients are measured, and the result."""
-    needed = sum(n * n for row in plan.projections for n in _gram_sizes(row)) * 4
-    if plan.sensitivity == "measured":
-        tokens = min(plan.most_tokens, GRADIENT_TOKENS + TOKENS_PER_BATCH)
+    """Peak disk in bytes: the finished layers, their inputs while gradients are measured, and the result."""
+    rows = plan.projections.layers
+    needed = sum(n * n for row in rows for n in _gram_sizes(row)) * 4
+    if plan.settings.sensitivity == MEASURED:
+        tokens = min(_most_tokens(plan), GRADIENT_TOKENS + TOKENS_PER_BATCH)
         hidden = plan.source.config.get_text_config().hidden_size
-        needed += sum(p.out_features**2 + p.in_features**2 for p in plan.flat) * 4
-        needed += tokens * hidden * plan.compute_dtype.itemsize * len(plan.projections)
-    return needed + sum(info.nbytes for info in plan.source.tensors.values())
+        needed += sum(p.out_features**2 + p.in_features**2 for p in plan.projections.flat) * 4
+        needed += tokens * hidden * plan.settings.compute_dtype.itemsize * len(rows)
+    return needed + sum(info.nbytes for info in plan.source.weights.tensors.values())
 
 
-def free_memory(device: torch.device) -> int | None:
-    """Bytes that can be taken on a device now; None where the system does not say."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    found = [line for line in lines if line.startswith("MemAvailable:")]
-    return int(found[0].split()[1]) * 1024 if found else None
+def _most_tokens(plan: Plan) -> int:
+    """Tokens of the tower that has most to run."""
+    return max(plan.data.tokens_of(tower.name) for tower in plan.source.towers)
 
 
 def fit_into_memory(plan: Plan, say: Callable[[str], None]) -> Plan:
@@ -127,28 +127,28 @@ def fit_into_memory(plan: Plan, say: Callable[[str], None]) -> Plan:
         plan: the request.
         say: called with one line where it gives way.
     """
-    free = free_memory(plan.device)
-    if free is None or plan.options.sensitivity is not None or plan.sensitivity != "measured":
+    free = free_memory(plan.settings.device)
+    if free is None or plan.options.sensitivity is not None or plan.settings.sensitivity != MEASURED:
         return plan
     needed = memory_bytes(plan)
     if needed <= free:
         return plan
     say(
         f"measuring loss gradients needs about {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free: "
-        "sensitivities come from forward passes alone, which is cruder (--sensitivity measured tries all the same)"
+        "sensitivities come from forward passes alone, which is cruder (`sensitivity` measured tries all the same)"
     )
-    return replace(plan, options=replace(plan.options, sensitivity="forward"))
+    return plan.with_sensitivity(FORWARD)
 
 
 def _activation_bytes(plan: Plan, width: int) -> int:
     """The widest activations of one batch: logits of a window, or a layer's intermediate values."""
-    batch = min(TOKENS_PER_BATCH, plan.most_tokens)
-    return max(plan.length * plan.source.vocabulary * 4, batch * _features(plan) * width)
+    batch = min(TOKENS_PER_BATCH, _most_tokens(plan))
+    return max(plan.data.length * plan.source.vocabulary * 4, batch * _features(plan) * width)
 
 
 def _features(plan: Plan) -> int:
     """Inputs and outputs of the widest layer's projections, numbers a token, which meets some of the experts."""
-    return max(round(sum(p.reach * (p.out_features + p.in_features) for p in row)) for row in plan.projections)
+    return max(round(sum(p.reach * (p.out_features + p.in_features) for p in row)) for row in plan.projections.layers)
 
 
 def _inputs(row: list[Projection]) -> list[tuple[Projection, int]]:
@@ -189,6 +189,6 @@ def check_disk(plan: Plan, needed: int, folder: Path) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise InputError(
-            f"--output-dir {plan.options.output}: needs about {needed / 1e9:.1f} GB of disk while it works, "
+            f"`output_dir` {plan.options.output}: needs about {needed / 1e9:.1f} GB of disk while it works, "
             f"{free / 1e9:.1f} GB are free"
         )

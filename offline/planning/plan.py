@@ -1,0 +1,142 @@
+"""What a compression will do, worked out before anything is computed or written."""
+
+from dataclasses import dataclass, replace
+
+from pgsvd_vllm.errors import InputError
+from pgsvd_vllm.format.latency_table import LatencyTable, read_latencies
+from pgsvd_vllm.format.schema import FLOAT_DTYPES
+from pgsvd_vllm.offline.data.calibration_set import CalibrationSet, read_calibration_set
+from pgsvd_vllm.offline.data.reached_layers import reached_layers, reached_projections
+from pgsvd_vllm.offline.model.device import gemm_dtype, pick_device
+from pgsvd_vllm.offline.model.find_projections import find_lm_head, find_projections
+from pgsvd_vllm.offline.model.hub import resolve_folder
+from pgsvd_vllm.offline.model.projection import ProjectionSet, widest
+from pgsvd_vllm.offline.model.source import ModelSource
+from pgsvd_vllm.offline.model.towers import LANGUAGE
+from pgsvd_vllm.offline.options import DEFAULT_RATIO, CompressOptions, check_options
+from pgsvd_vllm.offline.ranks.target import RankTarget
+from pgsvd_vllm.offline.settings import RunSettings, resolve_settings, store_dtype
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checked request: the model is readable, the data are long enough, the output is free.
+
+    Attributes:
+        options: what was asked for.
+        source: the model.
+        projections: what is factored, and what stays dense.
+        data: the calibration set.
+        settings: what the options left open, resolved.
+        latencies: GEMM latencies of the serving machine, or None.
+    """
+
+    options: CompressOptions
+    source: ModelSource
+    projections: ProjectionSet
+    data: CalibrationSet
+    settings: RunSettings
+    latencies: LatencyTable | None
+
+    @property
+    def target(self) -> RankTarget:
+        """What the ranks must reach."""
+        options = self.options
+        ratio = DEFAULT_RATIO if options.ratio is None and options.tolerance is None else options.ratio
+        return RankTarget(ratio, options.tolerance, self.settings.form, options.baseline is not None, self.latencies)
+
+    def with_projections(self, projections: ProjectionSet) -> "Plan":
+        """The same plan for other projections."""
+        return replace(self, projections=projections)
+
+    def with_sensitivity(self, sensitivity: str) -> "Plan":
+        """The same plan with sensitivities measured in another way."""
+        return replace(self, settings=replace(self.settings, sensitivity=sensitivity))
+
+
+def make_plan(options: CompressOptions) -> Plan:
+    """Check the request and read everything but the layers' weights.
+
+    Raises:
+        InputError: an option, the model, the tokenizer or the text cannot be used.
+        CheckpointError: a file of the model is missing or damaged.
+    """
+    check_options(options)
+    device = pick_device(options.device)
+    folder = resolve_folder(options.model, options.trust_remote_code)
+    source = ModelSource(folder, options.trust_remote_code, "experts" in options.include)
+    if source.reads_images and options.refine is not None:
+        raise InputError(f"--refine: trains on text alone, and {options.model} reads images; leave it out")
+    if source.unstacks_experts and options.refine is not None:
+        raise InputError("--refine: does not train experts; leave it or --include experts out")
+    projections = _projections(options, source)
+    compute_dtype = gemm_dtype(device, store_dtype(options) or source.weight_dtype)
+    data = read_calibration_set(options, source)
+    reach = reached_layers(source, data.pairs, device, compute_dtype)
+    plan = Plan(
+        options,
+        source,
+        reached_projections(projections, reach),
+        replace(data, tokens_per_pixel=reach.tokens_per_pixel),
+        resolve_settings(options, device, compute_dtype),
+        None if options.costs is None else _latencies(options),
+    )
+    _check_data(plan)
+    _check_towers(plan)
+    return plan
+
+
+def _projections(options: CompressOptions, source: ModelSource) -> ProjectionSet:
+    found = find_projections(source, options.ignore)
+    for p in found.flat:
+        info = source.weights.header(f"{p.path}.weight")
+        if info.dtype not in FLOAT_DTYPES and options.dtype == "auto":
+            raise InputError(f"{info.file}: {p.name}.weight is stored as {info.dtype}; choose a --dtype to write")
+    return replace(found, lm_head=find_lm_head(source)) if "lm_head" in options.include else found
+
+
+def _latencies(options: CompressOptions) -> LatencyTable:
+    """The latency table, which must be of the dtype that will be served."""
+    assert options.costs is not None
+    table = read_latencies(options.costs)
+    wanted = "bfloat16" if options.dtype == "auto" else options.dtype
+    if table.dtype != wanted:
+        raise InputError(
+            f"--costs {options.costs}: times of {table.dtype}; make it with pgsvd-vllm profile --dtype {wanted}, or "
+            f"choose --dtype {table.dtype}"
+        )
+    return table
+
+
+def _check_data(plan: Plan) -> None:
+    """Refuse too little calibration data, and ids that the model does not have; raises InputError."""
+    projections, data = plan.projections, plan.data
+    if not projections.flat:
+        raise InputError(
+            f"--ignore: of {plan.options.model} nothing is left to compress with this calibration data; its vision "
+            "model needs images with texts (--dataset FOLDER)"
+        )
+    language = widest([p for p in projections.flat if p.tower == LANGUAGE])
+    if language is not None and data.tokens < language.in_features:
+        raise InputError(
+            f"--dataset {data.name}: {data.tokens} tokens are too little calibration text; "
+            f"{language.name} has {language.in_features} inputs and needs at least as many tokens"
+        )
+    ids = {int(token) for batch in data.batches() for token in batch["input_ids"].unique()}
+    largest, rows = max(ids - plan.source.placeholders), plan.source.vocabulary
+    if largest >= rows:
+        raise InputError(
+            f"{plan.source.folder}: the tokenizer makes id {largest}, the model has {rows} embeddings; "
+            "the tokenizer belongs to another model"
+        )
+
+
+def _check_towers(plan: Plan) -> None:
+    """Refuse shares of towers that the plan does not compress; raises InputError."""
+    towers = plan.projections.towers
+    for option, shares in (("--ratio", plan.options.ratio), ("--tolerance", plan.options.tolerance)):
+        for tower in shares if isinstance(shares, dict) else ():
+            if tower not in towers:
+                raise InputError(
+                    f"{option} {tower}=...: nothing of that name is compressed here, but {', '.join(towers)}"
+                )

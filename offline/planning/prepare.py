@@ -1,0 +1,59 @@
+"""From a request to a plan that fits the machine, and the state of its run."""
+
+import hashlib
+import json
+from collections.abc import Callable
+
+from pgsvd_vllm.offline.model.projection import LM_HEAD
+from pgsvd_vllm.offline.options import CompressOptions
+from pgsvd_vllm.offline.planning.plan import Plan, make_plan
+from pgsvd_vllm.offline.planning.resources import fit_into_memory
+from pgsvd_vllm.offline.ranks.pareto import check_latency
+from pgsvd_vllm.offline.run_state import CALIBRATION, RunState, recorded_settings
+from pgsvd_vllm.offline.settings import FORWARD, MEASURED
+
+
+def prepare(options: CompressOptions, say: Callable[[str], None]) -> Plan:
+    """The plan of a request, with every setting resolved.
+
+    A resumed run measures sensitivities as it began, whatever memory is free now.
+
+    Args:
+        options: the request.
+        say: called with one line where the default gives way.
+
+    Raises:
+        InputError: as of `make_plan`; also where no ranks reach the requested latency.
+        CheckpointError: a file of the model is missing or damaged.
+    """
+    plan = make_plan(options)
+    if plan.latencies is not None:
+        check_latency(plan.projections, plan.target)
+    begun = recorded_settings(options.output).get("sensitivity") if options.resume else None
+    left_open = options.sensitivity is None and plan.settings.sensitivity == MEASURED
+    if left_open and begun in (MEASURED, FORWARD):
+        return plan.with_sensitivity(begun)
+    return fit_into_memory(plan, say)
+
+
+def open_state(plan: Plan) -> RunState:
+    """Create or reopen the folder of the plan's run; raises InputError as `RunState`."""
+    options = plan.options
+    settings = {"sensitivity": plan.settings.sensitivity}
+    return RunState(options.output, identity(plan), settings, options.resume, options.calibration)
+
+
+def identity(plan: Plan) -> dict[str, str]:
+    """What calibration depends on: two runs of equal identity may share it."""
+    source = plan.source
+    files = sorted({info.file for info in source.weights.tensors.values()})
+    stamp = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    return {
+        "model": str(source.folder.resolve()),
+        "weights": hashlib.sha256(json.dumps([stamp, source.config_json]).encode()).hexdigest(),
+        "calibration text": plan.data.sha256,
+        "dtype": str(plan.settings.compute_dtype),
+        "ignore": " ".join(plan.options.ignore),
+        "include": " ".join(kind for kind in plan.options.include if kind != LM_HEAD),
+        "program version": CALIBRATION,
+    }

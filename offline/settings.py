@@ -1,0 +1,73 @@
+"""The resolved settings of one run: what the options leave open is decided here, once."""
+
+from dataclasses import dataclass
+
+import torch
+
+from pgsvd_vllm.offline.options import DTYPES, CompressOptions
+
+MEASURED, FORWARD, UNIFORM = "measured", "forward", "uniform"
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """How a run measures, factors and stores.
+
+    Attributes:
+        sensitivity: `measured` by loss gradients, `forward` by forward passes alone, or `uniform`.
+        form: how low-rank weights are stored, `pivot` or `factors`.
+        sequential: whether each layer is fitted to activations from the already factored layers.
+        baseline: another method's name, or None.
+        head_tolerance: relative error allowed in the LM head's weighted logits.
+        refine_minutes: minutes of knowledge distillation, or None.
+        seed: of all draws.
+        device: that computes.
+        compute_dtype: of the calibration forward.
+        store_dtype: of the written tensors; None keeps each tensor's own.
+    """
+
+    sensitivity: str
+    form: str
+    sequential: bool
+    baseline: str | None
+    head_tolerance: float
+    refine_minutes: float | None
+    seed: int
+    device: torch.device
+    compute_dtype: torch.dtype
+    store_dtype: torch.dtype | None
+
+    @property
+    def measured(self) -> bool:
+        """Whether sensitivities are measured, by gradients or by forward passes, rather than taken as equal."""
+        return self.sensitivity != UNIFORM
+
+
+def store_dtype(options: CompressOptions) -> torch.dtype | None:
+    """The dtype that the options ask for; None keeps each tensor's own."""
+    return None if options.dtype == "auto" else DTYPES[options.dtype]
+
+
+def resolve_settings(options: CompressOptions, device: torch.device, compute_dtype: torch.dtype) -> RunSettings:
+    """The settings that follow from the options.
+
+    Args:
+        options: checked by `check_options`.
+        device: that computes.
+        compute_dtype: of the calibration forward.
+    """
+    default = MEASURED if options.tolerance is None and options.baseline is None else UNIFORM
+    sensitivity = options.sensitivity or default
+    informed = sensitivity != UNIFORM or options.baseline == "pifa"
+    return RunSettings(
+        sensitivity=sensitivity,
+        form=options.form or ("pivot" if informed else "factors"),
+        sequential=informed if options.sequential is None else options.sequential,
+        baseline=options.baseline,
+        head_tolerance=options.head_tolerance,
+        refine_minutes=options.refine,
+        seed=options.seed,
+        device=device,
+        compute_dtype=compute_dtype,
+        store_dtype=store_dtype(options),
+    )

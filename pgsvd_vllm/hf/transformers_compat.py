@@ -1,0 +1,71 @@
+"""Every private or unstable name of transformers that this package uses, each with its reason."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import PreTrainedModel
+
+# The rules by which transformers renames and stacks a checkpoint's tensors; there is no public way to ask for them.
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
+
+# Random initialisation takes minutes for a large skeleton whose numbers are replaced anyway.
+from transformers.initialization import no_init_weights
+
+# Which classes an auto class can load, asked before it is tried.
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
+
+# GPT-2's linear layer with a transposed weight.
+from transformers.pytorch_utils import Conv1D
+
+# Whether the format is registered already: registering twice is an error.
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+
+__all__ = [
+    "AUTO_QUANTIZER_MAPPING",
+    "CAUSAL_LM_CLASSES",
+    "IMAGE_TEXT_TO_TEXT_CLASSES",
+    "Concatenate",
+    "Conv1D",
+    "MergeModulelist",
+    "WeightConverter",
+    "WeightRenaming",
+    "dot_natural_key",
+    "get_model_conversion_mapping",
+    "mark_initialized",
+    "rename_source_key",
+    "skeleton",
+    "tied_weights",
+]
+
+CAUSAL_LM_CLASSES = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+IMAGE_TEXT_TO_TEXT_CLASSES = set(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values())
+
+
+def skeleton(auto_class: Any, config: Any, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
+    """A model of a configuration with its parameters on the meta device and its buffers computed."""
+    with init_empty_weights(include_buffers=False), no_init_weights():
+        return auto_class.from_config(config, trust_remote_code=trust_remote_code, dtype=dtype)
+
+
+def tied_weights(model: PreTrainedModel) -> Mapping[str, str]:
+    """Alias -> the tensor it is tied to, as transformers resolves a model's `_tied_weights_keys`."""
+    return getattr(model, "all_tied_weights_keys", None) or {}
+
+
+def mark_initialized(module: nn.Module) -> None:
+    """Keep transformers from initialising a module, whose original children GPT-2's rule would look for."""
+    setattr(module, "_is_hf_initialized", True)  # noqa: B010  (no attribute of nn.Module for mypy)
