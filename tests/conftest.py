@@ -25,6 +25,11 @@ ROOT = Path(__file__).resolve().parent.parent
 # Set by pytest-xdist in its workers.
 WORKER = os.environ.get("PYTEST_XDIST_WORKER")
 MAX_WORKERS = 4
+# Files of long tests that share little.
+SPREAD = {
+    *("tests/e2e/test_architectures.py", "tests/e2e/test_vision.py", "tests/e2e/test_tokens.py"),
+    "tests/kernels/test_triton.py",
+}
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
@@ -45,8 +50,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Start engines and interpreters first: at the end short tests keep every worker busy."""
-    items.sort(key=lambda item: not item.nodeid.startswith(("tests/e2e/", "tests/kernels/")))
+    """Group the tests of a file on one worker, since they share fixtures; those of SPREAD run on any."""
+    for item in items:
+        file = item.nodeid.partition("::")[0]
+        if file not in SPREAD and item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(file.removesuffix(".py").replace("/", ".")))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -9,9 +9,6 @@ import pytest
 
 from tests.conftest import ROOT
 
-# The tests share one run.
-pytestmark = pytest.mark.xdist_group("workers")
-
 SUITE = """
 import os, time
 from pathlib import Path
@@ -31,7 +28,9 @@ def shared(tmp_path_factory):
         (OUT / f"made-{WORKER}").touch()
     return made_once(tmp_path_factory, "shared", make)
 
-@pytest.mark.parametrize("name", ["a b", "c", "d"])
+@pytest.mark.parametrize(
+    "name", ["a b", *(pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in ("c", "d"))]
+)
 def test_each(name, shared):
     assert shared.is_dir()
     cores = os.environ["VLLM_CPU_OMP_THREADS_BIND"].split(",")

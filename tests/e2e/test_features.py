@@ -13,9 +13,6 @@ from tests.e2e.checkpoints import reconstruct_dense
 from tests.e2e.engine import CLASSIFY, EMBED, NEW_TOKENS, beam, greedy, one_core_each, run_engine, tokens, try_engine
 from tests.features import DOCUMENT, marked
 
-# The tests share their reference engines.
-pytestmark = pytest.mark.xdist_group("features")
-
 
 @pytest.fixture(scope="module")
 def prompts() -> list[list[int]]:

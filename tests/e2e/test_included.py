@@ -19,9 +19,6 @@ from tests.e2e.engine import greedy, one_core_each, run_engine, tokens
 NEW_TOKENS = 24
 FEW = ("--num-calibration-samples", "64", "--max-seq-length", "64")
 
-# The tests share their checkpoints.
-pytestmark = pytest.mark.xdist_group("included")
-
 
 @pytest.fixture(scope="module")
 def prompts() -> list[list[int]]:

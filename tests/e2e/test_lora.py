@@ -13,9 +13,6 @@ from tests.e2e.engine import NEW_TOKENS, greedy, run_engine, tokens
 
 RANK, ALPHA = 8, 16
 
-# The tests share the tokens of transformers.
-pytestmark = pytest.mark.xdist_group("lora")
-
 
 @pytest.fixture(scope="module")
 def prompts() -> list[list[int]]:
