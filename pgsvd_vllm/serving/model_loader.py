@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from vllm.config import ModelConfig, VllmConfig, set_current_vllm_config
-from vllm.config.load import LoadConfig
+from vllm.config import LoadConfig, ModelConfig, VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, UnquantizedEmbeddingMethod
 from vllm.model_executor.model_loader import register_model_loader
@@ -27,7 +26,7 @@ from pgsvd_vllm.serving.layers.moe import FactoredMoEMethod
 from pgsvd_vllm.serving.layers.moe_dense import DenseFallbackMoEMethod
 from pgsvd_vllm.serving.quant_config import PgsvdConfig
 from pgsvd_vllm.serving.vllm_compat.internals import (
-    dense_expert_weights,
+    expert_weight_names,
     disabled_modules,
     keep_names_of_factors,
     mark_compiled_graphs,
@@ -119,7 +118,7 @@ class PgsvdModelLoader(DefaultModelLoader):
         if loaded_weights is not None:
             for name, module in model.named_modules():
                 if isinstance(getattr(module, "quant_method", None), DenseFallbackMoEMethod):
-                    loaded_weights |= dense_expert_weights(name)
+                    loaded_weights |= expert_weight_names(name)
         super().track_weights_loading(model, loaded_weights, quantized)
 
     def get_all_weights(

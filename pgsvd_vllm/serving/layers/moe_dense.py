@@ -15,6 +15,7 @@ from pgsvd_vllm.serving.vllm_compat.internals import (
     DOWN,
     GATE,
     expert_parameter,
+    expert_weights,
     local_expert,
     register_expert_factor,
 )
@@ -70,7 +71,7 @@ class DenseFallbackMoEMethod(UnquantizedFusedMoEMethod):
         self.waiting: dict[tuple[int, str], dict[str, torch.Tensor]] = {}
         self.done: set[tuple[int, str]] = set()
         self.loads = layer.weight_loader
-        self.dense = {False: layer.w13_weight, True: layer.w2_weight}
+        self.dense = {False: expert_weights(layer, GATE), True: expert_weights(layer, DOWN)}
         self.local = partial(local_expert, layer)
         self.is_dummy = get_current_vllm_config().load_config.load_format == "dummy"
         register_factors(layer, self.experts, self._take, ("weight",))

@@ -267,6 +267,11 @@ def register_expert_factor(layer: Any, shard_id: str, kind: str, take: Callable[
     layer.register_parameter(f"{expert_parameter(shard_id)}_{kind}", parameter)
 
 
-def dense_expert_weights(name: str) -> set[str]:
+def expert_weights(layer: Any, shard_id: str) -> nn.Parameter:
+    """vLLM's dense parameter with a projection of all experts of this rank."""
+    return getattr(layer, f"{expert_parameter(shard_id)}_weight")
+
+
+def expert_weight_names(name: str) -> set[str]:
     """vLLM's names of the dense parameters of a MoE layer."""
-    return {f"{name}.w13_weight", f"{name}.w2_weight"}
+    return {f"{name}.{expert_parameter(shard_id)}_weight" for shard_id in (GATE, DOWN)}
