@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # One worker a core; ARGS="-n 0" runs all in one process.
-PYTEST = $(BIN)/python -m pytest -n auto --dist loadgroup --durations=20
+PYTEST = $(BIN)/python -m pytest -n auto --durations=20
 STAMP := $(VENV)/.complete
 PIP := $(BIN)/pip install --disable-pip-version-check --quiet
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 # Before any test imports transformers or vLLM: no network, no telemetry, a small KV cache, no
 # engine process of its own for offline engines.
@@ -18,6 +19,7 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 import pytest
 import torch
 from filelock import FileLock
+from xdist.scheduler import LoadScopeScheduling
 
 from tests.support import reference_model
 
@@ -25,11 +27,9 @@ ROOT = Path(__file__).resolve().parent.parent
 # Set by pytest-xdist in its workers.
 WORKER = os.environ.get("PYTEST_XDIST_WORKER")
 MAX_WORKERS = 4
-# Files of long tests that share little.
-SPREAD = {
-    *("tests/e2e/test_architectures.py", "tests/e2e/test_vision.py", "tests/e2e/test_tokens.py"),
-    "tests/kernels/test_triton.py",
-}
+# Files of long tests that share little, and files that share a checkpoint.
+SPREAD = {"tests/e2e/test_architectures.py", "tests/e2e/test_vision.py", "tests/kernels/test_triton.py"}
+TOGETHER = dict.fromkeys(("tests/e2e/test_http.py", "tests/e2e/test_smollm2.py"), "SmolLM2")
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
@@ -48,13 +48,15 @@ def pytest_configure(config: pytest.Config) -> None:
         torch.set_num_threads(len(own))
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Group the tests of a file on one worker, since they share fixtures; those of SPREAD run on any."""
-    for item in items:
-        file = item.nodeid.partition("::")[0]
-        if file not in SPREAD and item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(file.removesuffix(".py").replace("/", ".")))
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
+    """Run the tests of a file on one worker, since they share fixtures, and those of SPREAD on any."""
+
+    class Scheduler(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return nodeid if file in SPREAD else TOGETHER.get(file, file)
+
+    return Scheduler(config, log)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -62,9 +64,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     failed = [report.nodeid for kind in ("failed", "error") for report in terminalreporter.stats.get(kind, [])]
     if failed:
         terminalreporter.section("run again")
-    for node in dict.fromkeys(failed):
-        # pytest-xdist appends the test's group.
-        test = node.rpartition("@")[0] if node.rfind("@") > node.rfind("]") else node
+    for test in dict.fromkeys(failed):
         terminalreporter.write_line(f".venv/bin/python -m pytest {shlex.quote(test)}")
 
 

@@ -15,9 +15,6 @@ from tests.e2e.checkpoints import transformers_greedy
 from tests.e2e.engine import PROMPTS, equal_length_prompts
 from tests.support.server import Server, serve, tail
 
-# The tests share one server, and its checkpoint with test_tokens.py.
-pytestmark = pytest.mark.xdist_group("smollm2")
-
 
 @pytest.fixture(scope="module")
 def server(smollm2_compressed: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
