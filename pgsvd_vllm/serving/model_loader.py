@@ -26,8 +26,8 @@ from pgsvd_vllm.serving.layers.moe import FactoredMoEMethod
 from pgsvd_vllm.serving.layers.moe_dense import DenseFallbackMoEMethod
 from pgsvd_vllm.serving.quant_config import PgsvdConfig
 from pgsvd_vllm.serving.vllm_compat.internals import (
-    expert_weight_names,
     disabled_modules,
+    expert_weight_names,
     keep_names_of_factors,
     mark_compiled_graphs,
     replace_linear_method,

@@ -69,7 +69,9 @@ SIGNATURES = {
 }
 # Classes -> attributes that are set or read on their instances.
 ATTRIBUTES = {
-    "vllm.config:VllmConfig": "additional_config compilation_config lora_config load_config parallel_config quant_config",
+    "vllm.config:VllmConfig": (
+        "additional_config compilation_config lora_config load_config parallel_config quant_config"
+    ),
     "vllm.config:CompilationConfig": "static_forward_context mode",
     "vllm.config:ParallelConfig": "tensor_parallel_size pipeline_parallel_size",
     "vllm.config:LoadConfig": "load_format",

@@ -151,7 +151,6 @@ class Sources:
                 if isinstance(inner, ast.Attribute) and isinstance(inner.ctx, ast.Store):
                     if isinstance(inner.value, ast.Name) and inner.value.id == "self":
                         names.add(inner.attr)
-                elif isinstance(inner, ast.Call) and isinstance(inner.func, ast.Attribute):
-                    if inner.func.attr in ("register_parameter", "register_buffer") and inner.args:
-                        names.update(a.value for a in inner.args[:1] if isinstance(a, ast.Constant))
+                elif isinstance(inner, ast.Call) and getattr(inner.func, "attr", "").startswith("register_"):
+                    names.update(str(a.value) for a in inner.args[:1] if isinstance(a, ast.Constant))
         return names
