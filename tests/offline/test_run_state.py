@@ -22,7 +22,7 @@ from pgsvd_vllm.offline.planning.resources import estimate
 from tests.conftest import run_cli, save_tiny_model
 
 SMALL: dict[str, Any] = {"num_calibration_samples": 20, "max_seq_length": 48}
-LAYERS = 12
+LAYERS = 6
 
 
 def start_cli(*arguments: object) -> subprocess.Popen[str]:
