@@ -38,9 +38,9 @@ from pgsvd_vllm.kernels.tile_heuristics import (
     FEW_TOKENS_OF_MANY,
     MOST_TOKENS,
     Step,
+    default_steps,
     own_tiles,
     tiles_for,
-    usual_steps,
 )
 from tests.kernels.interpreted import Layer, gated_layer
 
@@ -231,7 +231,7 @@ def speed(device: torch.device, overlap: bool, tokens_of: tuple[int, ...]) -> It
         for form, removed in itertools.product(("factors", "pivots"), REMOVED):
             stack = Stack(name, removed, device, space, form == "pivots")
             amd = bool(torch.version.hip)
-            steps = usual_steps(stack.packed[0].sizes, amd=amd)
+            steps = default_steps(stack.packed[0].sizes, amd=amd)
             for tokens, x in inputs.items():
                 at = f"{name}, {form}, {removed:.0%} removed, {tokens} tokens"
                 library = timed(lambda p, x=x: run_library(x, p, kernels=True), stack.packed)
@@ -275,7 +275,7 @@ def tuned(device: torch.device, overlap: bool) -> Iterator[Row]:
             at = f"{name}, 40% removed, {tokens} tokens, tuned"
             yield row(f"{at}, wrong tiles" + "".join(f" ({text})" for text in found.wrong[:1]), len(found.wrong), 0)
             yield row(f"{at}, tiles that do not fit", found.refused, None)
-            yield row(f"{at}, usual / best", found.usual / found.best, None)
+            yield row(f"{at}, default / best", found.default / found.best, None)
 
 
 def whole_model() -> Iterator[Row]:

@@ -18,7 +18,16 @@ from pgsvd_vllm.kernels.layer_shape import LayerShape, ShardShape
 from pgsvd_vllm.kernels.numerics import layer_difference
 from pgsvd_vllm.kernels.packed_weights import PackedLayer
 from pgsvd_vllm.kernels.shard_weights import ShardWeights
-from pgsvd_vllm.kernels.tile_heuristics import MOST_TOKENS, Step, Steps, Tile, Tiles, own_tiles, tiles_for, usual_steps
+from pgsvd_vllm.kernels.tile_heuristics import (
+    MOST_TOKENS,
+    Step,
+    Steps,
+    Tile,
+    Tiles,
+    default_steps,
+    own_tiles,
+    tiles_for,
+)
 
 TOKENS = (1, 16, 32, 64, 128, MOST_TOKENS)
 SPLITS = (1, 2, 4, 8, 16)
@@ -111,13 +120,13 @@ class Finding:
 
     Attributes:
         step: for the table.
-        usual, best, library: seconds of the default choice, of the best one, and of cuBLAS.
+        default, best, library: seconds of the default choice, of the best one, and of cuBLAS.
         refused: number of tiles that could not be compiled or did not fit the device.
         wrong: tiles with a wrong result; there should be none.
     """
 
     step: Step
-    usual: float
+    default: float
     best: float
     library: float
     refused: int
@@ -201,7 +210,7 @@ class LayerTuner:
         if layer.ranks:
             better((tiles[0], tile) for tile in ups)
         library = self.clock([partial(run_library, x, one, kernels=True) for one in self.layers], self.device)
-        ours = tiles_for(usual_steps(layer.sizes, amd=amd), tokens) is not None
+        ours = tiles_for(default_steps(layer.sizes, amd=amd), tokens) is not None
         # The default of the two stays unless the other saves enough.
         chosen = best * (1 - LEAST_GAIN) <= library if ours else best < library * (1 - LEAST_GAIN)
         step = Step(tokens, tiles if chosen else None)

@@ -1,4 +1,4 @@
-"""Seconds of a product on a GPU, from CUDA graphs over more weights than its caches hold."""
+"""Seconds of a GEMM on a GPU, from CUDA graphs over more weights than its caches hold."""
 
 from collections.abc import Callable, Sequence
 
@@ -10,9 +10,9 @@ Call = Callable[[], object]
 
 
 def seconds(calls: Sequence[Call], device: torch.device) -> float:
-    """Of one of the calls, which run one after the other in one CUDA graph.
+    """Seconds of one of the calls, which run one after the other in one CUDA graph.
 
-    Between two there is a small kernel of torch's, as in a model, which overlaps nothing: its own time is taken off.
+    Between two calls a small kernel of torch runs, as in a model, so that they do not overlap; its time is subtracted.
 
     Args:
         calls: best of as many weights as COPY_BYTES hold, each once.
@@ -36,7 +36,7 @@ def _replayed(calls: list[Call]) -> float:
     best = float("inf")
     for _ in range(8):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        # The GPU is busy when the timed replay is handed over: the host's part of it is not timed.
+        # The GPU is busy when the timed replay is launched: the CPU's part of it is not timed.
         graph.replay()
         start.record()
         graph.replay()

@@ -1,7 +1,7 @@
-"""The down product of a layer: everything that reads x, in one launch.
+"""The down GEMM of a layer: one launch over all weights that multiply x.
 
-The low-rank shards' down factors, stacked, and below them the rows of dense shards. What of it is an output of the
-layer by itself the next launch moves to where it belongs: here it would keep the programs that end last.
+They are the low-rank shards' down factors, stacked, and below them the rows of dense shards. The next launch moves the
+rows that are outputs of the layer to their columns: here that would delay the programs that end last.
 """
 
 import triton
@@ -31,13 +31,13 @@ def down_kernel(
 
     Args:
         x: [tokens, columns], rows `x_stride` apart.
-        v: [rows, columns], without gaps.
-        s: [tokens, rows], without gaps: x v^T.
+        v: [rows, columns], contiguous.
+        s: [tokens, rows], contiguous: x v^T.
         partials: float32 [SPLIT_K, tokens, rows].
-        counters: int32, zero, one a tile; zero again afterwards.
+        counters: int32, zero, one for each tile; zero again afterwards.
 
-    The parts of a sum are added in their order by whichever program ends last, so that the result does not depend
-    on which that is. Sums are float32.
+    The program that ends last adds the parts of a sum in a fixed order, so that the result does not depend on which
+    program that is. Sums are float32.
     """
     pid_r = tl.program_id(0)
     pid_k = tl.program_id(1)
@@ -49,7 +49,7 @@ def down_kernel(
     end = tl.minimum(columns, begin + each)
     x_row = x + m.to(tl.int64)[:, None] * x_stride
     in_tokens = m[:, None] < tokens
-    # Rows past the last are read as the last and never stored: no mask in the loop.
+    # Rows past the last one load the last row and are never stored: no mask in the loop.
     v_row = v + tl.minimum(r, rows - 1).to(tl.int64)[:, None] * columns
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()

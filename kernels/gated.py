@@ -1,6 +1,6 @@
-"""The up products of a gate and of what it gates, SiLU and their product, in one launch.
+"""The up GEMMs of a gate and up layer, SiLU and the multiplication, in one launch.
 
-Neither product is ever written: what comes out has half the layer's outputs.
+Neither GEMM's output is ever written: the result has half the layer's outputs.
 """
 
 import triton
@@ -9,11 +9,11 @@ import triton.language as tl
 
 @triton.jit
 def _rows(u, places, o, r, HAS_PLACES: tl.constexpr):
-    """Where the rows of one shard's outputs begin, and the outputs' places."""
+    """Pointers to the up factor's rows of one shard's outputs, and the outputs' places."""
     place = o
     if HAS_PLACES:
         place = tl.load(places + o)
-    # Places below 0 are read as row 0, under a mask.
+    # Places below 0 point to row 0, under a mask.
     return u + tl.maximum(place, 0).to(tl.int64)[:, None] * r, place
 
 
@@ -66,19 +66,19 @@ def gated_kernel(
 
     Args:
         z: [tokens, ...], rows `z_stride` apart; the shards' components begin at columns z0, z1.
-        u: the shards' up factors [n0, r0] and then [n1, r1], without gaps; r0 and r1 are multiples of 16.
+        u: the shards' up factors [n0, r0] and then [n1, r1], contiguous; r0 and r1 are multiples of 16.
         y: [tokens, half].
-        places: int32 [2, half]: i >= 0 is row i of the shard's up factor, -1 - j its component j itself.
+        places: int32 [2, half]: i >= 0 is row i of the shard's up factor, -1 - j is its component j.
         bias: [2 * half].
 
-    Sums are float32, and rounded once, at the end.
+    Sums are float32 and rounded once, at the end.
     """
     pid_n = tl.program_id(0)
     pid_m = tl.program_id(1)
     m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     o = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     in_tokens = m[:, None] < tokens
-    # Outputs past the last are computed as the last and never stored.
+    # Outputs past the last one repeat the last and are never stored.
     last = tl.minimum(o, half - 1)
     u0_row, place0 = _rows(u, places, last, r0, HAS_PLACES)
     u1_row, place1 = _rows(u + n0.to(tl.int64) * r0, places + half, last, r1, HAS_PLACES)
@@ -89,7 +89,7 @@ def gated_kernel(
     z0_row, z1_row = z_row + z0, z_row + z1
     gate = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), dtype=tl.float32)
     other = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), dtype=tl.float32)
-    # Both sums in one loop: between two, nothing would be on its way from memory.
+    # Both sums in one loop: two loops would drain the memory pipeline in between.
     for k in range(0, tl.maximum(r0, r1), BLOCK_K):
         c = k + tl.arange(0, BLOCK_K)
         known0 = c[None, :] < r0

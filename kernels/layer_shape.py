@@ -1,4 +1,4 @@
-"""The sizes of a layer: of its shards, and what the best tiles depend on."""
+"""The sizes of a layer: of its shards, and those that decide the best tiles."""
 
 import math
 from collections.abc import Sequence
@@ -10,12 +10,12 @@ ALIGNMENT = 16
 
 @dataclass(frozen=True)
 class ShardShape:
-    """One shard of a layer, as one rank of tensor parallelism holds it.
+    """One shard of a layer on one tensor-parallel rank.
 
     Attributes:
         out: its outputs.
-        rank: None where it is dense.
-        pivots: how many of its outputs are pivot rows; None where it has plain factors.
+        rank: None if it is dense.
+        pivots: the number of its outputs that are pivot rows; None for plain factors.
     """
 
     out: int
@@ -25,16 +25,15 @@ class ShardShape:
 
 @dataclass(frozen=True)
 class LayerShape:
-    """What the best tiles of a layer depend on.
+    """The sizes that decide the best tiles of a layer.
 
     Attributes:
         columns: the layer's inputs.
-        rows: of the matrix that reads x.
+        rows: of the stacked matrix of the down GEMM.
         heights: rows of all up factors together; 0 without any.
         rank: of the up factors, on average.
-        shards: how many up factors there are.
-        scattered: whether some outputs are rows of the matrix that reads x, or lie in another order than the up
-            factors' rows.
+        shards: number of up factors.
+        scattered: some outputs are rows of the down GEMM, or their order differs from the up factors' rows.
     """
 
     columns: int
@@ -53,7 +52,7 @@ class LayerShape:
 
 
 def layer_shape_of(shards: Sequence[ShardShape], columns: int) -> LayerShape:
-    """The sizes that such a layer has once it is packed, without making it."""
+    """The sizes of such a layer once it is packed, without packing it."""
     low_rank = [(shard, shard.rank, shard.out - (shard.pivots or 0)) for shard in shards if shard.rank is not None]
     low_rank = [(shard, -(-rank // ALIGNMENT) * ALIGNMENT, height) for shard, rank, height in low_rank if height]
     heights = sum(height for _, _, height in low_rank)

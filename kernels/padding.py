@@ -1,12 +1,12 @@
-"""z in blocks: one a rank of tensor parallelism, each filled up with zeros to whole alignments."""
+"""z in blocks, one for each tensor-parallel rank, each padded with zeros to whole alignments."""
 
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 
-# What lies between a layer's products: z of this rank's low-rank shards, side by side [tokens, all of them] -> what
-# the up products read.
+# The collective between a layer's GEMMs: z of this rank's low-rank shards, side by side [tokens, sum of widths] -> the
+# input of the up GEMMs.
 Collective = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -15,7 +15,7 @@ def spread(up: torch.Tensor, blocks: int, width: int, missing: int) -> torch.Ten
 
     Args:
         up: [rows, r]; r may be less than blocks * width.
-        blocks, width, missing: of z: how many, components of each, zeros that end each.
+        blocks, width, missing: of z: blocks, components of each, zeros at the end of each.
 
     Returns:
         [rows, blocks * (width + missing)].
@@ -28,5 +28,5 @@ def spread(up: torch.Tensor, blocks: int, width: int, missing: int) -> torch.Ten
 
 
 def columns_of(components: torch.Tensor, width: int, missing: int) -> torch.Tensor:
-    """Where components of z, int64, lie in such a z."""
+    """The columns, int64, of components of z in such a padded z."""
     return components + components // width * missing

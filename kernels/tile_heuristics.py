@@ -1,42 +1,42 @@
 """Tile sizes of the low-rank kernels for a number of tokens and a layer's sizes.
 
-Measured on an H200 (docs/kernels.md): with few tokens our kernels are the fastest; then the vendor's library is,
-first in the down product, then, unless it would take one product after the other for three shards, in all.
+Measured on an H200 (docs/kernels.md): with few tokens our kernels are the fastest. With more tokens cuBLAS is faster,
+first for the down GEMM, then for the whole layer, except that it runs the up GEMMs of three shards one by one.
 """
 
 from dataclasses import dataclass, replace
 
 from pgsvd_vllm.kernels.layer_shape import LayerShape
 
-# More tokens than this are always the vendor's library's.
+# cuBLAS computes more tokens than this.
 MOST_TOKENS = 256
-# Up to so many tokens our kernels are taken: with one up product, or two of a layer whose outputs lie scattered,
+# Our kernels compute up to so many tokens: with one up GEMM, or two of a layer with scattered outputs,
 SINGLE_TOKENS = 16
 # with two otherwise, with three, and with the activation,
 FEW_TOKENS = 32
-# and with three whose rows are the outputs as they are: the library makes them one after the other.
+# and with three whose rows are the outputs in order: cuBLAS runs them one by one.
 FEW_TOKENS_OF_MANY = 64
-# For those, up to so many our up products after the library's down product.
+# For those three, up to so many: our up kernel after a cuBLAS down GEMM.
 MIXED_TOKENS = 128
-# The most tokens that one program of the down product takes; for more it would read the weights again.
+# The most tokens of one program of the down GEMM; more tokens load the weights again.
 MOST_BLOCK_M = 64
 MANY_SHARDS = 3
-# Programs of a product below which it is cut finer; about one a multiprocessor of an H100.
+# A GEMM with fewer programs is split finer; about one for each multiprocessor of an H100.
 ENOUGH_PROGRAMS = 100
 MOST_PARTS = 8
 
 
 @dataclass(frozen=True)
 class Tile:
-    """How one launch is cut.
+    """The tile of one launch.
 
     Attributes:
-        block_m: tokens a program.
-        block_out: rows of the weights a program.
-        block_k: columns a step.
-        warps, stages: of Triton.
+        block_m: tokens of a program.
+        block_out: rows of the weights of a program.
+        block_k: columns of a step.
+        warps, stages: Triton's num_warps and num_stages.
         split_k: programs that share a sum.
-        swap: the weights are the left operand, whose side a tensor core instruction fills first.
+        swap: the weights are the left operand, the side of a tensor core instruction that is filled first.
     """
 
     block_m: int
@@ -48,17 +48,17 @@ class Tile:
     swap: bool = False
 
 
-# Of the down product, None where that is the vendor's library's, and of the up products.
+# The down GEMM's tile, None for cuBLAS, and the up GEMMs' tile.
 Tiles = tuple[Tile | None, Tile]
 
 
 @dataclass(frozen=True)
 class Step:
-    """How numbers of tokens up to one are computed.
+    """The tiles of one range of token counts.
 
     Attributes:
-        most_tokens: up to which.
-        tiles: None where the vendor's library is faster.
+        most_tokens: the largest count of the range.
+        tiles: None if cuBLAS is faster.
     """
 
     most_tokens: int
@@ -69,21 +69,21 @@ Steps = tuple[Step, ...]
 
 
 def own_tiles(tokens: int, sizes: LayerShape, gated: bool = False, amd: bool = False) -> Tiles:
-    """The tiles of our kernels for a layer that nothing is known of but its sizes, whether or not they are the fastest.
+    """The default tiles of our kernels for a layer of some sizes, even if cuBLAS is faster.
 
     Args:
         tokens: at most MOST_TOKENS.
         sizes: the layer's.
-        gated: with the activation.
-        amd: two stages: AMD's programs have 64 KB of shared memory.
+        gated: the layer computes the activation as well.
+        amd: use two stages: AMD's programs have 64 KB of shared memory.
     """
     down = down_tile(tokens, sizes) if tokens <= MOST_BLOCK_M else None
     up = gated_tile(tokens) if gated else up_tile(tokens, sizes)
     return (down and replace(down, stages=2), replace(up, stages=2)) if amd else (down, up)
 
 
-def usual_steps(sizes: LayerShape, gated: bool = False, amd: bool = False) -> Steps:
-    """What is taken where nothing has been tuned; arguments as of `own_tiles`."""
+def default_steps(sizes: LayerShape, gated: bool = False, amd: bool = False) -> Steps:
+    """The steps of a layer that has not been tuned; arguments as of `own_tiles`."""
     numbers = [SINGLE_TOKENS]
     if gated or sizes.shards >= MANY_SHARDS or (sizes.shards > 1 and not sizes.scattered):
         numbers.append(FEW_TOKENS)
@@ -93,7 +93,7 @@ def usual_steps(sizes: LayerShape, gated: bool = False, amd: bool = False) -> St
 
 
 def tiles_for(steps: Steps, tokens: int) -> Tiles | None:
-    """The tiles for a number of tokens, or None where the vendor's library takes them."""
+    """The tiles for a number of tokens; None if cuBLAS computes them."""
     for step in steps:
         if tokens <= step.most_tokens:
             return step.tiles
@@ -101,10 +101,9 @@ def tiles_for(steps: Steps, tokens: int) -> Tiles | None:
 
 
 def down_tile(tokens: int, sizes: LayerShape) -> Tile:
-    """The tile of the down product, of at most MOST_BLOCK_M tokens.
+    """The tile of the down GEMM, of at most MOST_BLOCK_M tokens.
 
-    With few tokens the weights' bytes are all that counts, and the rows are too few to occupy a device:
-    the sums are split.
+    With few tokens the GEMM is bound by reading the weights, and its rows are too few to occupy a device: split-K.
     """
     block_m = _block_m(tokens)
     block_k, stages = (64, 6) if block_m == MOST_BLOCK_M else (128, 4)
@@ -113,7 +112,7 @@ def down_tile(tokens: int, sizes: LayerShape) -> Tile:
 
 
 def up_tile(tokens: int, sizes: LayerShape) -> Tile:
-    """The tile of the up products."""
+    """The tile of the up GEMMs."""
     if tokens > MOST_BLOCK_M:
         return Tile(128, 64, 64, 8, 4)
     if sizes.heights < 64 * ENOUGH_PROGRAMS // 2:
@@ -122,19 +121,18 @@ def up_tile(tokens: int, sizes: LayerShape) -> Tile:
 
 
 def gated_tile(tokens: int) -> Tile:
-    """The tile of the up products of a gate and of what it gates, which are two sums at once."""
+    """The tile of a gate and up layer's up GEMMs, which are two sums at once."""
     block_m = _block_m(tokens)
     return Tile(block_m, 64, 64, 4, 3 if block_m == MOST_BLOCK_M else 4, swap=True)
 
 
 def _block_m(tokens: int) -> int:
-    """Of a program that takes all tokens, if they are not too many."""
+    """Tokens of a program: all of them, up to MOST_BLOCK_M."""
     return 16 if tokens <= 16 else 32 if tokens <= 32 else MOST_BLOCK_M
 
 
 def _parts(tiles: int, columns: int, block_k: int) -> int:
-    """The power of two of parts that makes enough programs, while each part has a few steps to overlap, and none no
-    columns."""
+    """Parts of a split sum, a power of two: enough programs, each with columns and a few steps to overlap."""
     steps, parts = -(-columns // block_k), 1
     while parts < MOST_PARTS and tiles * parts < ENOUGH_PROGRAMS and columns >= 4 * block_k * parts:
         if -(-steps // (2 * parts)) * (2 * parts - 1) >= steps:

@@ -1,7 +1,7 @@
-"""Measured tiles of one kind of GPU: a JSON file that `tune` writes and that is read when a model is loaded.
+"""Measured tiles of one kind of GPU, in a JSON file that `tune` writes and the engine reads when it loads a model.
 
-It holds layers by their sizes, each with the tiles of some numbers of tokens. A layer takes those of the
-most similar one that was measured; where none is similar, the usual tiles.
+The file maps layer sizes to the tiles of some numbers of tokens. A layer uses the tiles of the most similar layer that
+was measured, or the default tiles if none is similar.
 """
 
 import json
@@ -19,7 +19,7 @@ from pgsvd_vllm.kernels.tile_heuristics import MOST_TOKENS, Step, Steps, Tile, T
 TABLE_VERSION = 2
 # Layers are similar whose sizes differ by no more than this.
 SIMILAR = 1.25
-# More than any kernel that can be compiled.
+# Larger than any kernel that can be compiled.
 MOST_BLOCK, MOST_WARPS, MOST_STAGES, MOST_SPLIT = 512, 32, 16, 64
 MOST_SIZE = 1 << 31
 
@@ -76,7 +76,7 @@ def read_table(path: Path) -> Table:
     """Read and check a file.
 
     Raises:
-        ValueError: it cannot be read, is no such table, or holds what cannot be tiles; names the file.
+        ValueError: the file cannot be read, is not such a table, or has impossible tiles; names the file.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""The up products of a layer's low-rank shards, block by block, in one launch."""
+"""The up GEMMs of a layer's low-rank shards, block by block, in one launch."""
 
 import triton
 import triton.language as tl
@@ -20,10 +20,10 @@ def _place(
     BLOCK_N: tl.constexpr,
     HAS_BIAS: tl.constexpr,
 ):
-    """Columns of s to where they belong in y."""
+    """Scatter columns of s to their columns of y."""
     row = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     place = tl.load(own + row, mask=row < rows, other=-1)
-    # Few tokens at a time: the addresses of all would spill registers.
+    # Few tokens at a time: the addresses of all tokens would spill registers.
     for first in range(0, BLOCK_M, 16):
         m = (pid_m * BLOCK_M + first + tl.arange(0, 16))[:, None]
         known = (m < tokens) & (place >= 0)[None, :]
@@ -33,8 +33,8 @@ def _place(
         tl.store(y + m.to(tl.int64) * y_stride + place[None, :], found.to(y.dtype.element_ty), mask=known)
 
 
-# Numbers of outputs are not specialised: one compiled kernel serves all. Of ranks it must be known that they are
-# multiples of 16, and `tl.multiple_of` says nothing of a bare argument.
+# Output counts are not specialised: one compiled kernel serves all. Ranks are, because the compiler must know that they
+# are multiples of 16, and `tl.multiple_of` has no effect on a bare argument.
 @triton.jit(do_not_specialize=["tokens", "rows", "n0", "n1", "n2", "y0", "y1", "y2"])
 def up_kernel(
     z,
@@ -68,23 +68,24 @@ def up_kernel(
     HAS_OWN: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One tile of tokens and of one shard's outputs, or of the rows of s that are outputs by themselves.
+    """One tile of tokens and of one shard's outputs, or of the columns of s that are outputs.
 
     Args:
         z: [tokens, r0 + r1 + r2], rows `z_stride` apart.
-        u: the shards' up factors [n_i, r_i], one after the other without gaps; the r_i are multiples of 16.
+        u: the shards' up factors [n_i, r_i], one after the other, contiguous; the r_i are multiples of 16.
         y: [tokens, out], rows `y_stride` apart; shard i begins at column y_i, or
         places: int32 [n0 + n1 + n2], the column of y of every row of every shard.
         bias: of the layer's outputs.
-        s: [tokens, rows], rows `s_stride` apart: what another kernel made of x. `own`, int32 [rows], tells which column
-            of y a column of s is, -1 for none. Read by the programs past the shards', where HAS_OWN.
+        s: [tokens, rows], rows `s_stride` apart: the output of the down GEMM.
+        own: int32 [rows], the column of y of each column of s, -1 for none. With HAS_OWN, the programs after the
+            shards' scatter s.
 
-    Sums are float32, and rounded once, with the bias; what is moved has been rounded before its bias is added.
+    Sums are float32 and rounded once, with the bias; scattered columns are rounded before their bias is added.
     """
     pid_n = tl.program_id(0)
     pid_m = tl.program_id(1)
-    # Which shard this tile is of: its sizes, and where its parts of z, u, y and places begin. Selected, not branched
-    # over: alignment is not known of what comes out of branches.
+    # The sizes of this tile's shard, and the offsets of its parts of z, u, y and places. They are selected instead of
+    # branched over: the compiler loses the alignment of values that come out of branches.
     n, r, tile, y_at = n0, r0, pid_n, y0
     z_at, u_at, p_at = 0, tl.cast(0, tl.int64), 0
     if SHARDS > 1:
@@ -114,7 +115,7 @@ def up_kernel(
                 tl.extra.cuda.gdc_wait()
             _place(s, own, y, bias, pid_n - blocks, pid_m, tokens, rows, s_stride, y_stride, BLOCK_M, BLOCK_N, HAS_BIAS)
             return
-    # Without these, loads are as narrow as the least aligned of several shards could be.
+    # Without these, loads are as narrow as the least aligned of several shards allows.
     r = tl.multiple_of(r, 16)
     z_at = tl.multiple_of(z_at, 16)
     u_at = tl.multiple_of(u_at, 16)
@@ -122,7 +123,7 @@ def up_kernel(
     o = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     z_row = z + z_at + m.to(tl.int64)[:, None] * z_stride
     in_tokens = m[:, None] < tokens
-    # Rows past the last are read as the last and never stored.
+    # Rows past the last one load the last row and are never stored.
     u_row = u + u_at + tl.minimum(o, n - 1).to(tl.int64)[:, None] * r
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -137,7 +138,7 @@ def up_kernel(
         else:
             acc = tl.dot(a, tl.trans(b), acc, input_precision="ieee")
     if SWAP:
-        # Outputs side by side, or what is stored at places would not be.
+        # Keeps neighbouring outputs in one thread: stores at places would split them otherwise.
         acc = tl.trans(acc)
     m2 = m[:, None]
     o2 = o[None, :]

@@ -7,7 +7,7 @@ There is no time to measure in an interpreter. The table is written into FOLDER,
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,8 @@ def spy(run: Any) -> Any:
         asked.append(tiles)
         if broken.get(tiles[0]) == "does not fit":
             raise TritonError
+        if broken.get(tiles[0]) == "out of memory":
+            raise torch.OutOfMemoryError
         y = run(*arguments, tiles=tiles, **options)
         return y + 1 if broken.get(tiles[0]) == "wrong" else y
 
@@ -62,6 +64,15 @@ def spy(run: Any) -> Any:
 def expect(found: object, wanted: object, what: str) -> None:
     if found != wanted:
         raise SystemExit(f"{what}: {found}, not {wanted}")
+
+
+def expect_out_of_memory(work: Callable[[], object], what: str) -> None:
+    """It says nothing about a tile: nothing may take it for one that cannot be compiled."""
+    try:
+        work()
+    except torch.OutOfMemoryError:
+        return
+    raise SystemExit(f"{what}: memory that is missing is not told")
 
 
 def check_search() -> Any:
@@ -83,7 +94,7 @@ def check_search() -> Any:
     broken.update({downs[0]: "does not fit", downs[1]: "wrong"})
     found = tuner.step(1)
     expect(found.step.tiles, (best, ups[1]), "tiles")
-    expect((found.usual, found.best, found.library), (1.0, 0.7, 2.0), "times")
+    expect((found.default, found.best, found.library), (1.0, 0.7, 2.0), "times")
     expect((found.refused, len(found.wrong)), (1, 1), "failures")
     clock.library = 0.6
     expect(tuner.step(16).step.tiles, None, "the library's step")
@@ -92,7 +103,7 @@ def check_search() -> Any:
     expect(tuner.step(1).step.tiles, (None, up), "mixed tiles")
     # Where the usual choice is the library's, its time is the usual one.
     found_many = tuner.step(128)
-    expect((found_many.usual, found_many.step.tiles), (0.6, None), "the usual choice")
+    expect((found_many.default, found_many.step.tiles), (0.6, None), "the usual choice")
     del clock.times[(None, up)]
     broken.clear()
     clock.library = 2.0
@@ -104,7 +115,9 @@ def check_search() -> Any:
     except ValueError as error:
         expect(str(error).startswith("the default tiles fail on this GPU: Tile("), True, str(error))
     else:
-        raise SystemExit("usual tiles that are wrong are taken")
+        raise SystemExit("default tiles that are wrong are used")
+    broken[down] = "out of memory"
+    expect_out_of_memory(lambda: tuner.step(1), "tuning")
     broken.clear()
     for shape in ((ShardShape(30),), (ShardShape(17, 17, 17), ShardShape(9, 4))):
         expect(
@@ -118,7 +131,7 @@ def check_table(folder: Path, tuner: Any, step: Any) -> None:
     from pgsvd_vllm.kernels.autotune import RandomLayer
     from pgsvd_vllm.kernels.layer_shape import ShardShape, layer_shape_of
     from pgsvd_vllm.kernels.numerics import gated_difference, layer_difference
-    from pgsvd_vllm.kernels.tile_heuristics import Step, Tile, own_tiles, tiles_for, usual_steps
+    from pgsvd_vllm.kernels.tile_heuristics import Step, Tile, default_steps, own_tiles, tiles_for
     from pgsvd_vllm.kernels.tile_table import Table, write_table
     from pgsvd_vllm.serving.gemm.gpu import TritonGemms
 
@@ -132,7 +145,7 @@ def check_table(folder: Path, tuner: Any, step: Any) -> None:
     similar = (ShardShape(48, 17), ShardShape(40, 16, 16), ShardShape(22))
     for shards, wanted in (
         (similar, steps),
-        ((ShardShape(48, 17),), usual_steps(layer_shape_of((ShardShape(48, 17),), 640))),
+        ((ShardShape(48, 17),), default_steps(layer_shape_of((ShardShape(48, 17),), 640))),
     ):
         layer = RandomLayer(shards, 640, torch.bfloat16, CPU)
         products = TritonGemms(layer.shards, has_bias=True)
@@ -141,7 +154,20 @@ def check_table(folder: Path, tuner: Any, step: Any) -> None:
             x = torch.randn(tokens, 640).bfloat16()
             wrong = layer_difference(x, layer.shards, None, products(x))
             expect(wrong, "", f"{tokens} tokens")
-    # With the activation all but the down tile is the usual choice.
+    from pgsvd_vllm.serving.gemm import gpu
+
+    run = gpu.run
+
+    def without_memory(*arguments: Any) -> torch.Tensor:
+        if arguments[4] == step.tiles:
+            raise torch.OutOfMemoryError
+        return run(*arguments)
+
+    gpu.run = without_memory
+    layer = RandomLayer(similar, 640, torch.bfloat16, CPU)
+    expect_out_of_memory(lambda: TritonGemms(layer.shards, has_bias=True), "a layer with a table's tiles")
+    gpu.run = run
+    # With the activation all but the down tile are the defaults.
     layer = RandomLayer(gated, 640, torch.bfloat16, CPU)
     products = TritonGemms(layer.shards, True, lambda y: silu(y[:, :40]) * y[:, 40:])
     for tokens in (1, 5, 40, 70, 256):

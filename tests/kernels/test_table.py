@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from pgsvd_vllm.kernels.layer_shape import LayerShape, ShardShape, layer_shape_of
-from pgsvd_vllm.kernels.tile_heuristics import MOST_TOKENS, Step, Tile, own_tiles, tiles_for, usual_steps
+from pgsvd_vllm.kernels.tile_heuristics import MOST_TOKENS, Step, Tile, default_steps, own_tiles, tiles_for
 from pgsvd_vllm.kernels.tile_table import Table, default_path, read_table, write_table
 
 FEW = (Tile(16, 64, 128, 4, 3, 8), Tile(16, 32, 256, 4, 2, swap=True))
@@ -40,7 +40,7 @@ def test_usual_steps_use_the_kernels_up_to_their_limit(
     shards: int, scattered: bool, gated: bool, most: int, amd: bool
 ) -> None:
     sizes = LayerShape(4096, 3696, 12288, 1232, shards, scattered)
-    steps = usual_steps(sizes, gated, amd)
+    steps = default_steps(sizes, gated, amd)
     for tokens in range(1, MOST_TOKENS + 1):
         assert tiles_for(steps, tokens) == (own_tiles(tokens, sizes, gated, amd) if tokens <= most else None)
 

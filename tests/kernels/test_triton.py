@@ -21,7 +21,7 @@ from pgsvd_vllm.kernels.launch import SplitKScratch, room, run  # noqa: E402
 from pgsvd_vllm.kernels.layer_shape import LayerShape  # noqa: E402
 from pgsvd_vllm.kernels.packed_weights import PackedLayer  # noqa: E402
 from pgsvd_vllm.kernels.shard_weights import ShardWeights  # noqa: E402
-from pgsvd_vllm.kernels.tile_heuristics import FEW_TOKENS_OF_MANY, down_tile, usual_steps  # noqa: E402
+from pgsvd_vllm.kernels.tile_heuristics import FEW_TOKENS_OF_MANY, default_steps, down_tile  # noqa: E402
 from pgsvd_vllm.serving.gemm.gpu import ScratchPool, TritonGemms  # noqa: E402
 from tests.kernels.interpreted import Layer  # noqa: E402
 from tests.kernels.mutants import MUTANTS, planted  # noqa: E402
@@ -233,7 +233,7 @@ def test_unreadable_tile_table_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_p
 
 def test_every_stream_has_its_own_scratch() -> None:
     spaces = ScratchPool(torch.device("cpu"))
-    small, large = (usual_steps(LayerShape(2048, rows, 4096, rows, 1, False)) for rows in (160, 3200))
+    small, large = (default_steps(LayerShape(2048, rows, 4096, rows, 1, False)) for rows in (160, 3200))
     spaces.reserve(160, small)
     first = spaces.of_stream(1, capturing=False)
     assert first is not None
@@ -259,8 +259,8 @@ def test_every_stream_has_its_own_scratch() -> None:
 def test_scratch_fits_every_token_count(rows: int, columns: int) -> None:
     space = SplitKScratch(torch.device("cpu"))
     sizes = LayerShape(columns, rows, 3 * columns, rows // 3, 3, False)
-    space.grow(*room(16, usual_steps(LayerShape(16, 16, 16, 16, 3, False))))
-    space.grow(*room(rows, usual_steps(sizes)))
+    space.grow(*room(16, default_steps(LayerShape(16, 16, 16, 16, 3, False))))
+    space.grow(*room(rows, default_steps(sizes)))
     for tokens in range(1, FEW_TOKENS_OF_MANY + 1):
         tile = down_tile(tokens, sizes)
         # No part is without columns.

@@ -18,7 +18,7 @@ from pgsvd_vllm.kernels.launch import REFUSALS, SplitKScratch, can_overlap, room
 from pgsvd_vllm.kernels.packed_weights import MOST_SHARDS, Gate, PackedLayer
 from pgsvd_vllm.kernels.padding import Collective
 from pgsvd_vllm.kernels.shard_weights import ShardWeights
-from pgsvd_vllm.kernels.tile_heuristics import Step, Steps, tiles_for, usual_steps
+from pgsvd_vllm.kernels.tile_heuristics import Step, Steps, default_steps, tiles_for
 from pgsvd_vllm.kernels.tile_table import Table, default_path, read_table
 from pgsvd_vllm.parallel.comm_plan import Cut
 from pgsvd_vllm.serving.collectives import collective_of
@@ -161,7 +161,7 @@ class TritonGemms:
             except REFUSALS as error:
                 # The table is from another Triton, or for another GPU.
                 logger.warning("%s: tiles of the table cannot be compiled (%s)", self.layer.sizes, error)
-        self._compile(usual_steps(self.layer.sizes, self.gate is not None, self.amd), has_bias)
+        self._compile(default_steps(self.layer.sizes, self.gate is not None, self.amd), has_bias)
 
     def _measured(self, device: torch.device) -> Steps | None:
         """The steps for this layer in the table of measured tiles."""
@@ -171,7 +171,7 @@ class TritonGemms:
         if steps is None or self.gate is None:
             return steps
         # Measured without the activation, which takes twice the registers and saves a launch: only the down tiles hold.
-        usual = usual_steps(self.layer.sizes, True, self.amd)
+        usual = default_steps(self.layer.sizes, True, self.amd)
         found = []
         for most in sorted({step.most_tokens for step in (*steps, *usual)}):
             own, measured = tiles_for(usual, most), tiles_for(steps, most)
