@@ -1,15 +1,35 @@
 """Perplexity of a model on text: exp of the mean negative log likelihood of every token but the first."""
 
+import contextlib
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from pgsvd_vllm.offline.model.device import gemm_dtype
+
+
+@contextlib.contextmanager
+def _cast(model: PreTrainedModel) -> Iterator[None]:
+    """The model in a dtype that this processor multiplies in; its own tensors are put back afterwards."""
+    stored, dtype = model.dtype, gemm_dtype(model.device, model.dtype)
+    if dtype == stored:  # nothing is cast: float32 buffers, such as rotary frequencies, stay as they are
+        yield
+        return
+    tensors = [*model.parameters(), *model.buffers()]
+    own = [tensor.data for tensor in tensors]
+    for tensor in tensors:
+        if tensor.dtype == stored:
+            tensor.data = tensor.data.to(dtype)
+    try:
+        yield
+    finally:
+        for tensor, data in zip(tensors, own, strict=True):
+            tensor.data = data
 
 
 @torch.no_grad()
@@ -17,20 +37,19 @@ def perplexity(model: PreTrainedModel, windows: torch.Tensor, batch: int = 4, de
     """Perplexity over token windows; a non-finite loss is not skipped but makes the result NaN.
 
     Args:
-        model: a causal language model; where this processor has no instructions for its dtype it becomes float32.
+        model: a causal language model; it is left as it was, and computes in float32 where this processor has no
+            instructions for its dtype.
         windows: int64 [count, length]; every window is predicted from its own start.
         batch: windows at a time.
         desc: of the progress bar.
     """
-    dtype = gemm_dtype(model.device, model.dtype)
-    if dtype != model.dtype:  # else nothing is cast: buffers in float32, such as rotary frequencies, must stay so
-        nn.Module.to(model, dtype)
     total, count = 0.0, 0
-    for ids in tqdm(windows.split(batch), desc=desc, unit="batch"):
-        ids = ids.to(model.device)
-        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-        total += F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").item()
-        count += ids[:, 1:].numel()
+    with _cast(model):
+        for ids in tqdm(windows.split(batch), desc=desc, unit="batch"):
+            ids = ids.to(model.device)
+            logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+            total += F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").item()
+            count += ids[:, 1:].numel()
     return math.exp(total / count) if math.isfinite(total) else math.nan
 
 

@@ -1,4 +1,4 @@
-"""From a model's name to a local folder: as it is, or downloaded from the Hugging Face hub."""
+"""Resolves a model's name to a local folder, which may be downloaded from the Hugging Face hub."""
 
 import os
 from pathlib import Path
@@ -8,15 +8,24 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from pgsvd_vllm.errors import InputError, reason_of
 
-# `*` crosses folders: additional_chat_templates/*.jinja are among them.
+# `*` also matches `/`, so additional_chat_templates/*.jinja are included.
 HUB_PATTERNS = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.md")
 REMOTE_CODE = "*.py"
 
 
-def public_name(name: str) -> str:
-    """A model's or data set's name without the path to it on this machine: a hub id, or a folder's or file's own name.
+def hub_patterns(trust_remote_code: bool) -> list[str]:
+    """The patterns of the files to download; modelling code is included only with `trust_remote_code`."""
+    return [*HUB_PATTERNS, REMOTE_CODE] if trust_remote_code else list(HUB_PATTERNS)
 
-    A snapshot in a hub cache is named by its hub id.
+
+def public_name(name: str) -> str:
+    """The name of a model or data set without its local path.
+
+    Args:
+        name: a hub id, a folder or a file.
+
+    Returns:
+        A hub id as it is, the hub id of a snapshot folder in a hub cache, or the last part of another path.
     """
     if not os.path.exists(name) and not name.startswith((".", "/", "~")):
         return name
@@ -28,14 +37,14 @@ def public_name(name: str) -> str:
 
 
 def resolve_folder(model: str, trust_remote_code: bool = False) -> Path:
-    """The local folder of a model, downloaded from the hub when MODEL is no folder.
+    """The local folder of a model; a hub id is downloaded.
 
     Args:
         model: a folder, or a hub id.
         trust_remote_code: download the model's modelling code as well.
 
     Raises:
-        InputError: neither a folder nor an id the hub (or its cache) knows.
+        InputError: there is no such folder, and neither the hub nor its cache has such an id.
     """
     folder = Path(model)
     if os.path.isdir(folder):  # unlike Path.is_dir, also for a name that is too long
@@ -43,8 +52,7 @@ def resolve_folder(model: str, trust_remote_code: bool = False) -> Path:
     if os.path.exists(folder) or model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise InputError(f"MODEL {model}: no such folder")
     try:
-        patterns = [*HUB_PATTERNS, REMOTE_CODE] if trust_remote_code else list(HUB_PATTERNS)
-        return Path(snapshot_download(model, allow_patterns=patterns))
+        return Path(snapshot_download(model, allow_patterns=hub_patterns(trust_remote_code)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = reason_of(error)
-        raise InputError(f"MODEL {model}: no such folder here, and the hub does not provide it ({reason})") from None
+        raise InputError(f"MODEL {model}: no such folder, and the hub does not provide it ({reason})") from None

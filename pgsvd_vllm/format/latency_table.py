@@ -1,6 +1,6 @@
-"""The table of what a product costs on the machine that will serve: written by `profile`, read by `compress`.
+"""The table of measured GEMM latencies of the serving machine: written by `profile`, read by `compress`.
 
-A JSON file: for every shape of weight, the microseconds of the dense product and of low-rank ones in
+For every weight shape the JSON file holds the latency, in microseconds, of the dense GEMM and of low-rank layers in
 both forms at some ranks, all for the same number of tokens.
 """
 
@@ -21,18 +21,21 @@ LATENCY_TABLE_VERSION = 1
 
 @dataclass(frozen=True)
 class ShapeLatencies:
-    """Times of one shape, in microseconds.
+    """Latencies of one weight shape, in microseconds.
 
     Attributes:
-        dense: of the plain product.
-        forms: form -> (rank, time), ranks ascending; none where no rank saves numbers.
+        dense: of the dense GEMM.
+        forms: form -> (rank, latency), ranks ascending; empty if no rank stores fewer elements than the dense weight.
     """
 
     dense: float
     forms: dict[str, list[tuple[int, float]]]
 
     def of(self, form: str, rank: int) -> float:
-        """The time at a rank: on the line between the two measured ranks around it, outside that of the nearest one."""
+        """The latency at a rank, in microseconds.
+
+        Between two measured ranks it is interpolated linearly, outside it is that of the nearest measured rank.
+        """
         points = self.forms[form]
         after = bisect_left(points, rank, key=lambda point: point[0])
         if after in (0, len(points)):
@@ -43,13 +46,13 @@ class ShapeLatencies:
 
 @dataclass(frozen=True)
 class LatencyTable:
-    """Times of every shape of a model.
+    """Latencies of every weight shape of a model.
 
     Attributes:
-        shapes: (out, in) -> its times.
-        tokens: that were multiplied at once.
-        dtype: of weights and inputs, such as bfloat16.
-        machine: where it was measured, in words.
+        shapes: (out, in) -> its latencies.
+        tokens: tokens per GEMM.
+        dtype: of weights and inputs, such as `bfloat16`.
+        machine: description of the machine that was measured.
     """
 
     shapes: dict[tuple[int, int], ShapeLatencies]
@@ -57,24 +60,25 @@ class LatencyTable:
     dtype: str
     machine: str
 
-    def time(self, out_features: int, in_features: int, form: str, rank: int | None) -> float:
-        """Microseconds of a product with a weight [out, in]; dense where rank is None.
+    def latency(self, out_features: int, in_features: int, form: str, rank: int | None) -> float:
+        """The latency of a layer with a weight [out, in], in microseconds; of the dense one if `rank` is None.
 
         Raises:
-            InputError: the table has no such shape.
+            InputError: the table lacks the shape.
         """
-        costs = self.shapes.get((out_features, in_features))
-        if costs is None:
+        latencies = self.shapes.get((out_features, in_features))
+        if latencies is None:
             raise InputError(
-                f"`costs`: no times for weights of {out_features} x {in_features}; make the table with this model"
+                f"`costs`: no latencies for weights of {out_features} x {in_features}; make the table with this model"
             )
-        return costs.dense if rank is None else costs.of(form, rank)
+        return latencies.dense if rank is None else latencies.of(form, rank)
 
 
 def write_latencies(table: LatencyTable, path: Path) -> None:
-    """Write the file, complete or not at all; raises OSError."""
+    """Write the file, complete or not at all; raises OSError if it cannot be written."""
     rows = [
-        {"out": out, "in": width, "dense": costs.dense, **costs.forms} for (out, width), costs in table.shapes.items()
+        {"out": out, "in": width, "dense": latencies.dense, **latencies.forms}
+        for (out, width), latencies in table.shapes.items()
     ]
     content = {"version": LATENCY_TABLE_VERSION, "machine": table.machine, "tokens": table.tokens, "dtype": table.dtype}
     unfinished = path.with_name(f"{path.name}.writing")
@@ -87,10 +91,10 @@ def write_latencies(table: LatencyTable, path: Path) -> None:
 
 
 def read_latencies(path: Path) -> LatencyTable:
-    """Read and check a file.
+    """Read and validate a file.
 
     Raises:
-        InputError: it is missing, is no such table, or holds what cannot be times.
+        InputError: the file is missing, is not a latency table, has another version, or holds an invalid value.
     """
     try:
         content = read_json(path)
@@ -101,31 +105,32 @@ def read_latencies(path: Path) -> LatencyTable:
             raise InputError(
                 f"`costs` {path}: version {content['version']}, this program reads {LATENCY_TABLE_VERSION}"
             )
-        shapes = {(_whole(row["out"]), _whole(row["in"])): _shape(row) for row in content["shapes"]}
-        return LatencyTable(shapes, _whole(content["tokens"]), str(content["dtype"]), str(content["machine"]))
+        shapes = {(_positive(row["out"]), _positive(row["in"])): _shape(row) for row in content["shapes"]}
+        return LatencyTable(shapes, _positive(content["tokens"]), str(content["dtype"]), str(content["machine"]))
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(
-            f"`costs` {path}: not a table of times ({type(error).__name__}: {error}); make it with pgsvd-vllm profile"
+            f"`costs` {path}: not a latency table ({type(error).__name__}: {error}); make it with pgsvd-vllm profile"
         ) from None
 
 
 def _shape(row: dict[str, Any]) -> ShapeLatencies:
-    forms = {form: [(_whole(rank), _time(time)) for rank, time in row[form]] for form in FORMS}
+    """The latencies of one row; raises ValueError, KeyError or TypeError if it is malformed."""
+    forms = {form: [(_positive(rank), _latency(latency)) for rank, latency in row[form]] for form in FORMS}
     for form, points in forms.items():
         if any(a[0] >= b[0] for a, b in pairwise(points)):
             raise ValueError(f"{form}: ranks must ascend")
-    return ShapeLatencies(_time(row["dense"]), forms)
+    return ShapeLatencies(_latency(row["dense"]), forms)
 
 
-def _whole(value: Any) -> int:
+def _positive(value: Any) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{value!r} is no number above 0")
+        raise ValueError(f"{value!r} is not a positive integer")
     return value
 
 
-def _time(value: Any) -> float:
+def _latency(value: Any) -> float:
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
-        raise ValueError(f"{value!r} is no time")
+        raise ValueError(f"{value!r} is not a latency above 0")
     return float(value)

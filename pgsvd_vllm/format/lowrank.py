@@ -1,4 +1,4 @@
-"""The matrices that the stored forms stand for, and their plain linear layers."""
+"""The linear layers of the stored forms in plain torch, and the reconstruction of dense weights from them."""
 
 from collections.abc import Mapping, Sequence
 
@@ -11,11 +11,11 @@ from pgsvd_vllm.format.schema import FORMS, check_pivots
 def factored_linear(
     x: torch.Tensor, v: torch.Tensor, us: Sequence[torch.Tensor], bias: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """y = cat_i(U_i z_i) + bias with z = V x, the down factors of all shards stacked.
+    """y = cat_i(U_i z_i) + bias with z = V x; the down-projections of all shards run as one stacked GEMM.
 
     Args:
         x: [..., in].
-        v: [sum r_i, in], the shards' down factors one under the other.
+        v: [sum r_i, in], the stacked down factors of all shards.
         us: the up factors [n_i, r_i].
         bias: [sum n_i] or None.
 
@@ -29,7 +29,15 @@ def factored_linear(
 
 
 def other_rows(pivots: torch.Tensor, rows: int) -> torch.Tensor:
-    """The row numbers below `rows` that are not in `pivots`, ascending, int64."""
+    """The row numbers from 0 to `rows` - 1 that are not in `pivots`.
+
+    Args:
+        pivots: int [r].
+        rows: of the weight.
+
+    Returns:
+        int64 [rows - r], ascending, on the device of `pivots`.
+    """
     mask = torch.ones(rows, dtype=torch.bool, device=pivots.device)
     mask[pivots.long()] = False
     return mask.nonzero()[:, 0]
@@ -43,8 +51,8 @@ def pivot_linear(
     Args:
         x: [..., in].
         p: [r, in], the weight's pivot rows.
-        c: [out - r, r], the other rows in terms of them.
-        pivots: int [r], where the rows of `p` belong.
+        c: [out - r, r], the coefficients of the other rows.
+        pivots: int [r], the row numbers of the pivot rows.
         bias: [out] or None.
 
     Returns:
@@ -58,22 +66,22 @@ def pivot_linear(
 
 
 def pivot_weight(p: torch.Tensor, c: torch.Tensor, pivots: torch.Tensor) -> torch.Tensor:
-    """The matrix [out, in] that a pivot form stands for, in its own dtype."""
+    """The dense weight [out, in] of a pivot form, in the dtype of `p`; arguments as of `pivot_linear`."""
     return pivot_linear(torch.eye(p.shape[1], dtype=p.dtype, device=p.device), p, c, pivots).T
 
 
 def reconstruct(
     tensors: Mapping[str, torch.Tensor], dtype: torch.dtype = torch.float64, name: str | None = None
 ) -> torch.Tensor:
-    """The weight [out, in] that the factors of a module stand for.
+    """The dense weight [out, in] of a module, reconstructed from its factors.
 
     Args:
-        tensors: the module's factors by suffix, in either form.
-        dtype: of the computation and of the result.
-        name: of a module whose factors come from a file: its pivots are checked first, and named in errors.
+        tensors: suffix -> tensor of either form.
+        dtype: of the computation and the result.
+        name: of a module whose factors come from a file; its pivots are then validated. None for trusted factors.
 
     Raises:
-        CheckpointError: pivots of a named module that are not ascending row numbers.
+        CheckpointError: the pivots of a named module are not ascending row numbers.
     """
     if "pivots" in tensors:
         p, c, pivots = (tensors[suffix] for suffix in FORMS["pivot"])

@@ -1,4 +1,4 @@
-"""Reading and validating a checkpoint; no tensor data is read but by `check_data`."""
+"""Reads and validates a checkpoint; only `check_data` reads tensor data."""
 
 import json
 import math
@@ -30,7 +30,13 @@ DTYPE_BYTES = {
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies and what its header says, without its data."""
+    """The header of a stored tensor.
+
+    Attributes:
+        file: that holds the tensor.
+        shape: of the tensor.
+        dtype: as safetensors names it, such as `BF16`.
+    """
 
     file: Path
     shape: tuple[int, ...]
@@ -49,13 +55,13 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint whose headers and table have been found consistent.
+    """A checkpoint whose headers agree with its module table.
 
     Attributes:
         folder: the checkpoint's folder.
         config: config.json as read.
-        modules: module name -> how it is factored.
-        tensors: tensor name -> header entry, over all weight files.
+        modules: module name -> its row of the module table.
+        tensors: tensor name -> header, of all weight files.
     """
 
     folder: Path
@@ -65,12 +71,12 @@ class Checkpoint:
 
     @property
     def head(self) -> str | None:
-        """The name of the output head, if that is factored."""
+        """The name of the LM head if it is factored, else None."""
         return self.config.get("quantization_config", {}).get("head")
 
     @property
     def quantization_config(self) -> dict[str, Any]:
-        """The format's own section of config.json."""
+        """The `quantization_config` section of config.json."""
         return self.config["quantization_config"]
 
     def shape(self, module: str) -> tuple[int, int, int]:
@@ -80,10 +86,10 @@ class Checkpoint:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
+    """Read a file that holds a JSON object.
 
     Raises:
-        CheckpointError: the file is missing, unreadable, not JSON, or not an object.
+        CheckpointError: the file is missing or cannot be read, or is not a JSON object.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -99,7 +105,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a model folder.
+    """Read config.json of a model folder.
 
     Raises:
         CheckpointError: the folder or the file is missing or malformed.
@@ -110,7 +116,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def read_headers(path: Path) -> dict[str, TensorInfo]:
-    """Name, shape and dtype of every tensor of one safetensors file.
+    """Read the headers of one safetensors file: tensor name -> header.
 
     Raises:
         CheckpointError: the file is missing, truncated or not safetensors.
@@ -131,7 +137,7 @@ def read_headers(path: Path) -> dict[str, TensorInfo]:
 
 
 def read_index(folder: Path, index_name: str) -> dict[str, TensorInfo]:
-    """Headers of all weight files that an index names, checked against the index.
+    """Read the headers of all weight files of an index, and check them against it: tensor name -> header.
 
     Raises:
         CheckpointError: a file is missing or damaged, or index and files disagree.
@@ -141,7 +147,7 @@ def read_index(folder: Path, index_name: str) -> dict[str, TensorInfo]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index_path}: weight_map is missing or empty")
     for tensor, file_name in weight_map.items():
-        # A name from a hostile index must not reach outside the folder.
+        # A file name from a hostile index must not point outside the folder.
         if not isinstance(file_name, str) or Path(file_name).name != file_name or file_name in ("", ".", ".."):
             raise CheckpointError(f"{index_path}: tensor {tensor!r} points to {file_name!r}, not a file name")
     tensors: dict[str, TensorInfo] = {}
@@ -159,14 +165,19 @@ def read_index(folder: Path, index_name: str) -> dict[str, TensorInfo]:
 
 
 def check_factors(modules: Mapping[str, FactoredModule], tensors: Mapping[str, TensorInfo], where: str) -> None:
-    """Check that the tensors are those the module table promises, no more and no fewer.
+    """Check that the factors are exactly those of the module table.
+
+    Args:
+        modules: the module table.
+        tensors: tensor name -> header.
+        where: folder or file to name in errors.
 
     Raises:
         CheckpointError: names the first factor that is missing, extra or of the wrong shape or dtype.
     """
     for name, module in modules.items():
         if f"{name}.weight" in tensors:
-            raise CheckpointError(f"{where}: {name}.weight stands beside the factors of {name}")
+            raise CheckpointError(f"{where}: contains both {name}.weight and the factors of {name}")
         for suffix in module.suffixes:
             info = tensors.get(f"{name}.{suffix}")
             if info is None:
@@ -197,7 +208,7 @@ def check_factors(modules: Mapping[str, FactoredModule], tensors: Mapping[str, T
 
 
 def weight_shape(name: str, module: FactoredModule, tensors: Mapping[str, TensorInfo]) -> tuple[int, int]:
-    """(out, in) of the weight that a factored module stands for, from its tensors' headers."""
+    """(out, in) of the dense weight of a factored module, from its tensors' headers."""
     down, up = (tensors[f"{name}.{suffix}"].shape for suffix in module.suffixes[:2])
     return up[0] + (module.rank if module.form == "pivot" else 0), down[1]
 
@@ -219,7 +230,7 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     modules = parse_modules(section, str(folder / "config.json"))
     tensors = read_index(folder, INDEX_NAME)
     check_factors(modules, tensors, str(folder))
-    # A dense tensor that is gone from file and index alike: vLLM would serve uninitialised memory.
+    # If a dense tensor is missing from file and index alike, vLLM would serve uninitialised memory.
     if section.get("tensors", len(tensors)) != len(tensors):
         raise CheckpointError(
             f"{folder / INDEX_NAME}: lists {len(tensors)} tensors, config.json promises {section['tensors']}; "
@@ -229,7 +240,11 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
 
 
 def check_data(checkpoint: Checkpoint) -> None:
-    """Read every tensor once; raise CheckpointError for NaN, infinity, or pivots that are no rows."""
+    """Read and check the values of every tensor.
+
+    Raises:
+        CheckpointError: a tensor holds NaN or infinity, or pivots are not ascending row numbers.
+    """
     for path in sorted({info.file for info in checkpoint.tensors.values()}):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118

@@ -1,16 +1,15 @@
-"""The checkpoint format, version 1: schema, reading, validation.
+"""The checkpoint format, version 1: names, shapes and the module table.
 
 A checkpoint is a Hugging Face model folder in which some projections P carry, in place of
 `P.weight` [out, in], a low-rank matrix in one of two forms:
   factors  `P.weight_v` [rank, in] and `P.weight_u` [out, rank], with weight = weight_u @ weight_v
-  pivot    `P.weight_p` [rank, in], `P.weight_c` [out - rank, rank] and `P.pivots` int32 [rank]: the
-           rows of the weight that `pivots` names are weight_p, the others are weight_c @ weight_p.
-           The same matrix in rank^2 - rank fewer elements (PIFA, arXiv 2501.19090).
+  pivot    `P.weight_p` [rank, in], `P.weight_c` [out - rank, rank] and `P.pivots` int32 [rank]: rows `pivots` of the
+           weight are weight_p, the other rows are weight_c @ weight_p. It takes rank^2 - rank fewer elements than
+           `factors` for the same matrix (PIFA, arXiv 2501.19090).
 `config.json` lists them under `quantization_config.modules`.
 
-The weight files are named `pgsvd-*.safetensors`, not `model-*.safetensors`: a library that does
-not know the format finds no weights and stops; it would otherwise initialize the missing
-`P.weight` at random. This module imports neither vLLM nor the compression side.
+The weight files are named `pgsvd-*.safetensors`, not `model-*.safetensors`: a library that does not know the format
+finds no weights and stops. Otherwise it would initialize the missing `P.weight` at random.
 """
 
 import math
@@ -27,11 +26,11 @@ FORMAT_VERSION = 1
 QUANT_METHOD = "pgsvd"
 WEIGHTS_STEM = "pgsvd"
 INDEX_NAME = f"{WEIGHTS_STEM}.safetensors.index.json"
-# Named by config.json as the weight file. It does not exist: a transformers that has not imported
-# pgsvd_vllm.hf stops there, and the name tells what to do. pgsvd_vllm.hf replaces it by INDEX_NAME.
+# config.json names this file, which does not exist, as the weight file: transformers without pgsvd_vllm.hf stops there,
+# and the name says what to import. pgsvd_vllm.hf replaces it by INDEX_NAME.
 LOAD_GUARD = "needs-import-pgsvd_vllm.hf.safetensors"
 REPORT_NAME = "pgsvd_report.json"
-# form -> its tensors; the first is the down factor [rank, in].
+# Form -> suffixes of its tensors; the first is the down factor [rank, in].
 FORMS = {"factors": ("weight_v", "weight_u"), "pivot": ("weight_p", "weight_c", "pivots")}
 FACTOR_SUFFIXES = tuple(suffix for suffixes in FORMS.values() for suffix in suffixes)
 FLOAT_DTYPES = ("F32", "F16", "BF16")
@@ -44,7 +43,7 @@ class FactoredModule:
     Attributes:
         rank: of its weight.
         form: a key of FORMS.
-        kind: a linear layer's projection, a MoE expert's, or the LM head; follows from its name.
+        kind: `linear`, `expert` (of a MoE expert) or `lm_head`; follows from its name.
     """
 
     rank: int
@@ -53,39 +52,48 @@ class FactoredModule:
 
     @property
     def suffixes(self) -> tuple[str, ...]:
-        """The names of its tensors."""
+        """The suffixes of its tensors."""
         return FORMS[self.form]
 
     def shapes(self, out_features: int, in_features: int) -> dict[str, tuple[int, ...]]:
-        """The shapes of its tensors for a weight [out, in]."""
+        """Tensor suffix -> shape, for a dense weight [out, in]."""
         return form_shapes(self.form, out_features, in_features, self.rank)
 
 
 def form_shapes(form: str, out_features: int, in_features: int, rank: int) -> dict[str, tuple[int, ...]]:
-    """Tensor suffix -> shape, of a weight [out, in] stored with a rank in a form."""
+    """Tensor suffix -> shape, for a dense weight [out, in] stored in a form with a rank."""
     if form == "factors":
         return {"weight_v": (rank, in_features), "weight_u": (out_features, rank)}
     return {"weight_p": (rank, in_features), "weight_c": (out_features - rank, rank), "pivots": (rank,)}
 
 
 def stored_size(form: str, out_features: int, in_features: int, rank: int) -> int:
-    """Elements stored for a weight [out, in] with a rank in a form, pivots included."""
+    """Elements stored for a dense weight [out, in] in a form with a rank, pivots included."""
     return sum(math.prod(shape) for shape in form_shapes(form, out_features, in_features, rank).values())
 
 
 def check_pivots(pivots: torch.Tensor, out_features: int, name: str) -> None:
-    """Raise CheckpointError unless `pivots` are ascending rows of a weight with `out_features` rows."""
+    """Check that pivots are ascending row numbers.
+
+    Args:
+        pivots: int [rank].
+        out_features: rows of the dense weight.
+        name: of the tensor, for errors.
+
+    Raises:
+        CheckpointError: they are not.
+    """
     rows = pivots.long()
     if (rows < 0).any() or (rows >= out_features).any() or (rows.diff() <= 0).any():
         raise CheckpointError(f"tensor {name}: not ascending row numbers from 0 to {out_features - 1}")
 
 
 def parse_modules(section: Mapping[str, Any], where: str) -> dict[str, FactoredModule]:
-    """Check `quantization_config` and return its module table.
+    """Validate `quantization_config` and return its module table: module name -> row.
 
     Args:
         section: the `quantization_config` of a config.json.
-        where: what to name in errors, usually the file.
+        where: file to name in errors.
 
     Raises:
         CheckpointError: wrong method, unknown version or form, or a malformed table.

@@ -1,4 +1,4 @@
-"""Writing a checkpoint's weight files and index."""
+"""Writes the weight files and the index of a checkpoint."""
 
 import json
 import os
@@ -12,30 +12,35 @@ from pgsvd_vllm.format.schema import INDEX_NAME, WEIGHTS_STEM
 
 
 def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file with the permissions that the umask gives any other file.
+    """Write a safetensors file with the permissions of the umask.
 
-    safetensors itself leaves 0600, which keeps a server of another user from reading it.
+    safetensors itself sets 0600, so a server of another user could not read the file.
 
     Args:
-        tensors: on any device.
-        path: to write.
+        tensors: name -> contiguous tensor, on any device.
+        path: of the file.
         metadata: of the file's header.
     """
     save_file({name: tensor.cpu() for name, tensor in tensors.items()}, path, metadata=metadata)
+    give_usual_permissions(path)
+
+
+def give_usual_permissions(path: Path) -> None:
+    """Let a file's permissions be those that the umask gives a new one."""
     umask = os.umask(0)
     os.umask(umask)
-    os.chmod(path, 0o666 & ~umask)
+    path.chmod(0o666 & ~umask)
 
 
 class TensorWriter:
-    """Writes tensors as they come into safetensors files of bounded size, then the index.
+    """Writes tensors one by one into safetensors files of bounded size, then the index.
 
     Args:
         folder: an existing folder.
-        max_bytes: size at which a new file is begun.
+        max_bytes: of the tensors in one file; a larger tensor gets a file of its own.
 
     Attributes:
-        numel: of all tensors added so far.
+        numel: elements of all tensors added so far.
     """
 
     def __init__(self, folder: Path, max_bytes: int = 2 * 1024**3) -> None:
@@ -48,7 +53,7 @@ class TensorWriter:
         self.numel = 0
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Queue one tensor; writes a file when enough have come."""
+        """Queue one tensor, and write the queued ones to a file first if they would exceed `max_bytes` together."""
         size = tensor.numel() * tensor.element_size()
         if self._pending and self._pending_bytes + size > self.max_bytes:
             self._flush()
@@ -58,7 +63,7 @@ class TensorWriter:
 
     @property
     def count(self) -> int:
-        """Tensors added so far."""
+        """Number of tensors added so far."""
         return sum(len(names) for names in self._files) + len(self._pending)
 
     def _temporary(self, number: int) -> Path:
@@ -71,7 +76,7 @@ class TensorWriter:
         self._pending, self._pending_bytes = {}, 0
 
     def close(self) -> int:
-        """Write what is queued and the index; returns the bytes of all tensors."""
+        """Write the queued tensors and the index; returns the bytes of all tensors."""
         if self._pending:
             self._flush()
         count = len(self._files)

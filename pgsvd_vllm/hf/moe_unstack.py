@@ -1,7 +1,7 @@
-"""A mixture's experts as linear layers of their own, as most checkpoints store them.
+"""Replaces stacked MoE experts of a transformers model by one linear layer per matrix, as most checkpoints store them.
 
-transformers stacks the matrices of all experts of a layer in one tensor while it loads them. Experts of different rank
-cannot be stacked, and what is to be known of each one's inputs is easier asked of a module.
+transformers stacks the matrices of all experts of a layer in one tensor while it loads them. Factors of different rank
+cannot be stacked, and the inputs of each expert are measured by hooks on its own module.
 """
 
 import re
@@ -25,7 +25,7 @@ _ONE_EXPERT = re.compile(r"experts\.\*\.(\w+)\.weight$")
 
 @dataclass(frozen=True)
 class _Leaves:
-    """What a checkpoint calls the matrices of an expert."""
+    """The checkpoint's names of the matrices of an expert, such as `gate_proj`."""
 
     gate: str
     up: str
@@ -37,11 +37,11 @@ class _Expert(nn.Module):
 
 
 class UnstackedExperts(nn.ModuleList):
-    """In place of a module of stacked experts: `experts.3.up_proj` and its like.
+    """MoE experts as linear layers such as `experts.3.up_proj`, in place of a module of stacked experts.
 
     Args:
-        stacked: the module, whose parameters are not kept; its activation is.
-        leaves: what to call an expert's matrices.
+        stacked: the module of stacked experts; its activation is kept, its parameters are not.
+        leaves: names of an expert's matrices.
     """
 
     def __init__(self, stacked: Any, leaves: _Leaves) -> None:
@@ -56,18 +56,21 @@ class UnstackedExperts(nn.ModuleList):
             experts.append(expert)
         super().__init__(experts)
         self._leaves = leaves
-        # A function, so that the module itself is no child of this one.
+        # The bound method, since the module itself would become a child of this one.
         self._apply_gate = stacked._apply_gate
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
-        """Sum of the chosen experts' outputs times their weights [tokens, hidden].
+        """Weighted sum of the chosen experts' outputs.
 
         Args:
             hidden_states: [tokens, hidden].
-            top_k_index: int64 [tokens, chosen]; what is no expert's number counts as none.
-            top_k_weights: [tokens, chosen].
+            top_k_index: int64 [tokens, top_k]; values that are no expert's number are skipped.
+            top_k_weights: [tokens, top_k].
+
+        Returns:
+            [tokens, hidden], in the dtype of `hidden_states`.
         """
         result = torch.zeros_like(hidden_states)
         for number in top_k_index.unique().tolist():
@@ -83,16 +86,16 @@ class UnstackedExperts(nn.ModuleList):
 
 
 def unstack_experts(model: PreTrainedModel, stored: Iterable[str]) -> bool:
-    """Put `UnstackedExperts` in place of every module of stacked experts whose checkpoint has them one by one.
+    """Replace every module of stacked experts by `UnstackedExperts` if the checkpoint stores experts one by one.
 
-    Only of those whose computation transformers promises: gate and up in one matrix, no biases.
+    Only modules with the usual computation are replaced: gate and up in one matrix, no biases.
 
     Args:
-        model: on the meta device.
+        model: on the meta device; it is changed.
         stored: names of the checkpoint's tensors.
 
     Returns:
-        Whether there were any.
+        Whether any module was replaced.
     """
     leaves, found = _stacked(model, stored)
     for path, module in found.items():
@@ -102,11 +105,12 @@ def unstack_experts(model: PreTrainedModel, stored: Iterable[str]) -> bool:
 
 
 def can_unstack(model: PreTrainedModel, stored: Iterable[str]) -> bool:
-    """Whether `unstack_experts` would find any."""
+    """Whether `unstack_experts` would replace any module."""
     return bool(_stacked(model, stored)[1])
 
 
 def _stacked(model: PreTrainedModel, stored: Iterable[str]) -> tuple[_Leaves | None, dict[str, nn.Module]]:
+    """The names of an expert's matrices, and path -> module of all stacked experts that can be replaced."""
     leaves = _leaves_of(get_model_conversion_mapping(model))
     if leaves is None:
         return None, {}
@@ -117,18 +121,19 @@ def _stacked(model: PreTrainedModel, stored: Iterable[str]) -> tuple[_Leaves | N
 
 
 def without_stacking(conversions: Iterable[Any]) -> list[Any]:
-    """Less what would stack experts."""
-    return [one for one in conversions if not (isinstance(one, WeightConverter) and _stacks(one))]
+    """transformers' conversions without those that stack MoE experts."""
+    return [c for c in conversions if not (isinstance(c, WeightConverter) and _stacks(c))]
 
 
 def _stacks(converter: WeightConverter) -> bool:
+    """Whether a converter stacks the matrices of MoE experts."""
     return all(_ONE_EXPERT.search(pattern) for pattern in converter.source_patterns) and isinstance(
         converter.operations[0], MergeModulelist
     )
 
 
 def _leaves_of(conversions: Iterable[Any]) -> _Leaves | None:
-    """The names that a model's rules for stacking give; None where there are no rules, or others than usual."""
+    """The names of an expert's matrices in a model's conversions; None if it has none or unusual ones."""
     gate = up = down = None
     for one in conversions:
         if not (isinstance(one, WeightConverter) and _stacks(one)):
@@ -143,7 +148,7 @@ def _leaves_of(conversions: Iterable[Any]) -> _Leaves | None:
 
 
 def _is_stacked(module: Any) -> bool:
-    """Whether a module says of itself that it computes what `UnstackedExperts` does."""
+    """Whether the attributes of a module declare the computation of `UnstackedExperts`."""
     return (
         getattr(module, "has_gate", False)
         and getattr(module, "is_concatenated", False)

@@ -1,7 +1,7 @@
-"""transformers integration: `import pgsvd_vllm.hf`, then from_pretrained and save_pretrained work.
+"""The quantizer that makes from_pretrained and save_pretrained of transformers work on factored checkpoints.
 
-Without this import a factored checkpoint does not load: config.json names a weight file that does
-not exist, so transformers stops instead of filling the projections with random numbers.
+Without `import pgsvd_vllm.hf` a factored checkpoint does not load: config.json names a weight file that does not exist,
+so transformers stops instead of initializing the projections at random.
 """
 
 import json
@@ -28,17 +28,22 @@ from pgsvd_vllm.format.schema import (
     form_shapes,
     parse_modules,
 )
+from pgsvd_vllm.format.writer import give_usual_permissions
 from pgsvd_vllm.hf.moe_unstack import unstack_experts, without_stacking
 from pgsvd_vllm.hf.transformers_compat import AUTO_QUANTIZER_MAPPING, Conv1D, mark_initialized, tied_weights
 from pgsvd_vllm.hf.weight_mapping import stored_tensors, without_weight_norm
 
 
 class LowRankLinear(nn.Module):
-    """A linear layer whose weight is stored in one of the format's forms.
+    """A linear layer with a low-rank weight in one of the format's forms (see `format.schema`).
 
     Args:
-        in_features, out_features, rank: sizes; `form_shapes` has those of the tensors.
+        in_features: inputs.
+        out_features: outputs.
+        rank: of the weight.
         bias: whether there is a bias [out].
+        device: of the tensors.
+        dtype: of the tensors; pivots are int32.
     """
 
     form: str
@@ -66,24 +71,24 @@ class LowRankLinear(nn.Module):
         self.bias = empty(out_features) if bias else None
 
     def extra_repr(self) -> str:
-        """What print(model) shows."""
+        """The sizes that print(model) shows."""
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
 
 
 class FactoredLinear(LowRankLinear):
-    """y = U (V x) + b."""
+    """y = U (V x) + b, the form `factors`."""
 
     form = "factors"
     weight_v: nn.Parameter
     weight_u: nn.Parameter
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., in] -> [..., out]."""
+        """y [..., out] for x [..., in], in x's dtype."""
         return factored_linear(x, self.weight_v, [self.weight_u], self.bias)
 
 
 class PivotLinear(LowRankLinear):
-    """y[pivots] = z, y[others] = C z with z = P x, plus b."""
+    """y[pivots] = z and y[others] = C z with z = P x, plus b: the form `pivot` (PIFA, arXiv 2501.19090)."""
 
     form = "pivot"
     weight_p: nn.Parameter
@@ -91,7 +96,7 @@ class PivotLinear(LowRankLinear):
     pivots: torch.Tensor
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., in] -> [..., out]."""
+        """y [..., out] for x [..., in], in x's dtype."""
         return pivot_linear(x, self.weight_p, self.weight_c, self.pivots, self.bias)
 
 
@@ -99,7 +104,11 @@ MODULES: dict[str, type[LowRankLinear]] = {cls.form: cls for cls in (FactoredLin
 
 
 class PgsvdQuantizationConfig(QuantizationConfigMixin):
-    """The `quantization_config` section of config.json, kept word for word for saving."""
+    """The `quantization_config` section of config.json, which is saved unchanged.
+
+    Raises:
+        CheckpointError: the section is malformed.
+    """
 
     def __init__(self, **section: Any) -> None:
         section["quant_method"] = QUANT_METHOD
@@ -109,7 +118,7 @@ class PgsvdQuantizationConfig(QuantizationConfigMixin):
         self._section = section
 
     def to_dict(self) -> dict[str, Any]:
-        """The section as it is written."""
+        """The section as it is saved."""
         return dict(self._section)
 
 
@@ -117,17 +126,22 @@ class PgsvdQuantizer(HfQuantizer):
     """Replaces the factored projections before the weights are loaded."""
 
     requires_calibration = True
-    splits = False
+    # Whether the model's MoE experts were unstacked.
+    unstacked = False
 
     def update_tp_plan(self, config: PreTrainedConfig) -> PreTrainedConfig:
-        """Point transformers, which asks before it looks for weights, to the checkpoint's own index."""
+        """Set the checkpoint's index as the weight file; transformers calls this before it looks for weights."""
         config.transformers_weights = INDEX_NAME
         return config
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_kwargs: Any
     ) -> None:
-        """Swap in FactoredLinear modules; raises CheckpointError where a tensor is missing."""
+        """Replace the factored projections by LowRankLinear modules.
+
+        Raises:
+            CheckpointError: a tensor is missing, or the module table does not fit the model.
+        """
         config: Any = self.quantization_config
         table = config.modules_table
         tensors = {}
@@ -135,8 +149,8 @@ class PgsvdQuantizer(HfQuantizer):
             tensors.update(read_headers(Path(file)))
         check_factors(table, tensors, "checkpoint")
         if any(module.kind == "expert" for module in table.values()):
-            self.splits = unstack_experts(model, tensors)
-        # The table has the checkpoint's names.
+            self.unstacked = unstack_experts(model, tensors)
+        # The module table has the checkpoint's names, which may differ from the model's.
         known = stored_tensors(model, [f"{name}.weight" for name in table])
         paths = {stored.names[0]: path.removesuffix(".weight") for path, stored in known.items()}
         modules = dict(model.named_modules())
@@ -149,7 +163,7 @@ class PgsvdQuantizer(HfQuantizer):
             rows, columns = weight_shape(name, row, tensors)
             if (rows, columns) != (out, width):
                 raise CheckpointError(
-                    f"{name}: the factors make a {rows} x {columns} matrix, "
+                    f"{name}: the factors form a {rows} x {columns} matrix, "
                     f"{type(model).__name__} needs {out} x {width}"
                 )
             factored = MODULES[row.form](
@@ -163,7 +177,7 @@ class PgsvdQuantizer(HfQuantizer):
             model.set_submodule(target, factored)
             parent: Any = model.get_submodule(target.rpartition(".")[0])
             if next(parent.buffers(recurse=False), None) is None:
-                # Nothing to initialise but what is loaded, and GPT-2 would look for the weights of its children.
+                # All its parameters are loaded, and GPT-2's initialisation would access the replaced children.
                 mark_initialized(parent)
         tied = tied_weights(model)
         present = set(tensors) | stored_tensors(model, list(tensors)).keys()
@@ -172,9 +186,9 @@ class PgsvdQuantizer(HfQuantizer):
                 raise CheckpointError(f"tensor {key} is missing from the checkpoint")
 
     def update_weight_conversions(self, weight_conversions: list[Any]) -> list[Any]:
-        """Less those that would take our tensors for others."""
+        """transformers' conversions without those that would match this format's tensors."""
         kept = without_weight_norm(weight_conversions)
-        return without_stacking(kept) if self.splits else kept
+        return without_stacking(kept) if self.unstacked else kept
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_kwargs: Any) -> PreTrainedModel:
         for name, module in model.named_modules():
@@ -184,30 +198,31 @@ class PgsvdQuantizer(HfQuantizer):
         return model
 
     def is_serializable(self, *_args: Any, **_kwargs: Any) -> bool:
-        """save_pretrained works."""
+        """True: save_pretrained writes the same format."""
         return True
 
     @property
     def is_trainable(self) -> bool:
-        """Adapters may be trained on top."""
+        """True: adapters such as LoRA can be trained on top."""
         return True
 
 
 def _save_pretrained(model: PreTrainedModel, save_directory: str | Path, **kwargs: Any) -> None:
-    """save_pretrained, then the names and the guard of the format."""
+    """save_pretrained, followed by the format's file names and its load guard in config.json."""
     type(model).save_pretrained(model, save_directory, **kwargs)
     folder = Path(save_directory)
     weight_map = {}
     for path in sorted(folder.glob("model*.safetensors")):
         target = folder / path.name.replace("model", WEIGHTS_STEM, 1)
         path.rename(target)
+        give_usual_permissions(target)
         weight_map.update(dict.fromkeys(read_headers(target), target.name))
     (folder / "model.safetensors.index.json").unlink(missing_ok=True)
     index = {"metadata": {}, "weight_map": weight_map}
     (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     config = read_config(folder)
     config["transformers_weights"] = LOAD_GUARD
-    # Tied or renamed tensors may be stored in another number than they were read.
+    # The number of tensors may change, since transformers stores tied tensors once.
     config["quantization_config"]["tensors"] = len(weight_map)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 

@@ -1,4 +1,4 @@
-"""Every private or unstable name of transformers that this package uses, each with its reason."""
+"""All private or unstable names of transformers that this package uses, each with its reason."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -56,13 +56,20 @@ IMAGE_TEXT_TO_TEXT_CLASSES = set(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.valu
 
 
 def skeleton(auto_class: Any, config: Any, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
-    """A model of a configuration with its parameters on the meta device and its buffers computed."""
+    """Build a model with its parameters on the meta device and its buffers computed.
+
+    Args:
+        auto_class: of transformers, such as AutoModelForCausalLM.
+        config: of the model.
+        dtype: of the parameters.
+        trust_remote_code: run modelling code that comes with the model.
+    """
     with init_empty_weights(include_buffers=False), no_init_weights():
         return auto_class.from_config(config, trust_remote_code=trust_remote_code, dtype=dtype)
 
 
 def tied_weights(model: PreTrainedModel) -> Mapping[str, str]:
-    """Alias -> the tensor it is tied to, as transformers resolves a model's `_tied_weights_keys`."""
+    """Tied tensor -> the tensor that it shares, as transformers resolves a model's `_tied_weights_keys`."""
     return getattr(model, "all_tied_weights_keys", None) or {}
 
 

@@ -1,6 +1,6 @@
-"""Where a checkpoint stores each of a transformers model's tensors: under another name, or in pieces.
+"""Maps the tensors of a transformers model to the tensors of its checkpoint, which may be renamed or stacked.
 
-transformers renames tensors as it loads them, and stacks the experts of mixtures; its own rules are asked.
+transformers renames tensors while it loads them and stacks MoE experts; the mapping follows its own rules.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -26,10 +26,10 @@ class StoredTensor:
     """How one tensor of a model is stored.
 
     Attributes:
-        names: of the checkpoint's tensors that it is made of.
-        patterns: of the converter, which each of them matches.
-        converter: makes it of several, or of one in another form; None where it is stored as it is.
-        target: name of the first tensor that the converter makes.
+        names: of the checkpoint's tensors that form it.
+        patterns: the converter's pattern that each of them matches.
+        converter: of transformers, which combines or changes the stored tensors; None for a tensor stored as is.
+        target: name of the first tensor that the converter returns.
     """
 
     names: tuple[str, ...]
@@ -37,11 +37,16 @@ class StoredTensor:
     converter: WeightConverter | None = None
     target: str = ""
 
-    def made(self, name: str, read: Callable[[str], torch.Tensor], model: PreTrainedModel) -> torch.Tensor:
-        """The model's tensor `name`, from `read`, which reads one of the checkpoint's.
+    def load(self, name: str, read: Callable[[str], torch.Tensor], model: PreTrainedModel) -> torch.Tensor:
+        """Load a tensor of the model.
+
+        Args:
+            name: of the tensor in the model.
+            read: reads a tensor of the checkpoint by name.
+            model: may be on the meta device.
 
         Raises:
-            KeyError: the converter makes no such tensor.
+            KeyError: the converter returns no such tensor.
         """
         if self.converter is None:
             return read(self.names[0])
@@ -53,16 +58,19 @@ class StoredTensor:
 
 
 def without_weight_norm(conversions: Iterable[Any]) -> list[Any]:
-    """Less transformers' rename of old weight-norm tensors: it takes every `weight_v` for one."""
+    """transformers' conversions without the renaming of old weight-norm tensors, which matches every `weight_v`."""
     return [one for one in conversions if not any("parametrizations.weight" in name for name in one.target_patterns)]
 
 
 def stored_tensors(model: PreTrainedModel, names: Sequence[str]) -> dict[str, StoredTensor]:
-    """Tensor of the model -> how it is stored, of all that the checkpoint has; others may be tied.
+    """Map the tensors of a model to those of its checkpoint.
 
     Args:
         model: may be on the meta device.
         names: of the checkpoint's tensors.
+
+    Returns:
+        tensor of the model -> how it is stored; tensors that the checkpoint lacks, such as tied ones, are absent.
     """
     conversions = without_weight_norm(get_model_conversion_mapping(model))
     if any(isinstance(module, UnstackedExperts) for module in model.modules()):

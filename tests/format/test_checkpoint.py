@@ -430,7 +430,7 @@ def test_a_pivot_form_opens(tmp_path: Path) -> None:
         ({"pivots": torch.tensor([[0, 2, 6]], dtype=torch.int32)}, "not 1 dimension"),
         ({"weight_c": torch.randn(4, 3).bfloat16()}, "weight_p in F32 and weight_c in BF16"),
         ({"weight_u": torch.randn(7, 3)}, "model.a.weight_u belongs to no module"),
-        ({"weight": torch.randn(7, 11)}, "model.a.weight stands beside the factors"),
+        ({"weight": torch.randn(7, 11)}, "both model.a.weight and the factors of model.a"),
     ],
 )
 def test_a_pivot_form_that_is_not_what_the_table_says(

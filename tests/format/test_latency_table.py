@@ -37,18 +37,18 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     ],
 )
 def test_times_lie_on_lines_between_measured_ranks(form: str, rank: int | None, expected: float) -> None:
-    assert TABLE.time(96, 64, form, rank) == pytest.approx(expected)
+    assert TABLE.latency(96, 64, form, rank) == pytest.approx(expected)
 
 
 def test_a_shape_that_was_not_measured_is_named() -> None:
-    with pytest.raises(InputError, match="no times for weights of 64 x 96"):
-        TABLE.time(64, 96, "factors", 16)
+    with pytest.raises(InputError, match="no latencies for weights of 64 x 96"):
+        TABLE.latency(64, 96, "factors", 16)
 
 
 def test_shapes_of_which_no_rank_saves_numbers_have_a_dense_time_alone(tmp_path: Path) -> None:
     table = LatencyTable({(1, 64): ShapeLatencies(2.0, {"factors": [], "pivot": []})}, 1, "float32", "m")
     write_latencies(table, tmp_path / "costs.json")
-    assert read_latencies(tmp_path / "costs.json").time(1, 64, "pivot", None) == 2.0
+    assert read_latencies(tmp_path / "costs.json").latency(1, 64, "pivot", None) == 2.0
 
 
 def test_one_measured_rank_is_the_time_of_all() -> None:
@@ -65,18 +65,18 @@ def valid() -> dict[str, Any]:
     ("path", "value", "message"),
     [
         (["version"], 2, "version 2, this program reads 1"),
-        (["tokens"], 0, "0 is no number above 0"),
-        (["tokens"], True, "True is no number"),
-        (["shapes"], None, "not a table of times"),
-        (["shapes", 0, "dense"], 0, "0 is no time"),
-        (["shapes", 0, "dense"], float("nan"), "nan is no time"),
-        (["shapes", 0, "dense"], "25", "'25' is no time"),
-        (["shapes", 0, "out"], 1.5, "1.5 is no number above 0"),
-        (["shapes", 0, "dense"], True, "True is no time"),
-        (["shapes", 0, "dense"], 10**400, "not a table of times"),
+        (["tokens"], 0, "0 is not a positive integer"),
+        (["tokens"], True, "True is not a positive integer"),
+        (["shapes"], None, "not a latency table"),
+        (["shapes", 0, "dense"], 0, "0 is not a latency"),
+        (["shapes", 0, "dense"], float("nan"), "nan is not a latency"),
+        (["shapes", 0, "dense"], "25", "'25' is not a latency"),
+        (["shapes", 0, "out"], 1.5, "1.5 is not a positive integer"),
+        (["shapes", 0, "dense"], True, "True is not a latency"),
+        (["shapes", 0, "dense"], 10**400, "not a latency table"),
         (["shapes", 0, "factors", 1], [16, 14.0], "factors: ranks must ascend"),
-        (["shapes", 0, "pivot", 0], [16], "not a table of times"),
-        (["shapes", 0, "pivot", 0, 1], float("inf"), "inf is no time"),
+        (["shapes", 0, "pivot", 0], [16], "not a latency table"),
+        (["shapes", 0, "pivot", 0, 1], float("inf"), "inf is not a latency"),
     ],
 )
 def test_what_is_wrong_is_named(path: list[Any], value: Any, message: str, tmp_path: Path) -> None:
@@ -97,17 +97,17 @@ def test_a_missing_part_is_named(key: str, tmp_path: Path) -> None:
     content = valid()
     del content[key]
     (tmp_path / "costs.json").write_text(json.dumps(content))
-    with pytest.raises(InputError, match=rf"costs\.json: not a table of times \(KeyError: '{key}'\)"):
+    with pytest.raises(InputError, match=rf"costs\.json: not a latency table \(KeyError: '{key}'\)"):
         read_latencies(tmp_path / "costs.json")
 
 
 @pytest.mark.parametrize("text", ["", "[1]", "{", "\x00"])
 def test_what_is_no_json_object_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "costs.json").write_text(text)
-    with pytest.raises(InputError, match=r"--costs .*costs\.json: (not valid JSON|expected a JSON object)"):
+    with pytest.raises(InputError, match=r"`costs` .*costs\.json: (not valid JSON|expected a JSON object)"):
         read_latencies(tmp_path / "costs.json")
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"--costs .*absent\.json: no such file"):
+    with pytest.raises(InputError, match=r"`costs` .*absent\.json: no such file"):
         read_latencies(tmp_path / "absent.json")

@@ -1,0 +1,83 @@
+"""Free memory within a container's limits, from the files that the kernel shows; memory of an untied LM head."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from pgsvd_vllm.offline.options import CompressOptions
+from pgsvd_vllm.offline.planning.free_memory import free_memory
+from pgsvd_vllm.offline.planning.plan import make_plan
+from pgsvd_vllm.offline.planning.resources import memory_bytes
+from tests.conftest import save_tiny_model
+
+CPU = torch.device("cpu")
+GIB = 2**30
+
+
+def write(root: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="ascii")
+    return root
+
+
+MEMINFO = {"proc/meminfo": f"MemTotal: {64 * 2**20} kB\nMemAvailable: {48 * 2**20} kB\n"}
+VERSION_2 = {
+    **MEMINFO,
+    "proc/self/cgroup": "0::/pod/container\n",
+    "sys/fs/cgroup/pod/container/memory.max": "max\n",
+    "sys/fs/cgroup/pod/container/memory.current": f"{3 * GIB}\n",
+    "sys/fs/cgroup/pod/container/memory.stat": f"anon {GIB}\ninactive_file {GIB}\n",
+    "sys/fs/cgroup/pod/memory.max": f"{8 * GIB}\n",
+    "sys/fs/cgroup/pod/memory.current": f"{3 * GIB}\n",
+    "sys/fs/cgroup/pod/memory.stat": f"anon {GIB}\ninactive_file {GIB}\n",
+}
+NAMESPACE = {
+    **MEMINFO,
+    "proc/self/cgroup": "0::/../../elsewhere\n",
+    "sys/fs/cgroup/memory.max": f"{4 * GIB}\n",
+    "sys/fs/cgroup/memory.current": f"{GIB}\n",
+    "sys/fs/cgroup/memory.stat": "anon 0\n",
+}
+VERSION_1 = {
+    **MEMINFO,
+    "proc/self/cgroup": "5:cpu,cpuacct:/docker/x\n4:memory:/docker/x\n",
+    "sys/fs/cgroup/memory/docker/x/memory.limit_in_bytes": f"{6 * GIB}\n",
+    "sys/fs/cgroup/memory/docker/x/memory.usage_in_bytes": f"{4 * GIB}\n",
+    "sys/fs/cgroup/memory/docker/x/memory.stat": f"total_inactive_file {GIB}\n",
+}
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        pytest.param({}, None, id="nothing known"),
+        pytest.param(MEMINFO, 48 * GIB, id="no container"),
+        pytest.param(VERSION_2, 6 * GIB, id="limit of an outer group, version 2"),
+        pytest.param(NAMESPACE, 3 * GIB, id="a group that is the mount itself"),
+        pytest.param(VERSION_1, 3 * GIB, id="version 1"),
+        pytest.param(
+            {**VERSION_2, "sys/fs/cgroup/pod/memory.current": f"{10 * GIB}\n"}, 0, id="more used than allowed"
+        ),
+        pytest.param({**VERSION_2, "sys/fs/cgroup/pod/memory.max": "max\n"}, 48 * GIB, id="no limit"),
+    ],
+)
+def test_free_memory_is_what_the_container_allows(files: dict[str, str], expected: int | None, tmp_path: Path) -> None:
+    assert free_memory(CPU, write(tmp_path, files)) == expected
+
+
+def test_this_machine_says_what_is_free() -> None:
+    found = free_memory(CPU)
+    assert found is not None
+    assert found > 2**20
+
+
+def test_an_untied_lm_head_is_counted(tmp_path: Path) -> None:
+    small = {"num_calibration_samples": 20, "max_seq_length": 48}
+    needed = {}
+    for tie in (True, False):
+        model = save_tiny_model(tmp_path / f"tied-{tie}", tie=tie)
+        needed[tie] = memory_bytes(make_plan(CompressOptions(str(model), tmp_path / "out", **small)))
+    assert needed[False] - needed[True] == 258 * 128 * 4
