@@ -1,4 +1,4 @@
-"""The pipeline: plan, calibrate, choose ranks, factorize, refine, write."""
+"""The pipeline of a run: plan, calibrate, choose ranks, factorize, distill, write."""
 
 import errno
 from collections.abc import Callable
@@ -29,16 +29,19 @@ def compress(options: CompressOptions, say: Say = lambda _line: None) -> Compres
 
     Args:
         options: the request.
-        say: called with one line at every stage.
+        say: called with one progress line at every stage.
+
+    Returns:
+        What was written.
 
     Raises:
-        InputError: an option, the model or the text cannot be used, or the disk is full.
+        InputError: an option, the model or the calibration data cannot be used, or the disk is full.
         CheckpointError: a file of the model is missing or damaged.
     """
     plan = prepare(options, say)
     say(describe(plan))
     state = open_state(plan)
-    keep = state.has_any_layer  # of the run that is resumed
+    keep = state.has_any_layer  # a resumed run keeps its finished layers
     try:
         check_disk(plan, disk_bytes(plan) - state.used_bytes, state.folder)
         calibrate(plan, state)
@@ -57,7 +60,7 @@ def compress(options: CompressOptions, say: Say = lambda _line: None) -> Compres
         if getattr(error, "errno", None) != errno.ENOSPC and "No space left" not in str(error):
             raise
         raise InputError(
-            f"--output-dir {options.output}: the disk is full; what is done is kept in {state.folder}: "
+            f"--output-dir {options.output}: the disk is full; finished layers are kept in {state.folder}: "
             "make room and repeat with --resume"
         ) from None
     except KeyboardInterrupt:
@@ -68,20 +71,20 @@ def compress(options: CompressOptions, say: Say = lambda _line: None) -> Compres
 
 
 def calibrate(plan: Plan, state: RunState) -> None:
-    """Measure every layer that the state does not have yet; raises InputError."""
+    """Calibrate every layer that the state does not hold yet; raises InputError as `Calibration.run`."""
     Calibration(plan.source, plan.data, plan.settings, plan.projections, state).run()
 
 
 def measured_spectra(plan: Plan, state: RunState) -> Spectra:
-    """The spectra of every projection of a calibrated run."""
+    """The spectra of every projection of a calibrated run; raises InputError if a file of the state is damaged."""
     layers, sensitivity = len(plan.projections.layers), plan.settings.sensitivity
     losses = loss_energies(state, layers, sensitivity) if plan.settings.measured else None
     return Spectra(output_energies(state, layers), losses)
 
 
 def _factor_and_write(plan: Plan, state: RunState, say: Say) -> CompressResult:
-    """Ranks, factors and the checkpoint of a calibrated run, in the state's checkpoint folder."""
-    plan, tokens = _covered(plan, state, say)
+    """Choose ranks, factor and write the checkpoint of a calibrated run into the state's folder."""
+    plan, tokens = _without_uncovered(plan, state, say)
     spectra = measured_spectra(plan, state)
     front = None if spectra.loss is None else measured_front(plan.projections, spectra.loss, plan.target)
     if front is not None:
@@ -98,8 +101,8 @@ def _factor_and_write(plan: Plan, state: RunState, say: Say) -> CompressResult:
     return write_checkpoint(plan, state, Choice(allocation, front, tokens, head))
 
 
-def _covered(plan: Plan, state: RunState, say: Say) -> tuple[Plan, dict[str, int]]:
-    """The plan without projections that too few tokens reach, and the tokens that reach each candidate."""
+def _without_uncovered(plan: Plan, state: RunState, say: Say) -> tuple[Plan, dict[str, int]]:
+    """The plan without projections that too few tokens reach, and the tokens of each MoE expert and projector."""
     tokens = token_counts(plan.projections, state)
     left = leave_uncovered_dense(plan.projections, plan.settings, state, tokens, say)
     for option, shares in (("ratio", plan.options.ratio), ("tolerance", plan.options.tolerance)):

@@ -1,4 +1,4 @@
-"""What a compression is asked for, and which requests cannot work."""
+"""The options of a compression run, and the check that refuses values that cannot work."""
 
 import math
 import os
@@ -14,37 +14,44 @@ BUILTIN = "python-docs"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT_RATIO = 0.2
 HEAD_TOLERANCE = 0.02
-# Calibration samples where no number is asked for: windows of text, or descriptions of images; pairs to compare.
+# Default number of calibration samples: windows of text or images with descriptions, and pairs for dual encoders.
 WINDOWS, PAIRS = 128, 1024
-# Windows of the text that `refine` never trains on, and judges its result by.
+# Held-out windows of the text: knowledge distillation never trains on them and selects its result by them.
 HELD_OUT = 8
 
 
 @dataclass(frozen=True)
 class CompressOptions:
-    """What the user asked for; the command line's options, field for field.
+    """What the user asks for: one field for each option of the command line.
 
     Attributes:
         model: local folder or hub id.
         output: folder to write; must not exist.
-        ratio: share of the projections' parameters to remove, of their time where `costs` is given, or None; a dict
-            has the shares of towers, and those that it does not name stay dense.
-        tolerance: uniform relative error to allow instead, of all towers or, in a dict, of each, or None.
-        sensitivity: `measured`, `forward` or `uniform`; None is `uniform` with a tolerance or a baseline,
-            else `measured`, or `forward` where gradients do not fit in memory.
-        baseline: one of `BASELINES`, a rival's method in place of this one; None for none.
-        form: `pivot` or `factors`; None is `pivot` where sensitivities are measured.
-        sequential: whether the factors are fitted layer after layer (see `sequential`); None is
-            yes where sensitivities are measured.
-        refine: minutes to train the factors for (see `refine`); None for not at all.
-        costs: table of times (see `pgsvd_vllm.costs`) to choose ranks by, instead of by size; None for size.
-        include: what is compressed besides the usual: `experts` of mixtures, and `lm_head`, the output head.
-        head_tolerance: relative error to allow in the output head's weighted logits.
-        num_calibration_samples: windows of text, or pairs of an image and a text; None for the usual number.
-        chat_template: whether plain text is put into the turns of conversations.
-        calibration: folder that keeps what is measured, for other runs; None for the run's own.
-        dtype: `auto` keeps each tensor's own.
-        device: `auto` takes a GPU where there is one.
+        ratio: share of the projections' parameters to remove, 0 to 1, or of their GEMM latency if `costs` is given.
+            A dict has one share per tower; towers that it does not name stay dense.
+        tolerance: relative output error allowed in every projection, instead of `ratio`; a dict has one per tower.
+        sensitivity: `measured`, `forward` or `uniform`. None is `uniform` with a tolerance or a baseline; otherwise it
+            is `measured`, or `forward` if gradients do not fit in memory.
+        baseline: one of `BASELINES`, used instead of PGSVD for comparison; None for PGSVD.
+        form: `pivot` or `factors`; None is `pivot` if sensitivities are measured.
+        sequential: whether each layer is fitted to activations from the already factored layers (see
+            `factors.error_aware`); None is yes if sensitivities are measured.
+        refine: minutes of knowledge distillation (see `refine.distill`); None for no distillation.
+        costs: JSON file with GEMM latencies (see `format.latency_table`) that the ranks minimize; None for size.
+        dataset: names, files or folders of the calibration data; each gives an equal share of the samples.
+        num_calibration_samples: windows of text, or image-text pairs; None for `WINDOWS` or `PAIRS`.
+        max_seq_length: tokens per window.
+        chat_template: whether plain text is formatted as user and assistant turns with the model's chat template.
+        seed: of the draws of windows, pairs and labels.
+        ignore: shell patterns of projections that stay dense; they count as kept.
+        include: modules that are compressed only on request: `experts` (MoE experts) and `lm_head`.
+        head_tolerance: relative error allowed in the LM head's weighted logits.
+        calibration: folder that keeps the calibration results for other runs; None for a folder of this run alone.
+        dtype: of the written tensors and of calibration; `auto` keeps each tensor's own.
+        device: that computes; `auto` is a GPU if torch sees one.
+        resume: continue an interrupted run.
+        trust_remote_code: run modelling code from the model's repository.
+        command: the command line, for the checkpoint's description.
     """
 
     model: str
@@ -80,25 +87,29 @@ def _values(shares: float | dict[str, float] | None) -> list[float]:
 
 
 def check_options(options: CompressOptions) -> None:
-    """Refuse option values that cannot work; raises InputError naming the option."""
+    """Refuse option values that cannot work.
+
+    Raises:
+        InputError: names the option and its value.
+    """
     if options.ratio is not None and options.tolerance is not None:
-        raise InputError("--ratio and --tolerance: give one of them, each follows from the other")
+        raise InputError("--ratio and --tolerance: give only one of them, the other follows from it")
     for value in _values(options.ratio):
         if not 0 < value < 1:
-            raise InputError(f"--ratio {value}: must lie between 0 and 1, it is the share that is removed")
+            raise InputError(f"--ratio {value}: must lie between 0 and 1, it is the share to remove")
     for value in _values(options.tolerance):
         if not 0 < value < 1:
             raise InputError(f"--tolerance {value}: must lie between 0 and 1, it is a relative error")
     if options.tolerance is not None and options.sensitivity not in (None, "uniform"):
-        raise InputError("--tolerance: is a uniform error, it goes with --sensitivity uniform")
+        raise InputError("--tolerance: is a uniform error; it works only with --sensitivity uniform")
     if options.baseline is not None and (options.tolerance is not None or options.sensitivity is not None):
-        raise InputError("--baseline: a rival's method gives every projection the same --ratio, nothing else")
+        raise InputError("--baseline: gives every projection the same --ratio; omit --tolerance and --sensitivity")
     if options.costs is not None and (options.tolerance is not None or options.baseline is not None):
-        raise InputError("--objective latency: chooses ranks by measured losses; it goes with --ratio alone")
+        raise InputError("--objective latency: needs measured losses; omit --tolerance and --baseline")
     if options.costs is not None and isinstance(options.ratio, dict):
-        raise InputError("--objective latency: takes one --ratio, a share of the time of all towers together")
+        raise InputError("--objective latency: takes one --ratio, a share of the GEMM latency of all towers")
     if options.costs is not None and "experts" in options.include:
-        raise InputError("--objective latency: there are no times of experts; leave --include experts out")
+        raise InputError("--objective latency: MoE experts have no measured latency; omit --include experts")
     if options.costs is not None and options.sensitivity == "uniform":
         raise InputError("--objective latency: needs measured losses, not --sensitivity uniform")
     if options.refine is not None and not 0 < options.refine < math.inf:

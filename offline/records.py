@@ -1,4 +1,4 @@
-"""What the stages of a compression hand on, a layer at a time: calibration, sensitivities, factors, report rows."""
+"""The records that the stages of a compression exchange, one layer at a time."""
 
 from dataclasses import dataclass
 
@@ -7,13 +7,15 @@ import torch
 
 @dataclass(frozen=True)
 class ModuleReport:
-    """One projection's outcome.
+    """How one projection was factored.
 
     Attributes:
-        rank: None where it stays dense.
-        error: relative output error of the stored factors on the calibration inputs.
-        optimum: smallest possible error at this rank.
-        sweeps: ALS sweeps taken.
+        name: of the projection in the checkpoint.
+        out_features, in_features: shape of its weight.
+        rank: of its factors; None if it stays dense.
+        error: relative output error of the stored factors, ||(W - UV) X||_F / ||W X||_F on the calibration activations.
+        optimum: smallest possible relative output error at this rank.
+        sweeps: ALS sweeps; 0 for a closed-form solution.
     """
 
     name: str
@@ -27,12 +29,12 @@ class ModuleReport:
 
 @dataclass(frozen=True)
 class LMHeadCalibration:
-    """What calibration finds of the head.
+    """The calibration of the LM head.
 
     Attributes:
-        gram: float32 [in, in], C = sum of x x^T.
-        weight: float32 [out], mean of p (1 - p) over the tokens.
-        energy: float64 [in], descending eigenvalues of S C S^T.
+        gram: float32 [in, in], C = sum of x x^T over the tokens.
+        weight: float32 [vocabulary], mean of p (1 - p) over the tokens, p being the model's probabilities.
+        energy: float64 [in], eigenvalues of S C S^T in descending order, S [vocabulary, in] being the weighted rows.
     """
 
     gram: torch.Tensor
@@ -42,11 +44,11 @@ class LMHeadCalibration:
 
 @dataclass(frozen=True)
 class LMHeadFactors:
-    """The head as it will be stored.
+    """The LM head as the checkpoint will store it.
 
     Attributes:
-        name: in the checkpoint.
-        tensors: by suffix; none where it stays dense, since factors of that tolerance would be larger.
+        name: of the module in the checkpoint.
+        tensors: suffix -> tensor; empty if the LM head stays dense because factors would be larger.
         report: its row of the report.
     """
 
@@ -57,14 +59,17 @@ class LMHeadFactors:
 
 @dataclass(frozen=True)
 class LayerCalibration:
-    """What calibration keeps of one layer.
+    """The calibration of one layer.
+
+    Projections with the same input (q, k, v; gate, up) share one Gram matrix. It bears the name of the first of them,
+    their leader.
 
     Attributes:
-        grams: leader -> float32 [in, in], sum of x x^T.
+        grams: leader -> C = sum of x x^T, float32 [in, in].
         leader: projection -> leader of its input.
-        energy: projection -> float64 eigenvalues of W C W^T, descending.
-        tokens: that ran the layer.
-        counts: leader -> tokens that were summed.
+        energy: projection -> eigenvalues of W C W^T, float64 [min(out, in)], descending.
+        tokens: tokens that run through the layer.
+        counts: leader -> tokens in its sum.
     """
 
     grams: dict[str, torch.Tensor]
@@ -76,13 +81,14 @@ class LayerCalibration:
 
 @dataclass(frozen=True)
 class LayerSensitivity:
-    """What the measurement of sensitivities keeps of one layer.
+    """The sensitivities of one layer (see `calibration.gradients` and `calibration.noise_response`).
 
     Attributes:
-        moments: projection -> G float32 [out, out]; empty where no gradients were taken, as grams then are.
-        grams: projection -> C_w float32 [in, in].
-        energy: projection -> float64, descending: twice what cutting each direction costs. Nats a token
-            (eigenvalues of L^T W C W^T L), or shares of the residual stream's energy without gradients.
+        moments: projection -> G, float32 [out, out]; empty if sensitivities come from forward passes.
+        grams: projection -> C_w, float32 [in, in]; empty if sensitivities come from forward passes.
+        energy: projection -> twice the predicted loss of removing each direction, float64 [min(out, in)], descending.
+            With gradients these are the eigenvalues of L^T W C W^T L, in nats per token; without gradients they are
+            shares of the residual stream's energy.
     """
 
     moments: dict[str, torch.Tensor]
@@ -92,10 +98,10 @@ class LayerSensitivity:
 
 @dataclass(frozen=True)
 class LayerFactors:
-    """The result for one layer.
+    """The factors of one layer.
 
     Attributes:
-        tensors: projection -> suffix -> tensor as it will be stored.
+        tensors: projection -> suffix -> tensor as the checkpoint will store it (see `format.schema.form_shapes`).
         reports: projection -> its row of the report.
     """
 

@@ -1,4 +1,4 @@
-"""The resolved settings of one run: what the options leave open is decided here, once."""
+"""The resolved settings of one run: every default that the options leave open is decided here, once."""
 
 from dataclasses import dataclass
 
@@ -18,11 +18,11 @@ class RunSettings:
         form: how low-rank weights are stored, `pivot` or `factors`.
         sequential: whether each layer is fitted to activations from the already factored layers.
         baseline: another method's name, or None.
-        head_tolerance: relative error allowed in the LM head's weighted logits.
+        head_tolerance: relative error allowed in the LM head's weighted logits, between 0 and 1.
         refine_minutes: minutes of knowledge distillation, or None.
-        seed: of all draws.
+        seed: of the draws of windows, pairs and labels.
         device: that computes.
-        compute_dtype: of the calibration forward.
+        compute_dtype: of the calibration forward pass.
         store_dtype: of the written tensors; None keeps each tensor's own.
     """
 
@@ -39,7 +39,7 @@ class RunSettings:
 
     @property
     def measured(self) -> bool:
-        """Whether sensitivities are measured, by gradients or by forward passes, rather than taken as equal."""
+        """Whether sensitivities are measured, by gradients or by forward passes, rather than assumed equal."""
         return self.sensitivity != UNIFORM
 
 
@@ -54,7 +54,7 @@ def resolve_settings(options: CompressOptions, device: torch.device, compute_dty
     Args:
         options: checked by `check_options`.
         device: that computes.
-        compute_dtype: of the calibration forward.
+        compute_dtype: of the calibration forward pass.
     """
     default = MEASURED if options.tolerance is None and options.baseline is None else UNIFORM
     sensitivity = options.sensitivity or default

@@ -1,4 +1,4 @@
-"""Measures every layer, and keeps the results in the run's state: Gram matrices, spectra, sensitivities."""
+"""Runs the calibration of all layers and saves Gram matrices, spectra and sensitivities in the run's state."""
 
 from dataclasses import dataclass
 
@@ -23,14 +23,14 @@ from pgsvd_vllm.offline.settings import FORWARD, MEASURED, RunSettings
 
 @dataclass(frozen=True)
 class Calibration:
-    """Everything that a run's calibration works on.
+    """The calibration of one run.
 
     Attributes:
         source: the model.
         data: the calibration set.
         settings: of the run.
-        projections: to measure.
-        state: where the results are kept.
+        projections: to calibrate.
+        state: that holds the results.
     """
 
     source: ModelSource
@@ -40,10 +40,10 @@ class Calibration:
     state: RunState
 
     def run(self) -> None:
-        """Gram matrices, output spectra and sensitivities of every layer that the state does not have yet.
+        """Compute Gram matrices, output spectra and sensitivities of every layer that the state does not hold yet.
 
         Raises:
-            InputError: too few tokens, a layer that overflows, or a projection that the model never calls.
+            InputError: too few tokens, an activation or gradient overflows, or the model never calls a projection.
         """
         state, kind, head = self.state, self.settings.sensitivity, self.projections.lm_head
         layers = range(len(self.projections.layers))
@@ -66,13 +66,14 @@ class Calibration:
             self._backward(gradients)
 
     def _tokens_of_all_layers(self) -> int:
+        """Tokens of one forward pass, counted once per layer."""
         return sum(len(tower.layers) * self.data.tokens_of(tower.name) for tower in self.source.towers)
 
     def _collect(self, stream: LayerStream, index: int, with_noise: bool, bar: tqdm) -> None:
-        """Run one layer forward; `with_noise` measures forward sensitivities as well."""
+        """Run one layer forward; `with_noise` measures its noise responses as well."""
         row, state = self.projections.layers[index], self.state
         collect = bool(row) and not state.has_layer(index)
-        moved = noise_responses(stream, index, row, self.settings.seed) if with_noise else {}
+        responses = noise_responses(stream, index, row, self.settings.seed) if with_noise else {}
         for step in advance(stream, index, row, collect):
             if isinstance(step, LayerGrams):
                 self._check_tokens(row, step.tokens)
@@ -84,22 +85,25 @@ class Calibration:
         if with_noise:
             data = state.load_layer(index, with_grams=False)
             scaled = {
-                name: energy * (moved[name] / data.tokens) for name, energy in data.energy.items() if name in moved
+                name: energy * (responses[name] / data.tokens)
+                for name, energy in data.energy.items()
+                if name in responses
             }
             state.save_sensitivity(index, FORWARD, LayerSensitivity({}, {}, scaled))
 
     def _check_tokens(self, row: list[Projection], tokens: int) -> None:
+        """Refuse fewer tokens than a projection has inputs: its Gram matrix would lack full rank."""
         most = widest([p for p in row if not p.may_lack_tokens])
         if most is not None and tokens < most.in_features:
             raise InputError(
-                f"`dataset` {self.data.name}: {tokens} tokens of the {most.tower} model are too little; "
+                f"`dataset` {self.data.name}: {tokens} tokens of the {most.tower} model are too few; "
                 f"{most.name} has {most.in_features} inputs and needs at least as many"
             )
 
     def _spectra(self, row: list[Projection], found: LayerGrams) -> LayerCalibration:
-        """With the output energies of a layer's projections, but for those that too few tokens reach.
+        """A layer's calibration with the output spectra of all projections that enough tokens reach.
 
-        One projection at a time, since those of a large layer do not fit together.
+        The weights are read one at a time, since those of a large layer may not fit into memory together.
         """
         roots: dict[str, torch.Tensor] = {}
         energy = {}
@@ -117,7 +121,7 @@ class Calibration:
         return LayerCalibration(grams, found.leader, energy, found.tokens, found.counts)
 
     def _backward(self, gradients: GradientPass) -> None:
-        """The backward pass: gradient moments and loss spectra of every layer."""
+        """Run the backward pass and save gradient moments and loss spectra of every layer."""
         gradients.start(self.settings.seed)
         rows = self.projections.layers
         share = gradients.batches / len(gradients.stream.batches)
@@ -133,7 +137,7 @@ class Calibration:
                         self.state.save_sensitivity(index, MEASURED, self._loss_spectra(index, step))
 
     def _loss_spectra(self, index: int, found: LayerGradients) -> LayerSensitivity:
-        """Eigenvalues of L^T W C W^T L for a layer's projections: twice what cutting each one loses."""
+        """Eigenvalues of L^T W C W^T L of a layer's projections: twice the loss of removing each direction, in nats."""
         data, device = self.state.load_layer(index), self.settings.device
         energy = {}
         for p in self.projections.layers[index]:
@@ -147,7 +151,18 @@ class Calibration:
 
 
 def output_energies(state: RunState, layers: int) -> dict[str, torch.Tensor]:
-    """Projection -> eigenvalues of W C W^T, float64, descending, of all `layers` layers in the state."""
+    """Read the output spectra of all layers from the state.
+
+    Args:
+        state: of a calibrated run.
+        layers: number of layers.
+
+    Returns:
+        projection -> eigenvalues of W C W^T, float64 [min(out, in)], descending.
+
+    Raises:
+        InputError: a file of the state is damaged.
+    """
     found: dict[str, torch.Tensor] = {}
     for index in range(layers):
         found.update(state.load_layer(index, with_grams=False).energy)
@@ -155,7 +170,20 @@ def output_energies(state: RunState, layers: int) -> dict[str, torch.Tensor]:
 
 
 def loss_energies(state: RunState, layers: int, sensitivity: str) -> dict[str, torch.Tensor]:
-    """Projection -> twice the loss of cutting each direction, float64, descending, of all layers in the state."""
+    """Read the loss spectra of all layers from the state.
+
+    Args:
+        state: of a calibrated run.
+        layers: number of layers.
+        sensitivity: `measured` or `forward`.
+
+    Returns:
+        projection -> twice the predicted loss of removing each direction, float64 [min(out, in)], descending; see
+        `LayerSensitivity.energy` for the units.
+
+    Raises:
+        InputError: a file of the state is damaged.
+    """
     found: dict[str, torch.Tensor] = {}
     for index in range(layers):
         found.update(state.load_sensitivity(index, sensitivity, with_matrices=False).energy)

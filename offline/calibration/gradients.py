@@ -1,18 +1,18 @@
-"""Measured sensitivities: second moments of the loss gradient at every projection's output.
+"""Measures loss sensitivities: the second moments G of the loss gradient at every projection's output.
 
-For a small change dW of a weight W the loss rises by about 0.5 tr(G dW C dW^T) nats a token, where
-C = E[x x^T] are its inputs and G = E[g g^T] the gradients of the loss at its outputs, with labels
-drawn from the model itself (see `objective`; the Kronecker-factored Fisher information, Martens and Grosse 2015).
-This makes the errors of different projections comparable, which the uniform tolerance assumes and
-which is not so.
+A small change dW of a weight W raises the loss by about 0.5 tr(G dW C dW^T) nats per token. C = E[x x^T] is the second
+moment of the projection's inputs, G = E[g g^T] that of the loss gradient at its outputs, with labels drawn from the
+model itself (see `calibration.loss`). This is the Kronecker-factored Fisher information (K-FAC, Martens and Grosse
+2015). It makes the errors of different projections comparable; a uniform tolerance assumes that they are equal.
 
-The product of the two averages takes gradients and inputs as independent, which they are not: errors
-matter most where gradients are large. So half of C is C_w = E[w x x^T], w = ||g||^2 / E||g||^2, with the tokens
-weighted by their gradients. Only half, since gradients are blind to what is not small: a layer that feeds the token
-which all others attend to shows none there, yet must not lose that token (docs/dev/log.md).
+K-FAC treats gradients and inputs as independent, but errors matter most at tokens with large gradients. The Gram matrix
+of the loss therefore averages the plain second moments C and the gradient-weighted ones C_w = E[w x x^T] with
+w = ||g||^2 / E||g||^2. The plain half stays because gradients only predict the loss of small changes: a layer that
+produces the attention-sink token has almost no gradient there, yet a large error at that token ruins the model
+(docs/dev/log.md).
 
-The gradients come from a layer-wise backward pass: every layer is loaded once more, run forward
-again from its stored inputs, and run backward. Memory holds one layer, as in calibration.
+The backward pass is layer-wise: each layer is loaded once more, runs forward from its stored inputs, and then backward.
+Memory holds one layer, as in the forward pass.
 """
 
 import itertools
@@ -31,20 +31,20 @@ from pgsvd_vllm.offline.linalg import gram_of
 from pgsvd_vllm.offline.model.layerwise import LayerStream
 from pgsvd_vllm.offline.model.projection import Projection
 
-# A backward pass costs twice a forward pass: no more tokens than this take part in it. On other text, factors
-# fitted with 16k tokens lost 5 % more than with 32k; 64k should be within 3 % of any number (docs/dev/log.md).
+# Tokens of the backward pass, which costs twice a forward pass. On other text, factors fitted with 16k tokens lost 5 %
+# more than with 32k; 64k should be within 3 % of any larger number (docs/dev/log.md).
 GRADIENT_TOKENS = 65536
 
 
 @dataclass(frozen=True)
 class LayerGradients:
-    """What the backward pass finds of one layer.
+    """The gradient moments of one layer.
 
     Attributes:
-        moments: projection -> G float64 [out, out], the mean over the tokens that reach it, times the tower's tokens
-            for each term of the loss: 1 in a language model.
-        grams: projection -> C_w float64 [in, in], x scaled by its `token_scale`; the mean over all
-            tokens, of which those that do not reach it count as 0.
+        moments: projection -> G, float64 [out, out]: the mean over the tokens that reach it, times the tower's tokens
+            per loss term, which is 1 for a language model.
+        grams: projection -> C_w, float64 [in, in]: the mean over all tokens of w x x^T with x scaled by its
+            `token_scale`; tokens that do not reach the projection count as 0.
     """
 
     moments: dict[str, torch.Tensor]
@@ -52,15 +52,17 @@ class LayerGradients:
 
 
 class GradientPass:
-    """Collects G for every projection, from the last layer to the first.
+    """Collects G and C_w of every projection, from the last layer to the first.
+
+    Call `remember` before each layer runs forward, then `start` once, then `retreat` for each layer in reverse order.
 
     Args:
-        stream: the calibration's stream; `remember` is called before every layer's advance.
-        folder: where the layers' inputs are kept meanwhile.
+        stream: of the calibration.
+        folder: for the stored inputs of the layers.
 
     Attributes:
-        batches: how many take part.
-        losses: terms that the loss has; set by `start`. Tokens of a language model, images and texts of a comparison.
+        batches: number of batches that take part, the first ones of the stream.
+        losses: number of loss terms, set by `start`: tokens of a language model, images and texts of a dual encoder.
     """
 
     def __init__(self, stream: LayerStream, folder: Path) -> None:
@@ -72,11 +74,11 @@ class GradientPass:
         for number, hidden in zip(stream.flow.members, stream.flow.hidden, strict=True):
             tokens[number] = max(tokens[number], hidden.shape[:-1].numel())
         self.batches = sum(before < GRADIENT_TOKENS for before in itertools.accumulate(tokens[:-1], initial=0))
-        # Batch -> index of a layer -> the gradient at its output, as far as it is known.
+        # Batch -> layer index -> the gradient at the layer's output, summed so far.
         self._gradients: dict[int, dict[int, torch.Tensor]] = {number: {} for number in range(self.batches)}
 
     def remember(self, index: int) -> None:
-        """Keep the inputs of layer `index`, which the stream is about to replace."""
+        """Store the inputs of layer `index`, which its forward pass will overwrite."""
         flow = self.stream.flow
         inputs = {
             str(n): h.cpu().contiguous() for n, h in zip(flow.members, flow.hidden, strict=True) if n < self.batches
@@ -87,10 +89,13 @@ class GradientPass:
         return self.folder / f"{index:05d}.safetensors"
 
     def start(self, seed: int) -> None:
-        """Gradients at the outputs that the model's head reads, of the loss summed over all its terms.
+        """Compute the gradients of the summed loss at the outputs of the last layers.
 
         Args:
             seed: of the draw of labels.
+
+        Raises:
+            InputError: a gradient is not finite.
         """
         source, stream = self.stream.source, self.stream
         source.load_lm_head(stream.device, stream.dtype)
@@ -113,10 +118,15 @@ class GradientPass:
     def retreat(self, index: int, projections: Sequence[Projection]) -> Iterator[int | LayerGradients]:
         """Run layer `index` backward over all batches.
 
-        Yields the tokens done after every batch, and the layer's gradients at the end.
+        Args:
+            index: of the layer.
+            projections: of the layer.
+
+        Yields:
+            The tokens of each batch that is done, and at the end the layer's gradient moments.
 
         Raises:
-            InputError: no token reaches one of the projections.
+            InputError: no token reaches a projection that is not a MoE expert's.
         """
         path = self._file(index)
         inputs = load_file(path)
@@ -129,16 +139,16 @@ class GradientPass:
             try:
                 for name, hidden in inputs.items():
                     number = int(name)
-                    arrived = self._gradients[number].pop(index, None)
-                    if arrived is None:  # behind the last layer whose output is read
+                    gradient = self._gradients[number].pop(index, None)
+                    if gradient is None:  # the loss does not depend on this layer
                         continue
                     leaf = hidden.to(self.stream.device).requires_grad_()
-                    self.stream.run(layer, index, number, leaf).backward(arrived)
+                    self.stream.run(layer, index, number, leaf).backward(gradient)
                     assert leaf.grad is not None
                     if index > first:
                         self._add(number, index - 1, leaf.grad)
                     elif first > 0:
-                        self._cross(number, first, leaf.grad)
+                        self._cross_towers(number, first, leaf.grad)
                     tokens += leaf.shape[:-1].numel()
                     yield leaf.shape[:-1].numel()
             finally:
@@ -147,11 +157,12 @@ class GradientPass:
         yield hooks.result(tokens, tokens / self.losses)
 
     def _add(self, number: int, index: int, gradient: torch.Tensor) -> None:
+        """Add to a batch's gradient at the output of a layer."""
         known = self._gradients[number].get(index)
         self._gradients[number][index] = gradient if known is None else known + gradient
 
-    def _cross(self, number: int, start: int, gradient: torch.Tensor) -> None:
-        """From the hidden states before a tower to the outputs of the towers before, such as images' behind texts."""
+    def _cross_towers(self, number: int, start: int, gradient: torch.Tensor) -> None:
+        """Propagate the gradient at a tower's input to the outputs of earlier towers, such as a vision encoder."""
         kept = self.stream.flow.kept[number]
         outputs = {index: hidden.detach().requires_grad_() for index, hidden in kept.items() if index < start}
         entry = self.stream.before(start, number, outputs)
@@ -165,7 +176,7 @@ class GradientPass:
 
 @dataclass
 class _Sums:
-    """Of one projection: its tokens, sum g g^T, sum ||g||^2 x x^T."""
+    """The sums of one projection: tokens, sum of g g^T, sum of ||g||^2 x x^T."""
 
     tokens: int
     moment: torch.Tensor
@@ -173,11 +184,11 @@ class _Sums:
 
 
 class _GradientHooks:
-    """Hooks on a layer's projections that sum what `LayerGradients` holds.
+    """Hooks on a layer's projections that sum gradient moments.
 
     Args:
-        modules: by name.
-        routed: those that no token need reach; there is no result of them then.
+        modules: projection -> module.
+        routed: projections of MoE experts; those that no token reaches are missing in the result.
     """
 
     def __init__(self, modules: dict[str, nn.Module], routed: Collection[str] = ()) -> None:
@@ -201,22 +212,31 @@ class _GradientHooks:
         return forward_hook
 
     def remove(self) -> None:
+        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
 
     def result(self, tokens: int, weight: float = 1.0) -> LayerGradients:
-        """The means, of a pass over `tokens` tokens that weighs `weight` tokens for each term of the loss."""
+        """The means of a pass.
+
+        Args:
+            tokens: of the pass.
+            weight: tokens per loss term.
+
+        Raises:
+            InputError: no token reaches a projection that is not in `routed`.
+        """
         moments, grams = {}, {}
         for name, sums in self._sums.items():
             if not sums.tokens:
                 if name in self._routed:
                     continue
                 raise InputError(
-                    f"{name}: none of the calibration text's first {tokens} tokens reaches it; "
+                    f"{name}: none of the first {tokens} calibration tokens reaches it; "
                     f"leave it dense with `ignore` {name}, or use `sensitivity` forward"
                 )
             moments[name] = sums.moment * (weight / sums.tokens)
             energy = float(sums.moment.trace())  # sum ||g||^2
-            # Without any gradient all weights are 0: nothing of it matters.
+            # Without any gradient all token weights are 0.
             grams[name] = sums.gram * (sums.tokens / tokens / energy if energy > 0 else 0.0)
         return LayerGradients(moments, grams)

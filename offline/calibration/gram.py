@@ -1,7 +1,6 @@
-"""Calibration: the inputs' Gram matrices, summed while the dense model is run layer by layer.
+"""Sums the Gram matrices of all projections' inputs while the dense model runs layer by layer.
 
-Projections that read the same tensor (q, k, v; gate, up) share one matrix, found by the
-identity of the tensor they are called with.
+Projections with the same input (q, k, v; gate, up) share one Gram matrix; they are called with the same tensor object.
 """
 
 from collections import Counter
@@ -17,19 +16,19 @@ from pgsvd_vllm.offline.linalg import gram_of
 from pgsvd_vllm.offline.model.layerwise import LayerStream
 from pgsvd_vllm.offline.model.projection import Projection
 
-# A token counts at most this many times the median energy of its window (see `robust_rows`).
+# A token counts with at most this many times the median energy of its window (see `token_scale`).
 ENERGY_CLIP = 10.0
 
 
 @dataclass(frozen=True)
 class LayerGrams:
-    """Second moments of one layer's inputs.
+    """The Gram matrices of one layer's inputs.
 
     Attributes:
-        grams: name of a group's first projection -> sum over tokens of x x^T, float64 [in, in].
-        leader: projection name -> name of the first projection that reads the same input.
-        tokens: tokens that ran the layer.
-        counts: name of a group's first projection -> tokens summed.
+        grams: leader -> sum of x x^T over the tokens, float64 [in, in].
+        leader: projection -> name of the first projection with the same input.
+        tokens: tokens that run through the layer.
+        counts: leader -> tokens in its sum.
     """
 
     grams: dict[str, torch.Tensor]
@@ -39,11 +38,11 @@ class LayerGrams:
 
 
 def token_scale(x: torch.Tensor) -> torch.Tensor:
-    """Factors for the rows of x with which no token owns the Gram matrix.
+    """The factor of each token that keeps attention sinks from dominating the Gram matrix.
 
-    In some layers the first position carries over 99 % of the inputs' energy (an attention sink);
-    any low-rank matrix that is right on that one token would satisfy any tolerance. Each token's
-    energy e_t = ||x_t||^2 is clipped to ENERGY_CLIP times the median of its window.
+    In some layers the first position carries over 99 % of the inputs' energy (an attention sink); a low-rank matrix
+    that is exact on that token alone would meet any tolerance. Robust clipping, an addition to PGSVD, limits each
+    token's energy ||x_t||^2 to ENERGY_CLIP times the median of its window.
 
     Args:
         x: float32 [windows, tokens, in].
@@ -57,18 +56,25 @@ def token_scale(x: torch.Tensor) -> torch.Tensor:
 
 
 def by_window(x: torch.Tensor) -> torch.Tensor:
-    """A projection's input as float32 [windows, tokens, in]; expert layers get bare rows, one window."""
+    """A projection's input as float32 [windows, tokens, in]; the rows [tokens, in] of a MoE expert form one window."""
     return (x if x.dim() == 3 else x.reshape(1, -1, x.shape[-1])).float()
 
 
 def robust_rows(x: torch.Tensor) -> torch.Tensor:
-    """Rows of a projection's input times their `token_scale`, float32 [windows * tokens, in]."""
+    """A projection's input with each token multiplied by its `token_scale`.
+
+    Args:
+        x: [windows, tokens, in] or [tokens, in].
+
+    Returns:
+        float32 [windows * tokens, in].
+    """
     x = by_window(x)
     return (x * token_scale(x)).flatten(0, 1)
 
 
 class _GramHooks:
-    """Hooks on a layer's projections that sum each distinct input once."""
+    """Hooks on a layer's projections that sum the Gram matrix of each distinct input once."""
 
     def __init__(self, layer: nn.Module, projections: Sequence[Projection], prefix: str) -> None:
         self.grams: dict[str, torch.Tensor] = {}
@@ -90,16 +96,18 @@ class _GramHooks:
             self._seen.append((x, name))
             self.leader[name] = name
             rows = robust_rows(x)
-            product = gram_of(rows)
+            gram = gram_of(rows)
             self.counts[name] += len(rows)
-            self.grams[name] = self.grams[name] + product if name in self.grams else product
+            self.grams[name] = self.grams[name] + gram if name in self.grams else gram
 
         return hook
 
     def end_batch(self) -> None:
+        """Release the inputs of a batch, which are kept to recognise projections with the same input."""
         self._seen.clear()
 
     def remove(self) -> None:
+        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
 
@@ -108,19 +116,19 @@ class _GramHooks:
 def advance(
     stream: LayerStream, index: int, projections: Sequence[Projection], collect: bool
 ) -> Iterator[int | LayerGrams]:
-    """Run layer `index` over all batches, replacing the hidden states by its outputs.
+    """Run layer `index` over all batches and replace the hidden states by its outputs.
 
     Args:
-        stream: has entered the layer.
+        stream: that has entered the layer.
         index: of the layer.
         projections: of the layer.
-        collect: whether Gram matrices are wanted.
+        collect: whether to sum Gram matrices.
 
-    Yields the number of tokens done after every batch, and at the end, where `collect`, the
-    layer's Gram matrices.
+    Yields:
+        The tokens of each batch that is done, and at the end, if `collect`, the layer's Gram matrices.
 
     Raises:
-        InputError: the layer's output is not finite, or it never calls one of its projections.
+        InputError: an output of the layer is not finite, or the layer never calls one of its projections.
     """
     path, tokens = stream.source.paths[index], 0
     with stream.source.layer(index, stream.device, stream.dtype) as layer:

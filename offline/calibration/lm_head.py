@@ -1,4 +1,4 @@
-"""Calibration of the LM head: its input Gram matrix and how much each row matters."""
+"""Calibrates the LM head: the Gram matrix of its inputs and the weight of each row (see `factors.lm_head`)."""
 
 from collections.abc import Iterator
 
@@ -11,24 +11,24 @@ from pgsvd_vllm.offline.model.layerwise import LayerStream, logits_after
 from pgsvd_vllm.offline.model.projection import Projection
 from pgsvd_vllm.offline.records import LMHeadCalibration
 
-# Logits are wide: no more tokens than this take part.
+# Tokens that take part; more cost time, as the logits of a token are a whole vocabulary.
 HEAD_TOKENS = 32768
-# The least weight of a row, as a share of the mean.
+# Least weight of a row, as a share of the mean weight.
 FLOOR = 1.0
-# Of a block in float64.
+# Rows of the LM head in one float64 block.
 HEAD_ROWS = 8192
 
 
 @torch.no_grad()
 def calibrate_lm_head(stream: LayerStream, head: Projection) -> LMHeadCalibration:
-    """Run the head on what the layers have made of the calibration text.
+    """Run the LM head on the last hidden states of the calibration set.
 
     Args:
         stream: all of whose layers have run.
-        head: of its model.
+        head: the LM head of its model.
 
     Raises:
-        InputError: fewer tokens than the head has inputs.
+        InputError: the calibration set has fewer tokens than the LM head has inputs.
     """
     source = stream.source
     source.load_lm_head(stream.device, stream.dtype)
@@ -53,7 +53,7 @@ def calibrate_lm_head(stream: LayerStream, head: Projection) -> LMHeadCalibratio
         handle.remove()
     if tokens < head.in_features:
         raise InputError(
-            f"`include` lm_head: {tokens} tokens are too little calibration text; {head.name} has {head.in_features} "
+            f"`include` lm_head: {tokens} tokens are too little calibration data; {head.name} has {head.in_features} "
             "inputs and needs at least as many"
         )
     weight /= tokens
@@ -64,7 +64,7 @@ def calibrate_lm_head(stream: LayerStream, head: Projection) -> LMHeadCalibratio
 
 
 def _logits(stream: LayerStream, number: int, batch: dict[str, torch.Tensor], last: int) -> Iterator[torch.Tensor]:
-    """Of a batch; of text a window at a time, since they are wide."""
+    """Logits [..., vocabulary] of a batch; a batch of text runs one window at a time to limit memory."""
     source, kept = stream.source, stream.flow.kept[number]
     if len(kept) > 1 or "pixel_values" in batch:
         yield stream.output(number, kept).logits
@@ -74,20 +74,43 @@ def _logits(stream: LayerStream, number: int, batch: dict[str, torch.Tensor], la
 
 
 def row_scale(weight: torch.Tensor) -> torch.Tensor:
-    """What rows are multiplied by, float64 [out, 1]."""
+    """The factors of the LM head's rows, roots of their weights.
+
+    Args:
+        weight: [vocabulary], `LMHeadCalibration.weight`.
+
+    Returns:
+        float64 [vocabulary, 1].
+    """
     w = weight.double()
     return w.clamp_min(FLOOR * w.mean()).sqrt()[:, None]
 
 
 def weighted_blocks(matrix: torch.Tensor, scale: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Some rows of a matrix at a time, weighted, float64, where `scale` is."""
+    """The weighted rows of a matrix in blocks of HEAD_ROWS, on the device of `scale`.
+
+    Args:
+        matrix: [rows, columns].
+        scale: float64 [rows, 1], from `row_scale`.
+
+    Yields:
+        The slice of rows and the block float64 [<= HEAD_ROWS, columns].
+    """
     for start in range(0, len(matrix), HEAD_ROWS):
         rows = slice(start, min(start + HEAD_ROWS, len(matrix)))
         yield rows, scale[rows] * matrix[rows].to(scale.device).double()
 
 
 def gram_of_rows(matrix: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """S^T S, float64 [in, in]."""
+    """S^T S of the weighted rows S, computed in blocks.
+
+    Args:
+        matrix: [rows, columns].
+        scale: float64 [rows, 1], from `row_scale`.
+
+    Returns:
+        float64 [columns, columns], on the device of `scale`.
+    """
     total = torch.zeros(matrix.shape[1], matrix.shape[1], dtype=torch.float64, device=scale.device)
     for _, block in weighted_blocks(matrix, scale):
         total += block.T @ block

@@ -1,8 +1,8 @@
-"""The loss whose gradients tell what matters, with labels drawn from the model itself.
+"""The loss whose gradients measure sensitivities, with labels drawn from the model's own predictions.
 
-Of a language model the cross entropy of every token; of a model that compares images with texts that of the image
-which belongs to a text and of the text which belongs to an image, among all in the calibration data (CLIP), or of
-whether an image and a text belong together (SigLIP).
+For a language or vision-language model it is the cross entropy of every next token. For a dual encoder it is the
+contrastive loss over all images and texts of the calibration set: softmax cross entropy in both directions (CLIP), or
+binary cross entropy of every pair (SigLIP). Drawn labels make the gradient moments the Fisher information.
 """
 
 import torch
@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from pgsvd_vllm.offline.model.layerwise import LayerStream, logits_after
 
+# Batch -> layer index -> the layer's output, a leaf of the autograd graph.
 Leaves = dict[int, dict[int, torch.Tensor]]
 
 
@@ -17,55 +18,55 @@ class Objective:
     """The loss of one model.
 
     Args:
-        stream: of the model, whose head is loaded.
+        stream: of the model, whose LM head is loaded.
         seed: of the draw of labels.
     """
 
     def __init__(self, stream: LayerStream, seed: int) -> None:
         self.stream = stream
         self.generator = torch.Generator(stream.device).manual_seed(seed)
-        # They are given, not predicted.
-        self.given = stream.source.placeholders
+        # Image tokens are inputs and never predicted.
+        self.placeholders = stream.source.placeholders
 
     def backward(self, outputs: Leaves) -> int:
-        """Gradients of the summed loss, in `.grad` of the outputs.
+        """Compute the gradients of the summed loss in `.grad` of the outputs.
 
         Args:
-            outputs: batch -> index of a layer -> its output, of the layers that are read outside of their tower.
+            outputs: batch -> layer index -> its output [..., hidden], for the layers in `LayerStream.read`.
 
         Returns:
-            the number of terms.
+            The number of loss terms.
         """
         if self.stream.source.is_dual_encoder:
-            return self._compare(outputs)
-        return sum(self._generate(number, leaves) for number, leaves in outputs.items())
+            return self._contrastive(outputs)
+        return sum(self._next_token(number, leaves) for number, leaves in outputs.items())
 
-    def _generate(self, number: int, leaves: dict[int, torch.Tensor]) -> int:
-        """Cross entropy of the batch's next tokens."""
+    def _next_token(self, number: int, leaves: dict[int, torch.Tensor]) -> int:
+        """Backward of the cross entropy of a batch's next tokens; returns the number of terms."""
         stream = self.stream
         if len(leaves) > 1 or "pixel_values" in stream.batches[number]:
             ids = stream.batches[number]["input_ids"]
-            return self._losses(stream.output(number, leaves).logits, ids)
-        # A window at a time: logits are wide.
+            return self._cross_entropy(stream.output(number, leaves).logits, ids)
+        # One window at a time, since the logits of a batch may not fit into memory.
         last = len(stream.source.layers) - 1
         terms = 0
         for i, row in enumerate(stream.batches[number]["input_ids"]):
             ids = row[None].to(stream.device)
             logits = logits_after(stream.source.model, stream.source.layers, ids, leaves[last][i : i + 1])
-            terms += self._losses(logits, ids)
+            terms += self._cross_entropy(logits, ids)
         return terms
 
-    def _losses(self, logits: torch.Tensor, ids: torch.Tensor) -> int:
-        """Backward of the cross entropy of drawn labels, wherever not an image comes next."""
-        following = torch.cat([ids[:, 1:], ids.new_full((len(ids), 1), -1)], dim=1).flatten()
-        wanted = torch.tensor([token not in self.given for token in following.tolist()], device=logits.device)
-        rows = logits.flatten(0, 1)[wanted].float()
+    def _cross_entropy(self, logits: torch.Tensor, ids: torch.Tensor) -> int:
+        """Backward of the cross entropy of drawn labels at all positions whose next token is no placeholder."""
+        next_ids = torch.cat([ids[:, 1:], ids.new_full((len(ids), 1), -1)], dim=1).flatten()
+        predicted = torch.tensor([token not in self.placeholders for token in next_ids.tolist()], device=logits.device)
+        rows = logits.flatten(0, 1)[predicted].float()
         labels = torch.multinomial(rows.detach().softmax(-1), 1, generator=self.generator)[:, 0]
         F.cross_entropy(rows, labels, reduction="sum").backward()
         return len(rows)
 
-    def _compare(self, outputs: Leaves) -> int:
-        """Of every image among all texts and every text among all images."""
+    def _contrastive(self, outputs: Leaves) -> int:
+        """Backward of the contrastive loss over all images and texts; returns the number of both."""
         model = self.stream.source.model
         found = [self.stream.output(number, leaves) for number, leaves in outputs.items()]
         texts, images = (

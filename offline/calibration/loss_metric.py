@@ -1,30 +1,36 @@
-"""The metric in which a projection's error is a loss: half of C weighted by gradients, and the root of the damped G."""
+"""The metric that turns a projection's output error into a loss: the mixed Gram matrix and the root of the damped G."""
 
 import torch
 
-# Added to the diagonal of G as a share of its mean, so that directions the few gradients never
-# showed still cost something (0.05 to 0.2 measured alike).
+# Share of the mean of G's diagonal that is added to the diagonal: directions without gradient in the calibration data
+# must still cost something. 0.05 to 0.2 measured alike.
 DAMPING = 0.1
-# Mean of G's diagonal where there is no gradient at all: nothing, but its root can still be divided by.
+# Least mean of G's diagonal: without any gradient the root must still be invertible.
 LEAST_MOMENT = 1e-30
 
 
 def weighted_gram(gram: torch.Tensor, tokens: int, weighted: torch.Tensor) -> torch.Tensor:
-    """The second moments of a projection's input that its losses are reckoned with: (C + C_w) / 2, float64 [in, in].
+    """The average (C + C_w) / 2 of plain and gradient-weighted second moments of a projection's input.
 
     Args:
-        gram: sum of x x^T over the calibration text.
-        tokens: of that text.
-        weighted: C_w, from `LayerGradients.grams`.
+        gram: sum of x x^T over the calibration tokens, [in, in].
+        tokens: number of these tokens.
+        weighted: C_w [in, in], from `LayerGradients.grams`.
+
+    Returns:
+        float64 [in, in].
     """
     return (gram.double() / tokens + weighted.double()) / 2
 
 
 def metric_root(moment: torch.Tensor) -> torch.Tensor:
-    """Lower Cholesky factor L of the damped G, float64: L L^T = G + DAMPING mean(diag G) I.
+    """Lower Cholesky factor L of the damped G: L L^T = G + DAMPING mean(diag G) I (Martens and Grosse 2015, section 6).
 
     Args:
         moment: G [out, out], positive semi-definite.
+
+    Returns:
+        float64 [out, out], lower triangular.
     """
     g = moment.double()
     mean = g.diagonal().mean().clamp_min(LEAST_MOMENT)

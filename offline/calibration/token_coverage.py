@@ -1,4 +1,4 @@
-"""MoE experts and projectors: how many calibration tokens reach each, and which of them stay dense for want of them."""
+"""Counts the calibration tokens of MoE experts and projectors, and keeps those dense that too few tokens reach."""
 
 import statistics
 from collections.abc import Callable, Collection
@@ -14,7 +14,14 @@ SHOWN = 3
 
 
 def token_counts(projections: ProjectionSet, state: RunState) -> dict[str, int]:
-    """Projection that may lack tokens -> the calibration tokens that reached it."""
+    """Read token counts from the state.
+
+    Returns:
+        projection of a MoE expert or projector -> calibration tokens that reach it.
+
+    Raises:
+        InputError: a file of the state is damaged.
+    """
     found = {}
     for index, row in enumerate(projections.layers):
         candidates = [p for p in row if p.may_lack_tokens]
@@ -34,16 +41,19 @@ def leave_uncovered_dense(
     tokens: dict[str, int],
     say: Callable[[str], None],
 ) -> ProjectionSet:
-    """The set without the projections that too few tokens reach: they stay dense, and count as kept.
+    """The set with projections that too few tokens reach moved to the ignored ones, which stay dense.
 
-    Too few are fewer than the projection has inputs: its Gram matrix then lacks full rank.
+    A projection needs as many tokens as it has inputs; with fewer its Gram matrix lacks full rank.
 
     Args:
-        projections: measured.
+        projections: calibrated.
         settings: of the run.
-        state: with the measurements.
-        tokens: of `token_counts`.
-        say: called with a line about the experts' tokens, and with one about the projections that stay dense.
+        state: with the calibration.
+        tokens: from `token_counts`.
+        say: called with one line about the MoE experts' tokens and one about the projections that stay dense.
+
+    Raises:
+        InputError: a file of the state is damaged.
     """
     if not tokens:
         return projections
@@ -69,27 +79,28 @@ def leave_uncovered_dense(
     return projections.kept_dense(uncovered)
 
 
-def check_towers_left(left: ProjectionSet, asked: Collection[str], option: str, tokens: dict[str, int]) -> None:
-    """Refuse a ratio or tolerance of a tower whose projections all stay dense.
+def check_towers_left(left: ProjectionSet, requested: Collection[str], option: str, tokens: dict[str, int]) -> None:
+    """Refuse a ratio or tolerance for a tower whose projections all stay dense.
 
     Args:
-        left: of `leave_uncovered_dense`.
-        asked: towers that the option names.
-        option: the option's field.
-        tokens: of `token_counts`.
+        left: from `leave_uncovered_dense`.
+        requested: towers that the option names.
+        option: name of the option's field, `ratio` or `tolerance`.
+        tokens: from `token_counts`.
 
     Raises:
         InputError: names the option and the tower.
     """
-    for tower in sorted(set(asked) - set(left.towers)):
+    for tower in sorted(set(requested) - set(left.towers)):
         dense = [p for p in left.ignored if p.tower == tower and p.name in tokens]
         raise InputError(
-            f"`{option}` {tower}=...: all its projections must stay dense, since {_reason(dense, tokens)}; leave "
-            f"{tower} out, or start anew with more `num_calibration_samples`"
+            f"`{option}` {tower}=...: all its projections stay dense, since {_reason(dense, tokens)}; omit "
+            f"{tower}, or start a new run with more `num_calibration_samples`"
         )
 
 
 def _reason(uncovered: list[Projection], tokens: dict[str, int]) -> str:
+    """Why projections stay dense, with the names and token counts of the first ones."""
     shown = ", ".join(f"{p.name} ({tokens[p.name]} of {p.in_features})" for p in uncovered[:SHOWN])
     more = f" and {len(uncovered) - SHOWN} more" if len(uncovered) > SHOWN else ""
     return f"too few tokens reach them (a projection needs as many as it has inputs): {shown}{more}"

@@ -1,4 +1,4 @@
-"""The calibration data of one run: windows of text, images with texts, or both."""
+"""The calibration set of one run: windows of text, images with texts, or both."""
 
 import itertools
 from dataclasses import dataclass
@@ -22,12 +22,12 @@ from pgsvd_vllm.offline.options import BUILTIN, HELD_OUT, PAIRS, WINDOWS, Compre
 
 @dataclass(frozen=True)
 class CalibrationSet:
-    """What calibration runs through the model.
+    """The calibration data.
 
     Attributes:
-        windows: token windows of text; none where all data are image-text pairs.
+        windows: token windows of text; empty if all samples are image-text pairs.
         pairs: images with texts, or None.
-        tokens_per_pixel: tokens that the vision encoder makes of one number in `pixel_values`.
+        tokens_per_pixel: tokens of the vision encoder per element of `pixel_values`.
     """
 
     windows: Windows
@@ -36,12 +36,12 @@ class CalibrationSet:
 
     @property
     def samples(self) -> int:
-        """Windows and pairs together."""
+        """Number of windows and pairs."""
         return len(self.windows.ids) + (self.pairs.count if self.pairs else 0)
 
     @property
     def tokens(self) -> int:
-        """Tokens of the texts, image placeholders included."""
+        """Tokens of all windows and texts, image placeholders included."""
         return self.windows.ids.numel() + (self.pairs.tokens if self.pairs else 0)
 
     @property
@@ -52,27 +52,31 @@ class CalibrationSet:
 
     @property
     def name(self) -> str:
-        """Where the data came from."""
+        """The names of the data sets, joined by ` + `."""
         names = [self.windows.name] if len(self.windows.ids) else []
         return " + ".join([*names, self.pairs.name] if self.pairs else names)
 
     @property
     def sha256(self) -> str:
-        """Digest of the token ids and pixels."""
+        """SHA-256 of the token ids, followed by that of the pairs if there are any."""
         return f"{self.windows.sha256} {self.pairs.sha256}" if self.pairs else self.windows.sha256
 
     def vision_tokens(self, batch: Batch) -> int:
-        """Tokens that the vision encoder makes of a batch's images."""
+        """Tokens of the vision encoder for a batch's images; 0 without images."""
         return round(self.tokens_per_pixel * batch["pixel_values"].numel()) if "pixel_values" in batch else 0
 
     def tokens_of(self, tower: str) -> int:
-        """Tokens that a tower runs."""
+        """Tokens that run through a tower, such as `language` or `vision`."""
         if tower == LANGUAGE:
             return self.tokens
         return sum(self.vision_tokens(batch) for batch in (self.pairs.batches if self.pairs else []))
 
     def batches(self, tokens: int | None = None) -> list[Batch]:
-        """The arguments of the model's calls, pairs and windows in turn; about `tokens` tokens of them, or all."""
+        """The batches of the set, pairs and windows in turn.
+
+        Args:
+            tokens: to return; the last batch may exceed it. None for all.
+        """
         ids, pairs = self.windows.ids, self.pairs.batches if self.pairs else []
         if tokens is not None:
             tokens //= 2 if len(ids) and pairs else 1
@@ -85,10 +89,18 @@ class CalibrationSet:
 
 
 def read_calibration_set(options: CompressOptions, source: ModelSource) -> CalibrationSet:
-    """The data sets that a request names, an equal share of samples from each.
+    """Read the data sets that the options name, an equal share of samples from each.
+
+    Args:
+        options: checked by `check_options`.
+        source: the model; its folder holds the tokenizer and the processor.
+
+    Returns:
+        The set, with `tokens_per_pixel` still 0.
 
     Raises:
-        InputError: a data set cannot be read, or the model cannot use it.
+        InputError: a data set, the tokenizer or the processor cannot be read; the model takes no images, or it needs
+            pairs and gets text; or a text has too few tokens for one window and the held-out ones.
     """
     limit = getattr(source.config.get_text_config(), "max_position_embeddings", None) or options.max_seq_length
     length = min(options.max_seq_length, limit)
@@ -101,11 +113,11 @@ def read_calibration_set(options: CompressOptions, source: ModelSource) -> Calib
         )
     if texts and source.is_dual_encoder:
         raise InputError(
-            f"--dataset {texts[0]}: {options.model} compares images with texts, and needs both; give a folder with "
-            "images and captions.jsonl, a row with image and text for each"
+            f"--dataset {texts[0]}: {options.model} compares images with texts and needs both; give a folder with "
+            "images and captions.jsonl, which has one row with image and text per image"
         )
-    wanted = options.num_calibration_samples or (PAIRS if source.is_dual_encoder else WINDOWS)
-    counts = {dataset: len(range(i, wanted, len(options.dataset))) for i, dataset in enumerate(options.dataset)}
+    samples = options.num_calibration_samples or (PAIRS if source.is_dual_encoder else WINDOWS)
+    counts = {dataset: len(range(i, samples, len(options.dataset))) for i, dataset in enumerate(options.dataset)}
     windows = _windows(options, source, length, [(dataset, max(1, counts[dataset])) for dataset in texts])
     if not folders:
         return CalibrationSet(windows)
@@ -115,15 +127,15 @@ def read_calibration_set(options: CompressOptions, source: ModelSource) -> Calib
     return CalibrationSet(windows, mix_pairs(parts))
 
 
-def _windows(options: CompressOptions, source: ModelSource, length: int, wanted: list[tuple[str, int]]) -> Windows:
-    """The calibration windows of some texts; `wanted` has each text with its number of windows."""
-    if not wanted:
+def _windows(options: CompressOptions, source: ModelSource, length: int, requests: list[tuple[str, int]]) -> Windows:
+    """Cut the calibration windows from texts; `requests` holds pairs of a data set and its number of windows."""
+    if not requests:
         return no_windows(length)
     tokenizer = load_tokenizer(source.folder, options.trust_remote_code)
     spare = 0 if options.refine is None else HELD_OUT
     parts = []
-    for dataset, count in wanted:
-        left_over = -(-spare // len(wanted))
+    for dataset, count in requests:
+        left_over = -(-spare // len(requests))
         documents = read_documents(dataset, (count + left_over) * length, tokenizer, options.chat_template)
         text = tokenize(tokenizer, documents, dataset)
         parts.append(cut_windows(text, count, length, options.seed, left_over))

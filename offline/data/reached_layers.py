@@ -1,4 +1,4 @@
-"""Which layers the calibration data reaches, and whose outputs the model uses."""
+"""Finds the layers that the calibration data reaches and whose outputs the model uses."""
 
 from dataclasses import dataclass
 
@@ -12,11 +12,11 @@ from pgsvd_vllm.offline.model.source import ModelSource
 
 @dataclass(frozen=True)
 class Reach:
-    """What one forward pass of the calibration data shows.
+    """The layers that the calibration data reaches.
 
     Attributes:
         layers: indexes of the layers that run and whose outputs the model uses.
-        tokens_per_pixel: tokens that the vision encoder makes of one number in `pixel_values`; 0 without images.
+        tokens_per_pixel: tokens of the vision encoder per element of `pixel_values`; 0 without images.
     """
 
     layers: frozenset[int]
@@ -24,12 +24,16 @@ class Reach:
 
 
 def reached_layers(source: ModelSource, pairs: Pairs | None, device: torch.device, dtype: torch.dtype) -> Reach:
-    """Run the first batch of a vision-language model's calibration data; of a language model all layers count.
+    """Run the first batch of a vision-language model's pairs; a language model uses all of its layers.
 
     Args:
         source: the model.
         pairs: images with texts; None leaves only the language model's layers.
-        device, dtype: to compute on and in.
+        device: that computes.
+        dtype: of weights and activations.
+
+    Raises:
+        InputError: the architecture is not supported (see `LayerStream`).
     """
     if not source.reads_images:
         return Reach(frozenset(range(len(source.layers))), 0.0)
@@ -45,7 +49,7 @@ def reached_layers(source: ModelSource, pairs: Pairs | None, device: torch.devic
 
 
 def reached_projections(projections: ProjectionSet, reach: Reach) -> ProjectionSet:
-    """The set with the projections of layers out of reach moved to the unused ones."""
+    """The set in which the projections of layers that are not reached are unused ones."""
     unused: list[Projection] = [
         p for index, row in enumerate(projections.layers) if index not in reach.layers for p in row
     ]

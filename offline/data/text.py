@@ -1,4 +1,4 @@
-"""Calibration text: from a file, a known data set or Python's own documentation to token windows."""
+"""Reads calibration text from a file, a hub data set or Python's documentation and cuts it into token windows."""
 
 import hashlib
 import json
@@ -21,9 +21,9 @@ HUB_SETS = {
     "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", None),
     "c4": ("allenai/c4", None, "en/c4-train.00000-of-01024.json.gz"),
 }
-# Read no more of a hub set than this many characters per wanted token: English has about 4.5.
+# Characters read from a hub data set per requested token; English has about 4.5.
 CHARS_PER_TOKEN = 8
-# In chat templates that want one.
+# For chat templates that write the current date.
 DATE = datetime(2026, 1, 1)
 
 
@@ -32,9 +32,9 @@ class TokenizedText:
     """One text as token ids.
 
     Attributes:
-        ids: int64 [n].
-        prefix: tokens that start every window, such as BOS.
-        name: where the text came from.
+        ids: int64 [tokens].
+        prefix: special tokens that start every window, such as BOS.
+        name: of the data set.
     """
 
     ids: torch.Tensor
@@ -44,15 +44,13 @@ class TokenizedText:
 
 @dataclass(frozen=True)
 class Windows:
-    """Token windows of equal length, cut from one text.
+    """Token windows of equal length, drawn from a text in random order.
 
     Attributes:
-        ids: int64 [windows, length], to calibrate on.
-        name: where the text came from.
-        sha256: of the token ids.
-        others: int64 [any, length], the text's remaining windows.
-
-    Both in drawn order: the first ones of either are from all over the text.
+        ids: int64 [windows, length], the calibration windows.
+        name: of the data set.
+        sha256: of `ids`.
+        others: int64 [any, length], the remaining windows of the text.
     """
 
     ids: torch.Tensor
@@ -65,11 +63,11 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedT
     """The model's tokenizer.
 
     Raises:
-        InputError: none can be loaded.
+        InputError: it cannot be loaded or is empty.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except Exception as error:  # transformers raises many kinds here
+    except Exception as error:  # transformers raises exceptions of many types
         raise InputError(
             f"{folder}: no usable tokenizer ({reason_of(error)}); put tokenizer.json beside config.json"
         ) from None
@@ -86,30 +84,28 @@ def builtin_prose() -> Iterator[str]:
         yield topics[name]
 
 
-def read_documents(
-    dataset: str, wanted_tokens: int, tokenizer: PreTrainedTokenizerBase, chat: bool = False
-) -> list[str]:
-    """The documents of a data set, enough for `wanted_tokens`.
+def read_documents(dataset: str, tokens: int, tokenizer: PreTrainedTokenizerBase, chat: bool = False) -> list[str]:
+    """The documents of a data set, at least `tokens` tokens of them if it has so many.
 
     Args:
         dataset: `python-docs`, `wikitext2`, `c4`, or the path of a .jsonl file whose rows have a
-            `text` or chat `messages`, or of a plain text file of any other extension.
-        tokenizer: renders `messages` through the model's chat template.
-        wanted_tokens: hub sets are read only this far.
-        chat: make conversations of plain text, see `conversations`.
+            `text` or chat `messages`, or of a plain text file with any other extension.
+        tokens: hub data sets are read only up to this length.
+        tokenizer: its chat template formats `messages`.
+        chat: format plain text as conversations, see `conversations`.
 
     Raises:
-        InputError: no such file or set, or it cannot be read; names what to give instead.
+        InputError: the data set does not exist or cannot be read; the message names an alternative.
     """
     plain = partial(conversations, tokenizer=tokenizer) if chat else list[str]
     if dataset == BUILTIN:
         return plain(builtin_prose())
     if dataset in HUB_SETS:
-        return plain(_hub_documents(dataset, wanted_tokens * CHARS_PER_TOKEN))
+        return plain(_hub_documents(dataset, tokens * CHARS_PER_TOKEN))
     path = Path(dataset)
     if not os.path.isfile(path):  # unlike Path.is_file, also for a name that is too long
         raise InputError(
-            f"--dataset {dataset}: no such file; known sets are {BUILTIN} (offline), {', '.join(HUB_SETS)}"
+            f"--dataset {dataset}: no such file; known data sets are {BUILTIN} (offline), {', '.join(HUB_SETS)}"
         )
     try:
         text = path.read_text(encoding="utf-8")
@@ -121,13 +117,17 @@ def read_documents(
 
 
 def conversations(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Documents as conversations in the model's chat template: what one paragraph asks the next one answers.
+    """Format documents as conversations: each pair of paragraphs is one user and one assistant turn.
+
+    Args:
+        documents: plain texts; blank lines separate paragraphs.
+        tokenizer: with the model's chat template.
 
     Raises:
-        InputError: the model has no chat template, or it refuses such a conversation.
+        InputError: the model has no chat template, or the template rejects a user and an assistant turn.
     """
     if not tokenizer.chat_template:
-        raise InputError("--chat-template: the model's tokenizer has none; leave it out")
+        raise InputError("--chat-template: the model's tokenizer has no chat template; omit it")
     found = []
     for document in documents:
         paragraphs = [part.strip() for part in re.split(r"\n\s*\n", document) if part.strip()]
@@ -136,16 +136,17 @@ def conversations(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase) 
             messages = [{"role": role, "content": content} for role, content in roles]
             try:
                 found.append(_render(messages, tokenizer))
-            except Exception as error:  # templates raise what they like
-                raise InputError(f"--chat-template: the model's refuses a question and its answer ({error})") from None
+            except Exception as error:  # templates raise exceptions of many types
+                raise InputError(f"--chat-template: the template rejected a user/assistant turn ({error})") from None
     return found
 
 
 def _jsonl_documents(
     path: Path, text: str, tokenizer: PreTrainedTokenizerBase, plain: Callable[[list[str]], list[str]]
 ) -> list[str]:
+    """The documents of a .jsonl file; `plain` formats rows of plain text."""
     documents = []
-    # Not splitlines: a JSON string may hold U+2028 and its like.
+    # splitlines would also split at U+2028, which may stand inside a JSON string.
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
@@ -156,27 +157,29 @@ def _jsonl_documents(
         if isinstance(row, dict) and isinstance(row.get("text"), str):
             documents += plain([row["text"]])
         elif isinstance(row, dict) and isinstance(row.get("messages"), list):
-            documents.append(_rendered(path, number, row["messages"], tokenizer))
+            documents.append(_render_row(path, number, row["messages"], tokenizer))
         else:
             raise InputError(f'--dataset {path}: line {number} has no "text" or "messages" field')
     return documents
 
 
 def _render(messages: list[Any], tokenizer: PreTrainedTokenizerBase) -> str:
-    # Some templates write the date: the same text must not be another one tomorrow.
+    """One conversation in the model's chat template; a fixed date keeps the text the same on every day."""
     return str(tokenizer.apply_chat_template(messages, tokenize=False, strftime_now=DATE.strftime))
 
 
-def _rendered(path: Path, number: int, messages: list[Any], tokenizer: PreTrainedTokenizerBase) -> str:
+def _render_row(path: Path, number: int, messages: list[Any], tokenizer: PreTrainedTokenizerBase) -> str:
+    """The conversation of one row of a .jsonl file; raises InputError naming the line."""
     if not tokenizer.chat_template:
         raise InputError(f'--dataset {path}: line {number} has "messages", but the model has no chat template')
     try:
         return _render(messages, tokenizer)
-    except Exception as error:  # templates raise what they like
-        raise InputError(f"--dataset {path}: line {number}: the model's chat template refuses it ({error})") from None
+    except Exception as error:  # templates raise exceptions of many types
+        raise InputError(f"--dataset {path}: line {number}: the model's chat template rejected it ({error})") from None
 
 
-def _hub_documents(dataset: str, wanted_chars: int) -> list[str]:
+def _hub_documents(dataset: str, characters: int) -> list[str]:
+    """The first documents of a hub data set, at least `characters` long together."""
     from datasets import load_dataset
 
     repo, config, data_file = HUB_SETS[dataset]
@@ -188,18 +191,18 @@ def _hub_documents(dataset: str, wanted_chars: int) -> list[str]:
         for row in rows:
             documents.append(row["text"])
             size += len(row["text"])
-            if size >= wanted_chars:
+            if size >= characters:
                 break
-    except Exception as error:  # network, hub and parquet layers each raise their own kinds
+    except Exception as error:  # network, hub and parquet layers raise exceptions of many types
         raise InputError(
-            f"--dataset {dataset}: the hub does not provide it here ({reason_of(error)}); "
+            f"--dataset {dataset}: the hub does not provide it ({reason_of(error)}); "
             f"use --dataset {BUILTIN} (offline) or a local text file"
         ) from None
     return ["".join(documents)] if dataset == "wikitext2" else documents
 
 
 def leading_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The special tokens the tokenizer puts before any text (BOS where the model was trained so)."""
+    """The ids of the special tokens that the tokenizer puts before any text, such as BOS."""
     with_special = tokenizer("a", add_special_tokens=True)["input_ids"]
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     for start in range(len(with_special) - len(plain) + 1):
@@ -209,7 +212,13 @@ def leading_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, documents: list[str], name: str) -> TokenizedText:
-    """All documents as one stream of tokens, separated by the end-of-text token where there is one."""
+    """Tokenize documents into one sequence, separated by the end-of-text token if there is one.
+
+    Args:
+        tokenizer: of the model.
+        documents: may be empty.
+        name: of the data set.
+    """
     separator = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None and len(documents) > 1 else []
     ids: list[int] = []
     for encoded in tokenizer(documents, add_special_tokens=False, verbose=False)["input_ids"] if documents else []:
@@ -218,17 +227,17 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, documents: list[str], name: str
 
 
 def cut_windows(text: TokenizedText, count: int, length: int, seed: int, spare: int = 0) -> Windows:
-    """Draw `count` windows that do not overlap; fewer where the text is short.
+    """Draw `count` windows that do not overlap; fewer if the text is short.
 
     Args:
         text: to draw from.
-        count: windows wanted.
-        length: tokens of a window, the prefix included.
+        count: number of calibration windows.
+        length: tokens per window, the prefix included.
         seed: of the draw.
-        spare: windows that must be left over.
+        spare: least number of windows that remain in `Windows.others`.
 
     Raises:
-        InputError: the text does not fill one window and the spare ones.
+        InputError: the text is shorter than one window and the spare ones.
     """
     body = length - len(text.prefix)
     available = len(text.ids) // body
@@ -249,22 +258,22 @@ def cut_windows(text: TokenizedText, count: int, length: int, seed: int, spare: 
 
 
 def no_windows(length: int) -> Windows:
-    """Of a calibration without text alone."""
+    """The empty windows [0, length] of a calibration set that has only pairs."""
     return _windows(torch.empty(0, length, dtype=torch.int64), torch.empty(0, length, dtype=torch.int64), "")
 
 
 def mix_windows(parts: Sequence[Windows]) -> Windows:
-    """The windows of several texts as those of one."""
+    """Combine the windows of several texts, in turn."""
     if len(parts) == 1:
         return parts[0]
 
-    def in_turns(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-        """So that the first ones hold some of every text."""
+    def interleaved(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Rows of the parts in turn, so that the first rows come from every text."""
         rows = [part[i] for i in range(max(map(len, parts))) for part in parts if i < len(part)]
         return torch.stack(rows) if rows else parts[0]
 
     name = " + ".join(part.name for part in parts)
-    return _windows(in_turns([part.ids for part in parts]), in_turns([part.others for part in parts]), name)
+    return _windows(interleaved([p.ids for p in parts]), interleaved([p.others for p in parts]), name)
 
 
 def _windows(ids: torch.Tensor, others: torch.Tensor, name: str) -> Windows:

@@ -1,22 +1,24 @@
-"""Error-aware targets: layers are factored in order, each on what the factored ones before hand it.
+"""The error-aware fit: layers are factored in order, each fitted to activations from the already factored layers.
 
-The factors of a projection W are fitted on the inputs x' that it will really see, and towards a
-matrix M that undoes part of the error which these inputs carry:
+The factors of a projection W are fitted to the inputs x' that the factored model gives it, and to a target M that
+corrects part of the error of these inputs:
 
     min ||M X' - ((1 - f) W X' + f W X)||^2 + lam ||M - W||^2
     M = W ((1 - f) C' + f D + lam I) (C' + lam I)^-1,   C' = sum x' x'^T,  D = sum x x'^T,
 
-with x the dense model's inputs on the same tokens. A projection that writes to the residual stream
-is also asked to undo part of the error e = h - h' that the stream itself carries there, as far as
-its inputs tell: M gains g R (C' + lam I)^-1, R = sum e x'^T. Which projections do is not guessed from
-names: the layer's output must be its input plus theirs, on the calibration text.
+with x the dense model's inputs for the same tokens. MPIFA (arXiv 2501.19090) mixes its targets in the same way.
 
-Such targets learn the tokens of this pass by heart, so the norm in which M is then cut to its rank is not theirs: it is
-that of all calibration text, moved by C' - C, with C = sum x x^T of the same tokens (docs/dev/log.md).
+Some projections add their output to the residual stream (o_proj, down_proj). Their target also corrects part of the
+error e = h - h' of the stream, as far as it is a linear function of their inputs: M gains g R (C' + lam I)^-1 with
+R = sum e x'^T. These projections are found by the data, not by name: the layer's output must equal its input plus
+their outputs on the calibration tokens.
 
-A layer runs once with its factors: every batch's run pauses in front of each projection until that one is factored.
-Memory holds one layer, both sets of hidden states, the dense layer's inputs of its projections, and the paused runs.
-(MPIFA, arXiv 2501.19090, mixes its targets likewise.)
+Such targets overfit the tokens of this pass. M is therefore truncated to its rank in another norm: that of the Gram
+matrix of all calibration tokens plus the shift C' - C, with C = sum x x^T over the pass's tokens (docs/dev/log.md).
+
+A layer runs once with its factors: the forward pass of every batch pauses before each projection until that projection
+is factored. Memory holds one layer, the hidden states of both models, the dense inputs of the layer's projections, and
+the paused forward passes.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -34,26 +36,26 @@ from pgsvd_vllm.offline.linalg import gram_of
 from pgsvd_vllm.offline.model.layerwise import Flow, LayerStream
 from pgsvd_vllm.offline.model.projection import Projection
 
-# Calibration tokens that take part; twice as many gained what half as many lost (docs/dev/log.md).
+# Calibration tokens of the pass; twice as many gain as much as half as many lose (docs/dev/log.md).
 SEQUENTIAL_TOKENS = 131072
-# f and g: the shares of the inputs' and of the stream's error that are corrected.
+# f and g: the corrected shares of the inputs' error and of the residual stream's error.
 CORRECTED = 0.5
 STREAM_CORRECTED = 0.5
-# lam, as a share of the mean of C's diagonal.
+# lam, as a share of the mean of the diagonal of C'.
 RIDGE = 1e-3
-# How far a layer's output may be from its input plus what its writers add, relative to the latter.
+# Largest deviation of a layer's output from its input plus its writers' outputs, relative to the change by the layer.
 ADDITIVE = 0.02
 
 
 @dataclass(frozen=True)
 class Target:
-    """What the factors of a projection are fitted to: M = W change + shift, on inputs with Gram matrix C'.
+    """The target M = W change + shift of a projection, for inputs with Gram matrix C'.
 
     Attributes:
         change: float64 [in, in].
-        shift: float64 [out, in], or None where nothing is added.
-        gram: C', float64 [in, in].
-        dense: C = sum x x^T of the same tokens, float64 [in, in]; None where these are all calibration tokens.
+        shift: float64 [out, in]; None for a projection that does not add to the residual stream.
+        gram: C' = sum x' x'^T, float64 [in, in].
+        dense: C = sum x x^T of the same tokens, float64 [in, in]; None if the pass takes all calibration tokens.
     """
 
     change: torch.Tensor
@@ -62,14 +64,14 @@ class Target:
     dense: torch.Tensor | None
 
     def of(self, weight: torch.Tensor) -> torch.Tensor:
-        """M for the dense weight [out, in], float64."""
+        """M, float64 [out, in], for the dense weight W, float64 [out, in]."""
         matrix = weight @ self.change
         return matrix if self.shift is None else matrix + self.shift
 
 
 @dataclass
-class _Dense:
-    """What the dense layer did, a tensor a batch: its input, its projections' inputs, and writers' outputs."""
+class _DenseActivations:
+    """Activations of the dense layer, one tensor per batch: hidden states before it, projection inputs and outputs."""
 
     hidden: list[torch.Tensor]
     inputs: dict[str, list[torch.Tensor]]
@@ -77,16 +79,16 @@ class _Dense:
 
 
 class ErrorAwarePass:
-    """Walks a model's layers with dense and factored weights side by side.
+    """Runs a model's layers with dense and factored weights side by side.
 
     Args:
-        stream: at its start, before any layer was run; its flow is the dense one.
-        whole: whether its tokens are all calibration tokens, so that nobody needs their C.
+        stream: that has run no layer yet; its flow holds the dense hidden states.
+        all_tokens: whether the stream has all calibration tokens, whose C is known from calibration.
     """
 
-    def __init__(self, stream: LayerStream, whole: bool = False) -> None:
+    def __init__(self, stream: LayerStream, all_tokens: bool = False) -> None:
         self.stream = stream
-        self.whole = whole
+        self.all_tokens = all_tokens
         self.dense = stream.flow
         self.factored = Flow(stream.flow.tower, list(stream.flow.members), list(stream.flow.hidden))
 
@@ -99,22 +101,23 @@ class ErrorAwarePass:
         fit: Callable[[Projection, Target | None], torch.Tensor],
         known: dict[str, torch.Tensor],
     ) -> Iterator[Projection]:
-        """Factor layer `index` and run both versions of it.
+        """Factor layer `index` and run its dense and its factored version.
 
         Args:
             index: of the layer.
-            groups: its projections, those that read one input together, in the order the layer
-                calls them.
-            ranked: the names of those to factor.
-            fit: gives the factors' product [out, in] for a projection and its target; None is the dense weight on
-                the dense model's inputs.
-            known: the products, where the layer was factored before: nothing is fitted then.
+            groups: its projections grouped by input, in the order in which the layer calls them.
+            ranked: names of the projections to factor.
+            fit: factors a projection for a target and returns the reconstructed weight [out, in]; the target is None
+                for a fit of the dense weight to the dense model's inputs.
+            known: projection -> reconstructed weight [out, in] of a layer that was factored before; nothing is fitted
+                then. Empty otherwise.
 
-        Yields every projection once it is factored.
+        Yields:
+            Every projection once it is factored.
 
         Raises:
-            InputError: the factored layer's output is not finite, or a projection sees other tokens
-                than the dense one.
+            InputError: an output of the factored layer is not finite, or a projection gets other tokens than in the
+                dense layer.
         """
         for flow in (self.dense, self.factored):
             self.stream.enter(index, flow)
@@ -128,31 +131,32 @@ class ErrorAwarePass:
             leaders = [] if known else [g[0].name for g in groups if any(p.name in ranked for p in g)]
             dense = self._run_dense(layer, index, modules, leaders, candidates)
             writers = self._writers(dense, candidates)
-            for name, product in known.items():
-                _set_weight(modules[name], product)
-            # Which tokens an expert sees depends on the weights before it: there are no pairs of its inputs.
+            for name, weight in known.items():
+                _set_weight(modules[name], weight)
+            # The router sends different tokens to a MoE expert in the factored layer: its inputs have no dense pairs.
             for p in routed:
                 if p.name in ranked and not known:
                     _set_weight(modules[p.name], fit(p, None))
                     yield p
             batches = zip(self.factored.members, self.factored.hidden, strict=True)
-            runs = [_Run(partial(self.stream.run, layer, index, number, hidden)) for number, hidden in batches]
-            handles = [modules[name].register_forward_pre_hook(_pause(name)) for name in leaders]
-            handles += [modules[name].register_forward_hook(_note(name)) for name in writers]
+            forward = partial(self.stream.run, layer, index)
+            runs = [_PausedForward(partial(forward, number, hidden)) for number, hidden in batches]
+            handles = [modules[name].register_forward_pre_hook(_pause_before(name)) for name in leaders]
+            handles += [modules[name].register_forward_hook(_keep_output(name)) for name in writers]
             try:
                 for group in groups:
                     leader = group[0].name
                     if leader not in leaders:
                         continue
-                    before = writers[: writers.index(leader)] if leader in writers else None
-                    target = self._target(modules[leader], leader, dense, runs, before)
+                    earlier = writers[: writers.index(leader)] if leader in writers else None
+                    target = self._target(modules[leader], leader, dense, runs, earlier)
                     del dense.inputs[leader]
                     for p in group:
                         if p.name in ranked:
                             _set_weight(modules[p.name], fit(p, target))
                             yield p
                 for i, run in enumerate(runs):
-                    self.factored.hidden[i] = run.end()
+                    self.factored.hidden[i] = run.finish()
                     if not torch.isfinite(self.factored.hidden[i]).all():
                         raise self._overflow(prefix[:-1])
             finally:
@@ -163,69 +167,81 @@ class ErrorAwarePass:
 
     @property
     def _width(self) -> int:
-        """Of the residual stream; 0 where no batch runs the tower."""
+        """Width of the residual stream; 0 if no batch runs the tower."""
         return self.dense.hidden[0].shape[-1] if self.dense.hidden else 0
 
     def _run_dense(
         self, layer: nn.Module, index: int, modules: dict[str, Any], inputs: Sequence[str], outputs: Sequence[str]
-    ) -> _Dense:
-        """Advance the dense hidden states; remembers some projections' inputs and outputs, on the CPU."""
-        seen = _Dense(list(self.dense.hidden), {name: [] for name in inputs}, {name: [] for name in outputs})
+    ) -> _DenseActivations:
+        """Run the dense layer and keep the inputs and outputs of some projections on the CPU."""
+        kept = _DenseActivations(list(self.dense.hidden), {name: [] for name in inputs}, {name: [] for name in outputs})
 
-        def keep(store: list[torch.Tensor], what: int) -> Callable[..., None]:
-            return lambda _module, args, output: store.append((args[0], output)[what].cpu())
+        def keep_input(tensors: list[torch.Tensor]) -> Callable[..., None]:
+            return lambda _module, args, _output: tensors.append(args[0].cpu())
 
-        handles = [modules[name].register_forward_hook(keep(seen.inputs[name], 0)) for name in inputs]
-        handles += [modules[name].register_forward_hook(keep(seen.outputs[name], 1)) for name in outputs]
+        def keep_output(tensors: list[torch.Tensor]) -> Callable[..., None]:
+            return lambda _module, _args, output: tensors.append(output.cpu())
+
+        handles = [modules[name].register_forward_hook(keep_input(kept.inputs[name])) for name in inputs]
+        handles += [modules[name].register_forward_hook(keep_output(kept.outputs[name])) for name in outputs]
         for i, number in enumerate(self.dense.members):
             self.dense.hidden[i] = self.stream.run(layer, index, number, self.dense.hidden[i])
         for handle in handles:
             handle.remove()
-        return seen
+        return kept
 
-    def _writers(self, dense: _Dense, candidates: Sequence[str]) -> list[str]:
-        """The candidates, if the layer's output is its input plus their outputs; else none."""
+    def _writers(self, dense: _DenseActivations, candidates: Sequence[str]) -> list[str]:
+        """The candidates if the layer's output equals its input plus their outputs, else an empty list."""
         if not candidates:
             return []
         hidden, after = dense.hidden[0], self.dense.hidden[0]
         parts = [dense.outputs[name][0].to(hidden.device) for name in candidates]
         if any(part.shape != hidden.shape for part in parts):
             return []
-        added = after.float() - hidden.float()
-        missing = added - sum(part.float() for part in parts)
-        return list(candidates) if missing.norm() <= ADDITIVE * added.norm() else []
+        change = after.float() - hidden.float()
+        difference = change - sum(part.float() for part in parts)
+        return list(candidates) if difference.norm() <= ADDITIVE * change.norm() else []
 
     def _target(
-        self, module: Any, name: str, dense: _Dense, runs: Sequence["_Run"], before: Sequence[str] | None
+        self,
+        module: Any,
+        name: str,
+        dense: _DenseActivations,
+        runs: Sequence["_PausedForward"],
+        earlier: Sequence[str] | None,
     ) -> Target | None:
-        """The target of a projection; None where fewer tokens than it has inputs run it: they would be learnt by heart.
+        """The target of a projection; None if it sees fewer tokens than it has inputs, which it would overfit.
 
         Args:
-            module, name: the projection.
-            dense: what the dense layer did.
-            runs: of the layer, the projections before this one factored; they are taken up to it.
-            before: the projections that wrote to the residual stream before it; None if it does not.
+            module: of the projection.
+            name: of the projection.
+            dense: activations of the dense layer.
+            runs: the factored layer's forward passes; each is run until this projection is called.
+            earlier: the projections that add to the residual stream before this one; None if this one does not.
+
+        Raises:
+            InputError: the inputs are not finite, or belong to other tokens than in the dense layer.
         """
         width = module.in_features
         gram = torch.zeros(width, width, dtype=torch.float64, device=self.stream.device)
-        cross, plain = torch.zeros_like(gram), None if self.whole else torch.zeros_like(gram)
-        stream = None if before is None else gram.new_zeros(module.out_features, width)
+        cross, dense_gram = torch.zeros_like(gram), None if self.all_tokens else torch.zeros_like(gram)
+        stream = None if earlier is None else gram.new_zeros(module.out_features, width)
         tokens = 0
         for i, run in enumerate(runs):
-            x = run.up_to(name)
-            seen, wanted = by_window(x), by_window(dense.inputs[name][i].to(x.device))
-            if wanted.shape != seen.shape:
+            x = run.run_until(name)
+            factored_x, dense_x = by_window(x), by_window(dense.inputs[name][i].to(x.device))
+            if dense_x.shape != factored_x.shape:
                 raise _other_tokens(name)
-            scale = token_scale(seen)
-            rows = (seen * scale).flatten(0, 1)
+            scale = token_scale(factored_x)
+            rows = (factored_x * scale).flatten(0, 1)
             tokens += len(rows)
             gram += gram_of(rows)
-            cross += ((wanted * scale).flatten(0, 1).T @ rows).double()
-            if plain is not None:
-                plain += gram_of((wanted * token_scale(wanted)).flatten(0, 1))
+            cross += ((dense_x * scale).flatten(0, 1).T @ rows).double()
+            if dense_gram is not None:
+                dense_gram += gram_of((dense_x * token_scale(dense_x)).flatten(0, 1))
             if stream is not None:
                 error = dense.hidden[i].float() - self.factored.hidden[i].float()
-                for writer in before or ():
+                for writer in earlier or ():
                     error += dense.outputs[writer][i].to(x.device).float() - run.outputs[writer].float()
                 stream += ((error * scale).flatten(0, 1).T @ rows).double()
         if not torch.isfinite(gram).all():
@@ -233,50 +249,59 @@ class ErrorAwarePass:
         if tokens < width:
             return None
         ridge = RIDGE * gram.diagonal().mean()
-        mixed = cross.mul_(CORRECTED).add_(gram, alpha=1 - CORRECTED)  # in place: a wide input's matrices fill a memory
+        mixed = cross.mul_(CORRECTED).add_(gram, alpha=1 - CORRECTED)  # in place: these matrices may be GBs
         mixed.diagonal().add_(ridge)
         root = gram.clone()
         root.diagonal().add_(ridge)
         root = torch.linalg.cholesky(root)
         change = torch.cholesky_solve(mixed.T, root).T
         shift = None if stream is None else STREAM_CORRECTED * torch.cholesky_solve(stream.T, root).T
-        return Target(change, shift, gram, plain)
+        return Target(change, shift, gram, dense_gram)
 
     def _overflow(self, name: str) -> InputError:
+        """The error for activations of the factored model that are not finite."""
         return InputError(
             f"{name}: the factored model overflows here in {self.stream.dtype}; "
             "calibrate with `dtype` float32 or bfloat16"
         )
 
 
-class _Run(greenlet):
-    """A layer's run of one batch, which pauses in front of some projections.
+class _PausedForward(greenlet):
+    """The forward pass of a layer on one batch, which pauses before some projections.
 
     Attributes:
-        outputs: of the projections behind it that are noted.
+        outputs: projection -> its output, for the projections called so far whose output is kept.
     """
 
     def __init__(self, forward: Callable[[], torch.Tensor]) -> None:
         super().__init__(lambda: (None, forward()))
         self.outputs: dict[str, torch.Tensor] = {}
 
-    def up_to(self, name: str) -> torch.Tensor:
-        """Go on until a projection is called; returns its input."""
-        reached, value = self.switch()
-        if reached != name:
+    def run_until(self, name: str) -> torch.Tensor:
+        """Continue until the layer calls a projection; returns the projection's input [..., in].
+
+        Raises:
+            InputError: the layer calls another projection or none.
+        """
+        called, value = self.switch()
+        if called != name:
             raise _other_tokens(name)
         return value
 
-    def end(self) -> torch.Tensor:
-        """Go on to the end; returns the layer's output."""
+    def finish(self) -> torch.Tensor:
+        """Continue to the end; returns the layer's output [..., hidden].
+
+        Raises:
+            InputError: the layer calls another projection before it ends.
+        """
         name, value = self.switch()
         if name is not None:
             raise _other_tokens(name)
         return value
 
 
-def _pause(name: str) -> Callable[..., None]:
-    """A hook that hands a projection's name and input to whom waits for its run."""
+def _pause_before(name: str) -> Callable[..., None]:
+    """A hook that pauses the forward pass and returns a projection's name and input to the caller of `switch`."""
 
     def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
         getcurrent().parent.switch((name, args[0]))
@@ -284,8 +309,8 @@ def _pause(name: str) -> Callable[..., None]:
     return hook
 
 
-def _note(name: str) -> Callable[..., None]:
-    """A hook that keeps a projection's output with its run."""
+def _keep_output(name: str) -> Callable[..., None]:
+    """A hook that keeps a projection's output with its forward pass."""
 
     def hook(_module: nn.Module, _args: tuple[Any, ...], output: torch.Tensor) -> None:
         getcurrent().outputs[name] = output
@@ -294,12 +319,13 @@ def _note(name: str) -> Callable[..., None]:
 
 
 def _other_tokens(name: str) -> InputError:
+    """The error for a projection whose inputs in the factored layer belong to other tokens than in the dense one."""
     return InputError(
         f"{name}: its tokens depend on the weights before it (a router); "
         f"leave it dense with `ignore` {name}, or use `no_sequential`"
     )
 
 
-def _set_weight(module: Any, product: torch.Tensor) -> None:
-    """The layer is loaded anew for every visit, so its dense weight may be replaced."""
-    module.weight = nn.Parameter(product.to(module.weight.device, module.weight.dtype), requires_grad=False)
+def _set_weight(module: Any, weight: torch.Tensor) -> None:
+    """Replace a dense weight by a reconstructed one; the layer is loaded again for every visit."""
+    module.weight = nn.Parameter(weight.to(module.weight.device, module.weight.dtype), requires_grad=False)

@@ -1,4 +1,4 @@
-"""Turns chosen ranks into the tensors of every layer, kept in the run's state as they are finished."""
+"""Factors all layers with the chosen ranks and saves the tensors of each layer in the run's state."""
 
 import math
 
@@ -30,18 +30,21 @@ def factor_layers(
     state: RunState,
     ranks: dict[str, int],
 ) -> None:
-    """Factor every projection that has a rank; `state.load_factors` then gives the result.
+    """Factor every projection that has a rank; `state.load_factors` then returns the result.
+
+    Layers that the state already holds for the same choice are not factored again.
 
     Args:
         source: the model.
         data: the calibration set, for the error-aware fit.
         settings: of the run.
-        projections: calibrated; `state` holds their calibration.
-        state: that keeps the factors as each layer is finished.
-        ranks: projection name -> rank.
+        projections: to factor.
+        state: with their calibration; it receives the factors of each finished layer.
+        ranks: projection name -> rank, from 1 to min(out, in).
 
     Raises:
-        InputError: factors that are not finite in the stored dtype.
+        InputError: factors are not finite in the stored dtype, activations overflow in the compute dtype, a factored
+            layer calls a projection with other tokens than the dense layer, or a file of the state is damaged.
     """
     state.open_factors(
         {
@@ -56,19 +59,19 @@ def factor_layers(
     layers = range(len(projections.layers))
     if all(state.has_factors(index) for index in layers):
         return
-    walk = None
+    error_aware = None
     if settings.sequential:
         batches = data.batches(SEQUENTIAL_TOKENS)
         stream = LayerStream(source, batches, settings.device, settings.compute_dtype)
-        walk = ErrorAwarePass(stream, whole=sum(b["input_ids"].numel() for b in batches) == data.tokens)
+        error_aware = ErrorAwarePass(stream, all_tokens=sum(b["input_ids"].numel() for b in batches) == data.tokens)
     with tqdm(total=len(ranks), desc="factorize", unit="matrix") as bar:
         for index in layers:
             bar.set_postfix_str(f"layer {index + 1}/{len(layers)}")
             layer = _Layer(source, settings, state, ranks, projections.layers[index], index)
             done = state.has_factors(index)
-            if walk is not None:
+            if error_aware is not None:
                 known = {name: reconstruct(row) for name, row in layer.tensors.items()}
-                for _ in walk.advance(index, layer.groups(), set(layer.ranked), layer.fit, known):
+                for _ in error_aware.advance(index, layer.groups(), set(layer.ranked), layer.fit, known):
                     bar.update()
             elif not done:
                 for p in layer.ranked.values():
@@ -81,7 +84,7 @@ def factor_layers(
 
 
 class _Layer:
-    """One layer's factors as they come; those that are on disk already are there from the start."""
+    """The factors of one layer; those of a finished layer are read from the state."""
 
     def __init__(
         self,
@@ -107,7 +110,7 @@ class _Layer:
             self.moments, self.weighted = found.moments, found.grams
 
     def groups(self) -> list[list[Projection]]:
-        """The projections that read one input together, in the order of their calls."""
+        """The projections grouped by input, in the order in which the layer calls them."""
         called = list(self.data.leader)
         groups: dict[str, list[Projection]] = {}
         for p in sorted(self.row, key=lambda p: called.index(p.name)):
@@ -115,24 +118,30 @@ class _Layer:
         return list(groups.values())
 
     def gram(self, p: Projection) -> torch.Tensor:
-        """The dense model's Gram matrix of a projection's input, float64."""
+        """The dense model's Gram matrix of a projection's input, float64 [in, in]."""
         return self.data.grams[self.data.leader[p.name]].to(self.settings.device).double()
 
-    def fit(self, p: Projection, wanted: Target | None) -> torch.Tensor:
-        """Factor one projection and keep its tensors; returns their product [out, in], float64.
+    def fit(self, p: Projection, error_aware: Target | None) -> torch.Tensor:
+        """Factor one projection and keep its tensors.
 
         Args:
             p: the projection.
-            wanted: what to fit, and on which inputs; None for the weight on the dense model's inputs.
+            error_aware: target and inputs of the fit; None for the dense weight on the dense model's inputs.
+
+        Returns:
+            The reconstructed weight, float64 [out, in].
+
+        Raises:
+            InputError: the factors are not finite in the stored dtype.
         """
         rank, settings = self.ranks[p.name], self.settings
         stored = self.source.weights.tensor(f"{p.path}.weight")
         weight = stored.to(settings.device).double()
         target, gram = weight, self.gram(p)
-        if wanted is not None:
-            target = wanted.of(weight)
-            # All of the calibration text, moved as far as the tokens that took part in the layer-by-layer pass were.
-            gram = wanted.gram if wanted.dense is None else gram + (wanted.gram - wanted.dense)
+        if error_aware is not None:
+            target = error_aware.of(weight)
+            # The Gram matrix of all calibration tokens plus the shift C' - C of those in the error-aware pass.
+            gram = error_aware.gram if error_aware.dense is None else gram + (error_aware.gram - error_aware.dense)
         if p.name in self.weighted:
             gram = weighted_gram(gram, self.data.tokens, self.weighted[p.name].to(settings.device))
         optimum = float(error_profile(self.data.energy[p.name])[min(rank, len(self.data.energy[p.name]))])

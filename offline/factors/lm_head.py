@@ -1,11 +1,12 @@
-"""The output head, on request: factored by a tolerance of its own, where the model's predictions need it exact.
+"""Factors the LM head, on request, by a tolerance of its own in a norm that weights likely tokens.
 
-A small change dz of a token's logits costs 0.5 dz^T (diag(p) - p p^T) dz nats, p being the model's predictions. The
-diagonal, averaged over the calibration text, says how much each row of the head matters: rows are weighted by its
-root. Words that this text makes unlikely may be likely in another, so none weighs less than the mean (docs/dev/log.md).
+A small change dz of a token's logits costs 0.5 dz^T (diag(p) - p p^T) dz nats, p being the model's probabilities. The
+diagonal, averaged over the calibration tokens, is the weight of each row of the LM head: rows are multiplied by its
+root. No row weighs less than the mean, since a token that is unlikely in the calibration text may be likely in another
+text (docs/dev/log.md).
 
-A head has many more rows than columns: with S its weighted rows, everything is computed from S^T S [in, in] and, in
-blocks of rows, from S itself.
+An LM head has many more rows than columns. With S its weighted rows, everything is computed from S^T S [in, in] and
+from blocks of rows of S.
 """
 
 import torch
@@ -25,13 +26,23 @@ from pgsvd_vllm.offline.settings import RunSettings
 def factor_lm_head(
     source: ModelSource, settings: RunSettings, head: Projection, found: LMHeadCalibration
 ) -> LMHeadFactors:
-    """The factors of the smallest rank whose weighted relative error is within the tolerance.
+    """Factor the LM head with the smallest rank whose weighted relative error is within the tolerance.
 
-    With C = R R^T and Q D Q^T the leading eigenvectors of R^T S^T S R, U is S R Q D^-1/2 without the rows' weights. V
-    is what fits best to U as it is rounded.
+    With C = R R^T and Q D Q^T the leading eigenpairs of R^T S^T S R, U is S R Q D^-1/2 divided by the rows' weights. V
+    is the least-squares solution for the rounded U.
+
+    Args:
+        source: the model.
+        settings: of the run, with `head_tolerance`.
+        head: the LM head.
+        found: its calibration.
+
+    Returns:
+        `weight_u` [vocabulary, rank] and `weight_v` [rank, in] in the stored dtype, on the CPU; no tensors if factors
+        would be larger than the dense weight.
 
     Raises:
-        InputError: they are not finite in the stored dtype.
+        InputError: the factors are not finite in the stored dtype.
     """
     out, width = head.out_features, head.in_features
     profile = error_profile(found.energy)
@@ -43,7 +54,7 @@ def factor_lm_head(
     scale, gram = row_scale(found.weight.to(settings.device)), found.gram.to(settings.device).double()
     root, square = gram_root(gram), gram_of_rows(stored, scale)
     values, vectors = torch.linalg.eigh(root.T @ square @ root)
-    # Directions that carry nothing would be divided by nothing.
+    # Directions without energy have eigenvalue 0: the clamp avoids a division by 0.
     least = torch.finfo(torch.float64).eps * values[-1].clamp_min(torch.finfo(torch.float64).tiny)
     wide = root @ (vectors[:, -rank:].flip(1) / values[-rank:].flip(0).clamp_min(least).sqrt())
     u = torch.cat([((block @ wide) / scale[rows]).to(dtype) for rows, block in weighted_blocks(stored, scale)])

@@ -1,6 +1,6 @@
-"""Solvers for the factors: minimise ||(W - U V) X||_F over U [m, r], V [r, n].
+"""Solvers for the factors: they minimise ||(W - U V) X||_F over U [m, r] and V [r, n].
 
-Everything is expressed through the Gram matrix C = sum x x^T, in float64.
+The inputs X enter only through the Gram matrix C = sum x x^T. All computations are in float64.
 """
 
 from dataclasses import dataclass
@@ -9,14 +9,20 @@ import torch
 
 from pgsvd_vllm.offline.linalg import gram_root
 
-# ALS stops once its error is certified to lie this close to the optimum, relative.
+# ALS stops at a relative output error of (1 + ALS_TOLERANCE) times the optimum.
 ALS_TOLERANCE = 0.005
 ALS_MAX_SWEEPS = 200
 
 
 @dataclass(frozen=True)
 class Factors:
-    """U [m, r], V [r, n], and the relative error after every sweep."""
+    """Factors of a weight [m, n].
+
+    Attributes:
+        u: float64 [m, r].
+        v: float64 [r, n].
+        errors: relative output error of the start and after every ALS sweep; one element for a closed-form solution.
+    """
 
     u: torch.Tensor
     v: torch.Tensor
@@ -24,7 +30,13 @@ class Factors:
 
 
 def relative_error(weight: torch.Tensor, gram: torch.Tensor, approximation: torch.Tensor) -> float:
-    """||(W - W_r) X||_F / ||W X||_F; 0 where W X vanishes."""
+    """The relative output error ||(W - W_r) X||_F / ||W X||_F; 0 if W X is 0.
+
+    Args:
+        weight: W [m, n].
+        gram: C [n, n].
+        approximation: W_r [m, n].
+    """
     w, c = weight.double(), gram.double()
     residual = w - approximation.double()
     total = (w @ c).mul_(w).sum()
@@ -34,17 +46,18 @@ def relative_error(weight: torch.Tensor, gram: torch.Tensor, approximation: torc
 
 
 def closed_form(weight: torch.Tensor, gram: torch.Tensor, rank: int, metric: torch.Tensor | None = None) -> Factors:
-    """The exact optimum of ||L^T (W - U V) X||_F: with W' = L^T W, U' holds the leading
-    eigenvectors of W' C W'^T, U = L^-T U' and V = U'^T W'.
+    """The factors with the smallest ||L^T (W - U V) X||_F, in closed form.
+
+    With W' = L^T W, U' holds the leading eigenvectors of W' C W'^T, U = L^-T U' and V = U'^T W'.
 
     Args:
-        weight: [m, n].
-        gram: [n, n].
+        weight: W [m, n].
+        gram: C [n, n].
         rank: r <= min(m, n).
         metric: L [m, m], lower triangular; the identity if None.
 
     Returns:
-        factors, U with columns of norm 1; `errors` has the relative error without the metric.
+        U with columns of norm 1, V, and the relative output error without the metric.
     """
     w, c = weight.double(), gram.double()
     target = w if metric is None else metric.T @ w
@@ -69,24 +82,24 @@ def als(
     tolerance: float = ALS_TOLERANCE,
     max_sweeps: int = ALS_MAX_SWEEPS,
 ) -> Factors:
-    """Alternating least squares (PGSVD, arXiv 2510.05544, algorithm 1) from a plain SVD start.
+    """Alternating least squares (PGSVD, arXiv 2510.05544, algorithm 1), started from the SVD of W.
 
     One sweep solves for V given U, then for U given V:
         V = (U^T U)^-1 U^T W,   U = W C V^T (V C V^T)^-1,
-    and re-orthonormalises U, which changes no product. Each step is an exact minimisation, so the
-    error never rises. The sweeps end when the error is within `tolerance` of the optimum, which
-    the error profile gives: a certificate rather than a guess from the last decrease.
+    and orthonormalises U, which leaves U V unchanged. Each step is an exact minimisation, so the error never rises. The
+    sweeps end when the error is within `tolerance` of the optimum. The optimum is known from the error profile and
+    does not have to be estimated from the last decrease.
 
     Args:
-        weight: [m, n].
-        gram: [n, n].
+        weight: W [m, n].
+        gram: C [n, n].
         rank: r <= min(m, n).
-        optimum: the best relative error at this rank, e(r) of the profile.
+        optimum: smallest relative output error at this rank, e(r) of the error profile.
         tolerance: allowed relative excess over the optimum.
-        max_sweeps: bound on the sweeps.
+        max_sweeps: bound on the number of sweeps.
 
     Returns:
-        factors; `errors` has the start's error, then one entry a sweep.
+        U with orthonormal columns, V, and the relative output error of the start and after every sweep.
     """
     w, c = weight.double(), gram.double()
     m, n = w.shape
@@ -95,24 +108,24 @@ def als(
     if total <= 0:
         return Factors(torch.eye(m, rank, dtype=w.dtype, device=w.device), w[:rank].clone(), [0.0])
     cross = wc @ w.T if m <= n else None
-    # Where W and C share axes the SVD start is a saddle that no sweep leaves: step aside a little.
-    aside = torch.randn(m, rank, dtype=w.dtype, generator=torch.Generator().manual_seed(0)).to(w.device)
-    u = torch.linalg.qr(_leading_left_vectors(w, rank) + 1e-3 / m**0.5 * aside).Q
+    # If W and C share axes the SVD is a saddle point that no sweep leaves; a small perturbation leaves it.
+    perturbation = torch.randn(m, rank, dtype=w.dtype, generator=torch.Generator().manual_seed(0)).to(w.device)
+    u = torch.linalg.qr(_leading_left_vectors(w, rank) + 1e-3 / m**0.5 * perturbation).Q
     errors: list[float] = []
     while True:
-        # W C V^T with V = U^T W. Its column span is that of the least-squares U.
-        product = cross @ u if cross is not None else wc @ (w.T @ u)
-        captured = (u * product).sum()
+        # W C V^T with V = U^T W has the column span of the least-squares U.
+        wcv = cross @ u if cross is not None else wc @ (w.T @ u)
+        captured = (u * wcv).sum()
         errors.append(float(((total - captured) / total).clamp_min(0).sqrt()))
-        # Below 1e-7 of the output the float64 sums above carry no more digits.
+        # Below a relative error of 1e-7 the float64 sums above have no significant digits left.
         done = errors[-1] <= max(optimum * (1 + tolerance), 1e-7)
         if done or len(errors) > max_sweeps:
             return Factors(u, u.T @ w, errors)
-        u = torch.linalg.qr(product).Q
+        u = torch.linalg.qr(wcv).Q
 
 
 def _leading_left_vectors(w: torch.Tensor, rank: int) -> torch.Tensor:
-    """The first left singular vectors of w, through the smaller of its two Gram matrices."""
+    """The first `rank` left singular vectors of w [m, n], from the smaller of w w^T and w^T w."""
     if w.shape[0] <= w.shape[1]:
         return torch.linalg.eigh(w @ w.T).eigenvectors[:, -rank:]
     return torch.linalg.qr(w @ torch.linalg.eigh(w.T @ w).eigenvectors[:, -rank:]).Q

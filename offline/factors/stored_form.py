@@ -1,11 +1,11 @@
-"""From factors in float64 to the tensors of a stored form, each rounded part refitted to what was rounded before."""
+"""Rounds float64 factors to the tensors of a stored form; the second tensor is refitted to the rounded first one."""
 
 import torch
 
 from pgsvd_vllm.format.lowrank import other_rows
 from pgsvd_vllm.offline.factors.solvers import Factors
 
-# Pivot rows are exchanged until no other row is this many times as large in any of its coordinates.
+# Bound on the coefficients that express the other rows by the pivot rows.
 PIVOT_GROWTH = 2.0
 
 
@@ -17,16 +17,20 @@ def stored_form(
     dtype: torch.dtype,
     metric: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
-    """The tensors of a form (see `checkpoint.FORMS`) in the dtype to be stored.
+    """The tensors of a form (see `format.schema.FORMS`) in the stored dtype.
 
-    The part that is rounded first is kept, and the other is refitted to it in the same norm.
+    One tensor is rounded first; the other is refitted to it in the same norm before it is rounded.
 
     Args:
-        factors: U and V in float64.
+        factors: U [m, r] and V [r, n] in float64.
         weight: the target [m, n].
-        gram: [n, n].
+        gram: C [n, n].
         form: `factors` or `pivot`.
-        metric: L [m, m] of the norm ||L^T (W - U V) X||; the identity if None.
+        dtype: of the stored tensors; pivots are int32.
+        metric: L [m, m] of the norm ||L^T (W - U V) X||_F; the identity if None.
+
+    Returns:
+        suffix -> tensor, on the device of the factors.
     """
     if form == "factors":
         u, v = _round_factors(factors, weight, dtype, metric)
@@ -40,8 +44,7 @@ def _round_factors(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """U [m, r] and V [r, n] in `dtype`, V refitted to the rounded U.
 
-    The best V for a given U is the least-squares solution of L^T U V = L^T W whatever the inputs
-    are, so the refit repairs U's rounding for free.
+    The best V for a given U is the least-squares solution of L^T U V = L^T W. It does not depend on the inputs.
     """
     u = factors.u.to(dtype)
     exact, target = u.double(), weight.double()
@@ -56,43 +59,47 @@ def _round_pivots(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """P [r, n] and C [m - r, r] in `dtype` and the pivots int32 [r], C refitted to the rounded P.
 
-    With G = L L^T, D = W - U V for the rounded P and the old C, and o the rows that are no pivots,
-    the error is least at C + G_oo^-1 (G D X X^T P^T)_o (P X X^T P^T)^-1.
+    The form is that of PIFA (arXiv 2501.19090). With G = L L^T, D = W - U V for the rounded P and the old C, and o the
+    rows that are not pivots, the error is least at C + G_oo^-1 (G D X X^T P^T)_o (P X X^T P^T)^-1.
     """
     pivots, c = choose_pivots(factors.u)
     others = other_rows(pivots, len(factors.u))
     p = (factors.u[pivots] @ factors.v).to(dtype)
     exact = p.double()
     gram = gram.double()
-    seen = gram @ exact.T
-    inner = exact @ seen
-    # Directions of P that the inputs hardly show keep the old C.
+    projected = gram @ exact.T
+    inner = exact @ projected
+    # The ridge keeps the old C for directions of P with almost no energy in the inputs.
     inner.diagonal().add_(1e-8 * inner.diagonal().mean() + torch.finfo(torch.float64).tiny)
     residual = weight.double()[others] - c @ exact
     if metric is None:
-        gradient = residual @ seen
+        gradient = residual @ projected
     else:
         whole = torch.empty_like(weight, dtype=torch.float64)
         whole[others], whole[pivots] = residual, weight.double()[pivots] - exact
         rows = metric[others]
-        gradient = torch.cholesky_solve(rows @ (metric.T @ (whole @ seen)), torch.linalg.cholesky(rows @ rows.T))
+        gradient = torch.cholesky_solve(rows @ (metric.T @ (whole @ projected)), torch.linalg.cholesky(rows @ rows.T))
     c = c + torch.cholesky_solve(gradient.T, torch.linalg.cholesky(inner)).T
     return p.contiguous(), c.to(dtype).contiguous(), pivots.int()
 
 
 def choose_pivots(u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of U [m, r] that span the others with small coefficients.
+    """Choose r rows of U [m, r] that express all other rows with small coefficients.
 
-    Gaussian elimination with row exchanges gives a start; then single rows are exchanged until no
-    coefficient exceeds PIVOT_GROWTH (the maximum-volume rule), so that rounding P is not amplified.
+    LU decomposition with row pivoting gives a start. Single rows are then exchanged until no coefficient exceeds
+    PIVOT_GROWTH, which is the max-volume algorithm of Goreinov et al. 2010, "How to find a good submatrix". Small
+    coefficients keep the rounding errors of P small.
+
+    Args:
+        u: [m, r] of rank r.
 
     Returns:
-        (pivots int64 [r] ascending, C [m - r, r] with U[others] = C U[pivots]).
+        pivots int64 [r], ascending, and C [m - r, r] with U[others] = C U[pivots].
     """
     m, r = u.shape
     _, swaps = torch.linalg.lu_factor(u)
     rows = list(range(m))
-    for i, j in enumerate(swaps.tolist()):  # counted from 1
+    for i, j in enumerate(swaps.tolist()):  # LAPACK counts from 1
         rows[i], rows[j - 1] = rows[j - 1], rows[i]
     order = torch.tensor(rows, device=u.device)
     pivots, others = order[:r].clone(), order[r:].clone()
@@ -110,5 +117,5 @@ def choose_pivots(u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         pivots[j], others[i] = others[i].clone(), pivots[j].clone()
     pivots = pivots.sort().values
     others = other_rows(pivots, m)
-    # Solved anew: the exchanges above add up rounding.
+    # The updates of c accumulate rounding errors: solve once more.
     return pivots, torch.linalg.solve(u[pivots], u[others], left=False)

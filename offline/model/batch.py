@@ -1,13 +1,16 @@
-"""The arguments of one call of a model."""
+"""The batch type: the arguments of one forward call of a model."""
 
 import torch
 
 TOKENS_PER_BATCH = 4096
-# The arguments of one call of a model: `input_ids` int64 [windows, length] and, where there are images, what the
-# model's processor makes of them.
+# Argument -> tensor: `input_ids` int64 [windows, length], and with images the other outputs of the model's processor.
 Batch = dict[str, torch.Tensor]
 
 
 def text_batches(ids: torch.Tensor) -> list[Batch]:
-    """Windows of text, int64 [windows, length], as batches of at most TOKENS_PER_BATCH tokens."""
+    """Split windows of text into batches of at most TOKENS_PER_BATCH tokens, but at least one window.
+
+    Args:
+        ids: int64 [windows, length]; may have no rows.
+    """
     return [{"input_ids": part} for part in ids.split(max(1, TOKENS_PER_BATCH // ids.shape[1]))] if len(ids) else []

@@ -1,4 +1,4 @@
-"""Where to compute, and in which dtype."""
+"""Chooses the device that computes and the dtype of its GEMMs."""
 
 import torch
 
@@ -6,10 +6,10 @@ from pgsvd_vllm.errors import InputError
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is a GPU where torch sees one.
+    """The device of a name such as `cpu` or `cuda:1`; `auto` is a GPU if torch sees one, else the CPU.
 
     Raises:
-        InputError: no such device, or one without float64.
+        InputError: there is no such device, or it has no float64.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -23,12 +23,19 @@ def pick_device(name: str) -> torch.device:
 
 
 def gemm_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
-    """The dtype to multiply in where `dtype` is stored: float32 on processors without instructions for it.
+    """The dtype in which GEMMs on stored weights run.
 
-    Emulated, products take ten times as long as in float32 and longer.
+    CPUs without instructions for bfloat16 or float16 emulate them, which takes at least ten times as long as float32.
+
+    Args:
+        device: that computes.
+        dtype: of the stored weights.
+
+    Returns:
+        `dtype`, or float32 on a CPU that would emulate it.
     """
     if device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16):
         return dtype
-    able = torch.cpu.get_capabilities()
-    has = dtype == torch.bfloat16 and any(able.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-    return dtype if has else torch.float32
+    capabilities = torch.cpu.get_capabilities()
+    is_native = dtype == torch.bfloat16 and any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return dtype if is_native else torch.float32

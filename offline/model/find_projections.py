@@ -1,4 +1,4 @@
-"""Finds the linear layers of a model that may be factored, under the names that vLLM knows them by."""
+"""Finds the linear layers of a model that can be factored, under the names that vLLM uses."""
 
 import fnmatch
 from collections.abc import Sequence
@@ -13,14 +13,14 @@ from pgsvd_vllm.offline.model.source import ModelSource
 
 
 def find_projections(source: ModelSource, ignore: Sequence[str] = ()) -> ProjectionSet:
-    """The linear layers of every layer, in order; those that match `ignore` are the set's ignored ones.
+    """The linear layers of all layers, in order; those that match `ignore` become the set's ignored ones.
 
     Args:
         source: the model.
         ignore: shell patterns matched against the module's name, such as `*.down_proj`.
 
     Raises:
-        InputError: a pattern matches nothing, or nothing is left.
+        InputError: a pattern matches no linear layer, or every linear layer is ignored.
     """
     matched: set[str] = set()
     layers: list[list[Projection]] = []
@@ -54,22 +54,34 @@ def find_projections(source: ModelSource, ignore: Sequence[str] = ()) -> Project
 
 
 def find_lm_head(source: ModelSource) -> Projection:
-    """The LM head; raises InputError where the model has none, or one that is tied to the input embeddings."""
+    """The LM head as a projection.
+
+    Raises:
+        InputError: the model has no LM head, or it is tied to the input embeddings.
+    """
     module = source.model.get_output_embeddings()
     path = next((name for name, one in source.model.named_modules() if one is module), "")
     if not isinstance(module, nn.Linear):
-        raise InputError(f"`include` lm_head: {source.folder} has no LM head; leave it out")
+        raise InputError(f"`include` lm_head: {source.folder} has no LM head; omit it")
     if source.is_tied(f"{path}.weight"):
         raise InputError(
-            f"`include` lm_head: {source.folder} ties its LM head to the input embeddings, which must stay: "
-            "factors would only come on top; leave it out"
+            f"`include` lm_head: {source.folder} ties its LM head to the input embeddings, which must stay dense: "
+            "factors would only add parameters; omit it"
         )
     name = source.weights.stored_as(f"{path}.weight")[0].removesuffix(".weight")
     return Projection(name, module.out_features, module.in_features, path, LM_HEAD)
 
 
 def checkpoint_name(source: ModelSource, path: str) -> str | None:
-    """The checkpoint's name of a linear layer, which vLLM knows it by; None where no stored matrix is its alone."""
+    """The name of a linear layer in the checkpoint and in vLLM.
+
+    Args:
+        source: the model.
+        path: module path in the transformers model.
+
+    Returns:
+        The name without `.weight`; None if the layer shares its stored matrix with others.
+    """
     stored = source.weights.stored.get(f"{path}.weight")
     if stored is None:
         return path
@@ -81,7 +93,7 @@ def checkpoint_name(source: ModelSource, path: str) -> str | None:
 
 
 def _expert_reach(source: ModelSource) -> float:
-    """Average share of the tokens that reach a routed expert; 1 without unstacked experts."""
+    """Average share of the tokens that the router sends to one MoE expert; 1 if the experts are not unstacked."""
     count = next((len(module) for module in source.model.modules() if isinstance(module, UnstackedExperts)), None)
     if count is None:
         return 1.0
@@ -90,6 +102,7 @@ def _expert_reach(source: ModelSource) -> float:
 
 
 def _example(source: ModelSource) -> str:
+    """The name of one linear layer, for an error message."""
     name = next(n for n, m in source.layers[-1].named_modules() if isinstance(m, nn.Linear))
     path = f"{source.paths[-1]}.{name}"
     return checkpoint_name(source, path) or path

@@ -1,7 +1,7 @@
 """Runs a model layer by layer, one tower after the other.
 
-Memory holds one layer and the hidden states of all batches, whatever the depth; of layers whose outputs are read
-outside of their tower, such as the last one of a vision encoder, the outputs are kept as well.
+Memory holds one layer and the hidden states of all batches, independent of the model's depth. Outputs that are used
+outside their tower, such as those of a vision encoder's last layer, are kept as well.
 """
 
 import contextlib
@@ -19,8 +19,8 @@ from pgsvd_vllm.offline.model.source import ModelSource
 from pgsvd_vllm.offline.model.towers import PROJECTOR
 
 
-class Reached(Exception):
-    """Raised by a hook to end a forward at the module whose input or output was wanted."""
+class StopForward(Exception):
+    """Raised by a hook to end a forward pass; `value` is the tensor at that point."""
 
     def __init__(self, value: torch.Tensor) -> None:
         self.value = value
@@ -28,7 +28,7 @@ class Reached(Exception):
 
 @contextlib.contextmanager
 def _replaced_forward(layers: Sequence[nn.Module], forward: Callable[..., Any]) -> Iterator[None]:
-    """Every layer's forward replaced for a while; `forward` is also told the layer's index."""
+    """Replace the forward of every layer inside the context; `forward` gets the layer's index as first argument."""
     for index, layer in enumerate(layers):
         layer.forward = partial(forward, index)
     try:
@@ -38,8 +38,11 @@ def _replaced_forward(layers: Sequence[nn.Module], forward: Callable[..., Any]) 
             del layer.forward
 
 
-class _Taker:
-    """Gives a tower's layers' outputs in the form in which the model takes them.
+class _OutputFormat:
+    """Detects whether the layers of a tower return tensors or tuples, while their forwards are replaced.
+
+    If a layer must return a tuple and returns a tensor, the model indexes it with [0] and the next layer gets one
+    dimension less. From then on outputs are wrapped in tuples.
 
     Args:
         first: the hidden states before the tower.
@@ -49,18 +52,19 @@ class _Taker:
         self.first = first
         self.in_tuples = False
 
-    def give(self, value: torch.Tensor, arrived: torch.Tensor) -> Any:
-        """`value`; in a tuple, once the model has taken the first of what a layer gave it, as what `arrived` shows."""
-        self.in_tuples = self.in_tuples or arrived.dim() < self.first.dim()
+    def wrap(self, value: torch.Tensor, hidden: torch.Tensor) -> Any:
+        """An output in the tower's format; `hidden` is the input with which the model called the layer."""
+        self.in_tuples = self.in_tuples or hidden.dim() < self.first.dim()
         return (value,) if self.in_tuples else value
 
 
 def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    """The hidden states among the arguments of a layer."""
     return args[0] if args else kwargs["hidden_states"]
 
 
 def hidden_after(model: Any, layers: Sequence[nn.Module], ids: torch.Tensor) -> torch.Tensor:
-    """Hidden states [windows, length, hidden] after a model's last layer; its head does not run.
+    """Hidden states [windows, length, hidden] after a model's last layer; the LM head does not run.
 
     Args:
         model: a causal language model.
@@ -69,13 +73,13 @@ def hidden_after(model: Any, layers: Sequence[nn.Module], ids: torch.Tensor) -> 
     """
 
     def stop(_module: nn.Module, _args: Any, output: Any) -> None:
-        raise Reached(output[0] if isinstance(output, tuple) else output)
+        raise StopForward(output[0] if isinstance(output, tuple) else output)
 
     handle = layers[-1].register_forward_hook(stop)
     try:
         model(input_ids=ids, use_cache=False)
-    except Reached as reached:
-        return reached.value
+    except StopForward as stopped:
+        return stopped.value
     finally:
         handle.remove()
     raise AssertionError("the model ended without its last layer")
@@ -88,22 +92,25 @@ def output_after(
     outputs: dict[int, torch.Tensor],
     starts: Sequence[int] = (),
 ) -> Any:
-    """What a model makes of the outputs of its layers, which are not run.
+    """The output of a model's forward pass in which given outputs replace its layers.
 
     Args:
         model: of transformers.
         layers: all of its layers.
-        batch: the arguments behind the outputs.
-        outputs: index of a layer -> its output; of other layers nobody reads it but the next one.
-        starts: indexes of the layers at which its towers begin, where the batch runs several.
+        batch: the arguments of the forward pass.
+        outputs: layer index -> its output [..., hidden]; outputs of other layers do not affect the result.
+        starts: indexes of the first layers of its towers if the batch runs several of them.
+
+    Returns:
+        The model's output object.
     """
-    takers: list[_Taker] = []
+    formats: list[_OutputFormat] = []
 
     def skip(index: int, *args: Any, **kwargs: Any) -> Any:
-        arrived = _hidden(args, kwargs)
-        if not takers or index in starts:  # text does not run the first towers
-            takers.append(_Taker(arrived))
-        return takers[-1].give(outputs.get(index, takers[-1].first), arrived)
+        hidden = _hidden(args, kwargs)
+        if not formats or index in starts:  # text does not run the first towers
+            formats.append(_OutputFormat(hidden))
+        return formats[-1].wrap(outputs.get(index, formats[-1].first), hidden)
 
     with _replaced_forward(layers, skip):
         return model(**batch, **_options(model))
@@ -112,25 +119,29 @@ def output_after(
 def logits_after(model: Any, layers: Sequence[nn.Module], ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
     """Logits [windows, length, vocabulary] of text from the hidden states after a model's last layer.
 
-    Args: as of `output_after`; `ids` are int64 [windows, length], `hidden` [windows, length, hidden].
+    Args:
+        model: of transformers.
+        layers: all of its layers.
+        ids: int64 [windows, length].
+        hidden: [windows, length, hidden].
     """
     return output_after(model, layers, {"input_ids": ids}, {len(layers) - 1: hidden}).logits
 
 
 def _options(model: Any) -> dict[str, Any]:
-    """Arguments of every call."""
+    """The keyword arguments of every forward pass."""
     return {"use_cache": False} if model.can_generate() else {}
 
 
 @dataclass
 class Flow:
-    """Hidden states on their way through a model, dense or factored.
+    """The hidden states of all batches at one point of a dense or factored model.
 
     Attributes:
-        tower: index of its first layer; -1 before any.
-        members: the batches, by number, that run the current tower.
-        hidden: theirs, before its next layer.
-        kept: batch -> index of a layer -> its output, of layers read outside of their tower.
+        tower: index of the current tower's first layer; -1 before the first tower.
+        members: numbers of the batches that run the current tower.
+        hidden: their hidden states [..., hidden] before the next layer.
+        kept: batch -> layer index -> its output, for layers whose outputs are used outside their tower.
     """
 
     tower: int = -1
@@ -144,16 +155,16 @@ class LayerStream:
 
     Args:
         source: the model.
-        batches: the arguments of its calls.
-        device: where to compute.
+        batches: the arguments of its forward passes.
+        device: that computes.
         dtype: of weights and activations.
 
     Attributes:
         flow: the dense model's hidden states.
-        read: the layers, by index, whose outputs are read outside of their tower.
+        read: indexes of the layers whose outputs are used outside their tower.
 
     Raises:
-        InputError: from `ModelSource`; also where the model does not run its layers one after the other.
+        InputError: a tensor is missing or damaged, or the model does not run its layers in sequence.
     """
 
     def __init__(self, source: ModelSource, batches: Sequence[Batch], device: torch.device, dtype: torch.dtype) -> None:
@@ -167,14 +178,18 @@ class LayerStream:
         self.enter(0, self.flow)
 
     def batch(self, number: int) -> Batch:
-        """The arguments of one call, on the device, in the dtype."""
+        """The arguments of one forward pass, on the device; floating-point ones in the dtype."""
         found = {}
         for name, value in self.batches[number].items():
             found[name] = value.to(self.device, self.dtype) if value.is_floating_point() else value.to(self.device)
         return found
 
     def enter(self, index: int, flow: Flow) -> None:
-        """Where a tower begins at layer `index`, make the hidden states before it from those of the towers before."""
+        """If layer `index` begins a tower, compute the hidden states before it from the kept outputs of earlier towers.
+
+        Raises:
+            InputError: the architecture is not supported.
+        """
         if index != self.source.span(index).start or index == flow.tower:
             return
         flow.tower, flow.members, flow.hidden = index, [], []
@@ -186,47 +201,50 @@ class LayerStream:
                 flow.hidden.append(first)
 
     def leave(self, index: int, flow: Flow) -> None:
-        """Keep the outputs of layer `index`, which `flow.hidden` holds, if they are read outside of its tower."""
+        """Keep the outputs of layer `index`, which `flow.hidden` holds, if they are used outside its tower."""
         if index in self.read:
             for number, hidden in zip(flow.members, flow.hidden, strict=True):
                 flow.kept.setdefault(number, {})[index] = hidden
 
     def before(self, start: int, number: int, outputs: dict[int, torch.Tensor]) -> torch.Tensor | None:
-        """Hidden states before a tower; remembers what each of its layers is called with.
+        """Hidden states before a tower; the other arguments of each of its layers are kept for `run`.
 
         Args:
             start: index of the tower's first layer.
             number: of the batch.
-            outputs: index of a layer of towers before -> its output, of those that are read outside of their tower.
+            outputs: layer index -> its output, for the layers in `read` of earlier towers.
 
         Returns:
-            [..., hidden]; None where the batch does not run this tower, such as text a vision encoder.
+            [..., hidden]; None if the batch does not run this tower, such as text and a vision encoder.
+
+        Raises:
+            InputError: the architecture is not supported.
         """
         span = self.source.span(start)
         seen: list[tuple[torch.Tensor, int]] = []
         calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-        takers: dict[int, _Taker] = {}
+        formats: dict[int, _OutputFormat] = {}
 
         def record(index: int, *args: Any, **kwargs: Any) -> Any:
             hidden = _hidden(args, kwargs)
             if index >= span.stop:
-                raise Reached(hidden)
-            taker = takers.setdefault(self.source.span(index).start, _Taker(hidden))
+                raise StopForward(hidden)
+            tower = formats.setdefault(self.source.span(index).start, _OutputFormat(hidden))
             if index < start:
-                return taker.give(outputs.get(index, taker.first), hidden)
-            # A change in place keeps the address and counts the version up.
+                return tower.wrap(outputs.get(index, tower.first), hidden)
+            # A change in place keeps the address and increments the version.
             if seen and (hidden.data_ptr() != seen[0][0].data_ptr() or hidden._version != seen[0][1]):
                 raise self._unsupported("between its layers the model changes the hidden states")
             seen.append((hidden, hidden._version))
             kwargs.pop("hidden_states", None)
             if any(isinstance(value, MutableMapping) for value in (*args[1:], *kwargs.values())):
-                raise self._unsupported("its layers hand each other more than hidden states")
+                raise self._unsupported("its layers exchange more than hidden states")
             calls.append((args[1:], kwargs))
             if index == span.stop - 1:
-                raise Reached(hidden)
-            return taker.give(taker.first, hidden)
+                raise StopForward(hidden)
+            return tower.wrap(tower.first, hidden)
 
-        with _replaced_forward(self.source.layers, record), contextlib.suppress(Reached):
+        with _replaced_forward(self.source.layers, record), contextlib.suppress(StopForward):
             self.source.model(**self.batch(number), **_options(self.source.model))
         if not calls and self.source.reads_images:
             return None
@@ -236,50 +254,72 @@ class LayerStream:
         self._calls[start, self._call_key(number)] = calls
         return seen[0][0]
 
-    def _unsupported(self, what: str) -> InputError:
-        text = "; its language model may be compressed with text alone" if self.source.reads_images else ""
-        return InputError(f"{self.source.folder}: {what}: this architecture is not supported{text}")
+    def _unsupported(self, reason: str) -> InputError:
+        """The error for an architecture that cannot run layer by layer."""
+        advice = "; its language model can be compressed with text alone" if self.source.reads_images else ""
+        return InputError(f"{self.source.folder}: {reason}: this architecture is not supported{advice}")
 
     def _call_key(self, number: int) -> Any:
-        """What the layers' other arguments depend on: batches of text share theirs."""
+        """The key of the layers' other arguments; batches of text of equal shape share them."""
         batch = self.batches[number]
         return batch["input_ids"].shape if set(batch) == {"input_ids"} else number
 
     def run(self, layer: nn.Module, index: int, number: int, hidden: torch.Tensor) -> torch.Tensor:
-        """Outputs of layer `index` for hidden states of batch `number`."""
+        """Run a layer.
+
+        Args:
+            layer: with its weights loaded.
+            index: of the layer.
+            number: of the batch.
+            hidden: [..., hidden].
+
+        Returns:
+            [..., hidden], the layer's output.
+        """
         span = self.source.span(index)
         args, kwargs = self._calls[span.start, self._call_key(number)][index - span.start]
         output = layer(hidden, *args, **kwargs)
         return output[0] if isinstance(output, tuple) else output
 
     def output(self, number: int, outputs: dict[int, torch.Tensor]) -> Any:
-        """What the model makes of a batch, from the outputs of layers that are read outside of their tower."""
+        """The model's output for a batch.
+
+        Args:
+            number: of the batch.
+            outputs: layer index -> its output, for the layers in `read`.
+        """
         return output_after(self.source.model, self.source.layers, self.batch(number), outputs, self._starts)
 
     def _find_read(self) -> set[int]:
-        """The layers that something else than the next layer of their tower reads: gradients tell."""
+        """Find the layers whose outputs are used by anything other than the next layer of their tower.
+
+        The outputs of all layers are replaced by leaves of the autograd graph; those that get a gradient are used.
+
+        Raises:
+            InputError: the architecture is not supported.
+        """
         leaves: dict[int, torch.Tensor] = {}
         entries: list[torch.Tensor] = []
-        takers: dict[int, _Taker] = {}
+        formats: dict[int, _OutputFormat] = {}
 
         def cut(index: int, *args: Any, **kwargs: Any) -> Any:
             hidden = _hidden(args, kwargs)
             if index in leaves:
                 raise self._unsupported(f"the model runs {self.source.tower(index).path} more than once")
             if any(isinstance(v, torch.Tensor) and v.requires_grad for v in (*args[1:], *kwargs.values())):
-                raise self._unsupported("towers read each other's outputs inside their layers")
+                raise self._unsupported("its layers take outputs of other towers")
             if index in self._starts:
                 entries.append(hidden)
-            taker = takers.setdefault(self.source.span(index).start, _Taker(hidden))
-            like = taker.first
+            tower = formats.setdefault(self.source.span(index).start, _OutputFormat(hidden))
+            like = tower.first
             if self.source.tower(index).name == PROJECTOR:  # the only layer that changes the shape
                 with self.source.layer(index, self.device, self.dtype) as layer, torch.no_grad():
                     like = type(layer).forward(layer, *args, **kwargs)
             leaves[index] = torch.zeros_like(like).requires_grad_()
-            return taker.give(leaves[index], hidden)
+            return tower.wrap(leaves[index], hidden)
 
         head: Any = self.source.model.get_output_embeddings()
-        if head is not None:  # not loaded, and it would only multiply
+        if head is not None:  # it is not loaded
             head.forward = lambda x: x
         number = max(range(len(self.batches)), key=lambda i: len(self.batches[i]))
         try:
@@ -289,6 +329,6 @@ class LayerStream:
             if head is not None:
                 del head.forward
         results = [output.logits] if "logits" in output else [output.text_embeds, output.image_embeds]
-        wanted = [value.float().sum() for value in (*results, *entries) if value.requires_grad]
-        torch.autograd.backward(wanted)
+        sums = [value.float().sum() for value in (*results, *entries) if value.requires_grad]
+        torch.autograd.backward(sums)
         return {index for index, leaf in leaves.items() if leaf.grad is not None}

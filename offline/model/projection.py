@@ -1,24 +1,24 @@
-"""Dense linear layers that may be factored, one by one and as the set that a run works on."""
+"""A projection, which is a dense linear layer that can be factored, and the set of projections of one run."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 
 from pgsvd_vllm.offline.model.towers import LANGUAGE, PROJECTOR
 
-# In place of a tower's name.
+# The LM head belongs to no tower: this takes the place of its tower's name.
 LM_HEAD = "lm_head"
 
 
 @dataclass(frozen=True)
 class Projection:
-    """A dense linear layer that may be factored.
+    """A dense linear layer that can be factored.
 
     Attributes:
         name: module name in the checkpoint, without `.weight`.
         out_features, in_features: shape of its weight.
-        module: its module path in the model, where transformers has another one than the checkpoint.
-        tower: name of the tower it belongs to.
-        reach: expected share of the tokens that run it: below 1 for a routed MoE expert.
+        module: its module path in the transformers model if that differs from `name`, else empty.
+        tower: name of the tower that it belongs to.
+        reach: expected share of the tower's tokens that it sees; below 1 for a routed MoE expert.
     """
 
     name: str
@@ -30,17 +30,17 @@ class Projection:
 
     @property
     def path(self) -> str:
-        """Its module path in the model."""
+        """Its module path in the transformers model."""
         return self.module or self.name
 
     @property
     def numel(self) -> int:
-        """Parameters of its weight."""
+        """Parameters of its dense weight."""
         return self.out_features * self.in_features
 
     @property
     def may_lack_tokens(self) -> bool:
-        """Whether it may see fewer tokens than it has inputs, and then stays dense: an expert, or the projector."""
+        """Whether it may see fewer tokens than it has inputs and then stays dense: a MoE expert or the projector."""
         return self.reach < 1 or self.tower == PROJECTOR
 
 
@@ -49,10 +49,10 @@ class ProjectionSet:
     """The projections of one run, by layer.
 
     Attributes:
-        layers: the projections to factor, one list for each layer of the model; may be empty lists.
-        ignored: projections that the user keeps dense; they count as kept.
-        unused: projections of layers whose outputs nothing uses or which the calibration data does not reach.
-        lm_head: the LM head, if it is to be factored.
+        layers: the projections to factor, one list for each layer of the model; lists may be empty.
+        ignored: projections that stay dense and count as kept: the user ignores them, or too few tokens reach them.
+        unused: projections of layers whose outputs the model ignores or which the calibration data does not reach.
+        lm_head: the LM head if it is compressed as well, else None.
     """
 
     layers: list[list[Projection]]
@@ -81,16 +81,16 @@ class ProjectionSet:
         return sum(p.numel for p in self.ignored)
 
     def of_tower(self, tower: str) -> "ProjectionSet":
-        """The part of the set that belongs to one tower, without the LM head."""
+        """The projections of one tower, without unused ones and the LM head."""
         layers = [[p for p in row if p.tower == tower] for row in self.layers]
         return ProjectionSet(layers, [p for p in self.ignored if p.tower == tower])
 
     def kept_dense(self, left_out: Collection[Projection]) -> "ProjectionSet":
-        """The set with some projections moved to the ignored ones."""
+        """The set with the projections in `left_out` moved to the ignored ones."""
         layers = [[p for p in row if p not in left_out] for row in self.layers]
         return replace(self, layers=layers, ignored=[*self.ignored, *left_out])
 
 
 def widest(projections: Sequence[Projection]) -> Projection | None:
-    """The projection with the most inputs; None of an empty sequence."""
+    """The projection with the most inputs; None for an empty sequence."""
     return max(projections, key=lambda p: p.in_features, default=None)

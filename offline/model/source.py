@@ -1,4 +1,4 @@
-"""The model to compress: its skeleton, its towers, and its weights one layer at a time."""
+"""The dense model on disk: its skeleton, its towers, and its weights one layer at a time."""
 
 import itertools
 import logging
@@ -31,8 +31,8 @@ from pgsvd_vllm.hf.transformers_compat import (
 from pgsvd_vllm.offline.model.towers import LANGUAGE, Tower, find_towers
 from pgsvd_vllm.offline.model.weights import StoredWeights, find_tensors
 
-# What is compressed: models that generate text, from text alone or from images too, and the dual encoders that vLLM
-# serves.
+# Class names of supported models -> the auto class that loads them: language models, vision-language models, and the
+# dual encoders that vLLM serves.
 KINDS = (
     (CAUSAL_LM_CLASSES, AutoModelForCausalLM),
     (IMAGE_TEXT_TO_TEXT_CLASSES, AutoModelForImageTextToText),
@@ -46,20 +46,20 @@ class ModelSource:
     Args:
         folder: a Hugging Face model folder with safetensors weights.
         trust_remote_code: run modelling code that comes with the model.
-        experts: make linear layers of the MoE experts, so that they can be factored as well.
+        experts: replace stacked MoE experts by linear layers, so that they can be factored.
 
     Attributes:
         weights: the stored tensors.
-        towers: its lists of layers, in the order in which they can run.
+        towers: its lists of layers, in the order in which they run.
         layers: the layers of all towers, one tower after the other.
-        spans: their indexes, a range for each tower.
-        paths: their module paths, such as `model.layers.0`.
-        model: the skeleton; its parameters are on the meta device unless materialised.
-        could_unstack: whether the model has MoE experts that the checkpoint stores one by one.
-        unstacks_experts: whether these are linear layers here.
+        spans: the layer indexes of each tower, one range per tower.
+        paths: the module path of each layer, such as `model.layers.0`.
+        model: the skeleton; its parameters are on the meta device until they are loaded.
+        could_unstack: whether the checkpoint stores the MoE experts one by one.
+        unstacks_experts: whether the MoE experts are linear layers in `model`.
 
     Raises:
-        InputError: the model cannot be compressed.
+        InputError: the architecture is not supported, or the model is already quantized.
         CheckpointError: a file is missing or damaged.
     """
 
@@ -80,7 +80,7 @@ class ModelSource:
         if experts and not self.unstacks_experts:
             raise InputError(
                 f"`include` experts: {folder} has no MoE whose checkpoint stores expert by expert a gate, an up "
-                "and a down projection; leave it out"
+                "and a down projection; omit it"
             )
         self.weights = StoredWeights(folder, tensors, self.model, transposed)
         self.towers: list[Tower] = find_towers(self.model)
@@ -99,11 +99,11 @@ class ModelSource:
 
     @property
     def is_dual_encoder(self) -> bool:
-        """Whether the model compares images with texts, and generates nothing (CLIP, SigLIP)."""
+        """Whether it is a dual encoder, which embeds images and texts and generates nothing (CLIP, SigLIP)."""
         return self.auto_class is AutoModelForZeroShotImageClassification
 
     def is_tied(self, name: str) -> bool:
-        """Whether a tensor of the model is another one's alias, such as a tied LM head's weight."""
+        """Whether a tensor of the model is an alias of another one, such as the weight of a tied LM head."""
         return name in tied_weights(self.model)
 
     def tower(self, index: int) -> Tower:
@@ -111,17 +111,17 @@ class ModelSource:
         return next(tower for tower, span in zip(self.towers, self.spans, strict=True) if index in span)
 
     def span(self, index: int) -> range:
-        """The indexes of all layers of that tower."""
+        """The indexes of all layers of the tower that layer `index` belongs to."""
         return next(span for span in self.spans if index in span)
 
     @property
     def placeholders(self) -> set[int]:
-        """The ids of tokens that stand where an image goes in."""
+        """The ids of placeholder tokens for images and videos."""
         names = ("image_token_id", "image_token_index", "video_token_id")
         return {token for name in names if (token := getattr(self.config, name, None)) is not None}
 
     def _kind(self) -> Any:
-        """The class of transformers that loads the model; raises InputError where it cannot be compressed."""
+        """The auto class of transformers that loads the model; raises InputError if it cannot be compressed."""
         config = self.config_json
         section = config.get("quantization_config")
         if section is not None:
@@ -135,33 +135,37 @@ class ModelSource:
         if "auto_map" in config:
             return AutoModelForCausalLM
         raise InputError(
-            f"{self.folder}/config.json: architecture {', '.join(architectures) or 'missing'} is not a causal "
-            "language model of transformers, with or without images, nor CLIP or SigLIP; only those can be compressed"
+            f"{self.folder}/config.json: architecture {', '.join(architectures) or 'missing'} is not supported; "
+            "supported are causal language models and vision-language models of transformers, CLIP and SigLIP"
         )
 
     @property
     def weight_dtype(self) -> torch.dtype:
-        """The dtype that config.json names, float32 if none."""
+        """The dtype that config.json names; float32 if it names none."""
         name = self.config_json.get("dtype") or self.config_json.get("torch_dtype") or "float32"
         return getattr(torch, str(name).removeprefix("torch."), torch.float32)
 
     @property
     def vocabulary(self) -> int:
         """Rows of the input embeddings."""
-        if self.is_dual_encoder:  # those models do not tell which of their embeddings are of words
+        if self.is_dual_encoder:  # transformers returns no input embeddings for these models
             return int(self.config.get_text_config().vocab_size)
         embeddings: Any = self.model.get_input_embeddings()
         return embeddings.weight.shape[0]
 
     @property
     def lm_head_numel(self) -> int:
-        """Parameters of an LM head that is not tied to the embeddings; 0 without one."""
+        """Parameters of an LM head that is not tied to the embeddings; 0 if there is none."""
         head: Any = self.model.get_output_embeddings()
         path = next((name for name, module in self.model.named_modules() if module is head), "")
         return 0 if head is None or self.is_tied(f"{path}.weight") else head.weight.numel()
 
     def other_numel(self, known: set[str]) -> int:
-        """Parameters of matrices inside the layers that are none of the `known` weights, such as stacked experts."""
+        """Parameters of matrices inside the layers that are not in `known`, such as routers and stacked MoE experts.
+
+        Args:
+            known: parameter names.
+        """
         layers = zip(self.paths, self.layers, strict=True)
         named = (pair for path, layer in layers for pair in layer.named_parameters(prefix=path))
         return sum(parameter.numel() for name, parameter in named if parameter.dim() > 1 and name not in known)
@@ -172,7 +176,11 @@ class ModelSource:
         module.to(device)
 
     def load_outer(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Materialise everything outside the layers but the LM head; does nothing where that was done before."""
+        """Load every parameter outside the layers except the LM head; does nothing if they are loaded already.
+
+        Raises:
+            InputError: a tensor is missing, has the wrong shape, or is not finite.
+        """
         if self._outer == (device, dtype):
             return
         self._outer = device, dtype
@@ -191,7 +199,7 @@ class ModelSource:
             _set(self.model, name, buffer.to(device))
 
     def load_lm_head(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Materialise the LM head, which `load_outer` leaves out, where there is one."""
+        """Load the LM head, if there is one; raises InputError as `load_outer`, which leaves it out."""
         head: Any = self.model.get_output_embeddings()
         if head is None:
             return
@@ -206,7 +214,11 @@ class ModelSource:
 
     @contextmanager
     def layer(self, index: int, device: torch.device, dtype: torch.dtype) -> Iterator[nn.Module]:
-        """Layer `index` with its weights on `device` in `dtype`; they are freed on leaving."""
+        """Layer `index` with its weights on `device` in `dtype`; they are freed at the end of the context.
+
+        Raises:
+            InputError: a tensor is missing, has the wrong shape, or is not finite.
+        """
         layer = self.layers[index]
         self._load(layer, f"{self.paths[index]}.", device, dtype)
         try:
@@ -217,7 +229,7 @@ class ModelSource:
 
 
 def _use_linear(model: nn.Module) -> set[str]:
-    """Put nn.Linear in place of GPT-2's transposed layers; the names of their weights."""
+    """Replace GPT-2's transposed layers by nn.Linear; returns the names of their weights."""
     transposed = set()
     for name, module in list(model.named_modules()):
         if isinstance(module, Conv1D):

@@ -1,6 +1,6 @@
-"""A model's towers: its lists of layers that run one after the other, such as a vision encoder and a language model.
+"""Finds the towers of a model: lists of layers that run in sequence, such as a vision encoder or a language model.
 
-What makes the language model's embeddings of what the vision encoder puts out is a tower of one layer: the projector.
+The projector maps the vision encoder's outputs to embeddings of the language model; it is a tower of one layer.
 """
 
 from collections.abc import Iterator
@@ -17,12 +17,12 @@ PROJECTOR = "projector"
 
 @dataclass(frozen=True)
 class Tower:
-    """A list of layers, each of which reads what the one before it puts out.
+    """A list of layers, each of which takes the hidden states of the layer before it.
 
     Attributes:
-        name: `language`, `projector`, or what the configuration calls its part of the model, such as `vision`.
+        name: `language`, `projector`, or the name of this part in the configuration, such as `vision`.
         path: module path of the list, such as `model.layers`, or of the projector.
-        layers: the list's, or the projector alone.
+        layers: the layers of the list, or the projector alone.
     """
 
     name: str
@@ -36,10 +36,10 @@ class Tower:
 
 
 def find_towers(model: PreTrainedModel) -> list[Tower]:
-    """The towers of a model, the language model last; only that one where nothing but text is read.
+    """The towers of a model, the language model last; a language model has no others.
 
-    Which lists they are follows from their content: layers of one class with linear layers in them, in no other such
-    list. Of several that belong to one part of the configuration the one with the most weights counts.
+    A tower is an outermost list of layers of one class that contain linear layers. If several lists belong to one part
+    of the configuration, the one with the most weights is its tower.
     """
     found: dict[str, tuple[int, Tower]] = {}
     for path, layers in _outermost(model):
@@ -55,7 +55,7 @@ def find_towers(model: PreTrainedModel) -> list[Tower]:
 
 
 def _projector(model: PreTrainedModel, towers: list[str]) -> Tower | None:
-    """The last module with linear layers before the language model that is no part of a tower, nor has one."""
+    """The last module with linear layers before the language model, outside all towers; None for other model types."""
     if len(towers) < 2 or model.config.model_type not in SERVED_PROJECTORS:
         return None
     text = type(model.config.get_text_config())
@@ -71,6 +71,7 @@ def _projector(model: PreTrainedModel, towers: list[str]) -> Tower | None:
 
 
 def _outermost(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
+    """Path and list of every list of equal layers with linear layers that lies in no other such list."""
     known: list[str] = []
     for path, module in model.named_modules():
         if not isinstance(module, nn.ModuleList) or any(path.startswith(f"{other}.") for other in known):
@@ -81,7 +82,7 @@ def _outermost(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
 
 
 def _part(model: PreTrainedModel, path: str) -> str:
-    """The part of the configuration that the nearest model around a module is made from."""
+    """The part of the configuration, such as `vision`, that describes the innermost model around a module."""
     parts = {type(getattr(model.config, key)): key for key in model.config.sub_configs}
     while path:
         path = path.rpartition(".")[0]

@@ -1,4 +1,4 @@
-"""The stored weights of a model: where each tensor lies, and its data under the model's own names."""
+"""The stored weights of a model: the file of each tensor, and its data under the model's own names."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ def find_tensors(folder: Path) -> dict[str, TensorInfo]:
     """The headers of a model folder's safetensors files.
 
     Raises:
-        InputError: there are none.
+        InputError: the folder has no safetensors files.
         CheckpointError: a file is missing or damaged.
     """
     if (folder / INDEX_FILE).is_file():
@@ -27,18 +27,18 @@ def find_tensors(folder: Path) -> dict[str, TensorInfo]:
         return read_headers(folder / SINGLE_FILE)
     raise InputError(
         f"{folder}: no {SINGLE_FILE} or {INDEX_FILE}; other weight formats (such as .bin) are not "
-        "read: load the model in transformers and save_pretrained it"
+        "supported: load the model in transformers and save_pretrained it"
     )
 
 
 class StoredWeights:
-    """Reads a checkpoint's tensors as the model's.
+    """Reads tensors of a model, under its own names, from a checkpoint that may rename, stack or transpose them.
 
     Args:
         folder: of the model.
-        tensors: its headers, by the checkpoint's names.
+        tensors: the checkpoint's tensor names -> headers.
         model: the skeleton, on the meta device.
-        transposed: the model's names of weights that are stored transposed (GPT-2).
+        transposed: names in the model of weights that the checkpoint stores transposed (GPT-2).
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class StoredWeights:
         return sum(info.numel for info in self.tensors.values())
 
     def header(self, name: str) -> TensorInfo:
-        """Where a tensor of the model lies; raises InputError where it is missing."""
+        """The header of a tensor of the model; raises InputError if it is missing."""
         return self.tensors[self._stored(name).names[0]]
 
     def _stored(self, name: str) -> StoredTensor:
@@ -63,28 +63,28 @@ class StoredWeights:
         return stored
 
     def stored_as(self, name: str) -> tuple[str, ...]:
-        """The checkpoint's tensors that a tensor of the model is made of; raises InputError where it is missing."""
+        """The names of the checkpoint's tensors that form a tensor of the model; raises InputError if it is missing."""
         return self._stored(name).names
 
     def tensor(self, name: str) -> torch.Tensor:
-        """One tensor of the model, checked to be finite.
+        """One tensor of the model on the CPU, in its stored dtype, checked to be finite.
 
         Raises:
             InputError: it is missing, or holds NaN or infinity; names the tensor and the file.
         """
         stored = self._stored(name)
         try:
-            made = stored.made(name, self.read, self.model)
+            loaded = stored.load(name, self.read, self.model)
         except (LookupError, RuntimeError, TypeError, ValueError) as error:
             if isinstance(error, InputError):
                 raise
             raise InputError(
-                f"{self.folder}: tensor {name} cannot be made of {', '.join(stored.names[:2])}, ...: {error}"
+                f"{self.folder}: tensor {name} cannot be made from {', '.join(stored.names[:2])}, ...: {error}"
             ) from None
-        return made.T.contiguous() if name in self.transposed else made
+        return loaded.T.contiguous() if name in self.transposed else loaded
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor as the checkpoint has it, checked to be finite.
+        """One tensor of the checkpoint as stored, on the CPU, checked to be finite.
 
         Raises:
             InputError: it holds NaN or infinity; names the tensor and the file.
@@ -97,7 +97,11 @@ class StoredWeights:
         return tensor
 
     def shaped(self, name: str, shape: torch.Size) -> torch.Tensor:
-        """One tensor of the model, which must have a shape; raises InputError as `tensor`, and for other shapes."""
+        """One tensor of the model, which must have the given shape.
+
+        Raises:
+            InputError: as of `tensor`, or the tensor has another shape.
+        """
         if self._stored(name).converter is None:
             self.check_shape(name, shape)
         tensor = self.tensor(name)
@@ -108,7 +112,7 @@ class StoredWeights:
         return tensor
 
     def check_shape(self, name: str, shape: torch.Size) -> None:
-        """Refuse a tensor of another shape by its header alone; raises InputError."""
+        """Check a tensor's shape by its header alone; raises InputError if it differs."""
         found = self.header(name).shape
         if (found[::-1] if name in self.transposed else found) != tuple(shape):
             raise InputError(f"{self.folder}: tensor {name} has shape {found}, the architecture needs {tuple(shape)}")

@@ -1,4 +1,4 @@
-"""Writes the compressed checkpoint: factors, dense tensors, and the files that belong to the model."""
+"""Writes the compressed checkpoint: factors, dense tensors, and the model's other files."""
 
 import shutil
 from pathlib import Path
@@ -11,6 +11,7 @@ from pgsvd_vllm.offline.planning.plan import Plan
 from pgsvd_vllm.offline.records import ModuleReport
 from pgsvd_vllm.offline.run_state import RunState
 
+# Files of the dense model that the checkpoint gets as they are, and those that it writes itself.
 COPIED_SUFFIXES = {".json", ".jinja", ".txt", ".model", ".tiktoken"}
 COPIED_FOLDERS = ("additional_chat_templates",)
 NOT_COPIED = {"config.json", "model.safetensors.index.json", "README.md"}
@@ -18,15 +19,16 @@ REMOTE_CODE_SUFFIX = ".py"
 
 
 def write_checkpoint(plan: Plan, state: RunState, choice: Choice) -> CompressResult:
-    """Write the factors and everything else into the state's checkpoint folder, and describe the result.
+    """Write the checkpoint into the state's checkpoint folder and validate it.
 
     Args:
         plan: of the run.
         state: with the factors of every layer.
-        choice: the ranks, and the LM head.
+        choice: the ranks and the LM head.
 
     Raises:
-        CheckpointError: what was written is no valid checkpoint.
+        InputError: a tensor of the dense model is not finite, or a file of the state is damaged.
+        CheckpointError: the written checkpoint is not valid.
     """
     folder = state.begin_checkpoint()
     writer = TensorWriter(folder)
@@ -74,7 +76,7 @@ def copy_companions(model: Path, folder: Path, trust_remote_code: bool) -> None:
     Args:
         model: the dense model's folder.
         folder: of the checkpoint.
-        trust_remote_code: copy the modelling code that config.json refers to as well.
+        trust_remote_code: copy the modelling code of config.json's `auto_map` as well.
     """
     suffixes = COPIED_SUFFIXES | ({REMOTE_CODE_SUFFIX} if trust_remote_code else set())
     for path in sorted(model.iterdir()):

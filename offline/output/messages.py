@@ -1,4 +1,4 @@
-"""The lines in which a run says what it does."""
+"""The progress lines of a run."""
 
 import math
 
@@ -12,7 +12,7 @@ from pgsvd_vllm.offline.settings import FORWARD, MEASURED, RunSettings
 
 
 def describe(plan: Plan) -> str:
-    """One paragraph: the model, what is factored, the calibration data, the device."""
+    """The lines that describe a run before it starts: model, projections, calibration data, device and dtype."""
     projections, settings = plan.projections, plan.settings
     sizes = {tower: sum(p.numel for p in projections.flat if p.tower == tower) for tower in projections.towers}
     parts = ", ".join(f"{tower} {size / 1e6:.1f} M" for tower, size in sizes.items())
@@ -26,55 +26,57 @@ def describe(plan: Plan) -> str:
 
 
 def _dense_line(plan: Plan) -> str:
-    """What stays dense before any rank is chosen, and why."""
+    """The parameters that stay dense before any rank is chosen, and the reason."""
     projections, source = plan.projections, plan.source
     line = f", {projections.ignored_numel / 1e6:.1f} M more ignored" if projections.ignored else ""
     known = {f"{p.path}.weight" for p in (*projections.flat, *projections.ignored, *projections.unused)}
     others = source.other_numel(known)
     if others:
-        such = "routers" if source.unstacks_experts else "experts"
-        line += f"; {others / 1e6:.1f} M in other matrices of the layers, such as {such}, stay dense"
+        kind = "routers" if source.unstacks_experts else "MoE experts"
+        line += f"; {others / 1e6:.1f} M in other matrices of the layers, such as {kind}, stay dense"
         if not source.unstacks_experts and source.could_unstack:
-            line += " (`include` experts factors them)"
+            line += " (`include` experts factors MoE experts)"
     if projections.unused:
         towers = " and ".join(sorted({p.tower for p in projections.unused}))
-        reason = "layers whose outputs nothing uses" if plan.data.pairs else "no images in the calibration data"
+        reason = "the model ignores their layers' outputs" if plan.data.pairs else "no images in the calibration data"
         line += f"; {sum(p.numel for p in projections.unused) / 1e6:.1f} M of the {towers} model stay dense ({reason})"
     return line
 
 
 def _coverage_line(plan: Plan) -> str:
-    """What to do where the average MoE expert will see too few tokens; empty where it sees enough."""
+    """A warning if the average MoE expert will see fewer tokens than it has inputs; else empty."""
     tokens = plan.data.tokens
     short = [p for p in plan.projections.flat if p.reach < 1 and tokens * p.reach < p.in_features]
     if not short:
         return ""
     needed = max(p.in_features / p.reach for p in short) / tokens
     return (
-        f"\nWARNING: an expert sees about {tokens * short[0].reach:.0f} tokens, and to be compressed needs as "
+        f"\nWARNING: a MoE expert sees about {tokens * short[0].reach:.0f} tokens; it is compressed only if it sees as "
         f"many as it has inputs, up to {max(p.in_features for p in short)}; `num_calibration_samples` "
-        f"{math.ceil(2 * needed * plan.data.samples)} would do for most"
+        f"{math.ceil(2 * needed * plan.data.samples)} suffices for most"
     )
 
 
-def _data_line(data: CalibrationSet, asked: int | None) -> str:
-    """How much calibration data, and where it comes from."""
+def _data_line(data: CalibrationSet, requested: int | None) -> str:
+    """The amount of calibration data and the names of its data sets."""
     ids, parts = data.windows.ids, []
     if data.pairs is not None:
         parts.append(f"{data.pairs.count} images with texts from {data.pairs.name}")
     if len(ids):
-        wanted = asked or WINDOWS
-        short = f" (the text has no more; {wanted} asked for)" if not parts and len(ids) < wanted else ""
+        count = requested or WINDOWS
+        short = f" (the text has no more; {count} requested)" if not parts and len(ids) < count else ""
         parts.append(f"{len(ids)} windows{short} of {ids.shape[1]} tokens from {data.windows.name}")
     return " and ".join(parts)
 
 
 def ranks_line(plan: Plan, allocation: Allocation) -> str:
-    """How many projections are factored, and by what rule."""
+    """The number of factored projections, the rule of their ranks, and the removed shares."""
     latency = ""
-    if plan.latencies is not None and allocation.time is not None:
+    if plan.latencies is not None and allocation.latency_removed is not None:
         tokens = f"{plan.latencies.tokens} token" + ("s" if plan.latencies.tokens > 1 else "")
-        latency = f", {allocation.time:.1%} of their latency for {tokens} (measured on {plan.latencies.machine})"
+        latency = (
+            f", {allocation.latency_removed:.1%} of their latency for {tokens} (measured on {plan.latencies.machine})"
+        )
     return (
         f"ranks by {rank_rule(plan.settings, allocation)}: {len(allocation.ranks)} of {len(plan.projections.flat)} "
         f"projections factored, {allocation.removed:.1%} of their parameters removed{latency}"
@@ -82,22 +84,22 @@ def ranks_line(plan: Plan, allocation: Allocation) -> str:
 
 
 def lm_head_line(settings: RunSettings, report: ModuleReport) -> str:
-    """What became of the LM head."""
-    wanted = f"with a relative error of {settings.head_tolerance}"
+    """The rank of the LM head, or why it stays dense."""
+    condition = f"with a relative error of {settings.head_tolerance}"
     if report.rank is None:
-        return f"LM head stays dense: factors {wanted} would be larger; a larger `head_tolerance` may help"
+        return f"LM head stays dense: factors {condition} would be larger; a larger `head_tolerance` may help"
     removed = 1 - report.rank * (report.out_features + report.in_features) / (report.out_features * report.in_features)
-    return f"LM head: rank {report.rank} of {report.in_features} {wanted}, {removed:.1%} of its parameters removed"
+    return f"LM head: rank {report.rank} of {report.in_features} {condition}, {removed:.1%} of its parameters removed"
 
 
 def rank_rule(settings: RunSettings, allocation: Allocation) -> str:
-    """The rule that the ranks follow from."""
+    """The rule that determines the ranks."""
     if settings.baseline is not None:
         return f"one ratio for every projection, method {settings.baseline}"
     if not allocation.tolerances:
         if settings.sensitivity == FORWARD:
-            return f"responses of the residual stream ({allocation.loss:.4f} of its energy predicted)"
-        return f"measured losses ({allocation.loss:.3f} nats a token predicted)"
+            return f"noise responses of the residual stream (a change by {allocation.loss:.4f} of its energy predicted)"
+        return f"measured losses ({allocation.loss:.3f} nats per token predicted)"
     if len(allocation.tolerances) == 1:
         return f"one relative output error for every projection, {next(iter(allocation.tolerances.values())):.4f}"
     each = ", ".join(f"{tower} {tolerance:.4f}" for tower, tolerance in allocation.tolerances.items())
@@ -105,7 +107,7 @@ def rank_rule(settings: RunSettings, allocation: Allocation) -> str:
 
 
 def front_line(settings: RunSettings, front: LossFront) -> str:
-    """The predicted loss of other sizes."""
-    what = "loss" if settings.sensitivity == MEASURED else "relative error of the residual stream"
-    share = "removed share of the latency" if front.by_time else "removed share"
-    return f"predicted {what} by {share}: " + ", ".join(f"{r:.0%} {x:.4f}" for r, x in front.summary(0.1))
+    """The predicted loss at every tenth of the removed share."""
+    quantity = "loss" if settings.sensitivity == MEASURED else "relative error of the residual stream"
+    share = "removed share of the latency" if front.by_latency else "removed share"
+    return f"predicted {quantity} by {share}: " + ", ".join(f"{r:.0%} {x:.4f}" for r, x in front.summary(0.1))

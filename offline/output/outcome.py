@@ -1,4 +1,4 @@
-"""What a run has decided and measured, for its checkpoint, report and model card."""
+"""The outcome of a run: its ranks, and the checkpoint that was written."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,13 +10,13 @@ from pgsvd_vllm.offline.records import LMHeadFactors, ModuleReport
 
 @dataclass(frozen=True)
 class Choice:
-    """The ranks of a run and what they follow from.
+    """The ranks of a run and the data behind them.
 
     Attributes:
         allocation: tolerances and ranks.
-        front: of size, or latency, and predicted loss; None where sensitivities are taken as equal.
-        tokens: projection of a MoE expert or projector -> calibration tokens that reached it.
-        lm_head: the factored LM head, or its report where it stays dense; None where it was not asked for.
+        front: of size, or GEMM latency, and predicted loss; None if sensitivities are assumed equal.
+        tokens: projection of a MoE expert or projector -> calibration tokens that reach it.
+        lm_head: the factored LM head, without tensors if it stays dense; None if it is not compressed.
     """
 
     allocation: Allocation
@@ -27,15 +27,16 @@ class Choice:
 
 @dataclass(frozen=True)
 class CompressResult:
-    """What was written.
+    """The written checkpoint.
 
     Attributes:
-        output: the folder.
+        output: its folder.
         choice: the ranks.
         modules: one row for each projection, factored or dense.
-        parameters_before, parameters_after: of the whole model.
-        tensors: written.
-        is_dual_encoder: whether the model compares images with texts, and is served to embed them.
+        parameters_before: of the whole dense model.
+        parameters_after: of the whole checkpoint.
+        tensors: number of written tensors.
+        is_dual_encoder: whether the model is a dual encoder, which vLLM serves with the pooling runner.
     """
 
     output: Path
@@ -48,6 +49,6 @@ class CompressResult:
 
     @property
     def ratios(self) -> dict[str, float]:
-        """Share of parameters removed: of the projections, and of the whole model."""
+        """Removed shares of the parameters, 0 to 1: `linear` of the projections, `total` of the whole model."""
         total = 1 - self.parameters_after / self.parameters_before
         return {"linear": round(self.choice.allocation.removed, 6), "total": round(total, 6)}

@@ -1,4 +1,4 @@
-"""The checkpoint's own description: config.json's section, the per-module report, the model card."""
+"""Writes the description of a checkpoint: config.json, the per-module report and the model card."""
 
 import json
 from dataclasses import asdict
@@ -17,7 +17,7 @@ METHOD = "pgsvd"
 
 
 def write_config(folder: Path, plan: Plan, result: CompressResult) -> None:
-    """config.json: the base model's, with the module table."""
+    """Write config.json: that of the base model with the module table (see `format.schema`)."""
     settings, allocation, head = plan.settings, result.choice.allocation, result.choice.lm_head
     table = {name: {"rank": rank, "form": settings.form} for name, rank in allocation.ranks.items()}
     factored_head = head is not None and bool(head.tensors)
@@ -41,7 +41,7 @@ def write_config(folder: Path, plan: Plan, result: CompressResult) -> None:
         "refine_minutes": settings.refine_minutes,
         "tolerance": allocation.tolerances,
         "ratio": result.ratios,
-        "time_removed": None if allocation.time is None else round(allocation.time, 6),
+        "time_removed": None if allocation.latency_removed is None else round(allocation.latency_removed, 6),
         "base_model": public_name(plan.options.model),
         "base_revision": _revision(plan.source.folder),
         "calibration": {"name": data_name(plan), "tokens": plan.data.tokens, "sha256": plan.data.sha256},
@@ -52,23 +52,24 @@ def write_config(folder: Path, plan: Plan, result: CompressResult) -> None:
 
 
 def data_name(plan: Plan) -> str:
-    """The calibration sets by name; files and folders without the path to them."""
+    """The names of the calibration data sets; files and folders without their path."""
     return " + ".join(public_name(part) for part in plan.data.name.split(" + "))
 
 
 def _revision(folder: Path) -> str | None:
-    """The commit of a hub snapshot folder."""
+    """The commit of a snapshot folder in a hub cache; None for other folders."""
     return folder.name if folder.parent.name == "snapshots" else None
 
 
 def write_report(folder: Path, plan: Plan, result: CompressResult) -> None:
-    """The per-module report, with the front of sizes and predicted losses where it was measured.
+    """Write the per-module report and, if sensitivities were measured, the Pareto front.
 
-    The front's second number is `loss_nats`, nats a token, where gradients were measured, and
-    `stream_error`, a share of the residual stream's energy, where forward passes alone were.
+    Each point of the front has the removed share of the parameters (`removed`) or of the GEMM latency (`time_removed`)
+    and the predicted loss: `loss_nats` in nats per token from gradients, or `stream_error` as a share of the residual
+    stream's energy from forward passes.
     """
     front = result.choice.front
-    share = "time_removed" if front is not None and front.by_time else "removed"
+    share = "time_removed" if front is not None and front.by_latency else "removed"
     predicted = "stream_error" if plan.settings.sensitivity == FORWARD else "loss_nats"
     report = {
         "modules": [asdict(module) for module in result.modules],
@@ -80,7 +81,7 @@ def write_report(folder: Path, plan: Plan, result: CompressResult) -> None:
 
 
 def write_model_card(folder: Path, plan: Plan, result: CompressResult) -> None:
-    """README.md: what the checkpoint is and how to serve it."""
+    """Write README.md, the model card: the checkpoint's origin and the command that serves it."""
     removed, base = result.ratios, public_name(plan.options.model)
     factored = sum(module.rank is not None for module in result.modules)
     pooling = " --runner pooling" if result.is_dual_encoder else ""
@@ -102,7 +103,7 @@ Serve it with vLLM and the pgsvd-vllm plugin:
     pip install pgsvd-vllm
     vllm serve DIR --load-format pgsvd{pooling}
 
-In transformers, `import pgsvd_vllm.hf` comes first; without it loading stops with an error.
+With transformers, run `import pgsvd_vllm.hf` first; otherwise loading stops with an error.
 
 | | |
 |---|---|

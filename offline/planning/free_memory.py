@@ -1,4 +1,4 @@
-"""Memory that a run can take now: the device's, or the machine's within the limits of its container."""
+"""Measures the free memory of a device, or of the machine within the limits of its container."""
 
 from pathlib import Path
 
@@ -12,14 +12,14 @@ CGROUPS = {
 
 
 def free_memory(device: torch.device, root: Path = Path("/")) -> int | None:
-    """Bytes that can be taken on a device now; None where the system does not say.
+    """Bytes that can be allocated on a device now; None if the system does not report them.
 
-    On a CPU that is the least of what the machine has available and what every control group around this process,
-    such as a container's, still allows.
+    On a CPU this is the minimum of the machine's available memory and the remaining memory of every control group of
+    this process, such as a container's.
 
     Args:
-        device: where to compute.
-        root: of the file system that holds proc and sys.
+        device: that computes.
+        root: of the file system with proc and sys.
     """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
@@ -31,6 +31,7 @@ def free_memory(device: torch.device, root: Path = Path("/")) -> int | None:
 
 
 def _available(meminfo: Path) -> int | None:
+    """Available memory of the machine in bytes; None if the file cannot be read."""
     try:
         lines = meminfo.read_text(encoding="ascii").splitlines()
     except OSError:
@@ -40,7 +41,7 @@ def _available(meminfo: Path) -> int | None:
 
 
 def _groups(root: Path) -> list[tuple[Path, int]]:
-    """The memory control groups that this process is in, innermost first, with their version."""
+    """The folder and cgroup version of every memory control group of this process, innermost first."""
     try:
         lines = (root / "proc/self/cgroup").read_text(encoding="ascii").splitlines()
     except OSError:
@@ -53,13 +54,13 @@ def _groups(root: Path) -> list[tuple[Path, int]]:
         version = 1 if controllers else 2
         mount = root / "sys/fs/cgroup" / ("memory" if controllers else "")
         folder = mount / path.lstrip("/")
-        # In a container with its own name space the path may be another one's: its own group is the mount itself.
+        # With a cgroup namespace of its own a container may lack this path; its group is then the mount itself.
         found += [(one, version) for one in (folder, *folder.parents) if one == mount or mount in one.parents]
     return found
 
 
 def _left(folder: Path, version: int) -> int | None:
-    """Bytes that a control group still allows; None without a limit."""
+    """Bytes that a control group can still allocate; None without a limit."""
     limit_file, usage_file, cache_key = CGROUPS[version]
     try:
         limit = (folder / limit_file).read_text(encoding="ascii").strip()

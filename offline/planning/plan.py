@@ -1,4 +1,4 @@
-"""What a compression will do, worked out before anything is computed or written."""
+"""The plan of a run: the checked options, the model and the calibration set, before anything is computed or written."""
 
 from dataclasses import dataclass, replace
 
@@ -20,15 +20,15 @@ from pgsvd_vllm.offline.settings import RunSettings, resolve_settings, store_dty
 
 @dataclass(frozen=True)
 class Plan:
-    """A checked request: the model is readable, the data are long enough, the output is free.
+    """A checked request: the model can be read, the calibration set is large enough, the output does not exist.
 
     Attributes:
-        options: what was asked for.
+        options: the request.
         source: the model.
-        projections: what is factored, and what stays dense.
+        projections: to factor, ignored and unused.
         data: the calibration set.
-        settings: what the options left open, resolved.
-        latencies: GEMM latencies of the serving machine, or None.
+        settings: resolved from the options.
+        latencies: GEMM latencies of the serving machine; None if ranks minimise size.
     """
 
     options: CompressOptions
@@ -40,25 +40,27 @@ class Plan:
 
     @property
     def target(self) -> RankTarget:
-        """What the ranks must reach."""
+        """The target that the ranks must reach."""
         options = self.options
         ratio = DEFAULT_RATIO if options.ratio is None and options.tolerance is None else options.ratio
         return RankTarget(ratio, options.tolerance, self.settings.form, options.baseline is not None, self.latencies)
 
     def with_projections(self, projections: ProjectionSet) -> "Plan":
-        """The same plan for other projections."""
+        """The same plan with other projections."""
         return replace(self, projections=projections)
 
     def with_sensitivity(self, sensitivity: str) -> "Plan":
-        """The same plan with sensitivities measured in another way."""
+        """The same plan with another sensitivity, `measured`, `forward` or `uniform`."""
         return replace(self, settings=replace(self.settings, sensitivity=sensitivity))
 
 
 def make_plan(options: CompressOptions) -> Plan:
-    """Check the request and read everything but the layers' weights.
+    """Check the request and read everything except the layers' weights.
+
+    A vision-language model runs one batch to find the layers that the calibration set reaches.
 
     Raises:
-        InputError: an option, the model, the tokenizer or the text cannot be used.
+        InputError: an option, the model, the tokenizer or the calibration data cannot be used.
         CheckpointError: a file of the model is missing or damaged.
     """
     check_options(options)
@@ -66,9 +68,9 @@ def make_plan(options: CompressOptions) -> Plan:
     folder = resolve_folder(options.model, options.trust_remote_code)
     source = ModelSource(folder, options.trust_remote_code, "experts" in options.include)
     if source.reads_images and options.refine is not None:
-        raise InputError(f"--refine: trains on text alone, and {options.model} reads images; leave it out")
+        raise InputError(f"--refine: trains on text only, but {options.model} takes images; omit it")
     if source.unstacks_experts and options.refine is not None:
-        raise InputError("--refine: does not train experts; leave it or --include experts out")
+        raise InputError("--refine: does not train MoE experts; omit it or --include experts")
     projections = _projections(options, source)
     compute_dtype = gemm_dtype(device, store_dtype(options) or source.weight_dtype)
     data = read_calibration_set(options, source)
@@ -87,6 +89,7 @@ def make_plan(options: CompressOptions) -> Plan:
 
 
 def _projections(options: CompressOptions, source: ModelSource) -> ProjectionSet:
+    """The projections that the options select; raises InputError for a stored dtype that cannot be kept."""
     found = find_projections(source, options.ignore)
     for p in found.flat:
         info = source.weights.header(f"{p.path}.weight")
@@ -96,24 +99,24 @@ def _projections(options: CompressOptions, source: ModelSource) -> ProjectionSet
 
 
 def _latencies(options: CompressOptions) -> LatencyTable:
-    """The latency table, which must be of the dtype that will be served."""
+    """The latency table; raises InputError if its dtype differs from the dtype to serve."""
     assert options.costs is not None
     table = read_latencies(options.costs)
-    wanted = "bfloat16" if options.dtype == "auto" else options.dtype
-    if table.dtype != wanted:
+    dtype = "bfloat16" if options.dtype == "auto" else options.dtype
+    if table.dtype != dtype:
         raise InputError(
-            f"--costs {options.costs}: times of {table.dtype}; make it with pgsvd-vllm profile --dtype {wanted}, or "
+            f"--costs {options.costs}: latencies of {table.dtype}; make it with pgsvd-vllm profile --dtype {dtype}, or "
             f"choose --dtype {table.dtype}"
         )
     return table
 
 
 def _check_data(plan: Plan) -> None:
-    """Refuse too little calibration data, and ids that the model does not have; raises InputError."""
+    """Refuse too little calibration data and token ids that the model lacks; raises InputError."""
     projections, data = plan.projections, plan.data
     if not projections.flat:
         raise InputError(
-            f"--ignore: of {plan.options.model} nothing is left to compress with this calibration data; its vision "
+            f"--ignore: nothing is left to compress in {plan.options.model} with this calibration data; its vision "
             "model needs images with texts (--dataset FOLDER)"
         )
     language = widest([p for p in projections.flat if p.tower == LANGUAGE])
@@ -126,17 +129,17 @@ def _check_data(plan: Plan) -> None:
     largest, rows = max(ids - plan.source.placeholders), plan.source.vocabulary
     if largest >= rows:
         raise InputError(
-            f"{plan.source.folder}: the tokenizer makes id {largest}, the model has {rows} embeddings; "
+            f"{plan.source.folder}: the tokenizer returns id {largest}, the model has {rows} embeddings; "
             "the tokenizer belongs to another model"
         )
 
 
 def _check_towers(plan: Plan) -> None:
-    """Refuse shares of towers that the plan does not compress; raises InputError."""
+    """Refuse a ratio or tolerance for a tower that the plan does not compress; raises InputError."""
     towers = plan.projections.towers
     for option, shares in (("--ratio", plan.options.ratio), ("--tolerance", plan.options.tolerance)):
         for tower in shares if isinstance(shares, dict) else ():
             if tower not in towers:
                 raise InputError(
-                    f"{option} {tower}=...: nothing of that name is compressed here, but {', '.join(towers)}"
+                    f"{option} {tower}=...: no such tower is compressed here; there are {', '.join(towers)}"
                 )

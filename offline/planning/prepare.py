@@ -1,4 +1,4 @@
-"""From a request to a plan that fits the machine, and the state of its run."""
+"""Makes the plan of a request that fits the machine, and opens the state of its run."""
 
 import hashlib
 import json
@@ -16,14 +16,14 @@ from pgsvd_vllm.offline.settings import FORWARD, MEASURED
 def prepare(options: CompressOptions, say: Callable[[str], None]) -> Plan:
     """The plan of a request, with every setting resolved.
 
-    A resumed run measures sensitivities as it began, whatever memory is free now.
+    A resumed run measures sensitivities as when it began, regardless of the memory that is free now.
 
     Args:
         options: the request.
-        say: called with one line where the default gives way.
+        say: called with one line if gradients do not fit in memory.
 
     Raises:
-        InputError: as of `make_plan`; also where no ranks reach the requested latency.
+        InputError: as of `make_plan`, or no ranks reach the requested latency.
         CheckpointError: a file of the model is missing or damaged.
     """
     plan = make_plan(options)
@@ -44,7 +44,7 @@ def open_state(plan: Plan) -> RunState:
 
 
 def identity(plan: Plan) -> dict[str, str]:
-    """What calibration depends on: two runs of equal identity may share it."""
+    """Name -> value of everything that calibration depends on; runs with equal values can share calibration results."""
     source = plan.source
     files = sorted({info.file for info in source.weights.tensors.values()})
     stamp = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]

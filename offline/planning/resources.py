@@ -1,4 +1,4 @@
-"""What a compression will cost, and what to do where that is too much."""
+"""Estimates memory, disk and time of a run, and changes or refuses a plan that does not fit."""
 
 import shutil
 import time
@@ -18,13 +18,19 @@ from pgsvd_vllm.offline.planning.free_memory import free_memory
 from pgsvd_vllm.offline.planning.plan import Plan
 from pgsvd_vllm.offline.settings import FORWARD, MEASURED
 
-# ALS sweeps a projection takes at the default tolerance, for the time estimate.
+# ALS sweeps per projection at the default tolerance.
 TYPICAL_SWEEPS = 12
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Resources a plan needs; bytes and seconds."""
+    """The resources that a run needs.
+
+    Attributes:
+        memory: peak memory in bytes.
+        disk: peak disk space in bytes.
+        seconds: run time.
+    """
 
     memory: int
     disk: int
@@ -32,16 +38,16 @@ class Estimate:
 
 
 def memory_bytes(plan: Plan) -> int:
-    """Peak memory of a run, in bytes, from the shapes."""
+    """Peak memory of a run in bytes, computed from shapes."""
     source, settings, rows, flat = plan.source, plan.settings, plan.projections.layers, plan.projections.flat
     tokens, hidden = _most_tokens(plan), source.config.get_text_config().hidden_size
     width = settings.compute_dtype.itemsize
     layer = max(sum(p.numel for p in row) for row in rows) * width
     embeddings = source.vocabulary * hidden * width
     widest = max(max(p.in_features, p.out_features) for p in flat)
-    # In float64, of the error-aware fit of a projection with many inputs.
+    # Elements of one Gram matrix of the error-aware fit, which holds seven in float64.
     square = max((p.in_features**2 for p in flat if p.reach == 1), default=0)
-    # The outputs of a tower stay until the model has run; those of the factored model as well.
+    # The outputs of earlier towers are kept, dense and, in the error-aware fit, factored.
     kept = sum(plan.data.tokens_of(tower.name) for tower in source.towers[:-1]) * (2 if settings.sequential else 1)
     memory = (
         layer + embeddings + tokens * hidden * width
@@ -56,16 +62,16 @@ def memory_bytes(plan: Plan) -> int:
         memory += max(sum(p.out_features**2 + p.in_features**2 for p in row) for row in rows) * 8
         memory += 3 * _activation_bytes(plan, width)
         memory += 0 if head is not None else source.lm_head_numel * width
-    walked = min(tokens, SEQUENTIAL_TOKENS) if settings.sequential else 0
-    # The factored hidden states, the dense layer's inputs of its projections, and as much in the paused runs.
-    # Nothing of experts is kept.
+    fitted = min(tokens, SEQUENTIAL_TOKENS) if settings.sequential else 0
+    # The factored hidden states, the dense inputs of the layer's projections, and as much in the paused forward passes;
+    # inputs of MoE experts are not kept.
     paused = max(sum(_gram_sizes([p for p in row if p.reach == 1])) for row in rows)
-    memory += walked * (hidden + 2 * paused) * width
+    memory += fitted * (hidden + 2 * paused) * width
     if head is not None:
-        # The matrix and its float32 logits, and blocks and square matrices in float64.
+        # The LM head, and Gram matrices and blocks of rows in float64.
         memory += head.numel * width + 6 * head.in_features**2 * 8 + HEAD_ROWS * head.in_features * 8 * 4
     if settings.refine_minutes is not None:
-        # Dense model, student, and float32 numbers with gradients and Adam's two moments.
+        # Dense model, student, and float32 parameters with gradients and Adam's two moments.
         length = plan.data.length
         memory += 2 * source.weights.numel * width + 16 * sum(p.numel for p in flat)
         memory += 2 * len(rows) * length * _features(plan) * width + 4 * length * source.vocabulary * 4
@@ -73,25 +79,26 @@ def memory_bytes(plan: Plan) -> int:
 
 
 def estimate(plan: Plan) -> Estimate:
-    """Peak memory, disk and time; the time from a short measurement of this machine's speed."""
+    """Peak memory, disk and time; the time follows from a short measurement of this machine's speed."""
     settings, rows, flat = plan.settings, plan.projections.layers, plan.projections.flat
     tokens = _most_tokens(plan)
-    walked = min(tokens, SEQUENTIAL_TOKENS) if settings.sequential else 0
+    fitted = min(tokens, SEQUENTIAL_TOKENS) if settings.sequential else 0
     dtypes = {settings.compute_dtype, torch.float32, torch.float64}
     rates = {dtype: _flops_per_second(dtype, settings.device) for dtype in dtypes}
-    # A token meets some of the experts.
-    met = sum(p.reach * p.numel for p in flat)
+    # Parameters that a token runs through; only some MoE experts are among them.
+    active = sum(p.reach * p.numel for p in flat)
     squares = sum(p.reach * n * n for row in rows for p, n in _inputs(row))
-    seconds = 2 * tokens * met / rates[settings.compute_dtype] + 2 * tokens * squares / rates[torch.float32]
+    seconds = 2 * tokens * active / rates[settings.compute_dtype] + 2 * tokens * squares / rates[torch.float32]
     if settings.sensitivity == MEASURED:
         backward = min(tokens, GRADIENT_TOKENS)
-        seconds += 4 * backward * met / rates[settings.compute_dtype]
-        both = sum(p.reach * (p.out_features**2 + p.in_features**2) for p in flat)
-        seconds += 2 * backward * both / rates[torch.float32]
+        seconds += 4 * backward * active / rates[settings.compute_dtype]
+        moments = sum(p.reach * (p.out_features**2 + p.in_features**2) for p in flat)
+        seconds += 2 * backward * moments / rates[torch.float32]
     if settings.sequential:
-        # Every layer dense and factored; of every input C', D and, unless all tokens take part, C, all but D by half.
-        seconds += 2 * 2 * walked * met / rates[settings.compute_dtype]
-        seconds += (3 if walked == tokens else 4) * walked * squares / rates[torch.float32]
+        # Every layer runs dense and factored. Every input gets D, C' and, unless all tokens take part, C; half of the
+        # symmetric C' and C is computed.
+        seconds += 2 * 2 * fitted * active / rates[settings.compute_dtype]
+        seconds += (3 if fitted == tokens else 4) * fitted * squares / rates[torch.float32]
     seconds += 60 * (settings.refine_minutes or 0)
     eigen = _eigenvector_rate(settings.device)
     for p in flat:
@@ -102,7 +109,7 @@ def estimate(plan: Plan) -> Estimate:
 
 
 def disk_bytes(plan: Plan) -> int:
-    """Peak disk in bytes: the finished layers, their inputs while gradients are measured, and the result."""
+    """Peak disk space in bytes: calibration results, layer inputs while gradients are measured, and the checkpoint."""
     rows = plan.projections.layers
     needed = sum(n * n for row in rows for n in _gram_sizes(row)) * 4
     if plan.settings.sensitivity == MEASURED:
@@ -114,18 +121,18 @@ def disk_bytes(plan: Plan) -> int:
 
 
 def _most_tokens(plan: Plan) -> int:
-    """Tokens of the tower that has most to run."""
+    """Tokens of the tower with the most tokens."""
     return max(plan.data.tokens_of(tower.name) for tower in plan.source.towers)
 
 
 def fit_into_memory(plan: Plan, say: Callable[[str], None]) -> Plan:
-    """The plan, or one whose sensitivities come from forward passes alone where gradients do not fit.
+    """The plan, or one with sensitivities from forward passes alone if gradients do not fit in memory.
 
-    Only the default gives way: what was asked for is tried.
+    Only the default changes; a sensitivity that the user requested is kept.
 
     Args:
-        plan: the request.
-        say: called with one line where it gives way.
+        plan: to fit.
+        say: called with one line if the plan changes.
     """
     free = free_memory(plan.settings.device)
     if free is None or plan.options.sensitivity is not None or plan.settings.sensitivity != MEASURED:
@@ -135,24 +142,24 @@ def fit_into_memory(plan: Plan, say: Callable[[str], None]) -> Plan:
         return plan
     say(
         f"measuring loss gradients needs about {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free: "
-        "sensitivities come from forward passes alone, which is cruder (`sensitivity` measured tries all the same)"
+        "sensitivities come from forward passes alone, which is less accurate (`sensitivity` measured forces gradients)"
     )
     return plan.with_sensitivity(FORWARD)
 
 
 def _activation_bytes(plan: Plan, width: int) -> int:
-    """The widest activations of one batch: logits of a window, or a layer's intermediate values."""
+    """Bytes of the largest activations of one batch: the logits of a window, or the activations inside a layer."""
     batch = min(TOKENS_PER_BATCH, _most_tokens(plan))
     return max(plan.data.length * plan.source.vocabulary * 4, batch * _features(plan) * width)
 
 
 def _features(plan: Plan) -> int:
-    """Inputs and outputs of the widest layer's projections, numbers a token, which meets some of the experts."""
+    """Elements per token of the inputs and outputs of the widest layer; MoE experts count by their reach."""
     return max(round(sum(p.reach * (p.out_features + p.in_features) for p in row)) for row in plan.projections.layers)
 
 
 def _inputs(row: list[Projection]) -> list[tuple[Projection, int]]:
-    """The distinct inputs of a layer, with their sizes, taking neighbours of equal width to share one."""
+    """The distinct inputs of a layer with their sizes; neighbouring projections of equal size share one."""
     found: list[tuple[Projection, int]] = []
     for p in row:
         if not found or found[-1][1] != p.in_features:
@@ -161,21 +168,23 @@ def _inputs(row: list[Projection]) -> list[tuple[Projection, int]]:
 
 
 def _gram_sizes(row: list[Projection]) -> list[int]:
+    """The sizes of a layer's Gram matrices."""
     return [size for _, size in _inputs(row)]
 
 
 def _flops_per_second(dtype: torch.dtype, device: torch.device, size: int = 1024) -> float:
+    """The measured rate of square GEMMs, in floating-point operations per second."""
     a = torch.randn(size, size, device=device).to(dtype)
     a @ a
     start = time.perf_counter()
     for _ in range(3):
-        product = a @ a
-    product.sum().item()
+        result = a @ a
+    result.sum().item()
     return 3 * 2 * size**3 / (time.perf_counter() - start)
 
 
 def _eigenvector_rate(device: torch.device, size: int = 512) -> float:
-    """Cubes of a matrix's size a second: on GPUs eigenvectors take a hundred times what their operations would."""
+    """The measured rate n^3 / seconds of an n x n eigendecomposition; on GPUs it is 1/100 of the GEMM rate."""
     a = torch.randn(size, size, dtype=torch.float64, device=device)
     a = a + a.T
     torch.linalg.eigh(a)
@@ -185,10 +194,16 @@ def _eigenvector_rate(device: torch.device, size: int = 512) -> float:
 
 
 def check_disk(plan: Plan, needed: int, folder: Path) -> None:
-    """Refuse to start where the disk cannot hold the result; raises InputError."""
+    """Refuse to start if the disk is too small; raises InputError.
+
+    Args:
+        plan: of the run.
+        needed: bytes.
+        folder: on the disk that is checked.
+    """
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise InputError(
-            f"`output_dir` {plan.options.output}: needs about {needed / 1e9:.1f} GB of disk while it works, "
+            f"`output_dir` {plan.options.output}: needs about {needed / 1e9:.1f} GB of disk space during the run, "
             f"{free / 1e9:.1f} GB are free"
         )

@@ -1,4 +1,4 @@
-"""Chooses the ranks that a target asks for, of all towers together or of each by itself."""
+"""Chooses the ranks that reach a target, for all towers together or for each tower alone."""
 
 from dataclasses import dataclass
 
@@ -17,12 +17,12 @@ Energies = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Spectra:
-    """What calibration knows of every projection.
+    """The spectra of all projections.
 
     Attributes:
-        output: projection -> eigenvalues of W C W^T, float64, descending.
-        loss: projection -> twice the loss of cutting each direction, float64, descending; None where sensitivities
-            are taken as equal.
+        output: projection -> eigenvalues of W C W^T, float64 [min(out, in)], descending.
+        loss: projection -> twice the predicted loss of removing each direction, float64 [min(out, in)], descending (see
+            `LayerSensitivity.energy`); None if sensitivities are assumed equal.
     """
 
     output: Energies
@@ -30,47 +30,50 @@ class Spectra:
 
 
 def measured_front(projections: ProjectionSet, losses: Energies, target: RankTarget) -> LossFront:
-    """The front of size, or latency, and predicted loss.
+    """The Pareto front of size, or GEMM latency, and predicted loss.
 
     Args:
-        projections: that may be factored, and those that stay dense.
+        projections: to factor and ignored.
         losses: `Spectra.loss`.
-        target: gives the form and the latencies.
+        target: with the form and, if latency is the objective, the latencies.
 
     Raises:
         InputError: the latency table lacks a shape.
     """
-    latencies, dense = target.latencies, 0.0
+    latencies, ignored_latency = target.latencies, 0.0
     if latencies is not None:
-        dense = sum(latencies.time(p.out_features, p.in_features, target.form, None) for p in projections.ignored)
-    return loss_front(projections.flat, losses, projections.ignored_numel, target.form, latencies, dense)
+        ignored_latency = sum(
+            latencies.latency(p.out_features, p.in_features, target.form, None) for p in projections.ignored
+        )
+    return loss_front(projections.flat, losses, projections.ignored_numel, target.form, latencies, ignored_latency)
 
 
 def choose_ranks(
     projections: ProjectionSet, spectra: Spectra, target: RankTarget, front: LossFront | None = None
 ) -> Allocation:
-    """The ranks that a target's ratios or tolerances give; computes next to nothing.
+    """Choose the ranks that reach a target's ratios or tolerances. This takes milliseconds to seconds.
 
     Args:
-        projections: that may be factored.
-        spectra: of all of them.
-        target: what the ranks must reach.
-        front: of all towers, where it is known already.
+        projections: to factor and ignored.
+        spectra: of all projections to factor.
+        target: that the ranks must reach.
+        front: of all towers, if it has been computed already.
 
     Raises:
-        ChoiceError: no ranks reach the target.
+        ChoiceError: no ranks reach the target; names the tower if there are several targets.
+        InputError: the latency table lacks a shape.
     """
     targets = target.of_towers()
     if not targets and len(projections.towers) > 1 and target.tolerance is None and spectra.loss is None:
-        # Relative errors say nothing of losses, by which towers could be weighed against each other.
+        # Without measured losses the errors of different towers cannot be compared: each gets the ratio by itself.
         targets = dict.fromkeys(projections.towers, target)
     if not targets:
-        return _together(projections, spectra, target, front)
+        return _joint(projections, spectra, target, front)
     parts = []
     for tower, own in targets.items():
         part = projections.of_tower(tower)
         try:
-            parts.append((_together(part, spectra, own), part))
+            parts.append((_joint(part, spectra, own), part))
         except ChoiceError as error:
             raise ChoiceError(f"{tower}: {error}") from None
         except InputError as error:
@@ -85,10 +88,10 @@ def choose_ranks(
     )
 
 
-def _together(
+def _joint(
     projections: ProjectionSet, spectra: Spectra, target: RankTarget, front: LossFront | None = None
 ) -> Allocation:
-    """By one ratio or tolerance for all projections of a set."""
+    """Choose ranks by one ratio or tolerance for all projections of a set."""
     ratio, tolerance = target.ratio, target.tolerance
     assert not isinstance(ratio, dict)
     assert not isinstance(tolerance, dict)
@@ -105,5 +108,5 @@ def _together(
         return at_ratio(flat, profiles, ratio, ignored, target.form)
     allocation = at_tolerance(flat, profiles, tolerance, ignored, target.form)
     if not allocation.ranks:
-        raise ChoiceError(f"`tolerance` {tolerance}: no projection can be factored with so small an error; raise it")
+        raise ChoiceError(f"`tolerance` {tolerance}: no projection can be factored within so small an error; raise it")
     return allocation

@@ -1,4 +1,4 @@
-"""What the ranks of a run must reach."""
+"""The target of rank selection: a ratio or a tolerance, for all towers or for each."""
 
 from dataclasses import dataclass
 
@@ -10,12 +10,12 @@ class RankTarget:
     """The size, latency or error that the ranks must reach.
 
     Attributes:
-        ratio: share of the projections' parameters (of their latency where `latencies` is given) to remove; a dict
-            has one share for each tower it names.
-        tolerance: uniform relative output error to allow instead; a dict has one for each tower.
-        form: how low-rank weights are stored.
-        equal: whether every projection loses the same share, as baselines do.
-        latencies: GEMM latencies of the serving machine; None where size is the objective.
+        ratio: share of the projections' parameters to remove, 0 to 1, or of their GEMM latency if `latencies` is given;
+            a dict has one share per tower. None with a `tolerance`.
+        tolerance: relative output error allowed in every projection; a dict has one per tower. None with a `ratio`.
+        form: of the stored low-rank weights, `pivot` or `factors`.
+        equal: whether every projection loses the same share of its parameters, as in the baseline methods.
+        latencies: GEMM latencies of the serving machine; None if ranks minimise size.
     """
 
     ratio: float | dict[str, float] | None
@@ -25,7 +25,7 @@ class RankTarget:
     latencies: LatencyTable | None = None
 
     def of_towers(self) -> dict[str, "RankTarget"]:
-        """One target for each tower that is named; empty where one number holds for all towers."""
+        """Tower -> its target; empty if one ratio or tolerance holds for all towers."""
         if isinstance(self.ratio, dict):
             return {t: RankTarget(x, None, self.form, self.equal, self.latencies) for t, x in self.ratio.items()}
         if isinstance(self.tolerance, dict):

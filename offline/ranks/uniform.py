@@ -1,4 +1,4 @@
-"""Ranks from one uniform tolerance (PGSVD, arXiv 2510.05544, section 4), or from one ratio for every projection."""
+"""Chooses ranks by one uniform tolerance (PGSVD, arXiv 2510.05544, section 4) or one ratio for every projection."""
 
 from collections.abc import Callable, Sequence
 
@@ -16,7 +16,7 @@ from pgsvd_vllm.offline.ranks.allocation import (
 )
 from pgsvd_vllm.offline.ranks.error_profile import rank_for
 
-# Halvings that bring the tolerance to the last bit.
+# Bisection steps that determine the tolerance to the last bit of float64.
 BISECTIONS = 80
 
 
@@ -27,14 +27,14 @@ def at_tolerance(
     ignored: int = 0,
     form: str = "factors",
 ) -> Allocation:
-    """The ranks that one tolerance gives: smallest with e(r) <= tolerance, dense where none saves.
+    """Give every projection its smallest rank r with e(r) <= tolerance; it stays dense if that rank saves nothing.
 
     Args:
-        projections: those that may be factored.
-        profiles: projection name -> error profile.
-        tolerance: bound on the relative error.
-        ignored: parameters of the projections that were told to stay dense.
-        form: how low-rank matrices are stored.
+        projections: to factor.
+        profiles: projection name -> error profile, float64 [min(out, in) + 1].
+        tolerance: bound on the relative output error, 0 to 1.
+        ignored: parameters of the projections that stay dense.
+        form: of the stored low-rank weights, `pivot` or `factors`.
     """
     ranks, kept, total = {}, ignored, ignored
     for p in projections:
@@ -55,13 +55,17 @@ def at_ratio(
     ignored: int = 0,
     form: str = "factors",
 ) -> Allocation:
-    """The tolerance, found by bisection, whose ranks come closest to removing the share `ratio`.
+    """Find, by bisection, the tolerance whose ranks remove the share closest to `ratio`.
 
-    Args: as of `at_tolerance`; `ratio` is a share of all projections' parameters, ignored ones too.
+    Args:
+        projections: to factor.
+        profiles: projection name -> error profile, float64 [min(out, in) + 1].
+        ratio: share of all projections' parameters to remove, 0 to 1, ignored ones included.
+        ignored: parameters of the projections that stay dense.
+        form: of the stored low-rank weights, `pivot` or `factors`.
 
     Raises:
-        ChoiceError: even rank 1 everywhere does not remove that much, or the ranks are too coarse
-            to remove so little.
+        ChoiceError: rank 1 in every projection removes less than `ratio`, or `ratio` is below the smallest step.
     """
 
     def at(tolerance: float) -> Allocation:
@@ -74,13 +78,13 @@ def at_ratio(
 
 
 def _closest(at: Callable[[float], Allocation], low: float, high: float, ratio: float) -> tuple[Allocation, Allocation]:
-    """Bisect the tolerance, which removes more the larger it is.
+    """Bisect the tolerance between `low` and `high`; a larger tolerance removes more.
 
     Returns:
-        the allocation closest to `ratio`, and the next one that removes at least as much.
+        The allocation closest to `ratio`, and the smallest one that removes at least `ratio`.
 
     Raises:
-        ChoiceError: even the largest value does not remove that much.
+        ChoiceError: the tolerance `high` removes less than `ratio`.
     """
     most = at(high)
     if most.removed < ratio - RATIO_SLACK:
@@ -96,13 +100,13 @@ def _closest(at: Callable[[float], Allocation], low: float, high: float, ratio: 
 
 
 def at_equal_ratio(projections: Sequence[Projection], ratio: float, form: str, ignored: int = 0) -> Allocation:
-    """Every projection loses the same share: the largest rank that leaves at most (1 - ratio) of its numbers.
+    """Give every projection the largest rank that stores at most (1 - ratio) of its elements, as baselines do.
 
     Args:
-        projections: those that are factored.
-        ratio: share of each one's parameters.
-        form: how low-rank matrices are stored.
-        ignored: parameters of the projections that were told to stay dense.
+        projections: to factor.
+        ratio: share of each projection's parameters to remove, 0 to 1.
+        form: of the stored low-rank weights, `pivot` or `factors`.
+        ignored: parameters of the projections that stay dense.
     """
     ranks, kept, total = {}, ignored, ignored
     for p in projections:

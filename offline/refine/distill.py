@@ -1,10 +1,10 @@
-"""Healing: all factors are trained together until the compressed model predicts what the dense one does.
+"""Knowledge distillation: all factors are trained together to match the dense model's predictions.
 
-The loss is KL(dense || compressed), the mean over the tokens of calibration text; no other text and
-no labels are used. Held-out windows of the same text say when the result is best, and whether it is
-better than what it started from: if not, that is what is returned.
+The loss is KL(dense || student), the mean over the tokens of the calibration text; no other text and no labels are
+used. The result is the state with the least divergence on held-out windows of the same text, or the factors from before
+training if none is better.
 
-Unlike the rest of the pipeline this keeps the whole model in memory, twice: dense and factored.
+Unlike the rest of the pipeline, distillation keeps the whole model in memory twice, dense and factored.
 """
 
 import math
@@ -23,29 +23,31 @@ from pgsvd_vllm.format.lowrank import other_rows
 from pgsvd_vllm.format.schema import FORMS
 from pgsvd_vllm.offline.model.layerwise import hidden_after, logits_after
 
-# Of Adam, a step a window, times the root of the divergence at the start, in nats and at most 1: what the noise of the
-# steps costs grows with the rate, and must stay small against what there is to gain. 4e-5 is good at 0.40 nats and 2e-5
-# at 0.10; 1e-4 does harm at 0.40 (docs/dev/log.md).
+# Adam's learning rate for one step per window is this times the root of the initial divergence (in nats, at most 1).
+# The loss from gradient noise grows with the rate and must stay small against the possible gain. 4e-5 works at 0.40
+# nats and 2e-5 at 0.10; 1e-4 makes the model worse at 0.40 (docs/dev/log.md).
 LEARNING_RATE = 6e-5
-# Of Adam; short memories, since a run takes a hundred steps, not a million.
+# Adam's betas; short averages, since a run takes about a hundred steps.
 BETAS = (0.9, 0.95)
 # Share of the time in which the learning rate rises; then it falls linearly to 0.
 WARM_UP = 0.05
-# Shares of the time after which the result is judged: the falling learning rate makes the last ones the best.
-JUDGED = (0.5, 0.75, 1.0)
+# Shares of the time after which the held-out windows are evaluated; the falling learning rate favours late states.
+EVALUATED = (0.5, 0.75, 1.0)
 # Tokens whose logits are in memory at a time; small buffers are also faster.
 TOKENS_PER_CHUNK = 128
+# Projection -> suffix -> tensor.
 Tensors = dict[str, dict[str, torch.Tensor]]
 
 
 @dataclass(frozen=True)
 class Refined:
-    """What healing gave.
+    """The result of distillation.
 
     Attributes:
-        tensors: projection -> suffix -> tensor, in the dtypes they came in.
-        before, after: KL to the dense model on the held-out windows, nats a token; `after` is never larger.
-        steps: optimiser steps taken.
+        tensors: projection -> suffix -> tensor, on the CPU, in the dtypes of the initial factors.
+        before: KL to the dense model on the held-out windows before training, in nats per token.
+        after: the same for `tensors`; never larger than `before`.
+        steps: number of optimiser steps.
     """
 
     tensors: Tensors
@@ -55,7 +57,13 @@ class Refined:
 
 
 class TrainedProjection(nn.Module):
-    """A factored projection with float32 numbers to train, computed in the dtype of its input."""
+    """A factored projection whose float32 parameters are trained; it computes in the dtype of its input.
+
+    Args:
+        tensors: suffix -> tensor of either form (see `format.schema.form_shapes`).
+        bias: [out] or None; it is not trained.
+        device: of the parameters.
+    """
 
     def __init__(self, tensors: dict[str, torch.Tensor], bias: nn.Parameter | None, device: torch.device) -> None:
         super().__init__()
@@ -70,21 +78,21 @@ class TrainedProjection(nn.Module):
             pivots = pivots.long().to(device)
             out = len(pivots) + len(self.up)
             self.others = other_rows(pivots, out)
-            # The pivot rows of a product are its inner values themselves.
+            # The pivot rows of the up factor are unit vectors: their outputs equal z = P x.
             self.unit = torch.zeros(out, len(pivots), device=device)
             self.unit[pivots, torch.arange(len(pivots), device=device)] = 1
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., in] -> [..., out]."""
+        """y [..., out] for x [..., in], in x's dtype."""
         up = self.up.to(x.dtype)
         if self.others is not None:
-            # Whole rows of the small matrix are put in place: three times faster than columns of the outputs.
+            # Scattering rows of the up factor is three times faster than scattering columns of the outputs.
             self.unit = self.unit.to(x.dtype)
             up = self.unit.index_copy(0, self.others, up)
         return F.linear(F.linear(x, self.down.to(x.dtype)), up, self.bias)
 
     def stored(self) -> dict[str, torch.Tensor]:
-        """The tensors as they are now, in the dtypes they came in, on the CPU."""
+        """The current tensors by suffix, on the CPU, in the dtypes of the initial factors."""
         trained = zip(self.names, (self.down, self.up), strict=True)
         return self.tensors | {n: t.detach().to("cpu", self.tensors[n].dtype, copy=True) for n, t in trained}
 
@@ -93,10 +101,10 @@ class Distiller:
     """Trains the factors of one model.
 
     Args:
-        dense: the dense model on its device; it is left as it is.
-        student: another copy of it, whose projections are replaced.
-        layers_name: module path of the list of decoder layers.
-        tensors: projection -> suffix -> tensor, the factors to start from.
+        dense: the dense model on its device; it is not changed.
+        student: another copy of it on the same device, whose projections are replaced by factored ones.
+        layers_name: module path of the list of decoder layers, such as `model.layers`.
+        tensors: module path of a projection -> suffix -> tensor, the initial factors.
     """
 
     def __init__(self, dense: PreTrainedModel, student: PreTrainedModel, layers_name: str, tensors: Tensors) -> None:
@@ -115,51 +123,62 @@ class Distiller:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """All that is trained."""
+        """The trained parameters, two per projection."""
         return [parameter for module in self.trained.values() for parameter in (module.down, module.up)]
 
     @torch.no_grad()
-    def _wanted(self, key: int, ids: torch.Tensor) -> torch.Tensor:
-        """The dense model's last hidden states, which are kept: logits would be too large."""
+    def _dense_hidden(self, key: int, ids: torch.Tensor) -> torch.Tensor:
+        """The dense model's last hidden states of window `key`; they are kept, since logits would be too large."""
         if key not in self._hidden:
             self._hidden[key] = hidden_after(self.dense, self.dense_layers, ids)
         return self._hidden[key]
 
-    def _losses(self, ids: torch.Tensor, wanted: torch.Tensor, found: torch.Tensor) -> Iterator[torch.Tensor]:
-        """KL(dense || student) in parts that add up to the mean over a window's tokens, in nats.
+    def _losses(self, ids: torch.Tensor, dense: torch.Tensor, student: torch.Tensor) -> Iterator[torch.Tensor]:
+        """KL(dense || student) of chunks of tokens, in nats; the sum of all chunks is the mean over the window.
 
         Args:
             ids: int64 [1, length].
-            wanted, found: [1, length, hidden], the hidden states after the last layer.
+            dense: [1, length, hidden], the dense model's hidden states after the last layer.
+            student: [1, length, hidden], the student's.
         """
         length = ids.shape[1]
         for start in range(0, length, TOKENS_PER_CHUNK):
             part = slice(start, start + TOKENS_PER_CHUNK)
             with torch.no_grad():
-                target = logits_after(self.dense, self.dense_layers, ids[:, part], wanted[:, part])
+                target = logits_after(self.dense, self.dense_layers, ids[:, part], dense[:, part])
                 target = target.float().log_softmax(-1)
-            logits = logits_after(self.student, self.layers, ids[:, part], found[:, part])
+            logits = logits_after(self.student, self.layers, ids[:, part], student[:, part])
             yield F.kl_div(logits.float().log_softmax(-1), target, reduction="sum", log_target=True) / length
 
     def learn(self, key: int, row: torch.Tensor) -> None:
-        """Add the gradients of one window's divergence; row: int64 [length]."""
+        """Add the gradients of one window's divergence to the parameters.
+
+        Args:
+            key: number of the window, under which the dense hidden states are kept.
+            row: int64 [length].
+        """
         ids = row.unsqueeze(0).to(self.student.device)
-        wanted = self._wanted(key, ids)
-        found = hidden_after(self.student, self.layers, ids)
-        leaf = found.detach().requires_grad_()
-        for loss in self._losses(ids, wanted, leaf):
+        dense = self._dense_hidden(key, ids)
+        student = hidden_after(self.student, self.layers, ids)
+        leaf = student.detach().requires_grad_()
+        for loss in self._losses(ids, dense, leaf):
             loss.backward()
-        found.backward(leaf.grad)
+        student.backward(leaf.grad)
 
     @torch.no_grad()
     def divergence(self, key: int, row: torch.Tensor) -> float:
-        """KL(dense || student) of one window [length], the mean over its tokens, in nats."""
-        ids = row.unsqueeze(0).to(self.student.device)
-        found = hidden_after(self.student, self.layers, ids)
-        return sum(loss.item() for loss in self._losses(ids, self._wanted(key, ids), found))
+        """KL(dense || student) of one window, the mean over its tokens, in nats.
 
-    def judge(self, held_out: torch.Tensor) -> float:
-        """Mean divergence on the held-out windows; NaN counts as the worst."""
+        Args:
+            key: number of the window, under which the dense hidden states are kept.
+            row: int64 [length].
+        """
+        ids = row.unsqueeze(0).to(self.student.device)
+        student = hidden_after(self.student, self.layers, ids)
+        return sum(loss.item() for loss in self._losses(ids, self._dense_hidden(key, ids), student))
+
+    def evaluate(self, held_out: torch.Tensor) -> float:
+        """Mean divergence on the held-out windows, int64 [count, length], in nats per token; infinity for NaN."""
         mean = sum(self.divergence(-1 - i, row) for i, row in enumerate(held_out)) / len(held_out)
         return mean if math.isfinite(mean) else math.inf
 
@@ -174,18 +193,18 @@ class Distiller:
         """Train for some minutes.
 
         Args:
-            windows: int64 [count, length], to train on: in this order, then in others as long as time is left.
+            windows: int64 [count, length], to train on: once in this order, then in random orders while time is left.
             held_out: int64 [any, length], never trained on.
-            minutes: of training, the evaluations included; the learning rate follows the clock.
-            seed: of the later orders.
-            say: called with a line when it ends.
+            minutes: of training, evaluations included; the learning rate follows the clock.
+            seed: of the random orders.
+            say: called with one line at the end.
         """
         start, budget = time.monotonic(), minutes * 60
         generator = torch.Generator().manual_seed(seed)
-        before = best = self.judge(held_out)
+        before = best = self.evaluate(held_out)
         rate = LEARNING_RATE * min(before, 1.0) ** 0.5
         optimiser = torch.optim.Adam(self.parameters, lr=rate, betas=BETAS)
-        kept, steps, judged = self.tensors, 0, 0
+        kept, steps, evaluations = self.tensors, 0, 0
         order = list(reversed(range(len(windows))))
         with tqdm(total=round(budget), unit="s", desc="refine", bar_format="{l_bar}{bar}| {elapsed}{postfix}") as bar:
             while (share := (time.monotonic() - start) / budget) < 1:
@@ -197,17 +216,17 @@ class Distiller:
                 optimiser.zero_grad()
                 steps += 1
                 bar.update(min(round(budget), round(time.monotonic() - start)) - bar.n)
-                if share >= JUDGED[judged]:
-                    judged += 1
-                    best, kept = self._better(held_out, best, kept)
+                if share >= EVALUATED[evaluations]:
+                    evaluations += 1
+                    best, kept = self._select(held_out, best, kept)
                     bar.set_postfix_str(f"KL {before:.4f} -> {best:.4f}")
-        best, kept = self._better(held_out, best, kept)
-        say(f"refined: {steps} steps, KL to the dense model on held-out text {before:.4f} -> {best:.4f} nats a token")
+        best, kept = self._select(held_out, best, kept)
+        say(f"distilled: {steps} steps, held-out KL to the dense model {before:.4f} -> {best:.4f} nats per token")
         return Refined(kept, before, best, steps)
 
-    def _better(self, held_out: torch.Tensor, best: float, kept: Tensors) -> tuple[float, Tensors]:
-        """The current factors as they would be stored, if they are better."""
-        found = self.judge(held_out)
-        if found >= best:
+    def _select(self, held_out: torch.Tensor, best: float, kept: Tensors) -> tuple[float, Tensors]:
+        """The current factors in their stored dtypes with their divergence if it is less than `best`, else `kept`."""
+        divergence = self.evaluate(held_out)
+        if divergence >= best:
             return best, kept
-        return found, {name: module.stored() for name, module in self.trained.items()}
+        return divergence, {name: module.stored() for name, module in self.trained.items()}

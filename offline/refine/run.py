@@ -1,4 +1,4 @@
-"""Distils the factors that the run's state holds, and keeps the result there."""
+"""Runs knowledge distillation on the factors in the run's state and saves the result there."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -26,15 +26,18 @@ def refine_layers(
     state: RunState,
     say: Callable[[str], None],
 ) -> None:
-    """Train all factors together for `settings.refine_minutes`; `state.load_factors` then gives the result.
+    """Train all factors together for `settings.refine_minutes` minutes; `state.load_factors` then returns the result.
 
     Args:
-        source: the model, which reads text alone.
-        data: the calibration set; its last held-out windows judge the result.
+        source: the language model.
+        data: the calibration set; the first HELD_OUT windows of its remaining text select the result.
         settings: of the run, with `refine_minutes` set.
         projections: of the run.
-        state: has the factors of every layer.
+        state: with the factors of every layer.
         say: called with one line at the end.
+
+    Raises:
+        InputError: a file of the state is damaged.
     """
     minutes = settings.refine_minutes
     assert minutes is not None
@@ -42,13 +45,13 @@ def refine_layers(
     state.open_refined({"minutes": minutes, "seed": settings.seed})
     if all(state.has_factors(index) for index in range(len(layers))):
         return
-    # The model's own names, where the checkpoint has others.
+    # The student's modules have the model's own names, which may differ from the checkpoint's.
     paths = {p.name: p.path for p in projections.flat}
     tensors: Tensors = {paths[name]: row for layer in layers for name, row in layer.tensors.items()}
     windows = data.windows
     dense, student = (_model(source, settings) for _ in range(2))
     distiller = Distiller(dense, student, source.towers[0].path, tensors)
-    # The factors overfit the windows they were fitted on: others teach them more.
+    # The factors overfit the windows they were fitted to, so training starts with the remaining ones.
     text = torch.cat([windows.others[HELD_OUT:], windows.ids])
     refined = distiller.run(text, windows.others[:HELD_OUT], minutes, settings.seed, say)
     for index, layer in enumerate(layers):
@@ -63,7 +66,7 @@ def refine_layers(
 
 
 def _model(source: ModelSource, settings: RunSettings) -> Any:
-    """The dense model, whole, where and how calibration computed."""
+    """The whole dense model, on the device and in the dtype of calibration."""
     model: Any = source.auto_class.from_pretrained(
         source.folder, dtype=settings.compute_dtype, trust_remote_code=source.trust_remote_code
     )

@@ -1,4 +1,4 @@
-"""The `pgsvd-vllm` command: one file a sub-command, errors as one line, exit status 2."""
+"""The `pgsvd-vllm` command: one file per sub-command; a user's error prints one line and exits with status 2."""
 
 import argparse
 import os
@@ -33,41 +33,48 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 class _Stop:
-    """Turns Ctrl-C and a scheduler's SIGTERM into KeyboardInterrupt, and remembers it.
+    """A signal handler that turns SIGINT and SIGTERM into KeyboardInterrupt and records the signal.
 
-    Compiled code that is interrupted while it calls back into Python may report another error.
+    Compiled code that is interrupted inside a Python callback may raise another error instead.
     """
 
-    asked = False
+    received = False
 
     def __call__(self, _signal: int, _frame: FrameType | None) -> None:
-        self.asked = True
+        self.received = True
         raise KeyboardInterrupt
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status."""
+    """Run one command.
+
+    Args:
+        argv: arguments without the program's name; None for those of this process.
+
+    Returns:
+        The exit status: 0, 1 for an internal error or a wrong result, 2 for a user's error, 130 if interrupted.
+    """
     arguments = build_parser().parse_args(argv)
     stop = _Stop()
     for number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves them
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores them
             signal.signal(number, stop)
     try:
         status = COMMANDS[arguments.command].run(arguments)
-        print(end="", flush=True)  # a reader that has gone shows here, not when Python exits
+        print(end="", flush=True)  # a closed pipe raises here instead of at exit
         return status
     except PgsvdError as error:
         print(f"pgsvd-vllm: error: {with_flags(' '.join(str(error).split()))}", file=sys.stderr)
         return USER_ERROR
     except BrokenPipeError:
-        # The reader (head, less) has gone; keep Python from complaining at exit.
+        # The reader (head, less) has exited; Python must not report the closed pipe at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt as error:
         print(f"pgsvd-vllm: interrupted{': ' if error.args else ''}{error}", file=sys.stderr)
         return INTERRUPTED
-    except Exception:  # the last line of defence: a bug, shown with what a report needs
-        if stop.asked:
+    except Exception:  # a bug: print what a report needs
+        if stop.received:
             print("pgsvd-vllm: interrupted; repeat with --resume", file=sys.stderr)
             return INTERRUPTED
         traceback.print_exc()

@@ -146,7 +146,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def shares(text: str) -> float | dict[str, float]:
-    """One number, or one number per tower: vision=0.1,language=0.3."""
+    """Parse one number, or one number per tower such as `vision=0.1,language=0.3`; raises ValueError."""
     if "=" not in text:
         return float(text)
     found = {}
@@ -159,7 +159,7 @@ def shares(text: str) -> float | dict[str, float]:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Compress, or show the plan; raises PgsvdError."""
+    """Compress the model, or show the plan; returns the exit status and raises PgsvdError."""
     from pgsvd_vllm.offline.compress import compress
     from pgsvd_vllm.offline.options import HEAD_TOLERANCE, CompressOptions
     from pgsvd_vllm.offline.output.messages import describe
@@ -172,7 +172,7 @@ def run(arguments: argparse.Namespace) -> int:
             f"pgsvd-vllm profile {arguments.model} -o FILE"
         )
     if arguments.head_tolerance is not None and "lm_head" not in arguments.include:
-        raise InputError("--head-tolerance: goes with --include lm_head")
+        raise InputError("--head-tolerance: needs --include lm_head")
     options = CompressOptions(
         model=arguments.model,
         output=arguments.output_dir,
@@ -203,7 +203,7 @@ def run(arguments: argparse.Namespace) -> int:
         plan = prepare(options, _say)
         _say(describe(plan))
         need = estimate(plan)
-        print(f"needs about: {need.memory / 1e9:.1f} GB memory, {need.disk / 1e9:.1f} GB disk while it works, "
+        print(f"needs about: {need.memory / 1e9:.1f} GB memory, {need.disk / 1e9:.1f} GB disk space, "
               f"{_duration(need.seconds)}")  # fmt: skip
         print(f"would write: {options.output} (dry run: nothing was written)")
         return 0
@@ -222,6 +222,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _say(line: str) -> None:
+    """Print a progress line with the flags of its options."""
     print(with_flags(line), flush=True)
 
 

@@ -19,11 +19,11 @@ PACKAGES = (
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """No options."""
+    """The command has no options."""
 
 
 def run(_arguments: argparse.Namespace) -> int:
-    """Print one line per fact."""
+    """Print one line per package, device and plugin; returns the exit status."""
     for name in PACKAGES:
         try:
             version = importlib.metadata.version(name)

@@ -1,4 +1,4 @@
-"""Options as the command line spells them."""
+"""Translates option fields in messages into flags, and the command line into a form that can be published."""
 
 import re
 import shlex
@@ -9,15 +9,15 @@ _FIELD = re.compile(r"`([a-z][a-z_]*)`")
 
 
 def with_flags(text: str) -> str:
-    """A message in which fields of options, such as `max_seq_length`, become flags, such as --max-seq-length."""
+    """Replace option fields in backticks, such as `max_seq_length`, by their flags, such as --max-seq-length."""
     return _FIELD.sub(lambda found: f"--{found[1].replace('_', '-')}", text)
 
 
 def shareable_command(arguments: Sequence[str]) -> str:
-    """The command line for a checkpoint's description, without the paths of this machine.
+    """The command line for a checkpoint's description; absolute paths are reduced to their last part.
 
     Args:
-        arguments: of the program, without its own name.
+        arguments: of the program, without the program's name.
     """
     return shlex.join(["pgsvd-vllm", *map(_shareable, arguments)])
 

@@ -24,7 +24,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the table; raises CheckpointError."""
+    """Print the table; returns the exit status and raises InputError or CheckpointError."""
     if arguments.tp < 1:
         raise InputError(f"--tp {arguments.tp}: must be 1 or more")
     checkpoint = open_checkpoint(arguments.dir)
@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _report_rows(checkpoint: Checkpoint) -> list[dict[str, Any]]:
-    """The writer's per-projection report; a checkpoint saved by another tool has none."""
+    """The rows of the per-module report, or of the module table if the checkpoint has no report."""
     path = checkpoint.folder / REPORT_NAME
     if path.is_file():
         rows = read_json(path).get("modules")
@@ -59,7 +59,12 @@ def _report_rows(checkpoint: Checkpoint) -> list[dict[str, Any]]:
 
 
 def table(checkpoint: Checkpoint, rows: list[dict[str, Any]]) -> list[str]:
-    """One line a projection."""
+    """One line per projection: shape, rank, kept share of parameters, MB and relative output error.
+
+    Args:
+        checkpoint: to show.
+        rows: of the per-module report.
+    """
     width = max([len(row["name"]) for row in rows] + [10])
     lines = [f"{'projection':{width}}  {'out':>6} {'in':>6} {'rank':>6} {'kept':>6} {'MB':>8} {'error':>7}"]
     for row in rows:
@@ -79,8 +84,16 @@ def table(checkpoint: Checkpoint, rows: list[dict[str, Any]]) -> list[str]:
 
 
 def tensor_parallel(checkpoint: Checkpoint, tp_size: int) -> list[str]:
-    """One line for each vLLM layer, with its tensor-parallel cut, and the totals; raises InputError."""
-    # Not above: imports torch.
+    """One line per vLLM layer with its tensor-parallel cut, memory and communication, and the totals.
+
+    Args:
+        checkpoint: to show.
+        tp_size: number of tensor-parallel ranks.
+
+    Raises:
+        InputError: a layer cannot be sharded over so many ranks, or an environment variable is invalid.
+    """
+    # A local import, since it imports torch.
     from pgsvd_vllm.parallel.comm_plan import VARIABLE, Cut, collective_bytes
     from pgsvd_vllm.parallel.preview import preview
 
@@ -110,7 +123,7 @@ def tensor_parallel(checkpoint: Checkpoint, tp_size: int) -> list[str]:
 
 
 def summary(checkpoint: Checkpoint) -> list[str]:
-    """Totals and where the checkpoint comes from."""
+    """Lines with the totals and the origin of the checkpoint."""
     section = checkpoint.quantization_config
     factored = {f"{name}.{suffix}" for name, row in checkpoint.modules.items() for suffix in row.suffixes}
     total = sum(info.nbytes for info in checkpoint.tensors.values())

@@ -30,7 +30,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measure and write the table; raises PgsvdError."""
+    """Measure latencies and write the table; returns the exit status and raises PgsvdError."""
     if not 1 <= arguments.tokens <= 65536:
         raise InputError(f"--tokens {arguments.tokens}: must be a number of tokens from 1 to 65536")
     try:

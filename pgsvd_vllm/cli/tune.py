@@ -15,7 +15,7 @@ from pgsvd_vllm.kernels.layer_shape import LayerShape, layer_shape_of
 from pgsvd_vllm.kernels.tile_table import Table, default_path, read_table, write_table
 from pgsvd_vllm.parallel.layer_grouping import LayerSizes, grouped_layers
 
-# Layers whose sizes differ less than this are tuned once.
+# Layers whose sizes differ by less than this factor are tuned once.
 SAME = 1.1
 
 
@@ -41,7 +41,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Tune and write the table; raises PgsvdError."""
+    """Tune the layers and write the table; returns the exit status and raises PgsvdError."""
     tp_size = arguments.tensor_parallel_size
     if tp_size < 1:
         raise InputError(f"--tensor-parallel-size {tp_size}: must be 1 or more")
@@ -60,12 +60,13 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _described(sizes: LayerShape) -> str:
+    """The sizes of a layer in words."""
     up = f", {sizes.heights} outputs of rank {sizes.rank}" if sizes.heights else ""
     return f"{sizes.columns} inputs, {sizes.rows} rows of the down GEMM{up}"
 
 
 def _tune(kinds: dict[LayerShape, LayerSizes], output: Path | None) -> int:
-    """Tune every kind of layer and write each result at once; returns 1 if a tile computed a wrong result."""
+    """Tune every kind of layer and write each result immediately; returns 1 if a tile computes a wrong result."""
     try:
         import torch
 
@@ -97,7 +98,7 @@ def _tune(kinds: dict[LayerShape, LayerSizes], output: Path | None) -> int:
             raise InputError(f"--output {path}: cannot be written ({error.strerror})") from None
         print(f"[{number}/{len(kinds)}] {_described(sizes)}: {time.monotonic() - begun:.0f} s")
         for one in found:
-            times = f"{1e6 * one.usual:7.1f} {1e6 * one.best:7.1f} {1e6 * one.library:7.1f}"
+            times = f"{1e6 * one.default:7.1f} {1e6 * one.best:7.1f} {1e6 * one.library:7.1f}"
             refused = f"  ({one.refused} tiles do not fit this GPU)" if one.refused else ""
             print(f"    {one.step.most_tokens:4} tokens {times}{refused}", flush=True)
             wrong += one.wrong

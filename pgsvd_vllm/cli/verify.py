@@ -15,7 +15,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print a summary; raises CheckpointError at the first fault."""
+    """Check the checkpoint and print a summary; returns the exit status, and raises CheckpointError at a fault."""
     checkpoint = open_checkpoint(arguments.dir)
     check_data(checkpoint)
     files = {info.file for info in checkpoint.tensors.values()}

@@ -67,7 +67,7 @@ def test_what_would_not_be_faster_stays_dense(tiny_model: Path, tmp_path: Path) 
     removed = sum(1 - 0.5 * row["rank"] / 128 for row in section["modules"].values()) / 21
     assert section["time_removed"] == pytest.approx(removed, abs=1e-6)
     assert abs(removed - 0.2) < 0.02
-    assert f"{removed:.1%} of their time for 1 token (measured on a machine)" in done.stdout
+    assert f"{removed:.1%} of their latency for 1 token (measured on a machine)" in done.stdout
     assert main(["verify", str(tmp_path / "out")]) == 0
 
 
@@ -95,8 +95,8 @@ def test_by_size_no_time_is_told(tiny_compressed: Path) -> None:
         (["--objective", "latency"], "--objective latency and --costs FILE go together"),
         (["--costs", "COSTS"], "--objective latency and --costs FILE go together"),
         (["--objective", "latency", "--costs", "absent.json"], "--costs absent.json: no such file"),
-        (["--objective", "latency", "--costs", "OTHER"], "--costs: no times for weights of 128 x 128"),
-        (["--objective", "latency", "--costs", "COSTS", "--dtype", "bfloat16"], "times of float32; make it with"),
+        (["--objective", "latency", "--costs", "OTHER"], "--costs: no latencies for weights of 128 x 128"),
+        (["--objective", "latency", "--costs", "COSTS", "--dtype", "bfloat16"], "latencies of float32; make it with"),
         (["--objective", "latency", "--costs", "COSTS", "--baseline", "svd"], "--objective latency"),
         (["--objective", "latency", "--costs", "COSTS", "--tolerance", "0.2"], "--objective latency"),
         (["--objective", "latency", "--costs", "COSTS", "--sensitivity", "uniform"], "not --sensitivity uniform"),
@@ -119,7 +119,7 @@ def test_what_does_not_fit_is_refused(
 @pytest.mark.parametrize(
     ("fast", "message"),
     [
-        (set(), "no product of low rank is clearly faster than the dense one"),
+        (set(), "no low-rank GEMM is clearly faster than the dense one"),
         ({(320, 128)}, "--ratio 0.3: more than this model can give; the smallest factors remove 28.5% of the proj"),
     ],
 )

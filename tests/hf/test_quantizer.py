@@ -201,7 +201,7 @@ def test_a_missing_dense_tensor_is_named_by_auto_model(biased: Path, tmp_path: P
     ("key", "value", "message"),
     [
         ("num_hidden_layers", 2, r"model\.layers\.2\.\S+ is not a linear layer of LlamaForCausalLM"),
-        ("intermediate_size", 192, r"the factors make a .* matrix, LlamaForCausalLM needs"),
+        ("intermediate_size", 192, r"the factors form a .* matrix, LlamaForCausalLM needs"),
     ],
 )
 def test_a_table_that_does_not_fit_the_model_is_refused(

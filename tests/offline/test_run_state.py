@@ -243,7 +243,7 @@ def fill(folder: Path) -> Path:
 
 def test_too_small_a_disk_is_refused_at_once(tiny_model: Path, small_disk: Callable[[int], Path]) -> None:
     disk = small_disk(1024 * 1024)
-    with pytest.raises(InputError, match=r"`output_dir` .*of disk while it works, 0\.0 GB are free"):
+    with pytest.raises(InputError, match=r"`output_dir` .*of disk space during the run, 0\.0 GB are free"):
         compress(CompressOptions(str(tiny_model), disk / "out", ratio=0.3, **SMALL))
     assert list(disk.iterdir()) == []
 

@@ -97,7 +97,7 @@ def test_a_projection_that_few_tokens_reach_counts_by_their_share() -> None:
 
 def test_a_projection_that_no_token_reaches_is_named() -> None:
     hooks = _GradientHooks({"experts.3.up_proj": torch.nn.Linear(5, 3)})
-    with pytest.raises(InputError, match=r"experts\.3\.up_proj: none of the calibration text's first 24 tokens"):
+    with pytest.raises(InputError, match=r"experts\.3\.up_proj: none of the first 24 calibration tokens"):
         hooks.result(tokens=24)
 
 
@@ -158,9 +158,9 @@ def times_of(projections: list[Projection], rng: np.random.Generator) -> Latency
     return LatencyTable(shapes, 1, "bfloat16", "a machine of the test's")
 
 
-@pytest.mark.parametrize("by_time", [False, True], ids=["size", "time"])
+@pytest.mark.parametrize("by_latency", [False, True], ids=["size", "latency"])
 @pytest.mark.parametrize("form", ["factors", "pivot"])
-def test_ranks_by_loss_are_optimal_against_brute_force(form: str, by_time: bool) -> None:
+def test_ranks_by_loss_are_optimal_against_brute_force(form: str, by_latency: bool) -> None:
     rng = np.random.default_rng(0)
     shapes = [(12, 9), (7, 14), (10, 10)]
     projections = [Projection(f"p{i}", m, n) for i, (m, n) in enumerate(shapes)]
@@ -168,7 +168,7 @@ def test_ranks_by_loss_are_optimal_against_brute_force(form: str, by_time: bool)
         p.name: torch.from_numpy(np.sort(rng.exponential(size=min(m, n)) ** 3 * 10 ** rng.uniform(-1, 1))[::-1].copy())
         for p, (m, n) in zip(projections, shapes, strict=True)
     }
-    table = times_of(projections, rng) if by_time else None
+    table = times_of(projections, rng) if by_latency else None
     total = sum(p.numel for p in projections)
 
     def outcome(ranks: dict[str, int]) -> tuple[float, float, int]:
@@ -199,7 +199,7 @@ def test_ranks_by_loss_are_optimal_against_brute_force(form: str, by_time: bool)
         outcome({p.name: r for p, r in zip(projections, combination, strict=True) if r is not None})[:2]
         for combination in itertools.product(*options)
     ]
-    front = loss_front(projections, energies, form=form, costs=table)
+    front = loss_front(projections, energies, form=form, latencies=table)
     assert len(front.removed) == len(front.losses) == len(front.parameters) == len(front.steps) + 1 > 5
     prices = []
     for i in range(1, len(front.removed)):
@@ -217,11 +217,11 @@ def test_ranks_by_loss_are_optimal_against_brute_force(form: str, by_time: bool)
         if share > 0 and after is not None:
             (r0, r1), (l0, l1) = front.removed[after - 1 : after + 1], front.losses[after - 1 : after + 1]
             assert loss >= l0 + (l1 - l0) * (share - r0) / (r1 - r0) - 1e-9
-    for ratio in (0.1, 0.2, 0.35, 0.5, 0.65)[1 if by_time else 0 : 3 if by_time else 5]:
+    for ratio in (0.1, 0.2, 0.35, 0.5, 0.65)[1 if by_latency else 0 : 3 if by_latency else 5]:
         allocation = front.at(ratio)
         closest = min(range(1, len(front.removed)), key=lambda i: abs(front.removed[i] - ratio))
         assert allocation.removed == front.parameters[closest]
-        assert allocation.time == (front.removed[closest] if by_time else None)
+        assert allocation.latency_removed == (front.removed[closest] if by_latency else None)
         assert allocation.loss == front.losses[closest]
         assert outcome(allocation.ranks)[1] == pytest.approx(allocation.loss)
 

@@ -97,7 +97,7 @@ def test_messages_go_through_the_chat_template(tmp_path: Path, tiny_model: Path)
     own.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
     assert read_documents(str(path), 0, own) == ["<user>Hi<assistant>Yes?", "plain"]
     own.chat_template = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(InputError, match=r"line 1: the model's chat template refuses it \(roles must alternate\)"):
+    with pytest.raises(InputError, match=r"line 1: the model's chat template rejected it \(roles must alternate\)"):
         read_documents(str(path), 0, own)
 
 
@@ -205,7 +205,7 @@ def test_plain_text_becomes_conversations(tmp_path: Path, tiny_model: Path) -> N
     path = tmp_path / "text.txt"
     path.write_text("One\nline.\n\n Two. \n \nThree.\n", encoding="utf-8")
     own = load_tokenizer(tiny_model)
-    with pytest.raises(InputError, match=r"--chat-template: the model's tokenizer has none"):
+    with pytest.raises(InputError, match=r"--chat-template: the model's tokenizer has no chat template"):
         read_documents(str(path), 10, own, chat=True)
     own.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
     assert read_documents(str(path), 10, own, chat=True) == ["<user>One\nline.<assistant>Two.", "<user>Three."]
@@ -215,7 +215,7 @@ def test_plain_text_becomes_conversations(tmp_path: Path, tiny_model: Path) -> N
     rows.write_text(json.dumps({"text": "a\n\nb"}) + "\n" + json.dumps({"messages": messages}), encoding="utf-8")
     assert read_documents(str(rows), 10, own, chat=True) == ["<user>a<assistant>b", "<user>Hi"]
     own.chat_template = "{{ raise_exception('no system') }}"
-    with pytest.raises(InputError, match=r"the model's refuses a question and its answer \(no system\)"):
+    with pytest.raises(InputError, match=r"the template rejected a user/assistant turn \(no system\)"):
         read_documents(str(path), 10, own, chat=True)
 
 

@@ -108,8 +108,8 @@ def test_healing_brings_the_predictions_back(
     assert refined.after < 0.9 * before
     assert refined.steps > 10
     assert lines == [
-        f"refined: {refined.steps} steps, KL to the dense model on held-out text "
-        f"{refined.before:.4f} -> {refined.after:.4f} nats a token"
+        f"distilled: {refined.steps} steps, held-out KL to the dense model "
+        f"{refined.before:.4f} -> {refined.after:.4f} nats per token"
     ]
     for name, row in tensors.items():
         for suffix, tensor in row.items():
