@@ -1,4 +1,4 @@
-"""What vLLM calls at start-up, in the API server, the engine core and every worker."""
+"""vLLM's entry point: registers the method and the loader, in the API server, the engine core and every worker."""
 
 import logging
 

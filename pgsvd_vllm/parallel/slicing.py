@@ -1,8 +1,8 @@
-"""How the factors of one layer are cut over tensor-parallel ranks.
+"""Slices the factors of one layer for a tensor-parallel rank.
 
-Column-parallel layers cut `weight_u` by output rows, row-parallel layers `weight_v` by input columns. The other
-factor lies whole on every rank, or is cut as well, for which the ranks exchange something more: see `Cut` and
-`CommPlan`. The pivot form is cut in the same way, with P for V, and with C and the pivots together for U.
+Column-parallel layers shard `weight_u` by output rows, row-parallel layers `weight_v` by input columns. The other
+factor is replicated, or sharded as well at the cost of one more collective: see `Cut` and `CommPlan`. The pivot form is
+sharded in the same way, with P for V, and with C and the pivots together for U.
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ def output_rows(rows: int, partitions: Sequence[int], tp_rank: int, tp_size: int
         rows: rows of the whole matrix in the checkpoint.
         partitions: rows this rank holds of each partition the matrix covers, in order. A matrix
             fused in the checkpoint covers several.
-        tp_rank: this worker's rank.
+        tp_rank: this rank.
         tp_size: number of ranks.
         replicas: ranks that share one copy of the rows (key/value heads fewer than ranks).
 
@@ -47,19 +47,19 @@ def output_rows(rows: int, partitions: Sequence[int], tp_rank: int, tp_size: int
 
 
 def rank_rows(weight: torch.Tensor, tp_rank: int, tp_size: int) -> torch.Tensor:
-    """This rank's block of a down factor [r, in] that is cut by rank rows; the last ones end in rows of zeros."""
+    """This rank's block of a down factor [r, in] sharded by rank rows; the last blocks are padded with zero rows."""
     here = -(-len(weight) // tp_size)
     block = weight[tp_rank * here : (tp_rank + 1) * here]
     return torch.cat([block, block.new_zeros(here - len(block), weight.shape[1])])
 
 
 def take_rows(weight: torch.Tensor, cuts: Sequence[slice]) -> torch.Tensor:
-    """The rows of `cuts`, in order; a view where they are one piece."""
+    """The rows of `cuts`, in order; a view if they are one piece."""
     return weight[cuts[0]] if len(cuts) == 1 else torch.cat([weight[cut] for cut in cuts])
 
 
 def by_kind(groups: int, each: int, head: int) -> torch.Tensor:
-    """Rows of all queries, then keys, then values, int64, in a matrix that has them group by group.
+    """Row numbers of all queries, then keys, then values, int64, in a matrix that interleaves them by group.
 
     Args:
         groups: key/value heads.
@@ -79,11 +79,11 @@ def pivot_rows(
         pivots: int [r], ascending.
         c: [out - r, r].
         cuts: this rank's rows of the whole matrix.
-        order: int64 [out], of the matrix's rows, where the layer has them in another than the checkpoint.
+        order: int64 [out], the layer's order of the checkpoint's rows, if it has one of its own.
 
     Returns:
-        the rows of `c` that are this rank's, and for each of its output rows where it is found:
-        i >= 0 is row i of those, and -1 - j is component j of z.
+        This rank's rows of `c`, and the source of each of its output rows: i >= 0 is row i of those, -1 - j is
+        component j of z.
     """
     rows = len(pivots) + len(c)
     places = torch.empty(rows, dtype=torch.int64, device=c.device)

@@ -154,7 +154,7 @@ def check_gated(rng: random.Random) -> None:
     layer = gated_layer(rng, dtype, columns)
     packed = layer.pack()
     gate = Gate(packed, layer.shards)
-    # Gates of all sizes, up to where SiLU's exponential overflows; fp16 would not hold their products.
+    # Gates of all sizes, up to where SiLU's exponential overflows; fp16 would not hold their gemms.
     x = (torch.randn(tokens, columns) * rng.choice([0.1, 1, 30, 30 if dtype == torch.float16 else 300])).to(dtype)
     bias = torch.randn(packed.out).to(dtype) if rng.random() < 0.5 else None
     down, up = random_tiles(rng)
@@ -180,15 +180,15 @@ def check_gated(rng: random.Random) -> None:
         raise SystemExit(f"{described}: the second run differs, or counters are left")
 
 
-def check_products(rng: random.Random) -> None:
-    """What a layer holds on a GPU: the kernels for few tokens, torch's products for many."""
+def check_gemms(rng: random.Random) -> None:
+    """The GEMMs of a layer on a GPU: the kernels for few tokens, cuBLAS for many."""
     from pgsvd_vllm.serving.gemm.gpu import TritonGemms
 
     layer = Layer(rng, torch.bfloat16, 64)
-    products = TritonGemms(layer.shards, has_bias=True)
+    gemms = TritonGemms(layer.shards, has_bias=True)
     for tokens in (0, 1, 20, 70, 300):
         x = torch.randn(tokens, 64).bfloat16()
-        wrong = layer.difference(x, None, products(x))
+        wrong = layer.difference(x, None, gemms(x))
         if wrong:
             raise SystemExit(f"{tokens} tokens: {wrong}")
 
@@ -206,7 +206,7 @@ def main(seed: int, cases: int) -> None:
     rng = random.Random(seed)
     for number in range(cases):
         check_one(rng) if number % 3 else check_gated(rng)
-    check_products(rng)
+    check_gemms(rng)
     print(f"{cases} layers")
 
 

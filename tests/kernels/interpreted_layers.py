@@ -30,12 +30,12 @@ from tests.serving.layers.test_linear import HIDDEN, MIXES, WIDE, Case, check
 from tests.serving.test_collectives import check_ranks
 
 
-def expected_launches(products: Any, tokens: int) -> int:
-    """Two of ours, or what puts the library's scattered outputs in order."""
-    tiles = tiles_for(products.steps, tokens)
+def expected_launches(gemms: Any, tokens: int) -> int:
+    """Two of our kernels, or the one that permutes cuBLAS's scattered outputs."""
+    tiles = tiles_for(gemms.steps, tokens)
     if tokens == 0:
         return 0
-    return 2 if tokens <= 16 else (1 if tiles[0] is None else 2) if tiles else int(products.layer.sources is not None)
+    return 2 if tokens <= 16 else (1 if tiles[0] is None else 2) if tiles else int(gemms.layer.sources is not None)
 
 
 class OtherMLP(LlamaMLP):
@@ -43,7 +43,7 @@ class OtherMLP(LlamaMLP):
 
 
 def check_reload() -> None:
-    """Other weights arrive where the first ones lie, as captured graphs need it; other ranks are refused."""
+    """A refill keeps the storage of the first weights, which captured graphs read; other ranks are refused."""
     for leaf, ranks in MIXES[:5]:
         first, second = (Case(leaf, ranks, False, torch.bfloat16, prefix=name) for name in ("first", "second"))
         first.load().finish()
@@ -51,17 +51,17 @@ def check_reload() -> None:
             for kind, tensor in kinds.items():
                 second.tensors[part][kind] = tensor if kind == "pivots" else 1.5 * tensor
         second.load().finish()
-        products = first.layer.pgsvd_gemms
-        at = [tensor.data_ptr() for tensor in products._tensors()]
-        products.refill(second.layer.pgsvd_gemms)
-        if at != [tensor.data_ptr() for tensor in products._tensors()]:
+        gemms = first.layer.pgsvd_gemms
+        at = [tensor.data_ptr() for tensor in gemms._tensors()]
+        gemms.refill(second.layer.pgsvd_gemms)
+        if at != [tensor.data_ptr() for tensor in gemms._tensors()]:
             raise SystemExit("the weights have moved")
         first.tensors = second.tensors
         for tokens in (1, 17, 300):
             check(first, torch.randn(tokens, first.columns).bfloat16())
     other = Case("gate_up_proj", (12, "p50"), False, torch.bfloat16, prefix="smaller").load().finish()
     try:
-        products.refill(other.layer.pgsvd_gemms)
+        gemms.refill(other.layer.pgsvd_gemms)
     except ValueError as error:
         if "other ranks or pivots" not in str(error):
             raise
@@ -70,7 +70,7 @@ def check_reload() -> None:
 
 
 def check_activation() -> int:
-    """MLPs of vLLM whose gate and up layer computes the activation, and such as must keep theirs."""
+    """MLPs of vLLM whose gate and up layer computes the activation, and MLPs that keep theirs."""
     from pgsvd_vllm.kernels.numerics import gated_difference
     from pgsvd_vllm.kernels.shard_weights import ShardWeights
     from pgsvd_vllm.parallel.slicing import pivot_rows
@@ -129,12 +129,12 @@ def check_activation() -> int:
     mlp = LlamaMLP(HIDDEN, WIDE, "silu", prefix="torch")
     mlp.gate_up_proj = other.gate_up_proj
     if fuse_silu(mlp, plain):
-        raise SystemExit("the activation is taken by torch's products")
+        raise SystemExit("the activation is fused where cuBLAS computes the layer")
     return taken
 
 
 def check_cuts() -> int:
-    """Layers whose ranks of tensor parallelism exchange something between the launches."""
+    """Layers with a tensor-parallel collective between the launches."""
     layers = 0
     rows = [mix for mix in MIXES if mix[0] == "down_proj"]
     many = [(8, True, ("qkv_proj", ("p63", 3, None))), *((8, False, mix) for mix in rows)]
@@ -145,7 +145,7 @@ def check_cuts() -> int:
             cuts, _, _ = check_ranks(leaf, ranks, size, True, torch.bfloat16, rich, tokens)
             launches.append(watch.launches - earlier)
         # Both have those that compile the kernels, and for many tokens there may be one that puts outputs in order.
-        # A rank starts anew when it has been handed what it waits for.
+        # A simulated rank starts again once it has the result of a collective.
         if launches[0] - launches[1] < size:
             raise SystemExit(f"{leaf} {ranks}, {size} ranks: {launches} launches for 5 and for 300 tokens")
         layers += cuts != {Cut.REPLICATED}

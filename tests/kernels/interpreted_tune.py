@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 
 
 class Clock:
-    """Says of a pair of tiles the time that `times` has, else 1 second; of the library's products 2."""
+    """Says of a pair of tiles the time that `times` has, else 1 second; of cuBLAS 2."""
 
     def __init__(self) -> None:
         self.times: dict[Any, float] = {}
@@ -67,12 +67,12 @@ def expect(found: object, wanted: object, what: str) -> None:
 
 
 def expect_out_of_memory(work: Callable[[], object], what: str) -> None:
-    """It says nothing about a tile: nothing may take it for one that cannot be compiled."""
+    """torch.OutOfMemoryError says nothing about a tile: it must reach the caller."""
     try:
         work()
     except torch.OutOfMemoryError:
         return
-    raise SystemExit(f"{what}: memory that is missing is not told")
+    raise SystemExit(f"{what}: out of memory is not reported")
 
 
 def check_search() -> Any:
@@ -98,12 +98,12 @@ def check_search() -> Any:
     expect((found.refused, len(found.wrong)), (1, 1), "failures")
     clock.library = 0.6
     expect(tuner.step(16).step.tiles, None, "the library's step")
-    # The library's down product before our up products.
+    # The library's down product before our up gemms.
     clock.times[(None, up)] = 0.5
     expect(tuner.step(1).step.tiles, (None, up), "mixed tiles")
-    # Where the usual choice is the library's, its time is the usual one.
+    # If cuBLAS is the default, its time is the default's.
     found_many = tuner.step(128)
-    expect((found_many.default, found_many.step.tiles), (0.6, None), "the usual choice")
+    expect((found_many.default, found_many.step.tiles), (0.6, None), "the default choice")
     del clock.times[(None, up)]
     broken.clear()
     clock.library = 2.0
@@ -127,7 +127,7 @@ def check_search() -> Any:
 
 
 def check_table(folder: Path, tuner: Any, step: Any) -> None:
-    """A layer of the measured sizes takes the table's tiles, computes what it should; another one the usual."""
+    """A layer of the measured sizes uses the table's tiles, another one the defaults; both match float64."""
     from pgsvd_vllm.kernels.autotune import RandomLayer
     from pgsvd_vllm.kernels.layer_shape import ShardShape, layer_shape_of
     from pgsvd_vllm.kernels.numerics import gated_difference, layer_difference
@@ -148,11 +148,11 @@ def check_table(folder: Path, tuner: Any, step: Any) -> None:
         ((ShardShape(48, 17),), default_steps(layer_shape_of((ShardShape(48, 17),), 640))),
     ):
         layer = RandomLayer(shards, 640, torch.bfloat16, CPU)
-        products = TritonGemms(layer.shards, has_bias=True)
-        expect(products.steps, wanted, "steps")
+        gemms = TritonGemms(layer.shards, has_bias=True)
+        expect(gemms.steps, wanted, "steps")
         for tokens in (0, 1, 5, 40):
             x = torch.randn(tokens, 640).bfloat16()
-            wrong = layer_difference(x, layer.shards, None, products(x))
+            wrong = layer_difference(x, layer.shards, None, gemms(x))
             expect(wrong, "", f"{tokens} tokens")
     from pgsvd_vllm.serving.gemm import gpu
 
@@ -169,13 +169,13 @@ def check_table(folder: Path, tuner: Any, step: Any) -> None:
     gpu.run = run
     # With the activation all but the down tile are the defaults.
     layer = RandomLayer(gated, 640, torch.bfloat16, CPU)
-    products = TritonGemms(layer.shards, True, lambda y: silu(y[:, :40]) * y[:, 40:])
+    gemms = TritonGemms(layer.shards, True, lambda y: silu(y[:, :40]) * y[:, 40:])
     for tokens in (1, 5, 40, 70, 256):
-        own = own_tiles(tokens, products.layer.sizes, gated=True)
+        own = own_tiles(tokens, gemms.layer.sizes, gated=True)
         wanted = (tiles[0], own[1]) if tokens == 1 else own if tokens == 5 else None
-        expect(tiles_for(products.steps, tokens), wanted, f"a gate's tiles for {tokens} tokens")
+        expect(tiles_for(gemms.steps, tokens), wanted, f"a gate's tiles for {tokens} tokens")
         x = torch.randn(tokens, 640).bfloat16()
-        wrong = gated_difference(x, layer.shards, None, products(x))
+        wrong = gated_difference(x, layer.shards, None, gemms(x))
         expect(wrong, "", f"a gate, {tokens} tokens")
 
 

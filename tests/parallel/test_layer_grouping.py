@@ -1,4 +1,4 @@
-"""The layers of a checkpoint as vLLM merges them, against the checkpoint's own tensors."""
+"""A checkpoint's modules grouped into vLLM's layers, against the checkpoint's own tensors."""
 
 from pathlib import Path
 
@@ -34,7 +34,7 @@ LLAMA = checkpoint(
 )
 
 
-def test_siblings_are_merged_in_their_order_with_dense_ones_among_them() -> None:
+def test_siblings_merge_in_order_with_dense_ones() -> None:
     assert list(grouped_layers(LLAMA)) == [
         LayerSizes(96, (ShardShape(128, 16), ShardShape(32), ShardShape(64, 40, 40))),
         LayerSizes(200, (ShardShape(96, 40, 40),)),
@@ -42,7 +42,7 @@ def test_siblings_are_merged_in_their_order_with_dense_ones_among_them() -> None
     ]
 
 
-def test_ranks_of_tensor_parallelism_hold_their_share() -> None:
+def test_tensor_parallel_ranks_hold_their_share() -> None:
     assert list(grouped_layers(LLAMA, 2)) == [
         LayerSizes(96, (ShardShape(64, 16), ShardShape(16), ShardShape(32, 40, 20))),
         LayerSizes(100, (ShardShape(96, 40, 40),)),
@@ -62,7 +62,7 @@ def test_projectors_are_cut_as_vllm_cuts_them() -> None:
     assert plans[-1].sent == plans[-1].dense == 0
 
 
-def test_every_factored_module_of_a_real_checkpoint_is_in_a_layer(tiny_compressed: Path) -> None:
+def test_every_module_of_a_checkpoint_is_in_a_layer(tiny_compressed: Path) -> None:
     found = open_checkpoint(tiny_compressed)
     shards = [shard for layer in grouped_layers(found) for shard in layer.shards if shard.rank is not None]
     assert sorted((shard.out, shard.rank) for shard in shards) == sorted(

@@ -1,4 +1,4 @@
-"""How factors are cut over tensor-parallel ranks: the pieces of all ranks make up the whole."""
+"""Factors sharded over tensor-parallel ranks: the pieces of all ranks make up the whole."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def test_row_parallel_columns_reassemble(world: int) -> None:
 
 
 @pytest.mark.parametrize("rank", range(4))
-def test_columns_are_whole_where_the_layer_is_not_row_parallel(rank: int) -> None:
+def test_only_row_parallel_layers_shard_columns(rank: int) -> None:
     assert input_columns(48, 48, rank) == slice(0, 48)
 
 
@@ -29,7 +29,7 @@ def test_column_parallel_rows_reassemble(world: int) -> None:
 
 
 @pytest.mark.parametrize(("world", "heads"), [(2, 1), (4, 1), (4, 2), (8, 1), (8, 2), (8, 4)])
-def test_replicated_heads_are_the_same_on_their_ranks_and_complete(world: int, heads: int) -> None:
+def test_replicated_heads_are_equal_and_complete(world: int, heads: int) -> None:
     """Fewer key/value heads than ranks: neighbouring ranks hold one head together."""
     head_size, replicas = 4, world // heads
     weight = torch.arange(heads * head_size * 2.0).view(heads * head_size, 2)
@@ -78,7 +78,7 @@ def test_a_single_piece_is_not_copied() -> None:
 
 
 @pytest.mark.parametrize(("groups", "each", "head"), [(2, 3, 4), (1, 4, 2), (4, 1, 3)])
-def test_rows_group_by_group_are_put_kind_by_kind(groups: int, each: int, head: int) -> None:
+def test_interleaved_rows_are_sorted_by_kind(groups: int, each: int, head: int) -> None:
     """As Falcon's loader in vLLM does with dense weights, written there for tensors of any dimension."""
     weight = torch.randn(groups * (each + 2) * head, 5)
     parts = weight.view(groups, each + 2, head, 5)

@@ -36,7 +36,7 @@ def thrifty() -> CommPlan:
 def check_ranks(
     leaf: str, mix: tuple[Rank, ...], size: int, bias: bool, dtype: torch.dtype, rich: bool, tokens: int = TOKENS
 ) -> tuple[set[Cut], int, int]:
-    """Compare the layer on all ranks with float64; (cuts, numbers sent a token, the same as the layer counts it)."""
+    """Compare the layer on all ranks with float64; (cuts, elements sent a token, the same as the plan counts them)."""
     ranks = Ranks(size)
     with ranks.instead_of_vllms():
         cases = []
@@ -70,7 +70,7 @@ def check_ranks(
 
 @pytest.mark.parametrize("size", WORLDS)
 @pytest.mark.parametrize(("leaf", "mix"), MIXES)
-def test_all_ranks_together_compute_the_layer(leaf: str, mix: tuple[Rank, ...], size: int) -> None:
+def test_all_ranks_together_match_float64(leaf: str, mix: tuple[Rank, ...], size: int) -> None:
     for bias in (False, True):
         cuts, sent, counted = check_ranks(leaf, mix, size, bias, torch.float32, rich=False)
         assert cuts == {Cut.ALL_REDUCE_Z if leaf == "down_proj" and size > 1 else Cut.REPLICATED}
@@ -79,7 +79,7 @@ def test_all_ranks_together_compute_the_layer(leaf: str, mix: tuple[Rank, ...], 
 
 @pytest.mark.parametrize("size", WORLDS[1:])
 @pytest.mark.parametrize(("leaf", "mix"), MIXES)
-def test_with_all_collectives_as_well(leaf: str, mix: tuple[Rank, ...], size: int) -> None:
+def test_all_collectives_match_float64(leaf: str, mix: tuple[Rank, ...], size: int) -> None:
     for bias, dtype in ((False, torch.float32), (True, torch.float32), (True, torch.bfloat16)):
         cuts, sent, counted = check_ranks(leaf, mix, size, bias, dtype, rich=True)
         # One rank row cannot be cut; what is not cut in vLLM's layer is not cut here.
@@ -94,7 +94,7 @@ def test_with_all_collectives_as_well(leaf: str, mix: tuple[Rank, ...], size: in
 
 @pytest.mark.parametrize("size", WORLDS)
 @pytest.mark.parametrize("form", ["factors", "pivot"])
-def test_a_layer_that_is_not_to_sum_hands_out_its_part(form: str, size: int) -> None:
+def test_layer_without_all_reduce_returns_its_part(form: str, size: int) -> None:
     """Shared experts: their model sums theirs and the others' outputs together."""
     ranks = Ranks(size)
     with ranks.instead_of_vllms():
@@ -110,7 +110,7 @@ def test_a_layer_that_is_not_to_sum_hands_out_its_part(form: str, size: int) -> 
     assert ((torch.stack(ys).double().sum(0) - expected).abs() <= bound).all()
 
 
-def test_a_layer_that_is_told_later_not_to_sum_hands_out_its_part() -> None:
+def test_all_reduce_cleared_later_returns_its_part() -> None:
     """vLLM's transformers backend clears the flag of shared experts when their layers exist."""
     ranks = Ranks(2)
     with ranks.instead_of_vllms():
@@ -126,7 +126,7 @@ def test_a_layer_that_is_told_later_not_to_sum_hands_out_its_part() -> None:
     assert ((torch.stack(ys).double().sum(0) - expected).abs() <= bound).all()
 
 
-def test_a_layer_over_other_ranks_exchanges_nothing() -> None:
+def test_layer_over_fewer_ranks_has_no_collective() -> None:
     """Where queries are replicated for the context, a layer is cut over some of the ranks alone."""
     ranks = Ranks(2)
     with ranks.instead_of_vllms(), pytest.MonkeyPatch.context() as patch:
@@ -135,7 +135,7 @@ def test_a_layer_over_other_ranks_exchanges_nothing() -> None:
         assert column_layer(spendthrift()).quant_method.cut is Cut.REPLICATED
 
 
-def test_inputs_that_come_whole_are_cut_by_the_layer() -> None:
+def test_replicated_inputs_are_sharded() -> None:
     ranks = Ranks(2)
     with ranks.instead_of_vllms():
         layers = []
@@ -150,7 +150,7 @@ def test_inputs_that_come_whole_are_cut_by_the_layer() -> None:
     assert all(((y.double() - expected).abs() <= bound).all() for y in ys)
 
 
-def test_the_bias_is_handed_out_where_the_model_adds_it() -> None:
+def test_bias_is_returned_if_the_model_adds_it() -> None:
     ranks = Ranks(2)
     with ranks.instead_of_vllms():
         layers = []
@@ -169,7 +169,7 @@ def test_the_bias_is_handed_out_where_the_model_adds_it() -> None:
 
 @pytest.mark.parametrize("size", WORLDS[1:])
 @pytest.mark.parametrize("module", [FactoredModule(10), FactoredModule(20, "pivot")], ids=["factors", "pivot"])
-def test_a_matrix_fused_in_the_checkpoint_is_cut_by_rank_as_well(module: FactoredModule, size: int) -> None:
+def test_fused_matrix_is_sharded_by_rank_rows(module: FactoredModule, size: int) -> None:
     generator = torch.Generator().manual_seed(size)
     shapes = module.shapes(2 * WIDE, HIDDEN)
     tensors = {kind: torch.randn(*shape, generator=generator) for kind, shape in shapes.items()}
@@ -223,8 +223,8 @@ def column_layer(plan: CommPlan, name: str = "a.up_proj") -> nn.Module:
     return vllm_linear.ColumnParallelLinear(HIDDEN, WIDE, False, quant_config=config, prefix=name)
 
 
-def test_layers_that_keep_vllms_own_sums() -> None:
-    """With LoRA, whose part of the outputs is to be summed as well, and of classes derived from vLLM's."""
+def test_lora_and_subclasses_keep_vllms_all_reduce() -> None:
+    """LoRA and classes derived from vLLM's add to the outputs before the all-reduce."""
 
     class Other(vllm_linear.RowParallelLinear):
         pass
@@ -242,7 +242,7 @@ def test_layers_that_keep_vllms_own_sums() -> None:
         assert Other(WIDE, HIDDEN, False, quant_config=pgsvd, prefix="a").quant_method.cut is Cut.REPLICATED
 
 
-def test_shared_experts_exchange_nothing() -> None:
+def test_shared_experts_have_no_collective() -> None:
     """vLLM may run them on a stream of their own, where their collective would meet the experts'."""
     with Ranks(2).instead_of_vllms():
         assert column_layer(spendthrift()).quant_method.cut is Cut.ALL_GATHER_Z
@@ -262,7 +262,7 @@ def test_wrong_rank_rows_are_named() -> None:
 
 @pytest.mark.parametrize("share", [0.2, 0.4, 0.6])
 @pytest.mark.parametrize("tp_size", WORLDS[1:])
-def test_a_model_never_sends_more_than_dense(share: float, tp_size: int) -> None:
+def test_traffic_never_exceeds_dense(share: float, tp_size: int) -> None:
     """Llama-2-7B's sizes, plain factors; and it keeps about its share on a rank."""
     hidden, wide = 4096, 11008
     square, oblong = int((1 - share) * hidden / 2), int((1 - share) * hidden * wide / (hidden + wide))
@@ -294,7 +294,7 @@ def test_a_model_never_sends_more_than_dense(share: float, tp_size: int) -> None
 
 
 @pytest.mark.parametrize("wrong", ["", "-1", "8MB", "1.5"])
-def test_bytes_that_are_none_are_refused(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_malformed_threshold_is_refused(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PGSVD_COLLECTIVE_BYTES", wrong)
     with pytest.raises(InputError, match="PGSVD_COLLECTIVE_BYTES"):
         collective_bytes()

@@ -1,4 +1,4 @@
-"""Factors of what the served model has as plain matrices, against float64."""
+"""Weights reconstructed for layers that are dense in vLLM's model, against float64."""
 
 import random
 
@@ -19,7 +19,7 @@ OUT, WIDTH, RANK = 12, 10, 4
 
 
 def checkpoint() -> tuple[dict[str, FactoredModule], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Forms, tensors, and in float64 what the factors stand for."""
+    """Forms, tensors, and the reconstructed weights in float64."""
     torch.manual_seed(0)
     u, v, p, c = (torch.randn(*shape) for shape in ((OUT, RANK), (RANK, WIDTH), (RANK, WIDTH), (OUT - RANK, RANK)))
     pivots = torch.tensor([0, 3, 7, 11], dtype=torch.int32)
@@ -56,21 +56,21 @@ def test_one_pattern_stands_for_all_layers() -> None:
     assert patterns({name: FactoredModule(RANK) for name in names}) == ["'m.v.*.q'", "'m.v.*.fc1'", "'head.2'"]
 
 
-def test_pivots_that_are_no_rows_are_named() -> None:
+def test_impossible_pivots_are_named() -> None:
     forms, tensors, _ = checkpoint()
     tensors["a.y.pivots"] = torch.tensor([0, 3, 7, OUT], dtype=torch.int32)
     with pytest.raises(CheckpointError, match=r"a\.y\.pivots"):
         list(reconstructed_weights(tensors.items(), forms))
 
 
-def test_a_factor_that_does_not_come_is_an_error() -> None:
+def test_missing_factor_is_refused() -> None:
     forms, tensors, _ = checkpoint()
     del tensors["a.y.weight_c"]
     with pytest.raises(CheckpointError, match=r"^a\.y: not all"):
         list(reconstructed_weights(tensors.items(), forms))
 
 
-def test_what_is_switched_off_is_taken_and_not_multiplied() -> None:
+def test_disabled_towers_are_claimed_not_reconstructed() -> None:
     forms, _, _ = checkpoint()
     config = PgsvdConfig(forms)
     tower = nn.Module()
@@ -81,7 +81,7 @@ def test_what_is_switched_off_is_taken_and_not_multiplied() -> None:
     config.check_claimed()
 
 
-def test_plain_matrices_are_found_by_either_name_and_others_are_not() -> None:
+def test_dense_layers_are_found_by_either_name() -> None:
     forms, _, _ = checkpoint()
     config = PgsvdConfig(forms)
     config.modules["vllm.x"] = config.modules["a.x"]  # as a mapper has named it

@@ -13,7 +13,7 @@ from vllm.forward_context import set_forward_context
 from pgsvd_vllm.serving.layers.dense import DenseBesideFactored, share_graphs
 from pgsvd_vllm.serving.vllm_compat.internals import encode, find_layer
 from tests.serving.layers.test_linear import HIDDEN, Case, check, vllm_world  # noqa: F401  (a fixture)
-from tests.serving.layers.test_moe import Mixture, routed
+from tests.serving.layers.test_moe import MoELayer, routed
 
 pytestmark = pytest.mark.usefixtures("vllm_world")
 
@@ -56,13 +56,13 @@ def test_each_engine_computes_with_its_own_dense_layer() -> None:
 
 
 def test_each_engine_computes_with_its_own_experts() -> None:
-    mixtures = [Mixture(torch.float32) for _ in range(2)]
-    mixtures[1].tensors = {n: 2 * t if t.is_floating_point() else t for n, t in mixtures[1].tensors.items()}
-    for mixture in mixtures:
-        mixture.load()
+    layers = [MoELayer(torch.float32) for _ in range(2)]
+    layers[1].tensors = {n: 2 * t if t.is_floating_point() else t for n, t in layers[1].tensors.items()}
+    for moe in layers:
+        moe.load()
     x, (weights, numbers) = torch.randn(3, HIDDEN), routed(3)
-    found = [m.method.apply(m.layer, x, weights, numbers, None, None) for m in mixtures]
-    torch.testing.assert_close(found[0].double(), mixtures[0].expected(x, weights, numbers), rtol=1e-4, atol=1e-4)
+    found = [m.method.apply(m.layer, x, weights, numbers, None, None) for m in layers]
+    torch.testing.assert_close(found[0].double(), layers[0].expected(x, weights, numbers), rtol=1e-4, atol=1e-4)
     assert not torch.allclose(found[0], found[1], atol=0.1)
 
 

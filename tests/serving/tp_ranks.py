@@ -1,4 +1,4 @@
-"""Ranks of tensor parallelism one after the other in one process: what they exchange is replayed."""
+"""Tensor-parallel ranks simulated one after the other in one process: collectives are replayed."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ import pytest
 import torch
 from vllm.model_executor.layers import linear as vllm_linear
 
-from pgsvd_vllm.serving import collectives as exchange
+from pgsvd_vllm.serving import collectives
 from pgsvd_vllm.serving.layers import linear
 
 T = TypeVar("T")
@@ -24,8 +24,8 @@ class Ranks:
     """`size` ranks; a rank that needs the others is started again once all have come as far.
 
     Attributes:
-        sent: what the last `each` exchanged, in numbers: of a sum twice what is summed, of a gathering what
-            comes together; both are to be multiplied by (size - 1) / size.
+        sent: elements that the last `each` sent: an all-reduce counts twice, an all-gather by its result; the common
+            factor (size - 1) / size is left out.
     """
 
     def __init__(self, size: int) -> None:
@@ -47,7 +47,7 @@ class Ranks:
                     waiting.append(one)
             if not waiting:
                 return done
-            assert not done, "only some ranks exchange anything"
+            assert not done, "only some ranks have a collective"
             assert len({(one.kind, one.mine.shape, one.dim) for one in waiting}) == 1
             parts = [one.mine for one in waiting]
             if waiting[0].kind == "sum":
@@ -57,7 +57,7 @@ class Ranks:
                 self._results.append(torch.cat(parts, waiting[0].dim))
                 self.sent += self._results[-1].numel()
 
-    def _exchanged(self, kind: str, mine: torch.Tensor, dim: int = -1) -> torch.Tensor:
+    def _collective(self, kind: str, mine: torch.Tensor, dim: int = -1) -> torch.Tensor:
         if self.size == 1:
             return mine
         # A GPU's collectives take the numbers as they lie.
@@ -71,10 +71,10 @@ class Ranks:
     def instead_of_vllms(self) -> Iterator[None]:
         """vLLM's layers take these ranks for the process's own."""
         with pytest.MonkeyPatch.context() as patch:
-            for module in (vllm_linear, exchange):
-                patch.setattr(module, "tensor_model_parallel_all_reduce", lambda x: self._exchanged("sum", x))
+            for module in (vllm_linear, collectives):
+                patch.setattr(module, "tensor_model_parallel_all_reduce", lambda x: self._collective("sum", x))
             patch.setattr(
-                exchange, "tensor_model_parallel_all_gather", lambda x, dim=-1: self._exchanged("gather", x, dim)
+                collectives, "tensor_model_parallel_all_gather", lambda x, dim=-1: self._collective("gather", x, dim)
             )
             patch.setattr(vllm_linear, "get_tensor_model_parallel_rank", lambda: self.rank)
             for module in (vllm_linear, linear):

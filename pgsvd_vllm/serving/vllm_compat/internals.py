@@ -75,17 +75,19 @@ def find_layer(name: LayerNameType) -> Any:
     """The layer of a running engine's compiled graph.
 
     Raises:
-        RuntimeError: there is no forward context and several engines of the process have a layer of this name.
+        RuntimeError: there is no forward context, and no engine of the process, or several, have such a layer.
     """
     prefix = _resolve_layer_name(name)
     if is_forward_context_available():
         layer = get_forward_context().no_compile_layers.get(prefix)
         if layer is not None:
             return layer
-    living = _living[prefix]
+    living = _living.get(prefix, weakref.WeakSet())
     if len(living) > 1:
         gc.collect()  # engines that are gone leave reference cycles behind
-    if len(living) != 1:
+    if not living:
+        raise RuntimeError(f"no engine in this process has a layer {prefix}: the compiled code is of another model")
+    if len(living) > 1:
         raise RuntimeError(
             f"{len(living)} engines in this process have a layer {prefix}, and compiled code outside of a forward "
             "context cannot tell them apart: start one engine per process, or use enforce_eager"

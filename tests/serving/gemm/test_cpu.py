@@ -1,4 +1,4 @@
-"""The op that puts the outputs of several products together."""
+"""The op that puts the outputs of several GEMMs in order."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ import pgsvd_vllm.serving.gemm.cpu  # noqa: F401  (registers the op)
 
 
 @pytest.mark.parametrize("ordered", [False, True])
-def test_the_outputs_are_joined_in_order(ordered: bool) -> None:
+def test_outputs_are_joined_in_order(ordered: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     outputs = [torch.randn(5, width, generator=generator) for width in (3, 8, 4)]
     order = torch.randperm(15, generator=generator)[:12] if ordered else None
@@ -19,7 +19,7 @@ def test_the_outputs_are_joined_in_order(ordered: bool) -> None:
     torch.library.opcheck(torch.ops.pgsvd.joined, (outputs, order))
 
 
-def test_the_number_of_tokens_stays_free() -> None:
+def test_number_of_tokens_stays_dynamic() -> None:
     """A fake that fixes it makes vLLM's compilation fail."""
     compiled = torch.compile(torch.ops.pgsvd.joined, dynamic=True, fullgraph=True)
     order = torch.tensor([2, 0, 1])

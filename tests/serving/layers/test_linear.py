@@ -147,7 +147,7 @@ class Case:
     def expected(self, x: torch.Tensor, partial: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
         """The output in float64, and a bound on the rounding error of each element.
 
-        Every product sums at most `columns` or `rank` terms in float32 and rounds once to the
+        Every GEMM sums at most `columns` or `rank` terms in float32 and rounds once to the
         dtype; a factored shard does both twice. The bound is over the absolute values of all terms.
 
         Args:
@@ -174,7 +174,7 @@ class Case:
             for matrix in chain:
                 value, size, terms = value @ matrix.T, size @ matrix.abs().T, terms + matrix.shape[1]
             values.append(value + bias)
-            # The bias is added afterwards except to the only product of a plain factored layer.
+            # The bias is added afterwards except in the last GEMM of a plain factored layer.
             roundings = len(chain) + (1 if "pivots" in wide or len(self.leaves) > 1 else 0) + partial - 1
             bounds.append((roundings * unit + terms * accumulate) * (size + bias.abs()))
         return torch.cat(values, -1), torch.cat(bounds, -1)
@@ -205,7 +205,7 @@ def test_leading_dimensions_are_kept() -> None:
     check(Case("qkv_proj", (24, None, 16), bias=True).load().finish(), torch.randn(2, 3, HIDDEN))
 
 
-def test_a_layer_without_factored_shards_is_vllms_own() -> None:
+def test_dense_layer_is_vllms_own() -> None:
     case = Case("qkv_proj", (None, None, None))
     assert isinstance(case.layer.quant_method, vllm_linear.UnquantizedLinearMethod)
 
@@ -224,7 +224,7 @@ def test_a_layer_without_factored_shards_is_vllms_own() -> None:
         ("qkv_proj", (24, "p8", 16), "k_proj", "pivots"),
     ],
 )
-def test_a_tensor_that_never_came_is_named(leaf: str, ranks: tuple[Rank, ...], part: str, kind: str) -> None:
+def test_missing_tensor_is_named(leaf: str, ranks: tuple[Rank, ...], part: str, kind: str) -> None:
     case = Case(leaf, ranks).load(skip=(part, kind))
     with pytest.raises(CheckpointError, match=rf"tensor model\.layers\.0\.block\.{part}\.{kind} is missing"):
         case.finish()
@@ -240,7 +240,7 @@ def test_a_tensor_that_never_came_is_named(leaf: str, ranks: tuple[Rank, ...], p
         ("v_proj", "weight_v", "factored with rank 16, form pivot"),
     ],
 )
-def test_a_tensor_that_the_table_does_not_promise_is_named(part: str, kind: str, form: str) -> None:
+def test_unlisted_tensor_is_named(part: str, kind: str, form: str) -> None:
     case = Case("qkv_proj", (24, None, "p16"))
     if not hasattr(case.layer, kind):
         pytest.fail(f"the layer has no {kind}")
@@ -251,7 +251,7 @@ def test_a_tensor_that_the_table_does_not_promise_is_named(part: str, kind: str,
 @pytest.mark.parametrize("leaf", ["qkv_proj", "down_proj", "up_proj", "gate"])
 @pytest.mark.parametrize("change", ["rank+", "rank-", "size+", "size-"])
 @pytest.mark.parametrize("kind", ["weight_v", "weight_u"])
-def test_a_wrong_shape_is_named(leaf: str, change: str, kind: str) -> None:
+def test_wrong_shape_is_named(leaf: str, change: str, kind: str) -> None:
     case = Case(leaf, {"qkv_proj": (24, None, 16)}.get(leaf, (6,)))
     part = next(iter(case.leaves))
     rows, columns = case.tensors[part][kind].shape
@@ -276,7 +276,7 @@ def test_a_wrong_shape_is_named(leaf: str, change: str, kind: str) -> None:
         ("pivots", (-1,)),
     ],
 )
-def test_a_wrong_shape_of_a_pivot_form_is_named(leaf: str, kind: str, change: tuple[int, ...]) -> None:
+def test_wrong_shape_of_a_pivot_form_is_named(leaf: str, kind: str, change: tuple[int, ...]) -> None:
     case = Case(leaf, {"qkv_proj": ("p24", None, 16)}.get(leaf, ("p6",)))
     part = next(iter(case.leaves))
     stored = case.tensors[part][kind]
@@ -288,18 +288,18 @@ def test_a_wrong_shape_of_a_pivot_form_is_named(leaf: str, kind: str, change: tu
 
 
 @pytest.mark.parametrize("rows", [[0, 0], [1, 0], [-1, 3], [5, HIDDEN]])
-def test_pivots_that_are_no_rows_are_refused(rows: list[int]) -> None:
+def test_impossible_pivots_are_refused(rows: list[int]) -> None:
     case = Case("down_proj", ("p2",))
     with pytest.raises(CheckpointError, match=r"tensor \S+down_proj\.pivots: not ascending row numbers from 0 to 63"):
         case.load_one("down_proj", "pivots", torch.tensor(rows, dtype=torch.int32))
 
 
-def test_a_pivot_rank_that_leaves_no_other_rows_is_refused() -> None:
+def test_pivot_rank_of_all_rows_is_refused() -> None:
     with pytest.raises(CheckpointError, match=r"block\.down_proj has 64 outputs, too few for pivots of rank 64"):
         Case("down_proj", ("p64",))
 
 
-def test_a_wrong_shape_of_a_dense_shard_is_named() -> None:
+def test_wrong_shape_of_a_dense_shard_is_named() -> None:
     for shape in ((KV_HEADS * HEAD, HIDDEN + 1), (KV_HEADS * HEAD + 1, HIDDEN), (KV_HEADS * HEAD, HIDDEN - 1)):
         case = Case("qkv_proj", (24, None, 16))
         with pytest.raises(CheckpointError, match=r"^tensor \S+\.k_proj\.weight: "):
@@ -327,7 +327,7 @@ def test_merged_layers_find_their_modules(said: dict[str, list[str]], table: lis
     config.check_claimed()
 
 
-def test_factors_that_no_layer_takes_are_named() -> None:
+def test_unclaimed_factors_are_named() -> None:
     names = ("a.up_proj", "a.0.other", "a.1.other", "a.0.more")
     config = PgsvdConfig({name: FactoredModule(4) for name in names})
     vllm_linear.ColumnParallelLinear(HIDDEN, WIDE, quant_config=config, prefix="a.up_proj")
@@ -335,7 +335,7 @@ def test_factors_that_no_layer_takes_are_named() -> None:
         config.check_claimed()
 
 
-def test_partitions_that_do_not_fit_the_modules_are_refused() -> None:
+def test_mismatched_partitions_are_refused() -> None:
     config = PgsvdConfig({"a.gate_proj": FactoredModule(4)})
     config.packed_modules_mapping = {"gate_up_proj": ["gate_proj", "up_proj"]}
     with pytest.raises(CheckpointError, match=r"layer a\.gate_up_proj: 3 partitions.*a\.gate_proj, a\.up_proj"):
@@ -344,7 +344,7 @@ def test_partitions_that_do_not_fit_the_modules_are_refused() -> None:
         )
 
 
-def test_a_module_fused_in_the_checkpoint_covers_all_partitions() -> None:
+def test_fused_module_covers_all_partitions() -> None:
     """Some models store gate over up as one matrix: one pair of factors for both partitions."""
     config = PgsvdConfig({"a.gate_up_proj": FactoredModule(10)})
     layer = vllm_linear.MergedColumnParallelLinear(
@@ -358,7 +358,7 @@ def test_a_module_fused_in_the_checkpoint_covers_all_partitions() -> None:
     torch.testing.assert_close(layer(x)[0], (x.double() @ v.double().T @ u.double().T).float(), rtol=1e-5, atol=1e-4)
 
 
-def test_no_weight_of_only_some_rows_is_left_behind() -> None:
+def test_no_partial_weight_is_left() -> None:
     """Code that takes `layer.weight` for the whole matrix must not find the dense shards alone."""
     case = Case("qkv_proj", (24, None, 16)).load().finish()
     assert not hasattr(case.layer, "weight")
@@ -366,8 +366,8 @@ def test_no_weight_of_only_some_rows_is_left_behind() -> None:
 
 
 @pytest.mark.parametrize("traced", [False, True], ids=["opaque", "traced"])
-def test_only_vllms_own_compilation_sees_one_op(traced: bool) -> None:
-    """Opaque, layers of different ranks are one graph; traced, the products are in it."""
+def test_only_vllm_compilation_sees_one_op(traced: bool) -> None:
+    """Opaque, layers of different ranks are one graph; traced, the GEMMs are in it."""
     config = vllm_config.VllmConfig()
     modes = vllm_config.CompilationMode
     config.compilation_config.mode = modes.DYNAMO_TRACE_ONCE if traced else modes.VLLM_COMPILE
@@ -394,7 +394,7 @@ def test_only_vllms_own_compilation_sees_one_op(traced: bool) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_the_op_is_a_correct_custom_op(dtype: torch.dtype) -> None:
+def test_op_passes_torchs_opcheck(dtype: torch.dtype) -> None:
     case = Case("qkv_proj", (24, None, "p16"), bias=True, dtype=dtype).load().finish()
     x = torch.randn(5, HIDDEN).to(dtype)
     encoded = encode(case.layer.prefix)
@@ -403,7 +403,7 @@ def test_the_op_is_a_correct_custom_op(dtype: torch.dtype) -> None:
         assert set(results.values()) == {"SUCCESS"}, results
 
 
-def check_product(run: Gemm, weight: torch.Tensor, tokens: int, gap: int) -> None:
+def check_gemm(run: Gemm, weight: torch.Tensor, tokens: int, gap: int) -> None:
     """x whose rows lie `gap` numbers apart, with and without a bias, against float64."""
     rows, columns = weight.shape
     x, bias = torch.randn(tokens, columns + gap).to(weight.dtype)[:, gap:], torch.randn(rows).to(weight.dtype)
@@ -419,26 +419,26 @@ def check_product(run: Gemm, weight: torch.Tensor, tokens: int, gap: int) -> Non
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize(("rows", "columns"), [(0, 64), (1, 32), (8, 192), (48, 64), (33, 7), (100, 96), (16, 2080)])
-def test_a_product_alone(rows: int, columns: int, dtype: torch.dtype) -> None:
+def test_gemm_matches_float64(rows: int, columns: int, dtype: torch.dtype) -> None:
     weight = torch.randn(rows, columns).to(dtype)
     run = gemm(weight.clone())
     for tokens in (1, 3, 17, 300):
         for gap in (0, 64):
-            check_product(run, weight, tokens, gap)
+            check_gemm(run, weight, tokens, gap)
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(8, 192), (48, 64)])
-def test_vllms_kernel_for_amx(rows: int, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_amx_kernel_matches_float64(rows: int, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """It refuses a bias in bf16, and of fewer than 16 outputs it misreads rows with gaps; here it runs on any CPU."""
     if not current_platform.is_cpu() or not hasattr(torch.ops._C, "weight_packed_linear"):
         pytest.skip("only vLLM's x86 CPU build has this kernel")
-    # vLLM's own rule for small products, less its question for the AMX instructions.
+    # vLLM's own rule for small GEMMs, without its check for AMX instructions.
     monkeypatch.setattr(vllm_utils, "check_cpu_sgl_kernel", lambda n, k, dtype: n < 16 or k % 32 == n % 16 == 0)
     weight = torch.randn(rows, columns).bfloat16()
     run = vllm_gemm(weight.clone())
     for tokens in (1, 3, 17):
         for gap in (0, 64):
-            check_product(run, weight, tokens, gap)
+            check_gemm(run, weight, tokens, gap)
 
 
 @pytest.mark.parametrize(

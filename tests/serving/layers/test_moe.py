@@ -1,4 +1,4 @@
-"""Mixtures whose experts have ranks and forms of their own, against float64: from factors, and multiplied back."""
+"""MoE layers whose experts have ranks and forms of their own, against float64: from factors, and reconstructed."""
 
 import math
 from typing import Any
@@ -14,7 +14,7 @@ from vllm.model_executor.layers.fused_moe import FusedMoEFactory
 
 from pgsvd_vllm.errors import CheckpointError
 from pgsvd_vllm.format.schema import FactoredModule
-from pgsvd_vllm.serving.layers import moe as experts
+from pgsvd_vllm.serving.layers import moe as moe_module
 from pgsvd_vllm.serving.layers.moe import FactoredMoEMethod
 from pgsvd_vllm.serving.layers.moe_dense import DenseFallbackMoEMethod
 from pgsvd_vllm.serving.quant_config import PgsvdConfig
@@ -36,8 +36,8 @@ FORMS = (
 pytestmark = pytest.mark.usefixtures("vllm_world")
 
 
-class Mixture:
-    """vLLM's mixture, made and loaded, and its experts' matrices in float64."""
+class MoELayer:
+    """vLLM's MoE layer, made and loaded, and its experts' matrices in float64."""
 
     def __init__(
         self, dtype: torch.dtype, table: dict[str, FactoredModule] | None = None, prefix: str = PREFIX
@@ -115,66 +115,64 @@ def routed(tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("kind", [FactoredMoEMethod, DenseFallbackMoEMethod])
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
 @pytest.mark.parametrize("tokens", [1, 7, 64])
-def test_against_float64(
+def test_moe_layer_matches_float64(
     kind: type, dtype: torch.dtype, bound: float, tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if kind is DenseFallbackMoEMethod:
-        monkeypatch.setattr(experts, "ACTIVATIONS", {})
-    mixture = Mixture(dtype)
-    assert type(mixture.method) is kind
-    mixture.load()
+        monkeypatch.setattr(moe_module, "ACTIVATIONS", {})
+    moe = MoELayer(dtype)
+    assert type(moe.method) is kind
+    moe.load()
     x = torch.randn(tokens, HIDDEN, generator=torch.Generator().manual_seed(2)).to(dtype)
     weights, numbers = routed(tokens)
-    with set_current_vllm_config(mixture.config):
-        y = mixture.method.apply(mixture.layer, x, weights, numbers, None, None)
-    expected = mixture.expected(x, weights, numbers)
+    with set_current_vllm_config(moe.config):
+        y = moe.method.apply(moe.layer, x, weights, numbers, None, None)
+    expected = moe.expected(x, weights, numbers)
     assert y.dtype == dtype
     assert float((y.double() - expected).norm() / expected.norm()) < bound
 
 
-def test_every_factored_module_is_claimed_and_every_parameter_named() -> None:
-    mixture = Mixture(torch.float32)
-    mixture.layer.quant_config.check_claimed()
-    assert {name.removeprefix("routed_experts.") for name in mixture.load()} == set(
-        dict(mixture.layer.named_parameters())
-    )
+def test_all_modules_are_claimed_and_parameters_named() -> None:
+    moe = MoELayer(torch.float32)
+    moe.layer.quant_config.check_claimed()
+    assert {name.removeprefix("routed_experts.") for name in moe.load()} == set(dict(moe.layer.named_parameters()))
 
 
-def test_a_mixture_without_factors_is_vllms_own() -> None:
-    assert type(Mixture(torch.float32, table={}).method).__name__ == "UnquantizedFusedMoEMethod"
+def test_moe_layer_without_factors_is_vllms_own() -> None:
+    assert type(MoELayer(torch.float32, table={}).method).__name__ == "UnquantizedFusedMoEMethod"
 
 
 @pytest.mark.parametrize("kind", [FactoredMoEMethod, DenseFallbackMoEMethod])
 @pytest.mark.parametrize("missing", ["1.gate_proj.weight_c", "0.down_proj.weight_u", "2.gate_proj.pivots"])
-def test_a_missing_factor_is_told(kind: type, missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_factor_is_named(kind: type, missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if kind is DenseFallbackMoEMethod:
-        monkeypatch.setattr(experts, "ACTIVATIONS", {})
+        monkeypatch.setattr(moe_module, "ACTIVATIONS", {})
     with pytest.raises(CheckpointError, match=rf"experts\.{missing.rpartition('.')[0]}"):
-        Mixture(torch.float32).load(without=missing)
+        MoELayer(torch.float32).load(without=missing)
 
 
 @pytest.mark.parametrize("kind", [FactoredMoEMethod, DenseFallbackMoEMethod])
-def test_a_factor_that_the_table_does_not_have_is_told(kind: type, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unlisted_factor_is_refused(kind: type, monkeypatch: pytest.MonkeyPatch) -> None:
     if kind is DenseFallbackMoEMethod:
-        monkeypatch.setattr(experts, "ACTIVATIONS", {})
-    mixture = Mixture(torch.float32)
-    mixture.tensors["2.down_proj.weight_c"] = torch.zeros(8, 8)
+        monkeypatch.setattr(moe_module, "ACTIVATIONS", {})
+    moe = MoELayer(torch.float32)
+    moe.tensors["2.down_proj.weight_c"] = torch.zeros(8, 8)
     with pytest.raises(CheckpointError, match=r"experts\.2\.down_proj"):
-        mixture.load()
+        moe.load()
 
 
-def test_the_op_is_what_torch_expects_of_one() -> None:
-    mixture = Mixture(torch.float32)
-    mixture.load()
+def test_op_passes_torchs_opcheck() -> None:
+    moe = MoELayer(torch.float32)
+    moe.load()
     x = torch.randn(6, HIDDEN)
-    torch.library.opcheck(torch.ops.pgsvd.experts, (x, *routed(6), encode(mixture.method.prefix)))
+    torch.library.opcheck(torch.ops.pgsvd.experts, (x, *routed(6), encode(moe.method.prefix)))
 
 
-def test_a_drafts_experts_are_not_the_targets() -> None:
-    target, draft = Mixture(torch.float32), Mixture(torch.float32, prefix=f"draft_model.{PREFIX}")
+def test_draft_and_target_experts_stay_apart() -> None:
+    target, draft = MoELayer(torch.float32), MoELayer(torch.float32, prefix=f"draft_model.{PREFIX}")
     draft.tensors = {name: 2 * t if t.is_floating_point() else t for name, t in draft.tensors.items()}
-    for mixture in (target, draft):
-        mixture.load()
+    for moe in (target, draft):
+        moe.load()
     x, (weights, numbers) = torch.randn(3, HIDDEN), routed(3)
     found = [m.method.apply(m.layer, x, weights, numbers, None, None) for m in (target, draft)]
     torch.testing.assert_close(found[0].double(), target.expected(x, weights, numbers), rtol=1e-4, atol=1e-4)
@@ -182,10 +180,10 @@ def test_a_drafts_experts_are_not_the_targets() -> None:
 
 
 @pytest.mark.parametrize("kind", [FactoredMoEMethod, DenseFallbackMoEMethod])
-def test_weights_are_loaded_once(kind: type, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_second_load_is_refused(kind: type, monkeypatch: pytest.MonkeyPatch) -> None:
     if kind is DenseFallbackMoEMethod:
-        monkeypatch.setattr(experts, "ACTIVATIONS", {})
-    mixture = Mixture(torch.float32)
-    mixture.load()
+        monkeypatch.setattr(moe_module, "ACTIVATIONS", {})
+    moe = MoELayer(torch.float32)
+    moe.load()
     with pytest.raises(CheckpointError, match="loaded once; restart the server"):
-        mixture.load()
+        moe.load()
