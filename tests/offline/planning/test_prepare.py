@@ -54,15 +54,11 @@ def test_finished_factors_survive_a_resume_with_less_memory(
     with pytest.raises(Stopped):
         compress(options)
     monkeypatch.undo()
-    factors = {path: path.stat().st_mtime_ns for path in tmp_path.glob("out.partial/factors-*/*.safetensors")}
-    assert len(factors) == 3
+    assert len(list(tmp_path.glob("out.partial/factors-*/*.safetensors"))) == 3
     monkeypatch.setattr(resources, "free_memory", lambda _device: 0)
-    with pytest.raises(Stopped):
-        compress(
-            CompressOptions(str(tiny_model), output, resume=True, **SMALL),
-            say=lambda line: stop_at("ranks by")(line),
-        )
-    assert {path: path.stat().st_mtime_ns for path in factors if path.exists()} == factors
+    monkeypatch.setattr("pgsvd_vllm.offline.factors.factorize.closed_form", None)  # nothing is left to solve
+    compress(CompressOptions(str(tiny_model), output, resume=True, **SMALL))
+    assert (output / "config.json").is_file()
 
 
 def test_a_sensitivity_that_is_asked_for_wins_on_resume(tiny_model: Path, tmp_path: Path) -> None:
