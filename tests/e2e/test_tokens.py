@@ -73,7 +73,7 @@ def test_compiled_tokens_equal_eager_ones(
 
 
 def told_of_ranks(log: str) -> set[tuple[float, str, int, int]]:
-    """(MB of factored layers, their cuts, numbers sent per token, those of dense layers), from the ranks' log."""
+    """(MB of factored layers, their cuts, elements sent per token, those of dense layers), from the ranks' log."""
     pattern = r"hold ([\d.]+) MB on this rank \((.*?)\) and send (\d+) elements a token between ranks, dense ones (\d+)"
     return {(float(mb), cuts, int(sent), int(dense)) for mb, cuts, sent, dense in re.findall(pattern, log)}
 
