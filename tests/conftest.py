@@ -1,4 +1,4 @@
-"""Fixtures of all tests: a tiny random model, the reference model, compressed ones; how workers share the cores."""
+"""Fixtures of all tests: a tiny random model, SmolLM2, compressed ones, and the use of cores by pytest workers."""
 
 import os
 import shlex
@@ -33,12 +33,12 @@ TOGETHER = dict.fromkeys(("tests/e2e/test_http.py", "tests/e2e/test_smollm2.py")
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """Workers of `-n auto`: one a core, as long as their engines fit into memory."""
+    """The number of workers of `-n auto`: one per core, up to MAX_WORKERS, whose engines fit into memory."""
     return min(MAX_WORKERS, len(os.sched_getaffinity(0)))
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Give a worker, its engines and its commands cores of their own: OpenMP threads that share one are slow."""
+    """Pin a worker, its engines and its commands to cores of their own: OpenMP threads are slow on shared cores."""
     if WORKER is not None:
         cores = sorted(os.sched_getaffinity(0))
         number, workers = int(WORKER.removeprefix("gw")), int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
@@ -69,7 +69,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 def run_cli(*arguments: object, timeout: float = 600) -> subprocess.CompletedProcess[str]:
-    """Run the pgsvd-vllm command as a user would, in a process of its own."""
+    """Run the pgsvd-vllm command in a process of its own."""
     command = [sys.executable, "-c", "import sys; from pgsvd_vllm.cli import main; sys.exit(main())"]
     return subprocess.run(
         [*command, *map(str, arguments)], capture_output=True, text=True, timeout=timeout, cwd="/", check=False
@@ -77,7 +77,7 @@ def run_cli(*arguments: object, timeout: float = 600) -> subprocess.CompletedPro
 
 
 def save_tokenizer(folder: Path) -> int:
-    """Write a tokenizer of bytes with <s> and </s>; the size of its vocabulary."""
+    """Write a byte-level tokenizer with <s> and </s>; returns the size of its vocabulary."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -122,7 +122,7 @@ def save_tiny_model(folder: Path, *, bias: bool = False, tie: bool = True, layer
 
 @pytest.fixture
 def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """One thread here and in commands that are started: small matrices are slower on many."""
+    """Use one thread in this process and in started commands: small matrices are slower on several."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -131,12 +131,12 @@ def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
-    """A folder that one worker of the run makes and all of them read.
+    """A folder that one worker creates and all workers read.
 
     Args:
-        factory: pytest's, of this worker.
-        name: of the folder in the run's temporary folder.
-        make: is given the folder's path and creates it.
+        factory: of this worker.
+        name: of the folder in the temporary folder of the test run.
+        make: creates the folder at the given path.
     """
     base = factory.getbasetemp()
     shared = base if WORKER is None else base.parent
@@ -178,7 +178,7 @@ def smollm2() -> Path:
 
 @pytest.fixture(scope="session")
 def smollm2_compressed(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """SmolLM2 with a third of its layers factored, which lose a fifth of their projections' parameters."""
+    """SmolLM2 with every third layer factored; these layers lose a fifth of their projections' parameters."""
     # Few layers and little text: tests compare its tokens with transformers, they do not measure its quality.
     dense = [f"model.layers.{i}.*" for i in range(30) if i % 3]
     options = ("--sensitivity", "uniform", "--form", "pivot", "--ratio", "0.066", "--ignore", *dense)

@@ -1,4 +1,4 @@
-"""All matrices of these tests are small; commands that must refuse."""
+"""Fixtures of the tests of cli: one thread for small matrices, and a check of refused commands."""
 
 from pathlib import Path
 
@@ -9,10 +9,10 @@ from tests.cli.refusal import Refusal
 
 @pytest.fixture(autouse=True)
 def small_matrices(one_thread: None) -> None:
-    """Every test here runs on one thread."""
+    """Run every test of this folder on one thread."""
 
 
 @pytest.fixture
 def refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Refusal:
-    """Runs `compress` and checks how it refuses."""
+    """Runs `compress`, which must fail with one error line and leave no files."""
     return Refusal(capsys, tmp_path)

@@ -1,4 +1,4 @@
-"""How commands refuse: exit status 2, one line that names what is wrong, and nothing left behind."""
+"""Checks that a command fails with exit status 2 and one error line that names the fault, and leaves no files."""
 
 from pathlib import Path
 
@@ -11,12 +11,12 @@ FAST = ["--num-calibration-samples", "16", "--max-seq-length", "64"]
 
 
 def the_line(code: int, errors: str) -> str:
-    """The error line, after checking that it is the only one."""
+    """The error line, which must be the only one and the last line."""
     assert code == 2, errors
     assert "Traceback" not in errors
     lines = [line for line in errors.splitlines() if line.startswith(PREFIX)]
     assert len(lines) == 1, errors
-    assert errors.splitlines()[-1] == lines[0], "something is said after the error"
+    assert errors.splitlines()[-1] == lines[0], "output follows the error line"
     return lines[0]
 
 
@@ -25,7 +25,7 @@ def listing(folder: Path) -> list[tuple[str, int]]:
 
 
 class Refusal:
-    """Runs `compress` in this process and checks how it refuses."""
+    """Runs `compress` in this process, which must fail with an error that contains all `culprits`."""
 
     def __init__(self, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
         self.capsys = capsys

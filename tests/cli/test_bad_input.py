@@ -1,4 +1,4 @@
-"""Whatever is wrong with the input: exit status 2, one line that names it, and nothing left behind."""
+"""Invalid input of every kind: exit status 2, one line that names the fault, and no files left."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from tests.conftest import run_cli, save_tiny_model
 
 @pytest.fixture
 def model(tiny_model: Path, tmp_path: Path) -> Path:
-    """A copy of the tiny model, to be damaged."""
+    """A copy of the tiny model that a test damages."""
     return Path(shutil.copytree(tiny_model, tmp_path / "model"))
 
 
@@ -35,10 +35,10 @@ def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any])
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-# -- as a user runs it ------------------------------------------------------------------------------
+# -- in a process of its own -------------------------------------------------------------------------
 
 
-def test_real_process_truncated_weights(model: Path, tmp_path: Path) -> None:
+def test_cli_process_reports_truncated_weights(model: Path, tmp_path: Path) -> None:
     file = model / "model.safetensors"
     os.truncate(file, file.stat().st_size // 2)
     done = run_cli("compress", model, "-o", tmp_path / "out", "--ratio", "0.2")
@@ -49,7 +49,7 @@ def test_real_process_truncated_weights(model: Path, tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model"]
 
 
-def test_real_process_nan_in_a_weight(model: Path, tmp_path: Path) -> None:
+def test_cli_process_reports_a_nan_weight(model: Path, tmp_path: Path) -> None:
     name = "model.layers.2.mlp.up_proj.weight"
     edit_tensors(model, lambda t: t[name][5, 7].fill_(float("nan")))
     done = run_cli("compress", model, "-o", tmp_path / "out", *FAST)
@@ -59,7 +59,7 @@ def test_real_process_nan_in_a_weight(model: Path, tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model"]
 
 
-def test_real_process_wrong_option() -> None:
+def test_cli_process_reports_an_unknown_option() -> None:
     done = run_cli("compress", "x", "-o", "y", "--rank", "3")
     assert done.returncode == 2
     assert done.stderr.startswith("usage: pgsvd-vllm")
@@ -67,12 +67,12 @@ def test_real_process_wrong_option() -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_real_process_closed_pipe(tiny_compressed: Path) -> None:
+def test_cli_process_survives_a_closed_pipe(tiny_compressed: Path) -> None:
     code = "import sys; from pgsvd_vllm.cli import main; sys.exit(main(sys.argv[1:]))"
     read, write = os.pipe()
     os.close(read)
     command = [sys.executable, "-c", code, "inspect", str(tiny_compressed)]
-    # With Python's own buffer, which is longer than the text.
+    # With Python's buffer, which is longer than the text.
     env = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
     done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, cwd="/", env=env, check=False)
     os.close(write)
@@ -82,7 +82,7 @@ def test_real_process_closed_pipe(tiny_compressed: Path) -> None:
 # -- the model --------------------------------------------------------------------------------------
 
 
-def test_no_such_model(refused: Refusal, tmp_path: Path) -> None:
+def test_an_unknown_model_is_refused(refused: Refusal, tmp_path: Path) -> None:
     for name in (tmp_path / "absent", "./absent", "a/b/c", __file__, "x" * 300, "no-such/model"):
         refused(name, culprits=(f"MODEL {name}: ",))
     empty = tmp_path / "empty"
@@ -91,13 +91,13 @@ def test_no_such_model(refused: Refusal, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["T5ForConditionalGeneration", "BertForSequenceClassification", "ViTModel"])
-def test_wrong_architecture(refused: Refusal, model: Path, name: str) -> None:
+def test_an_unsupported_architecture_is_refused(refused: Refusal, model: Path, name: str) -> None:
     edit_config(model, architectures=[name], model_type=name.partition("F")[0].lower())
     refused(model, culprits=(name, "config.json", "causal"))
 
 
 @pytest.mark.parametrize("value", [None, [], "", {}, [1], [None], 5, "LlamaForCausalLM"])
-def test_no_architecture(refused: Refusal, model: Path, value: object) -> None:
+def test_a_malformed_architecture_is_refused(refused: Refusal, model: Path, value: object) -> None:
     edit_config(model, architectures=value)
     refused(model, culprits=("config.json", "architecture"))
 
@@ -115,45 +115,47 @@ def test_no_architecture(refused: Refusal, model: Path, value: object) -> None:
     ],
     ids=str,
 )
-def test_a_config_that_does_not_fit(refused: Refusal, model: Path, change: dict[str, object]) -> None:
+def test_a_config_that_contradicts_the_weights_is_refused(
+    refused: Refusal, model: Path, change: dict[str, object]
+) -> None:
     edit_config(model, **change)
     refused(model, culprits=(str(model),))
 
 
-def test_config_that_is_no_object(refused: Refusal, model: Path) -> None:
+def test_a_config_that_is_not_a_json_object_is_refused(refused: Refusal, model: Path) -> None:
     for text in ("", "[]", "{", "[" * 100_000):
         (model / "config.json").write_text(text)
         refused(model, culprits=(str(model / "config.json"),))
 
 
 @pytest.mark.parametrize("section", [{"quant_method": "awq"}, {"quant_method": "pgsvd"}, {}, [], "x", 1])
-def test_a_quantized_model(refused: Refusal, model: Path, section: object) -> None:
+def test_a_quantized_model_is_refused(refused: Refusal, model: Path, section: object) -> None:
     edit_config(model, quantization_config=section)
     refused(model, culprits=(str(model), "already compressed or quantized"))
 
 
-def test_a_null_quantization_section_is_none(model: Path, tmp_path: Path) -> None:
+def test_a_null_quantization_section_is_accepted(model: Path, tmp_path: Path) -> None:
     edit_config(model, quantization_config=None)
     assert main(["compress", str(model), "-o", str(tmp_path / "out"), "--dry-run", *FAST]) == 0
 
 
-def test_an_already_compressed_model(refused: Refusal, tiny_compressed: Path) -> None:
+def test_a_compressed_model_is_refused(refused: Refusal, tiny_compressed: Path) -> None:
     refused(tiny_compressed, culprits=(str(tiny_compressed), "already compressed", "pgsvd"))
 
 
-def test_other_weight_formats(refused: Refusal, model: Path) -> None:
+def test_other_weight_formats_are_refused(refused: Refusal, model: Path) -> None:
     torch.save(load_file(model / "model.safetensors"), model / "pytorch_model.bin")
     (model / "model.safetensors").unlink()
     refused(model, culprits=(str(model), ".bin", "save_pretrained"))
 
 
-def test_garbage_for_weights(refused: Refusal, model: Path) -> None:
+def test_garbage_weights_are_refused(refused: Refusal, model: Path) -> None:
     for content in (b"", b"garbage", b"\0" * 100):
         (model / "model.safetensors").write_bytes(content)
         refused(model, culprits=(str(model / "model.safetensors"),))
 
 
-def test_an_index_with_a_missing_shard(refused: Refusal, model: Path) -> None:
+def test_an_index_with_a_missing_shard_is_refused(refused: Refusal, model: Path) -> None:
     weight_map = dict.fromkeys(load_file(model / "model.safetensors"), "model-00001-of-00001.safetensors")
     (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     refused(model, culprits=(str(model / "model-00001-of-00001.safetensors"),))
@@ -161,13 +163,13 @@ def test_an_index_with_a_missing_shard(refused: Refusal, model: Path) -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.layers.1.self_attn.k_proj.weight"])
-def test_weights_that_are_not_finite(refused: Refusal, model: Path, name: str, value: float) -> None:
+def test_weights_that_are_not_finite_are_refused(refused: Refusal, model: Path, name: str, value: float) -> None:
     edit_tensors(model, lambda t: t[name][3, 3].fill_(value))
     refused(model, culprits=(name, str(model / "model.safetensors"), "NaN or infinity"))
 
 
 @pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.layers.1.self_attn.k_proj.weight"])
-def test_a_missing_or_misshapen_tensor(refused: Refusal, model: Path, name: str) -> None:
+def test_a_missing_or_misshapen_tensor_is_refused(refused: Refusal, model: Path, name: str) -> None:
     assert name in load_file(model / "model.safetensors")
     edit_tensors(model, lambda t: t.update({name: t[name][:-1].clone()}))
     refused(model, culprits=(name,))
@@ -175,8 +177,8 @@ def test_a_missing_or_misshapen_tensor(refused: Refusal, model: Path, name: str)
     refused(model, culprits=(name, "missing"))
 
 
-def test_a_missing_or_misshapen_head(refused: Refusal, tmp_path: Path) -> None:
-    # The head takes no part in the calibration, and is missed all the same.
+def test_a_missing_or_misshapen_lm_head_is_refused(refused: Refusal, tmp_path: Path) -> None:
+    # The LM head takes no part in calibration, but a missing one must still be an error.
     model = save_tiny_model(tmp_path / "model", tie=False, layers=1)
     edit_tensors(model, lambda t: t.update({"lm_head.weight": t["lm_head.weight"][:, :-1].clone()}))
     refused(model, culprits=("lm_head.weight", "(258, 127)"))
@@ -187,19 +189,19 @@ def test_a_missing_or_misshapen_head(refused: Refusal, tmp_path: Path) -> None:
 # -- the tokenizer and the text ----------------------------------------------------------------------
 
 
-def test_no_tokenizer(refused: Refusal, model: Path) -> None:
+def test_a_missing_tokenizer_is_refused(refused: Refusal, model: Path) -> None:
     for path in model.glob("tokenizer*"):
         path.unlink()
     refused(model, culprits=(str(model), "tokenizer"))
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[]", "nonsense"])
-def test_a_broken_tokenizer(refused: Refusal, model: Path, content: str) -> None:
+def test_a_broken_tokenizer_is_refused(refused: Refusal, model: Path, content: str) -> None:
     (model / "tokenizer.json").write_text(content)
     refused(model, culprits=(str(model), "tokenizer"))
 
 
-def test_a_tokenizer_of_another_model(refused: Refusal, model: Path) -> None:
+def test_a_tokenizer_of_another_model_is_refused(refused: Refusal, model: Path) -> None:
     def shrink(tensors: dict[str, torch.Tensor]) -> None:
         tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"][:50].clone()
 
@@ -208,11 +210,11 @@ def test_a_tokenizer_of_another_model(refused: Refusal, model: Path) -> None:
     refused(model, culprits=(str(model), "50 embeddings", "tokenizer"))
 
 
-def test_three_lines_of_text(refused: Refusal, tiny_model: Path, tmp_path: Path) -> None:
+def test_too_little_calibration_text_is_refused(refused: Refusal, tiny_model: Path, tmp_path: Path) -> None:
     text = tmp_path / "short.txt"
     text.write_text("Three lines\nare not enough\nto calibrate on.\n")
     refused(tiny_model, "--dataset", text, culprits=("--dataset", str(text), "too little"))
-    # Enough for one window, still fewer tokens than a projection has inputs.
+    # Enough for one window, but fewer tokens than a projection has inputs.
     refused(tiny_model, "--dataset", text, "--max-seq-length", "16", culprits=(str(text), "320 inputs"))
 
 
@@ -227,13 +229,15 @@ def test_three_lines_of_text(refused: Refusal, tiny_model: Path, tmp_path: Path)
         ("data.txt", b"\xff\xfe\x00"),
     ],
 )
-def test_text_that_is_none(refused: Refusal, tiny_model: Path, tmp_path: Path, name: str, content: bytes) -> None:
+def test_malformed_calibration_text_is_refused(
+    refused: Refusal, tiny_model: Path, tmp_path: Path, name: str, content: bytes
+) -> None:
     path = tmp_path / name
     path.write_bytes(content)
     refused(tiny_model, "--dataset", path, culprits=("--dataset", str(path)))
 
 
-def test_unknown_text(refused: Refusal, tiny_model: Path, tmp_path: Path) -> None:
+def test_an_unknown_dataset_is_refused(refused: Refusal, tiny_model: Path, tmp_path: Path) -> None:
     for name in ("wikitext-103", tmp_path / "absent.jsonl", tmp_path, "x" * 300):
         refused(tiny_model, "--dataset", name, culprits=(f"--dataset {name}", "python-docs"))
 
@@ -243,7 +247,7 @@ def test_unknown_text(refused: Refusal, tiny_model: Path, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("value", ["0", "1", "1.5", "-0.1", "nan", "inf"])
 @pytest.mark.parametrize("option", ["--ratio", "--tolerance"])
-def test_share_out_of_range(refused: Refusal, tiny_model: Path, option: str, value: str) -> None:
+def test_a_share_out_of_range_is_refused(refused: Refusal, tiny_model: Path, option: str, value: str) -> None:
     refused(tiny_model, f"{option}={value}", culprits=(option, "between 0 and 1"))
 
 
@@ -265,7 +269,9 @@ def test_share_out_of_range(refused: Refusal, tiny_model: Path, option: str, val
         (["--baseline", "asvd", "--tolerance", "0.2"], "--baseline"),
     ],
 )
-def test_options_that_cannot_work(refused: Refusal, tiny_model: Path, options: list[str], culprit: str) -> None:
+def test_invalid_option_values_are_refused(
+    refused: Refusal, tiny_model: Path, options: list[str], culprit: str
+) -> None:
     refused(tiny_model, *options, culprits=(culprit,))
 
 
@@ -282,7 +288,7 @@ def test_options_that_cannot_work(refused: Refusal, tiny_model: Path, options: l
         (["--num-calibration-samples", "many"], "--num-calibration-samples"),
     ],
 )
-def test_options_argparse_refuses(
+def test_argparse_refuses_invalid_options(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, options: list[str], culprit: str
 ) -> None:
     with pytest.raises(SystemExit) as caught:
@@ -296,7 +302,7 @@ def test_options_argparse_refuses(
 
 
 @pytest.mark.parametrize("arguments", [[], ["compress"], ["compress", "model"], ["explode"], ["inspect"]])
-def test_commands_argparse_refuses(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
+def test_argparse_refuses_incomplete_commands(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(arguments)
     assert caught.value.code == 2
@@ -306,7 +312,7 @@ def test_commands_argparse_refuses(capsys: pytest.CaptureFixture[str], arguments
 # -- the output --------------------------------------------------------------------------------------
 
 
-def test_existing_output_is_untouched(
+def test_an_existing_output_is_refused_and_unchanged(
     capsys: pytest.CaptureFixture[str], tiny_model: Path, tiny_compressed: Path, tmp_path: Path
 ) -> None:
     full, empty, file, link = (tmp_path / n for n in ("full", "empty", "file", "link"))
@@ -322,7 +328,7 @@ def test_existing_output_is_untouched(
     assert listing(tmp_path) == before
 
 
-def test_output_that_cannot_be_written(capsys: pytest.CaptureFixture[str], tiny_model: Path, tmp_path: Path) -> None:
+def test_an_unwritable_output_is_refused(capsys: pytest.CaptureFixture[str], tiny_model: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     outputs = ["/proc/nothing/out", "/sys/x", str(tmp_path / "file" / "out"), str(tmp_path / ("x" * 250))]
     for output in outputs:
@@ -335,8 +341,8 @@ def test_output_that_cannot_be_written(capsys: pytest.CaptureFixture[str], tiny_
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
-def test_a_bias_or_head_that_is_not_finite_leaves_no_output(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    # The head takes no part in the calibration: the fault shows only when everything is copied.
+def test_an_lm_head_that_is_not_finite_leaves_no_output(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    # The LM head takes no part in calibration: the fault shows only when dense tensors are copied.
     folder = save_tiny_model(tmp_path / "model", tie=False, layers=1)
     edit_tensors(folder, lambda t: t["lm_head.weight"][0, 0].fill_(float("nan")))
     line = the_line(main(["compress", str(folder), "-o", str(tmp_path / "out"), *FAST]), capsys.readouterr().err)

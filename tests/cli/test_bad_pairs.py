@@ -1,4 +1,4 @@
-"""Images and texts that cannot be used, and models that cannot use them."""
+"""Invalid image-text pairs, and models that cannot use pairs."""
 
 import json
 import shutil
@@ -43,7 +43,7 @@ def pairs(tmp_path: Path) -> Path:
         ("", "no pairs"),
     ],
 )
-def test_rows_that_cannot_be_used(refused: Refusal, clip: Path, pairs: Path, line: str, culprit: str) -> None:
+def test_malformed_caption_rows_are_refused(refused: Refusal, clip: Path, pairs: Path, line: str, culprit: str) -> None:
     (pairs / "cut.png").write_bytes((pairs / "0.png").read_bytes()[:200])
     shutil.copyfile(pairs / "0.png", pairs.parent / "0.png")
     (pairs / "drawing.eps").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", encoding="ascii")
@@ -51,47 +51,47 @@ def test_rows_that_cannot_be_used(refused: Refusal, clip: Path, pairs: Path, lin
     refused(clip, "--dataset", pairs, culprits=(str(pairs), culprit))
 
 
-def test_a_folder_without_captions(refused: Refusal, clip: Path, tmp_path: Path) -> None:
+def test_a_folder_without_captions_is_refused(refused: Refusal, clip: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     refused(clip, "--dataset", tmp_path / "empty", culprits=(str(tmp_path / "empty"), "captions.jsonl"))
 
 
-def test_a_hub_set_that_is_not_there(refused: Refusal, clip: Path) -> None:
+def test_an_unavailable_hub_dataset_is_refused(refused: Refusal, clip: Path) -> None:
     refused(clip, "--dataset", "nobody/nothing", culprits=("--dataset nobody/nothing", "captions.jsonl"))
 
 
-def test_a_model_that_reads_no_images(refused: Refusal, tiny_model: Path, pairs: Path) -> None:
+def test_pairs_are_refused_for_a_language_model(refused: Refusal, tiny_model: Path, pairs: Path) -> None:
     refused(tiny_model, "--dataset", pairs, culprits=(str(pairs), "reads no images"))
 
 
-def test_a_comparison_needs_both(refused: Refusal, clip: Path) -> None:
+def test_text_alone_is_refused_for_a_dual_encoder(refused: Refusal, clip: Path) -> None:
     refused(clip, culprits=("--dataset python-docs", "compares images with texts"))
 
 
-def test_too_few_pairs(refused: Refusal, llava: Path, clip: Path, pairs: Path) -> None:
+def test_too_few_pairs_are_refused(refused: Refusal, llava: Path, clip: Path, pairs: Path) -> None:
     refused(llava, "--dataset", pairs, culprits=(str(pairs), "too little calibration text"))
     (pairs / "captions.jsonl").write_text('{"image": "0.png", "text": "a"}\n', encoding="utf-8")
     refused(clip, "--dataset", pairs, culprits=(str(pairs), "too little"))
 
 
 @pytest.mark.parametrize("option", ["--ratio", "--tolerance"])
-def test_towers_that_are_not_there(refused: Refusal, llava: Path, tmp_path: Path, option: str) -> None:
+def test_unknown_towers_are_refused(refused: Refusal, llava: Path, tmp_path: Path, option: str) -> None:
     many = save_pairs(tmp_path / "pairs", 16)
     refused(llava, "--dataset", many, option, "audio=0.2", culprits=(option, "audio", "vision, projector, language"))
     refused(llava, option, "vision=0.2", culprits=(option, "vision", "language"))  # text alone
     refused(llava, "--dataset", many, option, "vision=0.2,language=2", culprits=(option, "between 0 and 1"))
 
 
-def test_nothing_is_left(refused: Refusal, llava: Path) -> None:
+def test_ignoring_every_projection_is_refused(refused: Refusal, llava: Path) -> None:
     refused(llava, "--ignore", "language_model.*", culprits=("nothing is left", "images"))
 
 
-def test_refining_reads_text_alone(refused: Refusal, llava: Path, pairs: Path) -> None:
+def test_distilling_a_vision_language_model_is_refused(refused: Refusal, llava: Path, pairs: Path) -> None:
     refused(llava, "--dataset", pairs, "--refine", "1", culprits=("--refine",))
 
 
 @pytest.mark.parametrize("content", [None, "{", json.dumps({"image_processor_type": "NoSuchProcessor"})])
-def test_no_processor(
+def test_a_missing_image_processor_is_refused(
     refused: Refusal,
     llava: Path,
     pairs: Path,

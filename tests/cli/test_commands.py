@@ -1,4 +1,4 @@
-"""inspect, verify, env, --help, --version: what they print, against the files themselves."""
+"""The output of inspect, verify, tune, env, --help and --version, compared with the files."""
 
 import importlib.metadata
 import json
@@ -17,7 +17,7 @@ from tests.conftest import run_cli
 
 @pytest.fixture
 def checkpoint(tiny_compressed: Path, tmp_path: Path) -> Path:
-    """A copy of the compressed model, to be damaged."""
+    """A copy of the compressed model that a test damages."""
     return Path(shutil.copytree(tiny_compressed, tmp_path / "checkpoint"))
 
 
@@ -37,19 +37,19 @@ def weights(folder: Path) -> Path:
     return path
 
 
-def test_version_and_help_of_the_installed_command() -> None:
+def test_version_and_help_of_the_command() -> None:
     done = run_cli("--version")
     assert (done.returncode, done.stdout) == (0, f"pgsvd-vllm {pgsvd_vllm.__version__}\n")
     assert importlib.metadata.version("pgsvd-vllm") == pgsvd_vllm.__version__
     done = run_cli("--help")
     assert done.returncode == 0
     for command in COMMANDS:
-        assert re.search(rf"^ +{command} +\w", done.stdout, re.MULTILINE), f"{command} is not explained"
+        assert re.search(rf"^ +{command} +\w", done.stdout, re.MULTILINE), f"{command} is not listed"
     assert "vllm serve DIR --load-format pgsvd" in done.stdout
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_option_is_explained(capsys: pytest.CaptureFixture[str], command: str) -> None:
+def test_help_lists_the_options(capsys: pytest.CaptureFixture[str], command: str) -> None:
     with pytest.raises(SystemExit) as caught:
         main([command, "--help"])
     assert caught.value.code == 0
@@ -70,7 +70,7 @@ def test_every_option_is_explained(capsys: pytest.CaptureFixture[str], command: 
         assert "REMOVE" in text
 
 
-def test_env(capsys: pytest.CaptureFixture[str]) -> None:
+def test_env_prints_the_installed_versions(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["env"]) == 0
     facts = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if " plugin" not in line)
     assert facts["pgsvd-vllm"] == pgsvd_vllm.__version__
@@ -85,7 +85,7 @@ def test_env_sees_the_plugin(capsys: pytest.CaptureFixture[str]) -> None:
     assert re.search(r"^vllm plugin +registered$", capsys.readouterr().out, re.MULTILINE)
 
 
-def test_inspect_adds_up(capsys: pytest.CaptureFixture[str], tiny_compressed: Path) -> None:
+def test_inspect_agrees_with_the_weight_files(capsys: pytest.CaptureFixture[str], tiny_compressed: Path) -> None:
     assert main(["inspect", str(tiny_compressed)]) == 0
     text = capsys.readouterr().out
     tensors = load_file(weights(tiny_compressed))
@@ -106,7 +106,7 @@ def test_inspect_adds_up(capsys: pytest.CaptureFixture[str], tiny_compressed: Pa
             shape, numel = torch.Size((len(p) + len(c), p.shape[1])), p.numel() + c.numel() + len(pivots)
             factor_bytes += 4 * numel
         assert (int(out), int(width)) == tuple(shape)
-        # Each is printed to its last digit.
+        # Each value is printed with rounding to its last digit.
         assert float(share.rstrip("%")) == pytest.approx(100 * numel / shape.numel(), abs=0.0501)
         assert float(size) == pytest.approx(4 * numel / 1e6, abs=0.00501)
         assert float(error) == pytest.approx(row["error"], abs=0.0000501)
@@ -128,7 +128,7 @@ def test_inspect_adds_up(capsys: pytest.CaptureFixture[str], tiny_compressed: Pa
     assert f"pgsvd-vllm {pgsvd_vllm.__version__}" in text
 
 
-def test_inspect_without_a_report(capsys: pytest.CaptureFixture[str], checkpoint: Path) -> None:
+def test_inspect_works_without_a_report(capsys: pytest.CaptureFixture[str], checkpoint: Path) -> None:
     (checkpoint / "pgsvd_report.json").unlink()
     assert main(["inspect", str(checkpoint)]) == 0
     text = capsys.readouterr().out
@@ -138,7 +138,7 @@ def test_inspect_without_a_report(capsys: pytest.CaptureFixture[str], checkpoint
     assert {row[6] for row in rows} == {"-"}
 
 
-def test_inspect_of_ranks_adds_up(
+def test_inspect_tp_totals_equal_the_sum_of_the_rows(
     capsys: pytest.CaptureFixture[str], tiny_compressed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PGSVD_COLLECTIVE_BYTES", "0")
@@ -159,7 +159,7 @@ def test_inspect_of_ranks_adds_up(
     assert float(total[1]) == pytest.approx(sum(row[1] for row in rows), abs=0.01 * len(rows) + 0.05)
     assert 25 <= float(total[3]) == pytest.approx(100 * float(total[1]) / float(total[2]), rel=0.2)
     assert int(counted[1]) == sum(row[3] for row in rows) <= int(counted[2]) == sum(row[4] for row in rows)
-    assert {"reduced", "plain"} <= {row[0] for row in rows}
+    assert {"all_reduce_z", "replicated"} <= {row[0] for row in rows}
     assert all(25 <= row[2] <= 100 for row in rows)
 
 
@@ -179,7 +179,7 @@ def test_inspect_of_ranks_adds_up(
 def test_a_damaged_report_is_named(capsys: pytest.CaptureFixture[str], checkpoint: Path, content: str) -> None:
     (checkpoint / "pgsvd_report.json").write_text(content)
     assert "pgsvd_report.json" in error_of(capsys, "inspect", checkpoint)
-    # It is no part of the checkpoint proper.
+    # The report is not part of the checkpoint.
     assert main(["verify", str(checkpoint)]) == 0
 
 
@@ -188,7 +188,7 @@ def test_a_damaged_report_is_named(capsys: pytest.CaptureFixture[str], checkpoin
     [("ratio", 3), ("ratio", {"linear": 0.1}), ("ratio", {"linear": "x", "total": 0}), ("tolerance", 0.1),
      ("tolerance", {"language": "x"}), ("calibration", "text")],
 )  # fmt: skip
-def test_a_damaged_description_is_named(
+def test_a_damaged_config_section_is_named(
     capsys: pytest.CaptureFixture[str], checkpoint: Path, key: str, value: object
 ) -> None:
     config = json.loads((checkpoint / "config.json").read_text())
@@ -197,7 +197,7 @@ def test_a_damaged_description_is_named(
     assert "config.json" in error_of(capsys, "inspect", checkpoint)
 
 
-def test_verify_says_what_it_checked(capsys: pytest.CaptureFixture[str], tiny_compressed: Path) -> None:
+def test_verify_prints_the_checked_counts(capsys: pytest.CaptureFixture[str], tiny_compressed: Path) -> None:
     assert main(["verify", str(tiny_compressed)]) == 0
     tensors = load_file(weights(tiny_compressed))
     modules = json.loads((tiny_compressed / "config.json").read_text())["quantization_config"]["modules"]
@@ -206,7 +206,9 @@ def test_verify_says_what_it_checked(capsys: pytest.CaptureFixture[str], tiny_co
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
-def test_verify_finds_one_bad_number(capsys: pytest.CaptureFixture[str], checkpoint: Path, value: float) -> None:
+def test_verify_finds_one_value_that_is_not_finite(
+    capsys: pytest.CaptureFixture[str], checkpoint: Path, value: float
+) -> None:
     path = weights(checkpoint)
     tensors = load_file(path)
     name = sorted(n for n in tensors if n.endswith("weight_c"))[3]
@@ -215,7 +217,7 @@ def test_verify_finds_one_bad_number(capsys: pytest.CaptureFixture[str], checkpo
     line = error_of(capsys, "verify", checkpoint)
     assert name in line
     assert path.name in line
-    # inspect reads no numbers.
+    # inspect reads no tensor data.
     assert main(["inspect", str(checkpoint)]) == 0
 
 
@@ -235,7 +237,7 @@ def test_verify_finds_flipped_header_bits(capsys: pytest.CaptureFixture[str], ch
 
 
 @pytest.mark.parametrize("command", ["inspect", "verify"])
-def test_what_is_no_checkpoint(
+def test_folders_that_are_not_checkpoints_are_refused(
     capsys: pytest.CaptureFixture[str], tiny_model: Path, tmp_path: Path, command: str
 ) -> None:
     assert str(tmp_path / "absent") in error_of(capsys, command, tmp_path / "absent")
@@ -244,7 +246,7 @@ def test_what_is_no_checkpoint(
     error_of(capsys, command, "x" * 300)
 
 
-def test_tuning_lists_the_layers_without_a_gpu(
+def test_tune_dry_run_lists_the_layers_without_a_gpu(
     tiny_compressed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["tune", str(tiny_compressed), "--dry-run", "-o", str(tmp_path / "table.json")]) == 0
@@ -260,9 +262,11 @@ def test_tuning_lists_the_layers_without_a_gpu(
     assert not list(tmp_path.iterdir())
 
 
-def test_tuning_says_what_it_needs(tiny_compressed: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tune_names_its_requirements(
+    tiny_compressed: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     if torch.cuda.is_available():
-        pytest.skip("there is a GPU: it would tune")
+        pytest.skip("there is a GPU: the command would tune")
     assert "torch finds no GPU on this machine; --dry-run needs none" in error_of(capsys, "tune", tiny_compressed)
     assert "must be 1 or more" in error_of(capsys, "tune", tiny_compressed, "-tp", 0)
     assert "not a pgsvd checkpoint" in error_of(capsys, "tune", tiny_model)

@@ -1,4 +1,4 @@
-"""profile and compress --objective latency: ranks by what products take on this machine."""
+"""profile, and compress --objective latency: ranks chosen by measured GEMM latency."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from pgsvd_vllm.format.latency_table import LatencyTable, ShapeLatencies, read_l
 from pgsvd_vllm.offline.model.device import gemm_dtype
 from tests.conftest import run_cli
 
-# Of the tiny model: outputs, inputs.
+# (out, in) of the tiny model's projections.
 SHAPES = {(128, 128), (64, 128), (320, 128), (128, 320)}
 FAST = ("--num-calibration-samples", "32", "--max-seq-length", "64", "--dtype", "float32")
 
@@ -20,11 +20,11 @@ FAST = ("--num-calibration-samples", "32", "--max-seq-length", "64", "--dtype", 
 def cpu_vllm() -> None:
     platforms = pytest.importorskip("vllm.platforms", reason="vLLM is not installed")
     if not platforms.current_platform.is_cpu():
-        pytest.skip("profile times CPUs only so far")
+        pytest.skip("profile supports CPUs only")
 
 
-def fast_when_low(fast: set[tuple[int, int]]) -> LatencyTable:
-    """Products of low rank are faster for some shapes and slower for the others, whatever the rank."""
+def low_rank_faster_for(fast: set[tuple[int, int]]) -> LatencyTable:
+    """A table in which low-rank GEMMs of some shapes are faster than dense ones at every rank, and others slower."""
     shapes = {}
     for out, width in SHAPES:
         step = 0.5 / min(out, width) if (out, width) in fast else 2.0
@@ -34,28 +34,28 @@ def fast_when_low(fast: set[tuple[int, int]]) -> LatencyTable:
 
 
 @pytest.mark.usefixtures("cpu_vllm")
-def test_profile_times_every_shape(tiny_model: Path, tmp_path: Path) -> None:
-    # Emulated, products of the smallest matrices are bound by their size and not by their number.
+def test_profile_measures_every_shape(tiny_model: Path, tmp_path: Path) -> None:
+    # An emulated dtype would make the latency of small GEMMs depend on their size instead of their number.
     dtype = str(gemm_dtype(torch.device("cpu"), torch.bfloat16)).removeprefix("torch.")
     done = run_cli("profile", tiny_model, "-o", tmp_path / "costs.json", "--tokens", "3", "--dtype", dtype)
     assert done.returncode == 0, done.stderr
     table = read_latencies(tmp_path / "costs.json")
     assert (table.tokens, table.dtype) == (3, dtype)
     assert set(table.shapes) == SHAPES
-    for (out, width), costs in table.shapes.items():
+    for (out, width), latencies in table.shapes.items():
         pivot = [r for r in range(1, min(out, width)) if r * width + (out - r) * r + r < out * width]
         most = {"factors": (out * width - 1) // (out + width), "pivot": pivot[-1]}
-        for form, points in costs.forms.items():
+        for form, points in latencies.forms.items():
             ranks = [rank for rank, _ in points]
             assert ranks[0] == 1
             assert ranks[-1] == most[form]
-            # Two calls and what joins them, of matrices this small: more than the one call of the dense product.
-            assert all(costs.dense < time < 100 * costs.dense for _, time in points)
+            # Two small GEMMs take longer than the one dense GEMM.
+            assert all(latencies.dense < latency < 100 * latencies.dense for _, latency in points)
     assert f"wrote {tmp_path / 'costs.json'}: 4 shapes, 3 tokens" in done.stdout
 
 
-def test_what_would_not_be_faster_stays_dense(tiny_model: Path, tmp_path: Path) -> None:
-    write_latencies(fast_when_low({(320, 128)}), tmp_path / "costs.json")
+def test_projections_that_get_no_faster_stay_dense(tiny_model: Path, tmp_path: Path) -> None:
+    write_latencies(low_rank_faster_for({(320, 128)}), tmp_path / "costs.json")
     done = run_cli(
         *("compress", tiny_model, "-o", tmp_path / "out", "--ratio", "0.2", *FAST),
         *("--objective", "latency", "--costs", tmp_path / "costs.json"),
@@ -71,8 +71,8 @@ def test_what_would_not_be_faster_stays_dense(tiny_model: Path, tmp_path: Path) 
     assert main(["verify", str(tmp_path / "out")]) == 0
 
 
-def test_ignored_projections_count_as_kept_time(tiny_model: Path, tmp_path: Path) -> None:
-    write_latencies(fast_when_low({(320, 128)}), tmp_path / "costs.json")
+def test_ignored_projections_count_as_kept_latency(tiny_model: Path, tmp_path: Path) -> None:
+    write_latencies(low_rank_faster_for({(320, 128)}), tmp_path / "costs.json")
     done = run_cli(
         *("compress", tiny_model, "-o", tmp_path / "out", "--ratio", "0.1", "--ignore", "*.gate_proj", *FAST),
         *("--objective", "latency", "--costs", tmp_path / "costs.json", "--sensitivity", "forward"),
@@ -84,7 +84,7 @@ def test_ignored_projections_count_as_kept_time(tiny_model: Path, tmp_path: Path
     assert section["time_removed"] == pytest.approx(removed, abs=1e-6)
 
 
-def test_by_size_no_time_is_told(tiny_compressed: Path) -> None:
+def test_the_size_objective_reports_no_latency(tiny_compressed: Path) -> None:
     section = json.loads((tiny_compressed / "config.json").read_text())["quantization_config"]
     assert section["time_removed"] is None
 
@@ -102,10 +102,10 @@ def test_by_size_no_time_is_told(tiny_compressed: Path) -> None:
         (["--objective", "latency", "--costs", "COSTS", "--sensitivity", "uniform"], "not --sensitivity uniform"),
     ],
 )
-def test_what_does_not_fit_is_refused(
+def test_invalid_latency_options_are_refused(
     options: list[str], message: str, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    table = fast_when_low(set())
+    table = low_rank_faster_for(set())
     write_latencies(table, tmp_path / "COSTS")
     write_latencies(
         LatencyTable({(3, 5): ShapeLatencies(1.0, table.shapes[128, 128].forms)}, 1, "float32", "m"), tmp_path / "OTHER"
@@ -123,10 +123,10 @@ def test_what_does_not_fit_is_refused(
         ({(320, 128)}, "--ratio 0.3: more than this model can give; the smallest factors remove 28.5% of the proj"),
     ],
 )
-def test_more_than_the_times_allow_is_refused(
+def test_an_unreachable_latency_ratio_is_refused(
     fast: set[tuple[int, int]], message: str, tiny_model: Path, tmp_path: Path
 ) -> None:
-    write_latencies(fast_when_low(fast), tmp_path / "costs.json")
+    write_latencies(low_rank_faster_for(fast), tmp_path / "costs.json")
     done = run_cli(
         *("compress", tiny_model, "-o", tmp_path / "out", "--ratio", "0.3", *FAST),
         *("--objective", "latency", "--costs", tmp_path / "costs.json"),
@@ -144,7 +144,7 @@ def test_more_than_the_times_allow_is_refused(
         (["-o", "absent/costs.json"], "--output absent/costs.json: cannot be written"),
     ],
 )
-def test_profile_refuses(
+def test_profile_refuses_invalid_options(
     options: list[str], message: str, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["profile", str(tiny_model), "-o", str(tmp_path / "costs.json"), *options]) == 2

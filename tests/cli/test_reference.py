@@ -25,7 +25,7 @@ def test_every_option_has_a_help_text(command: str) -> None:
     assert all(action.help for action in parser_of(command)._actions if action.option_strings)
 
 
-def test_options_are_spelled_as_they_are_typed() -> None:
+def test_options_are_spelled_as_on_the_command_line() -> None:
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("model", metavar="MODEL")
     parser.add_argument("-r", "--refine", nargs="?", metavar="MINUTES")

@@ -1,4 +1,4 @@
-"""The checkpoint format under attack: whatever is wrong is refused by name, before anything is loaded."""
+"""Damaged and hostile checkpoints are refused with an error that names the fault, before any tensor is loaded."""
 
 import json
 import re
@@ -66,7 +66,7 @@ def refused(folder: Path, *culprits: str) -> str:
     return message
 
 
-def test_a_good_checkpoint_opens(tmp_path: Path) -> None:
+def test_a_valid_checkpoint_opens(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(str(write(tmp_path / "c")))
     assert {name: row.rank for name, row in checkpoint.modules.items()} == {"model.a": 3, "model.b": 5}
     assert checkpoint.shape("model.a") == (7, 10, 3)
@@ -107,7 +107,7 @@ def test_shards_read_back_equal(tmp_path: Path, max_bytes: int) -> None:
     open_checkpoint(folder)
 
 
-def test_the_writer_takes_views(tmp_path: Path) -> None:
+def test_the_writer_accepts_views(tmp_path: Path) -> None:
     whole = torch.arange(40.0).view(5, 8)
     writer = TensorWriter(tmp_path)
     writer.add("columns", whole[:, 1:4])
@@ -121,7 +121,7 @@ def test_the_writer_takes_views(tmp_path: Path) -> None:
 # -- files ---------------------------------------------------------------------------------------
 
 
-def test_a_file_cut_anywhere(tmp_path: Path) -> None:
+def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
     folder = write(tmp_path / "c", max_bytes=10**9)
     file = folder / "pgsvd-00001-of-00001.safetensors"
     whole = file.read_bytes()
@@ -147,7 +147,7 @@ def test_a_file_cut_anywhere(tmp_path: Path) -> None:
         b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n",
     ],
 )
-def test_garbage_in_a_shard(tmp_path: Path, content: bytes) -> None:
+def test_a_garbage_shard_is_refused(tmp_path: Path, content: bytes) -> None:
     folder = write(tmp_path / "c")
     file = folder / "pgsvd-00002-of-00003.safetensors"
     assert file.exists()
@@ -155,7 +155,7 @@ def test_garbage_in_a_shard(tmp_path: Path, content: bytes) -> None:
     refused(folder, str(file))
 
 
-def test_a_header_that_lies_about_its_data(tmp_path: Path) -> None:
+def test_a_header_with_wrong_offsets_is_refused(tmp_path: Path) -> None:
     folder = write(tmp_path / "c", max_bytes=10**9)
     file = folder / "pgsvd-00001-of-00001.safetensors"
     whole = file.read_bytes()
@@ -165,7 +165,7 @@ def test_a_header_that_lies_about_its_data(tmp_path: Path) -> None:
         refused(folder, str(file))
 
 
-def test_a_missing_shard(tmp_path: Path) -> None:
+def test_a_missing_shard_is_refused(tmp_path: Path) -> None:
     folder = write(tmp_path / "c")
     file = folder / "pgsvd-00002-of-00003.safetensors"
     file.unlink()
@@ -174,7 +174,7 @@ def test_a_missing_shard(tmp_path: Path) -> None:
     refused(folder, str(file), "no such file")
 
 
-def test_missing_folder_config_and_index(tmp_path: Path) -> None:
+def test_a_missing_folder_config_or_index_is_refused(tmp_path: Path) -> None:
     refused(tmp_path / "absent", str(tmp_path / "absent"))
     refused(tmp_path / ("x" * 300), "no such folder")
     folder = write(tmp_path / "c")
@@ -206,8 +206,8 @@ def test_missing_folder_config_and_index(tmp_path: Path) -> None:
         "\ud800.safetensors",
     ],
 )
-def test_an_index_that_points_elsewhere(tmp_path: Path, name: object) -> None:
-    # The file a traversal would reach is there and is fine, so that only the check refuses it.
+def test_an_index_that_points_outside_is_refused(tmp_path: Path, name: object) -> None:
+    # The target of the path traversal exists and is valid, so only the check can refuse it.
     save_file({"model.c.weight": torch.ones(2, 2)}, tmp_path / "secret.safetensors")
     folder = write(tmp_path / "c")
     path = folder / INDEX_NAME
@@ -220,13 +220,13 @@ def test_an_index_that_points_elsewhere(tmp_path: Path, name: object) -> None:
 
 
 @pytest.mark.parametrize("weight_map", [None, [], {}, "x", 3])
-def test_an_index_without_a_map(tmp_path: Path, weight_map: object) -> None:
+def test_an_index_without_a_weight_map_is_refused(tmp_path: Path, weight_map: object) -> None:
     folder = write(tmp_path / "c")
     (folder / INDEX_NAME).write_text(json.dumps({"weight_map": weight_map}))
     refused(folder, INDEX_NAME, "weight_map")
 
 
-def test_index_and_files_disagree(tmp_path: Path) -> None:
+def test_an_index_that_contradicts_the_files_is_refused(tmp_path: Path) -> None:
     folder = write(tmp_path / "c")
     path = folder / INDEX_NAME
     good = path.read_text()
@@ -281,7 +281,7 @@ def changed(**change: torch.Tensor | None) -> Tensors:
         (changed(a__weight_v=torch.ones(3, 10, dtype=torch.float16)), "model.a"),
     ],
 )
-def test_tensors_that_are_not_what_the_table_says(tmp_path: Path, tensors: Tensors, culprit: str) -> None:
+def test_tensors_that_contradict_the_table_are_refused(tmp_path: Path, tensors: Tensors, culprit: str) -> None:
     refused(write(tmp_path / "c", tensors), culprit)
 
 
@@ -289,13 +289,13 @@ def test_tensors_that_are_not_what_the_table_says(tmp_path: Path, tensors: Tenso
 
 
 @pytest.mark.parametrize("rank", [0, -1, 4, 10**30, 2**63, True, False, None, "3", 3.0, [3], {}])
-def test_a_wrong_rank(tmp_path: Path, rank: object) -> None:
+def test_a_wrong_rank_is_refused(tmp_path: Path, rank: object) -> None:
     config = good_config()
     config["quantization_config"]["modules"]["model.a"]["rank"] = rank
     refused(write(tmp_path / "c", config=config), "model.a", "rank")
 
 
-def test_a_rank_that_only_equals_a_number(tmp_path: Path) -> None:
+def test_a_rank_of_another_json_type_is_refused(tmp_path: Path) -> None:
     tensors = changed(a__weight_v=torch.ones(1, 10), a__weight_u=torch.ones(7, 1))
     config = good_config()
     row = config["quantization_config"]["modules"]["model.a"]
@@ -307,14 +307,14 @@ def test_a_rank_that_only_equals_a_number(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("form", [None, "dense", "FACTORS", ["factors"], {"factors": 1}, 0])
-def test_an_unknown_form(tmp_path: Path, form: object) -> None:
+def test_an_unknown_form_is_refused(tmp_path: Path, form: object) -> None:
     config = good_config()
     config["quantization_config"]["modules"]["model.b"]["form"] = form
     refused(write(tmp_path / "c", config=config), "model.b", "form", "config.json")
 
 
 @pytest.mark.parametrize("version", [2, 0, -1, None, "1", [], True, 1.5])
-def test_an_unknown_version_names_the_tool_to_install(tmp_path: Path, version: object) -> None:
+def test_an_unknown_version_names_the_version_to_install(tmp_path: Path, version: object) -> None:
     config = good_config()
     config["quantization_config"].update(version=version, tool_version="7.8.9")
     message = refused(write(tmp_path / "c", config=config), "config.json", "7.8.9", repr(version))
@@ -324,14 +324,14 @@ def test_an_unknown_version_names_the_tool_to_install(tmp_path: Path, version: o
 
 
 @pytest.mark.parametrize("table", [None, [], "model.a", 5, {"model.a": None}, {"model.a": 3}, {"model.a": []}])
-def test_a_malformed_table(tmp_path: Path, table: object) -> None:
+def test_a_malformed_module_table_is_refused(tmp_path: Path, table: object) -> None:
     config = good_config()
     config["quantization_config"]["modules"] = table
     refused(write(tmp_path / "c", config=config), "config.json")
 
 
 @pytest.mark.parametrize("section", [None, [], "pgsvd", 1, {}, {"quant_method": "gptq"}, {"quant_method": ["pgsvd"]}])
-def test_another_quantization(tmp_path: Path, section: object) -> None:
+def test_another_quantization_method_is_refused(tmp_path: Path, section: object) -> None:
     config = good_config()
     config["quantization_config"] = section
     refused(write(tmp_path / "c", config=config), "not a pgsvd checkpoint", "pgsvd-vllm compress")
@@ -340,7 +340,7 @@ def test_another_quantization(tmp_path: Path, section: object) -> None:
             parse_modules(section, "here")
 
 
-def test_a_table_that_lists_a_dense_module(tmp_path: Path) -> None:
+def test_a_table_that_lists_a_dense_module_is_refused(tmp_path: Path) -> None:
     config = good_config()
     config["quantization_config"]["modules"]["model.c"] = {"rank": 2, "form": "factors"}
     refused(write(tmp_path / "c", config=config), "model.c.weight")
@@ -352,7 +352,7 @@ def test_a_table_that_lists_a_dense_module(tmp_path: Path) -> None:
     ids=lambda text: text[:12],
 )
 @pytest.mark.parametrize("name", ["config.json", INDEX_NAME])
-def test_json_that_is_no_object(tmp_path: Path, name: str, text: str) -> None:
+def test_json_that_is_not_an_object_is_refused(tmp_path: Path, name: str, text: str) -> None:
     folder = write(tmp_path / "c")
     (folder / name).write_text(text)
     message = refused(folder, str(folder / name))
@@ -360,7 +360,7 @@ def test_json_that_is_no_object(tmp_path: Path, name: str, text: str) -> None:
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe{}", b"\x80", b"{\x00}"])
-def test_json_that_is_no_text(tmp_path: Path, content: bytes) -> None:
+def test_json_that_is_not_utf8_is_refused(tmp_path: Path, content: bytes) -> None:
     folder = write(tmp_path / "c")
     (folder / "config.json").write_bytes(content)
     with pytest.raises(CheckpointError, match="config.json"):
@@ -372,7 +372,7 @@ def test_json_that_is_no_text(tmp_path: Path, content: bytes) -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("name", ["model.a.weight_u", "model.c.weight", "model.a.bias"])
-def test_one_bad_number_is_found(tmp_path: Path, name: str, value: float) -> None:
+def test_one_value_that_is_not_finite_is_found(tmp_path: Path, name: str, value: float) -> None:
     tensors = good_tensors()
     tensors[name].view(-1)[-1] = value
     checkpoint = open_checkpoint(write(tmp_path / "c", tensors))
@@ -380,13 +380,13 @@ def test_one_bad_number_is_found(tmp_path: Path, name: str, value: float) -> Non
         check_data(checkpoint)
 
 
-def test_integers_are_finite(tmp_path: Path) -> None:
+def test_integer_tensors_pass_the_finite_check(tmp_path: Path) -> None:
     folder = write(tmp_path / "c", {**good_tensors(), "model.table": torch.arange(5)})
     check_data(open_checkpoint(folder))
 
 
-def test_fewer_tensors_than_promised(tmp_path: Path, tiny_compressed: Path) -> None:
-    """A dense tensor that is gone from file and index alike leaves no other trace."""
+def test_fewer_tensors_than_config_json_states_are_refused(tmp_path: Path, tiny_compressed: Path) -> None:
+    """If a dense tensor is missing from file and index alike, only the count in config.json reveals it."""
     folder = shutil.copytree(tiny_compressed, tmp_path / "copy")
     path = next(folder.glob("*.safetensors"))
     tensors = load_file(path)
@@ -412,7 +412,7 @@ def pivot_checkpoint(folder: Path, **change: torch.Tensor | None) -> Path:
     return write(folder, chosen, config)
 
 
-def test_a_pivot_form_opens(tmp_path: Path) -> None:
+def test_a_pivot_form_checkpoint_opens(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(pivot_checkpoint(tmp_path / "c"))
     assert checkpoint.shape("model.a") == (7, 11, 3)
     check_data(checkpoint)
@@ -433,14 +433,14 @@ def test_a_pivot_form_opens(tmp_path: Path) -> None:
         ({"weight": torch.randn(7, 11)}, "both model.a.weight and the factors of model.a"),
     ],
 )
-def test_a_pivot_form_that_is_not_what_the_table_says(
+def test_pivot_tensors_that_contradict_the_table_are_refused(
     tmp_path: Path, change: dict[str, torch.Tensor | None], culprit: str
 ) -> None:
     refused(pivot_checkpoint(tmp_path / "c", **change), "model.a", culprit)
 
 
 @pytest.mark.parametrize("rows", [[0, 2, 7], [-1, 2, 6], [2, 2, 6], [6, 2, 0]])
-def test_pivots_that_are_no_rows(tmp_path: Path, rows: list[int]) -> None:
+def test_pivots_that_are_not_row_numbers_are_refused(tmp_path: Path, rows: list[int]) -> None:
     checkpoint = open_checkpoint(pivot_checkpoint(tmp_path / "c", pivots=torch.tensor(rows, dtype=torch.int32)))
     with pytest.raises(CheckpointError, match=r"model\.a\.pivots in \S+: not ascending row numbers from 0 to 6"):
         check_data(checkpoint)

@@ -1,4 +1,4 @@
-"""The table of times: what is between the measured ranks, and every way it can be wrong."""
+"""The latency table: interpolation between measured ranks, and invalid files."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ TABLE = LatencyTable(
 )
 
 
-def test_what_is_written_is_read(tmp_path: Path) -> None:
+def test_a_written_table_reads_back_equal(tmp_path: Path) -> None:
     write_latencies(TABLE, tmp_path / "costs.json")
     assert read_latencies(tmp_path / "costs.json") == TABLE
     assert [path.name for path in tmp_path.iterdir()] == ["costs.json"]
@@ -36,22 +36,22 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
         ("pivot", None, 25.0),
     ],
 )
-def test_times_lie_on_lines_between_measured_ranks(form: str, rank: int | None, expected: float) -> None:
+def test_latencies_are_interpolated_between_measured_ranks(form: str, rank: int | None, expected: float) -> None:
     assert TABLE.latency(96, 64, form, rank) == pytest.approx(expected)
 
 
-def test_a_shape_that_was_not_measured_is_named() -> None:
+def test_a_shape_without_measurement_is_named() -> None:
     with pytest.raises(InputError, match="no latencies for weights of 64 x 96"):
         TABLE.latency(64, 96, "factors", 16)
 
 
-def test_shapes_of_which_no_rank_saves_numbers_have_a_dense_time_alone(tmp_path: Path) -> None:
+def test_a_shape_that_cannot_save_has_a_dense_latency_only(tmp_path: Path) -> None:
     table = LatencyTable({(1, 64): ShapeLatencies(2.0, {"factors": [], "pivot": []})}, 1, "float32", "m")
     write_latencies(table, tmp_path / "costs.json")
     assert read_latencies(tmp_path / "costs.json").latency(1, 64, "pivot", None) == 2.0
 
 
-def test_one_measured_rank_is_the_time_of_all() -> None:
+def test_a_single_measured_rank_holds_for_all_ranks() -> None:
     costs = ShapeLatencies(9.0, {"factors": [(2, 5.0)], "pivot": []})
     assert [costs.of("factors", rank) for rank in (1, 2, 3)] == [5.0] * 3
 
@@ -79,7 +79,7 @@ def valid() -> dict[str, Any]:
         (["shapes", 0, "pivot", 0, 1], float("inf"), "inf is not a latency"),
     ],
 )
-def test_what_is_wrong_is_named(path: list[Any], value: Any, message: str, tmp_path: Path) -> None:
+def test_an_invalid_value_is_named(path: list[Any], value: Any, message: str, tmp_path: Path) -> None:
     content = valid()
     place = content
     for key in path[:-1]:
@@ -93,7 +93,7 @@ def test_what_is_wrong_is_named(path: list[Any], value: Any, message: str, tmp_p
 
 
 @pytest.mark.parametrize("key", ["version", "machine", "tokens", "dtype", "shapes"])
-def test_a_missing_part_is_named(key: str, tmp_path: Path) -> None:
+def test_a_missing_key_is_named(key: str, tmp_path: Path) -> None:
     content = valid()
     del content[key]
     (tmp_path / "costs.json").write_text(json.dumps(content))
@@ -102,7 +102,7 @@ def test_a_missing_part_is_named(key: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "[1]", "{", "\x00"])
-def test_what_is_no_json_object_is_refused(text: str, tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_json_object_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "costs.json").write_text(text)
     with pytest.raises(InputError, match=r"`costs` .*costs\.json: (not valid JSON|expected a JSON object)"):
         read_latencies(tmp_path / "costs.json")

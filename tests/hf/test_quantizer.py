@@ -1,4 +1,4 @@
-"""transformers: loads with the import, refuses without it, saves what it loaded."""
+"""transformers loads factored checkpoints with the import, fails without it, and saves the same checkpoint."""
 
 import json
 import shutil
@@ -22,7 +22,7 @@ from tests.e2e.checkpoints import truncated, write_checkpoint
 
 @pytest.fixture(scope="module")
 def biased(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Untied embeddings, biases, dense and factored projections side by side."""
+    """A checkpoint with untied embeddings, biases, and both dense and factored projections."""
     folder = tmp_path_factory.mktemp("biased")
     dense = save_tiny_model(folder / "dense", bias=True, tie=False, seed=5)
     return write_checkpoint(
@@ -41,7 +41,7 @@ def stored_tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def remove_tensor(source: Path, target: Path, tensor: str) -> Path:
-    """A copy of the checkpoint without a tensor, in file and index: well formed, but incomplete."""
+    """A copy of the checkpoint without a tensor, which neither file nor index contains."""
     shutil.copytree(source, target)
     index = json.loads((target / INDEX_NAME).read_text())
     path = target / index["weight_map"].pop(tensor)
@@ -52,7 +52,7 @@ def remove_tensor(source: Path, target: Path, tensor: str) -> Path:
     return target
 
 
-def test_loaded_weights_are_the_stored_ones(checkpoint: Path) -> None:
+def test_loaded_weights_equal_the_stored_ones(checkpoint: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(checkpoint)
     state = model.state_dict()
     for name, tensor in stored_tensors(checkpoint).items():
@@ -75,7 +75,7 @@ def test_auto_model_has_the_same_weights(checkpoint: Path) -> None:
 
 
 @torch.no_grad()
-def test_logits_equal_the_multiplied_back_model(checkpoint: Path) -> None:
+def test_logits_equal_those_of_the_reconstructed_model(checkpoint: Path) -> None:
     factored = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
     config = LlamaConfig.from_pretrained(checkpoint)
     for key in ("quantization_config", "transformers_weights"):
@@ -92,8 +92,8 @@ def test_logits_equal_the_multiplied_back_model(checkpoint: Path) -> None:
 
     ids = torch.randint(2, 258, (4, 40), generator=torch.Generator().manual_seed(2))
     exact = dense_logits(torch.float64)
-    # How far float32 rounding alone moves this very model; a factored layer rounds twice where a
-    # dense one rounds once, hence twice that, and twice again because maxima of 41280 numbers vary.
+    # The error of the dense model by float32 rounding. A factored layer rounds twice where a dense one rounds once,
+    # hence the factor 2; another factor 2 since the maximum of 41280 values varies.
     rounding = (dense_logits(torch.float32) - exact).abs().max()
     error = (factored(ids).logits.double() - exact).abs().max()
     assert 0 < rounding < 1e-4
@@ -140,8 +140,8 @@ for folder in sys.argv[2:]:
 
 
 @pytest.mark.parametrize("auto_class", ["AutoModelForCausalLM", "AutoModel"])
-def test_without_the_import_nothing_loads(auto_class: str, tiny_compressed: Path, tmp_path: Path) -> None:
-    """Filling the projections with random numbers and a warning is what must not happen."""
+def test_loading_fails_without_the_import(auto_class: str, tiny_compressed: Path, tmp_path: Path) -> None:
+    """transformers must not initialise the projections at random with a mere warning."""
     again = tmp_path / "again"
     AutoModelForCausalLM.from_pretrained(tiny_compressed).save_pretrained(again)
     folders = [str(tiny_compressed), str(again)]
@@ -156,7 +156,7 @@ def test_without_the_import_nothing_loads(auto_class: str, tiny_compressed: Path
     assert len(lines) == len(folders), done.stderr
     for line in lines:
         assert line.startswith("refused"), done.stdout
-        # The message must tell what to do.
+        # The message must name the missing import.
         assert "pgsvd_vllm.hf" in line, done.stdout
 
 
@@ -188,11 +188,11 @@ def test_a_missing_dense_tensor_is_named(tensor: str, biased: Path, tmp_path: Pa
         AutoModelForCausalLM.from_pretrained(broken)
 
 
-def test_a_missing_dense_tensor_is_named_by_auto_model(biased: Path, tmp_path: Path) -> None:
+def test_auto_model_names_a_missing_dense_tensor(biased: Path, tmp_path: Path) -> None:
     broken = remove_tensor(biased, tmp_path / "broken", "model.norm.weight")
     with pytest.raises(CheckpointError, match=r"tensor (model\.)?norm\.weight is missing"):
         AutoModel.from_pretrained(broken)
-    # The body needs no head: that one missing is no fault here.
+    # The model without LM head does not need that tensor.
     headless = remove_tensor(biased, tmp_path / "headless", "lm_head.weight")
     assert AutoModel.from_pretrained(headless).norm.weight.shape == (128,)
 
@@ -207,7 +207,7 @@ def test_a_missing_dense_tensor_is_named_by_auto_model(biased: Path, tmp_path: P
 def test_a_table_that_does_not_fit_the_model_is_refused(
     biased: Path, tmp_path: Path, key: str, value: int, message: str
 ) -> None:
-    """A module the model lacks, and factors of another size."""
+    """The table has a module that the model lacks, or the factors have another size."""
     config = json.loads((biased / "config.json").read_text())
     shutil.copytree(biased, tmp_path / "broken")
     config[key] = value

@@ -1,4 +1,4 @@
-"""Where checkpoints store what transformers' models hold: renamed, stacked, transposed; against from_pretrained."""
+"""The mapping of renamed, stacked and transposed checkpoint tensors against from_pretrained."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from pgsvd_vllm.offline.model.source import ModelSource
 from tests.e2e.architectures import ARCHITECTURES, save_model
 
 ROWS = {row.name: row for row in ARCHITECTURES}
-# Stacked experts, a renamed head, transposed weights, all of it usual.
+# Stacked MoE experts, a renamed LM head, transposed weights, and a model without any of these.
 NAMES = ["Mixtral", "Qwen2-MoE", "GPT-NeoX, Pythia", "GPT-2", "Llama 2, 3", "DeepSeek-V2, V2-Lite"]
 
 
@@ -22,20 +22,20 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return save_model(ROWS[request.param], tmp_path_factory.mktemp("model"))
 
 
-def test_every_tensor_is_what_from_pretrained_loads(folder: Path) -> None:
+def test_every_tensor_equals_that_of_from_pretrained(folder: Path) -> None:
     source = ModelSource(folder)
     expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tied = set(expected.all_tied_weights_keys or {})
     names = [name for name, _ in expected.named_parameters() if name not in tied]
     assert len(names) > 20
     for name in names:
-        wanted = expected.get_parameter(name)
-        assert torch.equal(source.weights.tensor(name), wanted.T if name in source.weights.transposed else wanted), name
+        weight = expected.get_parameter(name)
+        assert torch.equal(source.weights.tensor(name), weight.T if name in source.weights.transposed else weight), name
     stored = [stored for name in names for stored in source.weights.stored_as(name)]
     assert sorted(stored) == sorted(source.weights.tensors)
 
 
-def test_transposed_layers_become_usual_ones(tmp_path: Path) -> None:
+def test_transposed_layers_become_nn_linear(tmp_path: Path) -> None:
     source = ModelSource(save_model(ROWS["GPT-2"], tmp_path / "model"))
     row = find_projections(source).layers[0]
     assert [(p.name.rpartition("h.0.")[2], p.out_features, p.in_features) for p in row] == [
@@ -55,7 +55,7 @@ def test_transposed_layers_become_usual_ones(tmp_path: Path) -> None:
 
 
 def test_names_without_the_base_models_prefix_are_found(tmp_path: Path) -> None:
-    """As the first GPT-2 checkpoints have them."""
+    """The first GPT-2 checkpoints have such names."""
     folder = save_model(ROWS["GPT-2"], tmp_path / "model")
     names = [name.removeprefix("transformer.") for name in ModelSource(folder).weights.tensors]
     config = AutoConfig.from_pretrained(folder)
@@ -66,7 +66,7 @@ def test_names_without_the_base_models_prefix_are_found(tmp_path: Path) -> None:
     assert set(found) <= set(model.state_dict())
 
 
-def test_an_expert_that_is_missing_is_told(tmp_path: Path) -> None:
+def test_a_missing_moe_expert_is_named(tmp_path: Path) -> None:
     folder = save_model(ROWS["Mixtral"], tmp_path / "model")
     source = ModelSource(folder)
     name = "model.layers.1.mlp.experts.gate_up_proj"

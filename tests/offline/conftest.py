@@ -1,8 +1,8 @@
-"""All matrices of these tests are small."""
+"""Fixtures of the tests of offline: their matrices are small."""
 
 import pytest
 
 
 @pytest.fixture(autouse=True)
 def small_matrices(one_thread: None) -> None:
-    """Every test here runs on one thread."""
+    """Run every test of this folder on one thread."""

@@ -1,4 +1,4 @@
-"""The pipeline on tiny models: what is written, what it claims, and what it leaves alone."""
+"""The pipeline on tiny models: the checkpoint, its description, and files that must not change."""
 
 import hashlib
 import json
@@ -47,7 +47,7 @@ def digest(folder: Path) -> dict[str, str]:
 
 
 def matrix_of(written: dict[str, torch.Tensor], name: str) -> np.ndarray:
-    """The matrix [out, in] behind a factored projection, by the format's own words."""
+    """The dense weight [out, in] of a factored projection, by the definition of the format."""
     parts = {kind: t.double().numpy() for kind in "uvpc" if (t := written.get(f"{name}.weight_{kind}")) is not None}
     if "u" in parts:
         return parts["u"] @ parts["v"]
@@ -59,7 +59,7 @@ def matrix_of(written: dict[str, torch.Tensor], name: str) -> np.ndarray:
 
 
 def check_output(model: Path, output: Path) -> None:
-    """Everything that must hold for any compressed folder, from its files alone."""
+    """Check everything that must hold for any checkpoint, from its files alone."""
     dense, written = tensors_of(model), tensors_of(output)
     modules = section_of(output)["modules"]
     assert modules
@@ -84,13 +84,13 @@ def check_output(model: Path, output: Path) -> None:
             assert torch.equal(kept, tensor.to(kept.dtype)), f"{name} was changed"
             size = kept.numel()
         total_after += size
-        # The share is one of all projections: those of --ignore count as kept.
+        # The ratio is a share of all projections; ignored ones count as kept.
         if stem.endswith("_proj") and name.endswith(".weight"):
             before += tensor.numel()
             after += size
-    assert not written, f"tensors out of nowhere: {sorted(written)}"
+    assert not written, f"tensors that the dense model lacks: {sorted(written)}"
     total = sum(t.numel() for t in dense.values())
-    # Rounded to six digits in the file.
+    # config.json has six digits.
     assert section_of(output)["ratio"]["linear"] == pytest.approx(1 - after / before, abs=1e-6)
     assert section_of(output)["ratio"]["total"] == pytest.approx(1 - total_after / total, abs=1e-6)
     assert report_of(output)["parameters"] == {"before": total, "after": total_after}
@@ -100,7 +100,7 @@ def check_output(model: Path, output: Path) -> None:
 
 @pytest.fixture(scope="module")
 def half_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model in bfloat16, as models are published."""
+    """A tiny model in bfloat16, the dtype of most published models."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     base = save_tiny_model(tmp_path_factory.mktemp("half") / "base", layers=2, seed=5)
@@ -121,7 +121,9 @@ def half_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (True, False, {"tolerance": 0.5, "ignore": ("*.down_proj", "model.layers.0.*")}),
     ],
 )
-def test_compressed_folder(tmp_path: Path, bias: bool, tie: bool, options: dict[str, Any]) -> None:
+def test_the_checkpoint_matches_its_report_and_config(
+    tmp_path: Path, bias: bool, tie: bool, options: dict[str, Any]
+) -> None:
     model = save_tiny_model(tmp_path / "model", bias=bias, tie=tie, layers=2)
     output = tmp_path / "out"
     result = compress(CompressOptions(str(model), output, **SMALL, **options))
@@ -139,22 +141,22 @@ def test_compressed_folder(tmp_path: Path, bias: bool, tie: bool, options: dict[
             # Gram matrices are float32 on disk.
             assert row["optimum"] ** 2 - 2.0**-22 <= row["error"] ** 2
             if section_of(output)["sensitivity"] == "uniform":
-                # Within ALS's half per cent and, in float32, rounding of 2^-24 a factor.
+                # Within half a per cent by ALS, and rounding of the factors to float32.
                 assert row["error"] <= row["optimum"] * 1.005 + 1e-6
                 assert row["optimum"] <= section_of(output)["tolerance"]["language"]
     if "tolerance" in options:
         assert section_of(output)["tolerance"] == {"language": options["tolerance"]}
     else:
-        # Ranks of so small a model are coarse: one rank of the largest matrix is 1/600 of all.
+        # The ranks of a small model are coarse: one rank of the largest matrix is 1/600 of all parameters.
         assert section_of(output)["ratio"]["linear"] == pytest.approx(options["ratio"], abs=0.01)
-    # The tokenizer comes along, the dense weights' index and model card do not.
+    # The tokenizer is copied, the index of the dense weights is not.
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         assert (output / name).read_bytes() == (model / name).read_bytes()
     assert not (output / "model.safetensors.index.json").exists()
 
 
 @pytest.mark.parametrize(("dtype", "expected"), [("auto", torch.bfloat16), ("float32", torch.float32)])
-def test_report_errors_are_those_of_the_written_factors(
+def test_report_errors_equal_those_of_the_written_factors(
     half_model: Path, tmp_path: Path, dtype: str, expected: torch.dtype
 ) -> None:
     output = tmp_path / "out"
@@ -180,13 +182,13 @@ def test_report_errors_are_those_of_the_written_factors(
             w = source.weights.read(f"{p.name}.weight").double().numpy()
             residual = w - matrix_of(written, p.name)
             error = np.sqrt(np.trace(residual @ c @ residual.T) / np.trace(w @ c @ w.T))
-            # Between the two lies the rounding of the Gram matrix to float32 on disk.
+            # The errors differ by the rounding of the Gram matrix to float32 on disk.
             assert rows[p.name]["error"] == pytest.approx(error, rel=c.shape[0] * 2.0**-24)
             checked += 1
     assert checked >= 10
 
 
-def test_without_room_for_gradients_forward_passes_must_do(
+def test_forward_sensitivity_if_gradients_exceed_memory(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines: list[str] = []
@@ -205,12 +207,12 @@ def test_without_room_for_gradients_forward_passes_must_do(
     gigabytes = f"{memory_bytes(plan) / 1e9:.1f} GB"
     assert lines[0].startswith(f"measuring loss gradients needs about {gigabytes} of memory, {gigabytes} are free: ")
     for options in ({"sensitivity": "measured"}, {"sensitivity": "uniform"}, {"tolerance": 0.3}, {"baseline": "svd"}):
-        asked = make_plan(CompressOptions(str(tiny_model), tmp_path / "out", **SMALL, **options))
-        assert fit_into_memory(asked, lines.append) is asked
+        requested = make_plan(CompressOptions(str(tiny_model), tmp_path / "out", **SMALL, **options))
+        assert fit_into_memory(requested, lines.append) is requested
     assert len(lines) == 1
 
 
-def test_larger_ratio_smaller_model_larger_error(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_larger_ratio_gives_smaller_size_and_larger_error(tiny_model: Path, tmp_path: Path) -> None:
     sizes, errors = [], []
     for ratio in (0.2, 0.5, 0.8):
         result = compress(CompressOptions(str(tiny_model), tmp_path / f"{ratio}", ratio=ratio, **SMALL))
@@ -221,7 +223,7 @@ def test_larger_ratio_smaller_model_larger_error(tiny_model: Path, tmp_path: Pat
     assert len(set(sizes)) == 3
 
 
-def test_same_options_same_bytes_other_seed_other_bytes(tiny_model: Path, tmp_path: Path) -> None:
+def test_equal_options_give_equal_bytes(tiny_model: Path, tmp_path: Path) -> None:
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         compress(CompressOptions(str(tiny_model), tmp_path / name, ratio=0.3, seed=seed, **SMALL))
     weights = [{k: v for k, v in digest(tmp_path / n).items() if k.endswith("safetensors")} for n in "abc"]
@@ -260,7 +262,7 @@ def test_the_model_folder_is_only_read(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "out"]
 
 
-def test_calibration_text_is_named_by_its_tokens(tiny_model: Path, tmp_path: Path) -> None:
+def test_config_json_names_the_calibration_text(tiny_model: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.md"
     text.write_text("".join(f"Line {i} of a text about nothing in particular.\n" for i in range(200)))
     output = tmp_path / "out"
@@ -271,7 +273,7 @@ def test_calibration_text_is_named_by_its_tokens(tiny_model: Path, tmp_path: Pat
     assert len(calibration["sha256"]) == 64
 
 
-def test_a_tolerance_nothing_meets_keeps_the_calibration(tiny_model: Path, tmp_path: Path) -> None:
+def test_an_unreachable_target_keeps_the_calibration(tiny_model: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     with pytest.raises(InputError, match=r"`tolerance` 0\.0001: no projection .*--resume"):
         compress(CompressOptions(str(tiny_model), output, tolerance=0.0001, **SMALL))

@@ -1,4 +1,4 @@
-"""Interruption: DIR is there complete or not at all, and what was finished is not lost."""
+"""Interrupted runs: DIR exists complete or not at all, and finished layers are kept."""
 
 import json
 import os
@@ -33,13 +33,13 @@ def start_cli(*arguments: object) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
         cwd="/",
-        # A test runner in the background has Ctrl-C switched off, and its children would inherit that.
+        # A test runner in the background ignores SIGINT, and its children would inherit that.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler) and None,
     )
 
 
 def interrupt(process: subprocess.Popen[str], when: Callable[[], bool], number: signal.Signals) -> None:
-    """Send a signal as soon as `when` holds; check how the command ends."""
+    """Send a signal as soon as `when` holds, and check the exit status and the last line."""
     deadline = time.monotonic() + 300
     while not when():
         assert process.poll() is None, f"ended before it could be interrupted: {process.communicate()}"
@@ -52,7 +52,7 @@ def interrupt(process: subprocess.Popen[str], when: Callable[[], bool], number: 
     assert errors.strip().splitlines()[-1].startswith("pgsvd-vllm: interrupted")
 
 
-def test_interrupted_twice_and_resumed_gives_the_same_bytes(tmp_path: Path) -> None:
+def test_an_interrupted_and_resumed_run_gives_equal_bytes(tmp_path: Path) -> None:
     model = save_tiny_model(tmp_path / "model", layers=LAYERS)
     arguments = ["--ratio", "0.4", "--num-calibration-samples", "32", "--max-seq-length", "256"]
     straight, output = tmp_path / "straight", tmp_path / "out"
@@ -70,7 +70,7 @@ def test_interrupted_twice_and_resumed_gives_the_same_bytes(tmp_path: Path) -> N
     assert not output.exists()
     stamps = {p.name: p.stat().st_mtime_ns for p in partial.glob("layers/?????.safetensors")}
 
-    # What a job scheduler sends, and now later, while the result is being written.
+    # The signal of a job scheduler, while the checkpoint is written.
     interrupt(start_cli(*command, "--resume"), lambda: (partial / "checkpoint").exists(), signal.SIGTERM)
     assert finished() == LAYERS
     assert not output.exists()
@@ -83,7 +83,7 @@ def test_interrupted_twice_and_resumed_gives_the_same_bytes(tmp_path: Path) -> N
     names = sorted(p.name for p in straight.iterdir())
     assert sorted(p.name for p in output.iterdir()) == names
     for name in names:
-        if name in ("config.json", "README.md"):  # they quote the command line
+        if name in ("config.json", "README.md"):  # they contain the command line
             continue
         assert (output / name).read_bytes() == (straight / name).read_bytes(), name
     tables = [json.loads((d / "config.json").read_text())["quantization_config"] for d in (straight, output)]
@@ -91,7 +91,7 @@ def test_interrupted_twice_and_resumed_gives_the_same_bytes(tmp_path: Path) -> N
         assert tables[0][key] == tables[1][key]
 
 
-def test_interrupted_before_the_first_layer_leaves_nothing(tmp_path: Path, tiny_model: Path) -> None:
+def test_an_interrupt_before_the_first_layer_leaves_nothing(tmp_path: Path, tiny_model: Path) -> None:
     output = tmp_path / "out"
 
     def stop(line: str) -> None:
@@ -104,7 +104,7 @@ def test_interrupted_before_the_first_layer_leaves_nothing(tmp_path: Path, tiny_
 
 @pytest.fixture
 def interrupted(tmp_path: Path, tiny_model: Path) -> Path:
-    """The output path of a run that was stopped after its calibration."""
+    """The output path of a run that was interrupted after its calibration."""
 
     def stop(line: str) -> None:
         if line.startswith("ranks by"):
@@ -118,7 +118,7 @@ def interrupted(tmp_path: Path, tiny_model: Path) -> Path:
     return output
 
 
-def test_a_partial_folder_is_not_taken_over_silently(interrupted: Path, tiny_model: Path) -> None:
+def test_a_partial_folder_needs_resume(interrupted: Path, tiny_model: Path) -> None:
     with pytest.raises(InputError, match=r"out\.partial: .*--resume"):
         compress(CompressOptions(str(tiny_model), interrupted, ratio=0.3, **SMALL))
     assert len(list(interrupted.with_name("out.partial").glob("layers/?????.safetensors"))) == 3
@@ -145,8 +145,8 @@ def test_resume_with_other_options_is_refused(
     )
 
 
-def test_resume_in_another_precision_is_refused(interrupted: Path, tiny_model: Path) -> None:
-    """As when the folder was moved from a processor that multiplies in bfloat16."""
+def test_resume_with_another_dtype_is_refused(interrupted: Path, tiny_model: Path) -> None:
+    """Such a folder comes from a CPU with bfloat16 GEMMs."""
     run = interrupted.with_name("out.partial") / "run.json"
     content = json.loads(run.read_text())
     content["dtype"] = {"torch.float32": "torch.bfloat16"}[content["dtype"]]
@@ -181,7 +181,7 @@ def test_a_damaged_run_file_is_named(interrupted: Path, tiny_model: Path, conten
 
 
 @pytest.mark.parametrize("keep", [0, 100, -1])
-def test_a_damaged_layer_is_named_and_can_be_redone(interrupted: Path, tiny_model: Path, keep: int) -> None:
+def test_a_damaged_layer_is_named_and_can_be_recomputed(interrupted: Path, tiny_model: Path, keep: int) -> None:
     layer = interrupted.with_name("out.partial") / "layers" / "00001.safetensors"
     layer.write_bytes(layer.read_bytes()[:keep])
     options = CompressOptions(str(tiny_model), interrupted, ratio=0.3, resume=True, **SMALL)
@@ -193,22 +193,22 @@ def test_a_damaged_layer_is_named_and_can_be_redone(interrupted: Path, tiny_mode
     assert interrupted.is_dir()
 
 
-def test_resume_without_anything_to_resume_is_a_plain_run(tiny_model: Path, tmp_path: Path) -> None:
+def test_resume_without_a_partial_folder_is_a_plain_run(tiny_model: Path, tmp_path: Path) -> None:
     compress(CompressOptions(str(tiny_model), tmp_path / "out", ratio=0.3, resume=True, **SMALL))
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
-def test_a_folder_that_appears_meanwhile_is_not_replaced(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_folder_created_during_the_run_is_not_replaced(tiny_model: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
 
-    def meanwhile(line: str) -> None:
+    def create_output(line: str) -> None:
         if line.startswith("ranks by"):
             output.mkdir()
-            (output / "mine").write_text("x")
+            (output / "note.txt").write_text("x")
 
     with pytest.raises(InputError, match=f"--output-dir {output}"):
-        compress(CompressOptions(str(tiny_model), output, ratio=0.3, **SMALL), say=meanwhile)
-    assert [p.name for p in output.iterdir()] == ["mine"]
+        compress(CompressOptions(str(tiny_model), output, ratio=0.3, **SMALL), say=create_output)
+    assert [p.name for p in output.iterdir()] == ["note.txt"]
 
 
 # -- a full disk -----------------------------------------------------------------------------------
@@ -216,7 +216,7 @@ def test_a_folder_that_appears_meanwhile_is_not_replaced(tiny_model: Path, tmp_p
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
-    """Mounts a file system of a given number of bytes."""
+    """Mount a file system of a given number of bytes."""
     mounted: list[Path] = []
 
     def mount(size: int) -> Path:
@@ -234,21 +234,21 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
 
 
 def fill(folder: Path) -> Path:
-    """A file that takes all that is free."""
+    """Write a file that takes all free space."""
     path = folder / "filler"
     with path.open("wb") as file:
         os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(folder).free)
     return path
 
 
-def test_too_small_a_disk_is_refused_at_once(tiny_model: Path, small_disk: Callable[[int], Path]) -> None:
+def test_a_disk_that_is_too_small_is_refused_at_once(tiny_model: Path, small_disk: Callable[[int], Path]) -> None:
     disk = small_disk(1024 * 1024)
     with pytest.raises(InputError, match=r"`output_dir` .*of disk space during the run, 0\.0 GB are free"):
         compress(CompressOptions(str(tiny_model), disk / "out", ratio=0.3, **SMALL))
     assert list(disk.iterdir()) == []
 
 
-def test_a_disk_that_fills_up_while_writing(tiny_model: Path, small_disk: Callable[[int], Path]) -> None:
+def test_a_disk_that_fills_up_keeps_the_calibration(tiny_model: Path, small_disk: Callable[[int], Path]) -> None:
     probe = CompressOptions(str(tiny_model), Path("/nowhere/out"), ratio=0.3, **SMALL)
     disk = small_disk(int(estimate(make_plan(probe)).disk) + 256 * 1024)
     output, fillers = disk / "out", []
@@ -266,12 +266,12 @@ def test_a_disk_that_fills_up_while_writing(tiny_model: Path, small_disk: Callab
         compress(resume)
     assert len(list(disk.glob("out.partial/layers/?????.safetensors"))) == 3, "the failed resume lost the calibration"
     fillers[0].unlink()
-    # Exactly the room the first attempt asked for: the kept layers count as part of it.
+    # The disk has the space that the first attempt needed; the kept layers are part of it.
     compress(resume)
     assert sorted(p.name for p in disk.iterdir()) == ["out"]
 
 
-def test_a_disk_that_is_full_from_the_start(tiny_model: Path, small_disk: Callable[[int], Path]) -> None:
+def test_a_full_disk_is_refused(tiny_model: Path, small_disk: Callable[[int], Path]) -> None:
     disk = small_disk(64 * 1024)
     filler = fill(disk)
     with pytest.raises(InputError, match="--output-dir"):
@@ -279,9 +279,9 @@ def test_a_disk_that_is_full_from_the_start(tiny_model: Path, small_disk: Callab
     assert list(disk.iterdir()) == [filler]
 
 
-def test_a_calibration_folder_serves_other_ratios_and_forms(tmp_path: Path) -> None:
+def test_a_calibration_folder_is_shared_by_other_runs(tmp_path: Path) -> None:
     model = save_tiny_model(tmp_path / "model", layers=3)
-    folder = tmp_path / "measured" / "here"
+    folder = tmp_path / "shared" / "here"
 
     def compressed(name: str, **options: Any) -> dict[str, bytes]:
         output = tmp_path / name
@@ -294,9 +294,9 @@ def test_a_calibration_folder_serves_other_ratios_and_forms(tmp_path: Path) -> N
     assert len(stamps) == 6
     assert compressed("again", ratio=0.3, calibration=folder) == first == compressed("alone", ratio=0.3)
     assert compressed("smaller", ratio=0.5, calibration=folder) == compressed("smaller-alone", ratio=0.5)
-    compressed("rival", ratio=0.3, calibration=folder, baseline="svd-llm")
+    compressed("baseline", ratio=0.3, calibration=folder, baseline="svd-llm")
     for name, stamp in stamps.items():
-        assert (folder / name).stat().st_mtime_ns == stamp, "measured again"
+        assert (folder / name).stat().st_mtime_ns == stamp, "a layer was calibrated again"
 
     with pytest.raises(InputError, match=r"--calibration .*here belongs to a run with another calibration text"):
         compressed("other", ratio=0.3, calibration=folder, seed=1)

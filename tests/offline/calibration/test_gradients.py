@@ -1,4 +1,4 @@
-"""Measured sensitivities against the plain definition: autograd over the whole model, brute force over ranks."""
+"""Measured sensitivities against autograd over the whole model, and ranks against brute force."""
 
 import itertools
 from pathlib import Path
@@ -30,7 +30,7 @@ from tests.offline.calibration.test_gram import clipped, reference_inputs
 
 
 @pytest.mark.parametrize("tie", [True, False])
-def test_streamed_gradients_are_those_of_the_whole_model(tmp_path: Path, tie: bool) -> None:
+def test_layerwise_gradients_equal_those_of_the_whole_model(tmp_path: Path, tie: bool) -> None:
     folder = save_tiny_model(tmp_path / "model", tie=tie, bias=not tie, layers=3, seed=2)
     ids = torch.randint(2, 258, (5, 33), generator=torch.Generator().manual_seed(3))
     source = ModelSource(folder)
@@ -74,15 +74,15 @@ def test_streamed_gradients_are_those_of_the_whole_model(tmp_path: Path, tie: bo
     for name, parts in gradient.items():
         g, x = np.concatenate(parts), clipped(inputs[name])
         weights = np.square(g).sum(1, keepdims=True) / np.square(g).sum(1).mean()
-        assert weights.max() > 1.5 > 0.7 > weights.min(), "all tokens weigh alike: nothing was tested"
-        # Two float32 passes in another order of sums: rounding, relative to the largest entry.
+        assert weights.max() > 1.5 > 0.7 > weights.min(), "all tokens have the same weight: nothing was tested"
+        # Two float32 passes with different orders of summation: rounding relative to the largest entry.
         for found_one, sums in ((moments[name], g.T @ g), (grams[name], x.T @ (x * weights))):
             expected = sums / ids.numel()
             np.testing.assert_allclose(found_one.numpy(), expected, atol=1e-4 * np.abs(expected).max())
     assert not list((tmp_path / "inputs").iterdir())
 
 
-def test_a_projection_that_few_tokens_reach_counts_by_their_share() -> None:
+def test_moments_of_a_moe_expert_count_its_share_of_tokens() -> None:
     module = torch.nn.Linear(5, 3)
     hooks = _GradientHooks({"expert": module})
     x, g = torch.randn(6, 5), torch.randn(6, 3)
@@ -101,7 +101,7 @@ def test_a_projection_that_no_token_reaches_is_named() -> None:
         hooks.result(tokens=24)
 
 
-def test_without_any_gradient_no_token_weighs_anything() -> None:
+def test_moments_are_zero_without_any_gradient() -> None:
     module = torch.nn.Linear(5, 3)
     hooks = _GradientHooks({"p": module})
     module(torch.randn(6, 5, requires_grad=True)).backward(torch.zeros(6, 3))
@@ -110,7 +110,7 @@ def test_without_any_gradient_no_token_weighs_anything() -> None:
     assert not found.grams["p"].any()
 
 
-def test_half_of_the_inputs_moments_is_weighed() -> None:
+def test_weighted_gram_averages_plain_and_weighted_moments() -> None:
     a, b = (torch.diag(torch.tensor([2.0, 4.0])) * f for f in (10, 1))
     assert torch.equal(weighted_gram(a, 10, b), torch.diag(torch.tensor([2.0, 4.0], dtype=torch.float64)))
     assert torch.equal(weighted_gram(a, 5, 0 * b), torch.diag(torch.tensor([2.0, 4.0], dtype=torch.float64)))
@@ -118,7 +118,7 @@ def test_half_of_the_inputs_moments_is_weighed() -> None:
 
 @pytest.mark.parametrize(("m", "n"), [(23, 31), (31, 23), (17, 17)])
 def test_the_metric_predicts_the_loss_of_a_quadratic_model(m: int, n: int) -> None:
-    """For the loss 0.5 sum_t ||L^T dW x_t||^2 the prediction is exact, and no other factors do better."""
+    """For the loss 0.5 sum_t ||L^T dW x_t||^2 the prediction is exact and no other factors have a smaller loss."""
     rng = np.random.default_rng(m * n)
     w, x, g = rng.normal(size=(m, n)), rng.normal(size=(n, 400)), rng.normal(size=(m, m // 2))
     gram, moment = torch.from_numpy(x @ x.T / 400), torch.from_numpy(g @ g.T)
@@ -126,8 +126,8 @@ def test_the_metric_predicts_the_loss_of_a_quadratic_model(m: int, n: int) -> No
     damped = moment.numpy() + DAMPING * np.trace(moment.numpy()) / m * np.eye(m)
     np.testing.assert_allclose((root @ root.T).numpy(), damped, atol=1e-12 * np.abs(damped).max())
 
-    def loss(product: np.ndarray) -> float:
-        change = (w - product) @ x
+    def loss(approximation: np.ndarray) -> float:
+        change = (w - approximation) @ x
         return 0.5 * float(np.sum(change * (damped @ change))) / 400
 
     energy = output_energy(root.T @ torch.from_numpy(w), gram, gram_root(gram)).numpy()
@@ -146,8 +146,8 @@ def test_the_metric_predicts_the_loss_of_a_quadratic_model(m: int, n: int) -> No
         assert best <= loss(reconstruct(stored).numpy()) <= loss(naive.numpy())
 
 
-def times_of(projections: list[Projection], rng: np.random.Generator) -> LatencyTable:
-    """Times that jump up and down over the ranks and are often above the dense one."""
+def random_latencies(projections: list[Projection], rng: np.random.Generator) -> LatencyTable:
+    """Latencies that do not rise with the rank and often exceed the dense one."""
     shapes = {}
     for p in projections:
         forms = {
@@ -155,7 +155,7 @@ def times_of(projections: list[Projection], rng: np.random.Generator) -> Latency
             for form in ("factors", "pivot")
         }
         shapes[p.out_features, p.in_features] = ShapeLatencies(float(p.numel), forms)
-    return LatencyTable(shapes, 1, "bfloat16", "a machine of the test's")
+    return LatencyTable(shapes, 1, "bfloat16", "a test machine")
 
 
 @pytest.mark.parametrize("by_latency", [False, True], ids=["size", "latency"])
@@ -168,29 +168,29 @@ def test_ranks_by_loss_are_optimal_against_brute_force(form: str, by_latency: bo
         p.name: torch.from_numpy(np.sort(rng.exponential(size=min(m, n)) ** 3 * 10 ** rng.uniform(-1, 1))[::-1].copy())
         for p, (m, n) in zip(projections, shapes, strict=True)
     }
-    table = times_of(projections, rng) if by_latency else None
+    table = random_latencies(projections, rng) if by_latency else None
     total = sum(p.numel for p in projections)
 
     def outcome(ranks: dict[str, int]) -> tuple[float, float, int]:
-        """Cost, loss and numbers stored."""
-        cost, loss, numbers = 0.0, 0.0, 0
+        """Cost, loss and stored elements."""
+        cost, loss, elements = 0.0, 0.0, 0
         for p in projections:
             rank = ranks.get(p.name)
             plain = 0 if rank is None else rank * (p.out_features + p.in_features)
-            # A pivot form stores rank^2 numbers less, and says where its rank rows are.
+            # The pivot form stores rank^2 elements less and `rank` pivots.
             stored = plain if form == "factors" or rank is None else plain - rank * rank + rank
             stored = p.numel if rank is None else stored
-            numbers += stored
+            elements += stored
             if table is None:
                 cost += stored
             else:
-                times = table.shapes[p.out_features, p.in_features]
-                cost += times.dense if rank is None else dict(times.forms[form])[rank]
+                latencies = table.shapes[p.out_features, p.in_features]
+                cost += latencies.dense if rank is None else dict(latencies.forms[form])[rank]
             loss += 0.0 if rank is None else 0.5 * float(energies[p.name][rank:].sum())
-        return cost, loss, numbers
+        return cost, loss, elements
 
     def pays(p: Projection, rank: int) -> bool:
-        """Whether one projection's rank saves a tenth of its cost."""
+        """Whether a rank saves at least a tenth of the projection's cost."""
         dense, low_rank = outcome({})[0], outcome({p.name: rank})[0]
         return saves(p, rank, form) and dense - low_rank >= 0.1 * p.numel - 1e-9
 
@@ -201,17 +201,17 @@ def test_ranks_by_loss_are_optimal_against_brute_force(form: str, by_latency: bo
     ]
     front = loss_front(projections, energies, form=form, latencies=table)
     assert len(front.removed) == len(front.losses) == len(front.parameters) == len(front.steps) + 1 > 5
-    prices = []
+    slopes = []
     for i in range(1, len(front.removed)):
-        cost, loss, numbers = outcome(dict(front.steps[:i]))
+        cost, loss, elements = outcome(dict(front.steps[:i]))
         assert front.removed[i] == pytest.approx(1 - cost / total)
         assert front.losses[i] == pytest.approx(loss)
-        assert front.parameters[i] == pytest.approx(1 - numbers / total)
-        # A corner of the front: nothing as cheap is better.
+        assert front.parameters[i] == pytest.approx(1 - elements / total)
+        # No combination of ranks with the same or less cost has a smaller loss.
         assert loss <= min(other for c, other in every if c <= cost + 1e-9) + 1e-12
-        prices.append((front.losses[i] - front.losses[i - 1]) / (front.removed[i] - front.removed[i - 1]))
-    assert prices == sorted(prices)
-    for cost, loss in every:  # and nothing at all lies below the line between two corners
+        slopes.append((front.losses[i] - front.losses[i - 1]) / (front.removed[i] - front.removed[i - 1]))
+    assert slopes == sorted(slopes)
+    for cost, loss in every:  # no combination lies below the line between two corners
         share = 1 - cost / total
         after = next((i for i, r in enumerate(front.removed) if r >= share), None)
         if share > 0 and after is not None:
@@ -226,7 +226,7 @@ def test_ranks_by_loss_are_optimal_against_brute_force(form: str, by_latency: bo
         assert outcome(allocation.ranks)[1] == pytest.approx(allocation.loss)
 
 
-def test_no_ranks_remove_more_than_everything() -> None:
+def test_a_ratio_beyond_the_front_is_refused() -> None:
     projection = Projection("p", 8, 8)
     with pytest.raises(InputError, match=r"`ratio` 0\.9: more than this model can give"):
         loss_front([projection], {"p": torch.ones(8, dtype=torch.float64)}).at(0.9)

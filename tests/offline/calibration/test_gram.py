@@ -1,4 +1,4 @@
-"""Streamed calibration against a forward pass of the whole model in float64."""
+"""Layer-wise Gram matrices against a forward pass of the whole model in float64."""
 
 import gc
 from pathlib import Path
@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 
 
 def clipped(x: np.ndarray, most: float = 10.0) -> np.ndarray:
-    """The definition, one token at a time: energy at most ten times the window's lower median."""
+    """The definition of robust clipping, token by token: energy at most ten times the window's lower median."""
     out = np.empty_like(x)
     for w, window in enumerate(x):
         energies = [float((token**2).sum()) for token in window]
@@ -45,7 +45,7 @@ def stream_all(source: ModelSource, ids: torch.Tensor, dtype: torch.dtype) -> tu
 
 
 def reference_inputs(folder: Path, ids: torch.Tensor) -> dict[str, np.ndarray]:
-    """Inputs of every linear layer in one plain float64 forward of transformers' own model."""
+    """Inputs of every linear layer in a float64 forward pass of the transformers model."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
@@ -59,7 +59,7 @@ def reference_inputs(folder: Path, ids: torch.Tensor) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_streamed_grams_are_those_of_the_whole_model(tmp_path: Path, bias: bool) -> None:
+def test_layerwise_grams_equal_those_of_the_whole_model(tmp_path: Path, bias: bool) -> None:
     folder = save_tiny_model(tmp_path / "model", bias=bias, layers=2, seed=3)
     # 53 does not divide the batch, so the last batch has another number of windows.
     ids = windows(90, 53)
@@ -75,12 +75,12 @@ def test_streamed_grams_are_those_of_the_whole_model(tmp_path: Path, bias: bool)
             changed += int(np.abs(rows - reference[name].reshape(rows.shape)).max() > 0)
             gram = rows.T @ rows
             difference = np.linalg.norm(layer.grams[leader].numpy() - gram) / np.linalg.norm(gram)
-            # Worst case of float32: 14 products of inner length 320 in a row, and the sum over tokens.
+            # Worst case of float32: 14 GEMMs of inner dimension 320 in sequence, and the sum over tokens.
             assert difference <= (14 * 320 + ids.numel()) * 2.0**-24, name
-    assert changed, "no token was clipped: the test does not see the clipping"
+    assert changed, "no token was clipped: clipping was not tested"
 
 
-def test_projections_of_one_input_share_one_matrix(tiny_model: Path) -> None:
+def test_projections_with_one_input_share_one_gram_matrix(tiny_model: Path) -> None:
     source = ModelSource(tiny_model)
     found, _ = stream_all(source, windows(4, 40), torch.float32)
     for index, layer in enumerate(found):
@@ -121,7 +121,7 @@ def test_one_layer_at_a_time_is_in_memory(tmp_path: Path) -> None:
     assert peaks[0] == peaks[1]
 
 
-def test_the_inputs_of_a_batch_are_not_kept(tiny_model: Path) -> None:
+def test_inputs_of_finished_batches_are_freed(tiny_model: Path) -> None:
     source = ModelSource(tiny_model)
     # Seven batches, all of one size.
     stream = LayerStream(source, text_batches(windows(7 * (TOKENS_PER_BATCH // 64), 64)), CPU, torch.float32)
@@ -129,7 +129,7 @@ def test_the_inputs_of_a_batch_are_not_kept(tiny_model: Path) -> None:
     for step in advance(stream, 0, find_projections(source).layers[0], collect=True):
         if isinstance(step, int):
             gc.collect()
-            # By type alone: isinstance would wake every lazy module among the objects.
+            # type(), since isinstance would import every lazy module among the objects.
             live.append(sum(o.numel() for o in gc.get_objects() if type(o) in (torch.Tensor, torch.nn.Parameter)))
     assert len(live) == 7
     assert live[-1] <= live[1]
@@ -141,7 +141,7 @@ def test_layers_are_freed_after_an_error(tmp_path: Path) -> None:
     folder = save_tiny_model(tmp_path / "model", layers=2)
     file = folder / "model.safetensors"
     tensors = load_file(file)
-    # Finite in the file and in bfloat16, but its products are not.
+    # Finite in the file and in bfloat16, but the layer's output overflows.
     tensors["model.layers.0.mlp.down_proj.weight"].fill_(3e38)
     save_file(tensors, file, metadata={"format": "pt"})
     source = ModelSource(folder)
@@ -161,29 +161,29 @@ def test_a_sink_token_is_clipped() -> None:
     assert torch.equal(rows[:, 1:], x[:, 1:]), "an ordinary token was changed"
     limit = 10 * x.square().sum(-1).median(dim=1).values
     torch.testing.assert_close(energy[:, 0], limit, rtol=1e-5, atol=0)
-    # Scaled, not turned.
+    # The direction is unchanged.
     assert torch.nn.functional.cosine_similarity(rows[:, 0], x[:, 0]).min() > 1 - 1e-6
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 20, 21])
-def test_robust_rows_are_the_definition(tokens: int) -> None:
-    # Log-normal sizes: many tokens lie above the limit, and an even count has two medians.
+def test_robust_rows_match_the_definition(tokens: int) -> None:
+    # Log-normal energies: many tokens exceed the limit, and an even number of tokens has two medians.
     generator = torch.Generator().manual_seed(tokens)
     x = torch.randn(4, tokens, 9, generator=generator) * torch.randn(4, tokens, 1, generator=generator).mul(2).exp()
     rows = robust_rows(x)
     assert rows.dtype == torch.float32
-    # A norm, a root and a product in float32.
+    # A norm, a root and a multiplication in float32.
     np.testing.assert_allclose(rows.numpy(), clipped(x.double().numpy()), rtol=16 * 2.0**-24)
 
 
-def test_windows_are_clipped_one_by_one() -> None:
-    # A loud window beside a quiet one is no sink.
+def test_each_window_is_clipped_by_its_own_median() -> None:
+    # A window of large activations beside one of small ones is no attention sink.
     x = torch.randn(2, 15, 8, generator=torch.Generator().manual_seed(2))
     x[1] *= 1e3
     assert torch.equal(robust_rows(x), x.flatten(0, 1))
 
 
-def test_rows_of_zeros_stay_finite() -> None:
+def test_zero_rows_stay_finite() -> None:
     x = torch.zeros(2, 5, 4)
     x[0, 0] = 1
     assert torch.isfinite(robust_rows(x)).all()

@@ -1,4 +1,4 @@
-"""Calibration text: which documents, which tokens, which windows."""
+"""Calibration text: documents, tokens and windows."""
 
 import json
 from importlib.util import find_spec
@@ -37,12 +37,12 @@ def test_builtin_prose_is_long_english_text(tokenizer: PreTrainedTokenizerBase) 
     assert text.count(" the ") > 3000
     ids = tokenize(tokenizer, documents, "t").ids
     assert ids.dtype == torch.int64
-    # One token a UTF-8 byte and one between documents: nothing is lost, nothing is added.
+    # One token per UTF-8 byte and one between documents.
     assert len(ids) == sum(len(d.encode()) for d in documents) + len(documents)
     assert int((ids == tokenizer.eos_token_id).sum()) == len(documents)
 
 
-def test_held_out_prose_shares_nothing_with_the_calibration_text() -> None:
+def test_held_out_prose_is_disjoint_from_calibration_text() -> None:
     calibration = "\n".join(builtin_prose())
     held_out = held_out_prose(100_000)
     assert len(held_out) > 100_000
@@ -82,12 +82,12 @@ def test_bad_text_is_named(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -
             read_documents(name, 0, tokenizer)
 
 
-def test_without_a_network_hub_sets_name_the_builtin_text(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_an_unavailable_hub_set_names_the_builtin_text(tokenizer: PreTrainedTokenizerBase) -> None:
     with pytest.raises(InputError, match="--dataset wikitext2: .*use --dataset python-docs"):
         read_documents("wikitext2", 100, tokenizer)
 
 
-def test_messages_go_through_the_chat_template(tmp_path: Path, tiny_model: Path) -> None:
+def test_messages_are_formatted_by_the_chat_template(tmp_path: Path, tiny_model: Path) -> None:
     path = tmp_path / "chat.jsonl"
     messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}]
     path.write_text(json.dumps({"messages": messages}) + "\n" + json.dumps({"text": "plain"}), encoding="utf-8")
@@ -101,18 +101,18 @@ def test_messages_go_through_the_chat_template(tmp_path: Path, tiny_model: Path)
         read_documents(str(path), 0, own)
 
 
-def test_spare_windows_are_left_over() -> None:
+def test_spare_windows_remain() -> None:
     windows = cut_windows(TokenizedText(torch.arange(100), [], "t"), 50, 10, 0, spare=3)
     assert windows.ids.shape == (7, 10)
     assert windows.others.shape == (3, 10)
     assert sorted(torch.cat([windows.ids, windows.others]).flatten().tolist()) == list(range(100))
     starts = windows.ids[:, 0].tolist()
-    assert starts != sorted(starts), "the first windows are the text's first ones"
+    assert starts != sorted(starts), "the windows are in the order of the text"
     with pytest.raises(InputError, match="29 tokens are too little calibration text: 3 x --max-seq-length 10 needs 30"):
         cut_windows(TokenizedText(torch.arange(29), [], "t"), 1, 10, 0, spare=2)
 
 
-def test_mixed_texts_take_turns() -> None:
+def test_windows_of_mixed_texts_alternate() -> None:
     parts = [cut_windows(TokenizedText(torch.arange(i * 100, i * 100 + 50), [], f"t{i}"), 2, 10, 0) for i in (0, 1)]
     mixed = mix_windows(parts)
     assert mixed.name == "t0 + t1"
@@ -121,7 +121,7 @@ def test_mixed_texts_take_turns() -> None:
     assert mix_windows(parts[:1]) is parts[0]
 
 
-def test_documents_are_separated_and_in_order(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_documents_are_joined_in_order_with_separators(tokenizer: PreTrainedTokenizerBase) -> None:
     eos = tokenizer.eos_token_id
     ids = tokenize(tokenizer, ["ab", "", "c"], "t").ids.tolist()
     a, b, c = (tokenizer.convert_tokens_to_ids(x) for x in "abc")
@@ -130,7 +130,7 @@ def test_documents_are_separated_and_in_order(tokenizer: PreTrainedTokenizerBase
     assert tokenize(tokenizer, [], "t").ids.tolist() == []
 
 
-def test_windows_do_not_overlap_and_follow_the_seed() -> None:
+def test_windows_are_disjoint_and_depend_on_the_seed() -> None:
     tokens = torch.arange(1000)
     first = cut_windows(TokenizedText(tokens, [], "t"), 20, 33, 7)
     assert first.ids.shape == (20, 33)
@@ -146,7 +146,7 @@ def test_windows_do_not_overlap_and_follow_the_seed() -> None:
     assert first.sha256 != other.sha256
 
 
-def test_a_short_text_gives_all_it_has() -> None:
+def test_a_short_text_gives_fewer_windows() -> None:
     windows = cut_windows(TokenizedText(torch.arange(100), [], "t"), 50, 33, 0)
     assert sorted(windows.ids.tolist()) == torch.arange(99).view(3, 33).tolist()
     with pytest.raises(InputError, match="--dataset t: 32 tokens are too little .* needs 33"):
@@ -170,11 +170,11 @@ def test_bos_is_found_where_the_tokenizer_adds_one(tiny_model: Path) -> None:
     with_bos.backend_tokenizer.post_processor = template
     assert with_bos("a")["input_ids"][0] == 0
     assert leading_tokens(with_bos) == [0]
-    # Only windows start so, not documents.
+    # Windows start with BOS, documents do not.
     assert 0 not in tokenize(with_bos, ["ab", "cd"], "t").ids.tolist()
 
 
-def test_a_folder_without_a_tokenizer(tmp_path: Path, tiny_model: Path) -> None:
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path, tiny_model: Path) -> None:
     (tmp_path / "config.json").write_bytes((tiny_model / "config.json").read_bytes())
     with pytest.raises(InputError, match="tokenizer") as caught:
         load_tokenizer(tmp_path)
@@ -184,8 +184,8 @@ def test_a_folder_without_a_tokenizer(tmp_path: Path, tiny_model: Path) -> None:
 
 @pytest.mark.slow
 @torch.inference_mode()
-def test_gemma_reads_text_as_it_was_trained_to() -> None:
-    """Its windows begin with BOS; without, it is twice as bad."""
+def test_gemma_windows_start_with_bos() -> None:
+    """Without BOS the perplexity of Gemma is at least 1 / 0.7 times as high."""
     if not (reference_model.cache_folder() / reference_model.GEMMA_NAME).is_dir() and not find_spec(
         reference_model.GEMMA_PACKAGE
     ):
@@ -201,7 +201,7 @@ def test_gemma_reads_text_as_it_was_trained_to() -> None:
     assert found["with"] < 0.7 * found["without"]
 
 
-def test_plain_text_becomes_conversations(tmp_path: Path, tiny_model: Path) -> None:
+def test_plain_text_is_formatted_as_conversations(tmp_path: Path, tiny_model: Path) -> None:
     path = tmp_path / "text.txt"
     path.write_text("One\nline.\n\n Two. \n \nThree.\n", encoding="utf-8")
     own = load_tokenizer(tiny_model)
@@ -219,7 +219,7 @@ def test_plain_text_becomes_conversations(tmp_path: Path, tiny_model: Path) -> N
         read_documents(str(path), 10, own, chat=True)
 
 
-def test_conversations_of_a_real_model_are_in_its_template(smollm2: Path) -> None:
+def test_conversations_use_the_template_of_a_real_model(smollm2: Path) -> None:
     tokenizer = load_tokenizer(smollm2)
     document = read_documents(BUILTIN, 10, tokenizer, chat=True)[0]
     assert document.count("<|im_start|>assistant\n") == 1

@@ -1,4 +1,4 @@
-"""Rivals' methods by their own definitions, and through the whole pipeline."""
+"""Baseline methods against their papers' definitions and through the whole pipeline."""
 
 import json
 from pathlib import Path
@@ -24,7 +24,7 @@ def truncated(matrix: np.ndarray, rank: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("m", "n"), [(13, 22), (22, 13)])
-def test_each_norm_gives_the_papers_matrix(m: int, n: int) -> None:
+def test_each_norm_gives_the_matrix_of_its_paper(m: int, n: int) -> None:
     rng = np.random.default_rng(m)
     w, x = rng.standard_normal((m, n)), rng.standard_normal((n, 90)) * np.geomspace(1, 30, n)[:, None]
     gram = torch.from_numpy(x @ x.T)
@@ -42,7 +42,7 @@ def test_each_norm_gives_the_papers_matrix(m: int, n: int) -> None:
         np.testing.assert_allclose((factors.u @ factors.v).numpy(), matrix, atol=1e-9 * np.abs(matrix).max())
 
 
-def test_inputs_that_are_always_zero_do_no_harm() -> None:
+def test_zero_inputs_give_finite_factors() -> None:
     gram = torch.diag(torch.tensor([4.0, 0.0, 1.0], dtype=torch.float64))
     for name in BASELINES:
         factors = closed_form(torch.randn(5, 3, dtype=torch.float64), norm_of(name, gram), 2)
@@ -51,7 +51,7 @@ def test_inputs_that_are_always_zero_do_no_harm() -> None:
 
 @pytest.mark.parametrize("form", ["factors", "pivot"])
 @pytest.mark.parametrize("ratio", [0.1, 0.4, 0.8])
-def test_every_projection_loses_the_same_share(form: str, ratio: float) -> None:
+def test_every_projection_loses_the_same_ratio(form: str, ratio: float) -> None:
     projections = [Projection("a", 300, 200), Projection("b", 64, 640), Projection("c", 128, 128)]
     allocation = at_equal_ratio(projections, ratio, form)
     stored = 0
@@ -69,7 +69,7 @@ def test_every_projection_loses_the_same_share(form: str, ratio: float) -> None:
 
 
 @pytest.mark.parametrize("baseline", BASELINES)
-def test_a_baseline_is_written_and_says_what_it_is(tiny_model: Path, tmp_path: Path, baseline: str) -> None:
+def test_a_baseline_checkpoint_names_its_method(tiny_model: Path, tmp_path: Path, baseline: str) -> None:
     output, lines = tmp_path / "out", []
     options = CompressOptions(
         str(tiny_model), output, ratio=0.4, baseline=baseline, num_calibration_samples=20, max_seq_length=48
@@ -88,7 +88,9 @@ def test_a_baseline_is_written_and_says_what_it_is(tiny_model: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("other", [{"sensitivity": "measured"}, {"sensitivity": "uniform"}, {"tolerance": 0.1}])
-def test_a_baseline_takes_no_rule_of_ours(tiny_model: Path, tmp_path: Path, other: dict[str, object]) -> None:
+def test_a_baseline_refuses_sensitivity_and_tolerance(
+    tiny_model: Path, tmp_path: Path, other: dict[str, object]
+) -> None:
     options = CompressOptions(str(tiny_model), tmp_path / "out", baseline="svd", **other)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="--baseline: gives every projection the same --ratio"):
         compress(options)

@@ -1,4 +1,4 @@
-"""The norm that factors are fitted in, from independent passes over the calibration text."""
+"""The norm of the fit, recomputed from independent forward passes of the calibration text."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pgsvd_vllm.offline.compress import calibrate, measured_spectra
-from pgsvd_vllm.offline.factors import factorize as factor_pass
+from pgsvd_vllm.offline.factors import factorize
 from pgsvd_vllm.offline.factors.error_aware import Target
 from pgsvd_vllm.offline.factors.factorize import factor_layers
 from pgsvd_vllm.offline.model.projection import Projection
@@ -19,10 +19,10 @@ from pgsvd_vllm.offline.ranks.select import choose_ranks
 from tests.offline.calibration.test_gram import clipped, reference_inputs
 
 
-def test_the_norm_is_of_all_text_moved_as_far_as_the_walked_windows_were(
+def test_the_norm_is_that_of_all_tokens_plus_the_shift(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(factor_pass, "SEQUENTIAL_TOKENS", 8 * 64)  # of 24 windows
+    monkeypatch.setattr(factorize, "SEQUENTIAL_TOKENS", 8 * 64)  # 8 of 24 windows
     plan = make_plan(
         CompressOptions(
             str(tiny_model), tmp_path / "out", ratio=0.5, dtype="float32", num_calibration_samples=24, max_seq_length=64
@@ -32,31 +32,31 @@ def test_the_norm_is_of_all_text_moved_as_far_as_the_walked_windows_were(
     calibrate(plan, state)
     targets: list[tuple[str, Target]] = []
     norms: list[torch.Tensor] = []
-    fit, solve = factor_pass._Layer.fit, factor_pass.closed_form
+    fit, solve = factorize._Layer.fit, factorize.closed_form
 
-    def spied_fit(self: Any, p: Projection, wanted: Target) -> torch.Tensor:
-        targets.append((p.name, wanted))
-        return fit(self, p, wanted)
+    def recorded_fit(self: Any, p: Projection, target: Target) -> torch.Tensor:
+        targets.append((p.name, target))
+        return fit(self, p, target)
 
-    def spied_solve(weight: torch.Tensor, gram: torch.Tensor, *rest: Any) -> Any:
+    def recorded_solve(weight: torch.Tensor, gram: torch.Tensor, *rest: Any) -> Any:
         norms.append(gram)
         return solve(weight, gram, *rest)
 
-    monkeypatch.setattr(factor_pass._Layer, "fit", spied_fit)
-    monkeypatch.setattr(factor_pass, "closed_form", spied_solve)
+    monkeypatch.setattr(factorize._Layer, "fit", recorded_fit)
+    monkeypatch.setattr(factorize, "closed_form", recorded_solve)
     ranks = choose_ranks(plan.projections, measured_spectra(plan, state), plan.target).ranks
     factor_layers(plan.source, plan.data, plan.settings, plan.projections, state, ranks)
 
     every = reference_inputs(tiny_model, plan.data.windows.ids)
     assert len(targets) == len(norms) > 5
-    moved = 0
+    shifted = 0
     for (name, target), norm in zip(targets, norms, strict=True):
         index = int(name.split(".")[2])
         x = clipped(every[name])
-        walked = clipped(every[name][:8])
+        fitted = clipped(every[name][:8])
         weighted_gram = state.load_sensitivity(index, "measured").grams[name].double().numpy()
-        change = target.gram.numpy() - walked.T @ walked
+        change = target.gram.numpy() - fitted.T @ fitted
         expected = ((x.T @ x + change) / plan.data.windows.ids.numel() + weighted_gram) / 2
         np.testing.assert_allclose(norm.numpy(), expected, atol=1e-4 * np.abs(expected).max())
-        moved += bool(np.abs(change).max() > 1e-2 * np.abs(x.T @ x).max())
-    assert moved > 5, "no input was moved: nothing was tested"
+        shifted += bool(np.abs(change).max() > 1e-2 * np.abs(x.T @ x).max())
+    assert shifted > 5, "no Gram matrix was shifted: nothing was tested"

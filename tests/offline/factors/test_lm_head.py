@@ -1,4 +1,4 @@
-"""The output head's calibration and factors against plain float64."""
+"""Calibration and factors of the LM head against float64."""
 
 from pathlib import Path
 
@@ -26,14 +26,14 @@ def untied(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def inputs_and_predictions(folder: Path, ids: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Of the head: [tokens, in] and [tokens, out], float64."""
+    """Inputs [tokens, in] and probabilities [tokens, vocabulary] of the LM head in float64."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
     with torch.no_grad():
         hidden = model.model(ids).last_hidden_state.flatten(0, 1)
         return hidden.numpy(), model.lm_head(hidden).softmax(-1).numpy()
 
 
-def test_the_measured_moments_are_those_of_the_whole_model(untied: Path) -> None:
+def test_lm_head_moments_equal_those_of_the_whole_model(untied: Path) -> None:
     ids = torch.randint(2, 258, (5, 40), generator=torch.Generator().manual_seed(0))
     source = ModelSource(untied)
     stream = LayerStream(source, text_batches(ids), CPU, torch.float32)
@@ -71,7 +71,7 @@ def test_the_rank_is_the_smallest_within_the_tolerance(
         assert checkpoint.tensors["lm_head.weight"].shape == (258, 128)
         return
     assert checkpoint.modules["lm_head"].rank == report.rank
-    # float32 and a rank that is not rounded: the error is that of the optimum.
+    # In float32 and without rounding of the rank the error equals the optimum.
     assert report.error == pytest.approx(report.optimum, rel=1e-3)
     assert report.error <= tolerance
     assert report.error > tolerance - 0.05

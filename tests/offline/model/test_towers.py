@@ -1,4 +1,4 @@
-"""Several towers: what flows between them, forwards and backwards, is what flows in the whole model."""
+"""Models of several towers: layer-wise activations and gradients equal those of the whole model."""
 
 import json
 from dataclasses import replace
@@ -27,14 +27,16 @@ from tests.offline.calibration.test_gram import CPU, clipped
 from tests.offline.test_compress import section_of
 
 SEED = 7
-# The first compares, the second reads a layer that is not the last, the third's images have no batch dimension; its
-# projector and the last one's make one token of four.
+# A dual encoder, a model that uses a layer before the last one, a model whose images have no batch dimension, and one
+# more whose projector, as that of Qwen2-VL, merges four tokens into one.
 TESTED = ("CLIP", "LLaVA 1.5", "Qwen2-VL", "Idefics 3, SmolVLM")
 
 
 @pytest.fixture(scope="module", params=TESTED)
-def seeing(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[ModelSource, list[Batch]]:
-    folder = tmp_path_factory.mktemp("seeing")
+def vision_model(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[ModelSource, list[Batch]]:
+    folder = tmp_path_factory.mktemp("vision")
     row = next(row for row in VISION_MODELS if row.name == request.param)
     model = save_vision_model(row, folder / "model")
     pairs = read_pairs(
@@ -44,7 +46,7 @@ def seeing(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def whole_model(source: ModelSource, batches: list[Batch]) -> dict[str, dict[str, np.ndarray]]:
-    """Projection -> its inputs [windows, tokens, in], a list a batch, and the loss gradients of its outputs."""
+    """Projection -> its clipped inputs [tokens, in] and the loss gradients at its outputs [tokens, out]."""
     model = source.auto_class.from_pretrained(source.folder, dtype=torch.float32).eval()
     inputs: dict[str, list[torch.Tensor]] = {}
     outputs: dict[str, list[torch.Tensor]] = {}
@@ -81,10 +83,10 @@ def whole_model(source: ModelSource, batches: list[Batch]) -> dict[str, dict[str
     return result
 
 
-def test_grams_and_gradients_are_those_of_the_whole_model(
-    seeing: tuple[ModelSource, list[Batch]], tmp_path: Path, one_thread: None
+def test_grams_and_gradients_equal_those_of_the_whole_model(
+    vision_model: tuple[ModelSource, list[Batch]], tmp_path: Path, one_thread: None
 ) -> None:
-    source, batches = seeing
+    source, batches = vision_model
     rows = find_projections(source).layers
     stream = LayerStream(source, batches, CPU, torch.float32)
     gradients = GradientPass(stream, tmp_path / "inputs")
@@ -118,35 +120,35 @@ def test_grams_and_gradients_are_those_of_the_whole_model(
             assert np.abs(moment).max() > 0
             np.testing.assert_allclose(moments[name].numpy(), moment, atol=2e-3 * np.abs(moment).max())
         else:
-            assert not g.any(), "something is computed from it"
+            assert not g.any(), "the loss depends on its output"
 
 
-def test_factored_images_reach_the_language_model(seeing: tuple[ModelSource, list[Batch]], one_thread: None) -> None:
-    """The factored flow is that of a model whose weights are the factors' products."""
-    source, batches = seeing
+def test_the_factored_flow_crosses_towers(vision_model: tuple[ModelSource, list[Batch]], one_thread: None) -> None:
+    """The factored hidden states equal those of a model with the reconstructed weights."""
+    source, batches = vision_model
     stream = LayerStream(source, batches, CPU, torch.float32)
-    walk = ErrorAwarePass(stream)
-    products = {
+    fit = ErrorAwarePass(stream)
+    weights = {
         p.name: source.weights.tensor(f"{p.path}.weight") * (0.8 + 0.1 * (i % 3))
         for i, p in enumerate(p for row in find_projections(source).layers for p in row)
     }
     for index, row in enumerate(find_projections(source).layers):
-        known = {p.name: products[p.name] for p in row}
-        list(walk.advance(index, [[p] for p in row], set(known), lambda *_: pytest.fail("fitted"), known))
+        known = {p.name: weights[p.name] for p in row}
+        list(fit.advance(index, [[p] for p in row], set(known), lambda *_: pytest.fail("fitted"), known))
 
     model = source.auto_class.from_pretrained(source.folder, dtype=torch.float32).eval()
     for p in (p for row in find_projections(source).layers for p in row):
-        model.get_submodule(p.path).weight.data.copy_(products[p.name])
+        model.get_submodule(p.path).weight.data.copy_(weights[p.name])
     with torch.no_grad():
         for number, batch in enumerate(batches):
-            expected, found = model(**batch), stream.output(number, walk.factored.kept[number])
+            expected, found = model(**batch), stream.output(number, fit.factored.kept[number])
             for name in ("text_embeds", "image_embeds") if source.is_dual_encoder else ("logits",):
-                if name == "logits":  # the head is not loaded: what it would read
+                if name == "logits":  # the LM head is not loaded yet
                     source.load_lm_head(CPU, torch.float32)
-                    found = stream.output(number, walk.factored.kept[number])
+                    found = stream.output(number, fit.factored.kept[number])
                 torch.testing.assert_close(found[name], expected[name], atol=1e-4, rtol=1e-4)
-            plain = stream.output(number, stream.flow.kept[number])
-            assert not torch.allclose(plain[name], expected[name], atol=1e-3)
+            dense = stream.output(number, stream.flow.kept[number])
+            assert not torch.allclose(dense[name], expected[name], atol=1e-3)
 
 
 def options(folder: Path, name: str, **more: Any) -> CompressOptions:
@@ -157,7 +159,7 @@ def options(folder: Path, name: str, **more: Any) -> CompressOptions:
 
 
 @pytest.mark.parametrize("sensitivity", ["measured", "uniform", "forward"])
-def test_a_share_for_each_tower(tmp_path: Path, sensitivity: str, one_thread: None) -> None:
+def test_each_tower_reaches_its_ratio(tmp_path: Path, sensitivity: str, one_thread: None) -> None:
     ratios = {"vision": 0.2, "projector": 0.3, "language": 0.4}
     wanted = options(tmp_path, "LLaVA 1.5", ratio=ratios, sensitivity=sensitivity)
     result = compress(wanted)
@@ -188,7 +190,7 @@ def test_towers_that_are_not_named_stay_dense(tmp_path: Path, one_thread: None) 
     assert {name.partition("_")[0] for name in result.choice.allocation.ranks} == {"vision"}
 
 
-def test_text_alone_compresses_the_language_model_alone(tmp_path: Path, one_thread: None) -> None:
+def test_text_alone_compresses_only_the_language_model(tmp_path: Path, one_thread: None) -> None:
     wanted = options(tmp_path, "LLaVA 1.5", dataset=("python-docs",), num_calibration_samples=8, max_seq_length=64)
     plan = make_plan(wanted)
     assert plan.projections.towers == ["language"]
@@ -197,12 +199,12 @@ def test_text_alone_compresses_the_language_model_alone(tmp_path: Path, one_thre
 
 
 def test_a_projector_that_few_tokens_reach_stays_dense(tmp_path: Path, one_thread: None) -> None:
-    """64 images make 256 tokens, four of which become one; it has 384 inputs."""
+    """64 images give 256 tokens after the merge of four into one; the projector has 384 inputs."""
     wanted = options(tmp_path, "Idefics 3, SmolVLM")
-    said: list[str] = []
-    result = compress(wanted, said.append)
+    lines: list[str] = []
+    result = compress(wanted, lines.append)
     name = "model.connector.modality_projection.proj"
-    assert any(f"{name} (256 of 384)" in line for line in said)
+    assert any(f"{name} (256 of 384)" in line for line in lines)
     assert name not in result.choice.allocation.ranks
     report = json.loads((result.output / "pgsvd_report.json").read_text(encoding="utf-8"))
     assert report["tokens"] == {name: 256}
@@ -210,7 +212,7 @@ def test_a_projector_that_few_tokens_reach_stays_dense(tmp_path: Path, one_threa
         compress(replace(wanted, output=tmp_path / "other", ratio={"projector": 0.3}))
 
 
-def test_texts_and_images_may_be_mixed(tmp_path: Path, one_thread: None) -> None:
+def test_texts_and_pairs_can_be_mixed(tmp_path: Path, one_thread: None) -> None:
     wanted = options(tmp_path, "Qwen2-VL", num_calibration_samples=24, max_seq_length=64)
     both = (*wanted.dataset, "python-docs")
     plan = make_plan(

@@ -1,4 +1,4 @@
-"""Rank allocation on synthetic models: sums are redone here from the ranks alone."""
+"""Rank allocation on synthetic models; all sums are recomputed from the ranks."""
 
 import math
 
@@ -17,7 +17,7 @@ SHAPES = [(256, 512), (512, 512), (300, 260), (1024, 256), (272, 700)]
 
 
 def model(count: int = 60) -> tuple[list[Projection], dict[str, torch.Tensor]]:
-    """Projections whose spectra fall at very different speeds."""
+    """Projections whose spectra decay at very different rates."""
     projections, profiles = [], {}
     for i in range(count):
         out, width = SHAPES[i % len(SHAPES)]
@@ -63,9 +63,9 @@ def test_each_rank_is_the_smallest_within_the_tolerance(tolerance: float) -> Non
         profile = profiles[p.name].tolist()
         smallest = max(1, next(r for r, error in enumerate(profile) if error <= tolerance))
         rank = math.ceil(smallest / 16) * 16
-        worth_it = rank * (p.out_features + p.in_features) < p.out_features * p.in_features
-        assert allocation.ranks.get(p.name) == (rank if worth_it else None)
-        if worth_it:
+        saves = rank * (p.out_features + p.in_features) < p.out_features * p.in_features
+        assert allocation.ranks.get(p.name) == (rank if saves else None)
+        if saves:
             assert profile[rank] <= tolerance
 
 
@@ -74,15 +74,15 @@ def test_ranks_never_rise_with_the_tolerance() -> None:
     tolerances = [i / 40 for i in range(1, 40)]
     allocations = [at_tolerance(projections, profiles, t) for t in tolerances]
     for p in projections:
-        # A dense projection counts as the largest rank there is.
+        # A dense projection counts as the largest rank.
         ranks = [a.ranks.get(p.name, 10**9) for a in allocations]
         assert ranks == sorted(ranks, reverse=True)
     assert [a.removed for a in allocations] == sorted(a.removed for a in allocations)
     assert allocations[0].removed < allocations[-1].removed
 
 
-def test_dense_where_factors_are_no_smaller() -> None:
-    # At half the rank of a square matrix the factors have exactly as many numbers: nothing is saved.
+def test_projections_stay_dense_if_factors_are_not_smaller() -> None:
+    # At half the full rank the factors of a square matrix have as many elements as the matrix.
     square = Projection("square", 40, 40)
     profile = error_profile(torch.ones(40, dtype=torch.float64))
     at_half, below_half = profile[20].item(), profile[19].item()
@@ -108,7 +108,7 @@ def test_a_ratio_beyond_rank_one_is_refused(ratio: float) -> None:
 
 
 def test_a_ratio_below_the_first_step_is_refused() -> None:
-    # An 8 x 8 matrix saves nothing before rank 3, and then a quarter.
+    # The largest rank that saves elements of an 8 x 8 matrix is 3, which removes a quarter.
     p = Projection("p", 8, 8)
     with pytest.raises(InputError, match=r"`ratio` 0\.05: too small .* 25\.0%"):
         at_ratio([p], {"p": error_profile(torch.ones(8, dtype=torch.float64))}, 0.05)

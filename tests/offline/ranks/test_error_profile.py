@@ -1,4 +1,4 @@
-"""Error profiles against the errors of the optimal approximations themselves."""
+"""Error profiles against the errors of optimal low-rank approximations."""
 
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ def inputs(kind: str, n: int, seed: int = 0) -> np.ndarray:
 
 @pytest.mark.parametrize("kind", ["plain", "sink", "few-tokens"])
 @pytest.mark.parametrize(("m", "n"), [(17, 31), (31, 17), (22, 22), (1, 9), (9, 1)])
-def test_profile_is_the_error_of_the_best_approximation(m: int, n: int, kind: str) -> None:
+def test_profile_equals_the_best_approximation_error(m: int, n: int, kind: str) -> None:
     if kind == "few-tokens" and n == 1:
         kind = "plain"
     w, x = np.random.default_rng(5).standard_normal((m, n)), inputs(kind, n)
@@ -38,7 +38,7 @@ def test_profile_is_the_error_of_the_best_approximation(m: int, n: int, kind: st
         u = left[:, :rank]
         best = u @ (u.T @ w)
         true = np.linalg.norm((w - best) @ x) ** 2 / total
-        # Every eigenvalue is off by at most ~n EPS of the largest one, and up to n of them are summed.
+        # Every eigenvalue has an error of at most ~n EPS of the largest one, and up to n of them are summed.
         assert error**2 == pytest.approx(true, rel=1e-9, abs=4 * (m + n) ** 2 * EPS), rank
 
 
@@ -50,14 +50,14 @@ def test_profile_never_rises_and_ends_at_zero() -> None:
     assert profile[1].item() == pytest.approx((6 / 15) ** 0.5, rel=1e-12)
 
 
-def test_profile_without_any_output() -> None:
+def test_profile_of_zero_inputs() -> None:
     profile = error_profile(output_energy(torch.randn(4, 6), torch.zeros(6, 6)))
     assert profile.tolist() == [1, 0, 0, 0, 0]
     assert rank_for(profile, 0.5) == 1
 
 
 @pytest.mark.parametrize("kind", ["plain", "sink", "few-tokens"])
-def test_root_times_itself_is_the_gram_matrix(kind: str) -> None:
+def test_root_squared_is_the_gram_matrix(kind: str) -> None:
     x = inputs(kind, 25)
     root = gram_root(torch.from_numpy(x @ x.T)).numpy()
     assert np.abs(root @ root.T - x @ x.T).max() <= 25 * 25 * EPS * np.linalg.norm(x, 2) ** 2
@@ -77,7 +77,7 @@ def test_a_shared_root_changes_nothing() -> None:
 def test_rank_is_the_smallest_that_meets_the_tolerance(energy: list[float], tolerance: float) -> None:
     profile = error_profile(torch.tensor(sorted(energy, reverse=True), dtype=torch.float64))
     if isinstance(tolerance, int):
-        # A tolerance that is an entry of the profile, to the last bit.
+        # A tolerance that equals an element of the profile exactly.
         tolerance = profile[min(tolerance, len(energy))].item()
     expected = next(r for r in range(1, len(profile)) if profile[r].item() <= tolerance or r == len(profile) - 1)
     assert rank_for(profile, tolerance) == expected

@@ -1,4 +1,4 @@
-"""Healing on a tiny model: gradients, the held-out judge, and that it never makes things worse."""
+"""Knowledge distillation on a tiny model: gradients, selection by held-out windows, never a worse result."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +24,7 @@ OPTIONS: dict[str, Any] = {"ratio": 0.5, "num_calibration_samples": 24, "max_seq
 
 
 def factors_of(folder: Path, form: str, share: float = 0.25) -> Tensors:
-    """Every projection at a share of its rank, by plain SVD."""
+    """Truncated-SVD factors of every projection at a share of its full rank."""
     found: Tensors = {}
     for name, weight in load_file(folder / "model.safetensors").items():
         if not name.endswith("_proj.weight"):
@@ -46,7 +46,7 @@ def factors_of(folder: Path, form: str, share: float = 0.25) -> Tensors:
 
 
 def count_time_by_steps(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
-    """Let every training step take the same time, whatever the machine's speed."""
+    """Advance the clock by `seconds` per training step, independent of the machine's speed."""
     now, learn = 0.0, Distiller.learn
 
     def timed(self: Distiller, *arguments: Any) -> None:
@@ -58,13 +58,13 @@ def count_time_by_steps(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None
     monkeypatch.setattr(refine, "time", SimpleNamespace(monotonic=lambda: now))
 
 
-def healer(folder: Path, tensors: Tensors) -> Distiller:
+def distiller(folder: Path, tensors: Tensors) -> Distiller:
     dense, student = (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for _ in range(2))
     return Distiller(dense, student, "model.layers", tensors)
 
 
 def divergence_of(folder: Path, tensors: Tensors, held_out: torch.Tensor) -> float:
-    """KL(dense || compressed) in float64, from two plain models and the products alone."""
+    """KL(dense || compressed) in float64, from two dense models and reconstructed weights."""
     dense, other = (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64) for _ in range(2))
     for name, row in tensors.items():
         other.get_submodule(name).weight.data.copy_(reconstruct(row))
@@ -74,7 +74,7 @@ def divergence_of(folder: Path, tensors: Tensors, held_out: torch.Tensor) -> flo
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_a_trained_projection_and_its_gradients_are_those_of_the_product(with_bias: bool) -> None:
+def test_a_trained_projection_matches_the_dense_gradients(with_bias: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     p, c = torch.randn(5, 11, generator=generator), torch.randn(8, 5, generator=generator)
     pivots = torch.tensor([1, 4, 5, 9, 12], dtype=torch.int32)
@@ -87,13 +87,13 @@ def test_a_trained_projection_and_its_gradients_are_those_of_the_product(with_bi
     y = x.double() @ pivot_weight(exact[0], exact[1], pivots).T + (0 if bias is None else bias.double())
     (y * target.double()).sum().backward()
     torch.testing.assert_close(module(x).double(), y, atol=1e-5, rtol=1e-5)
-    for found, wanted in zip((module.down, module.up), exact, strict=True):
+    for found, expected in zip((module.down, module.up), exact, strict=True):
         assert found.grad is not None
-        torch.testing.assert_close(found.grad.double(), wanted.grad, atol=1e-4, rtol=1e-5)
+        torch.testing.assert_close(found.grad.double(), expected.grad, atol=1e-4, rtol=1e-5)
 
 
 @pytest.mark.parametrize("form", ["factors", "pivot"])
-def test_healing_brings_the_predictions_back(
+def test_distillation_lowers_the_divergence(
     tiny_model: Path, form: str, monkeypatch: pytest.MonkeyPatch, one_thread: None
 ) -> None:
     count_time_by_steps(monkeypatch, seconds=0.02)
@@ -101,9 +101,9 @@ def test_healing_brings_the_predictions_back(
     held_out = windows(4, 32, seed=9)
     before = divergence_of(tiny_model, tensors, held_out)
     lines: list[str] = []
-    refined = healer(tiny_model, tensors).run(text, held_out, minutes=0.15, say=lines.append)
+    refined = distiller(tiny_model, tensors).run(text, held_out, minutes=0.15, say=lines.append)
     assert refined.before == pytest.approx(before, rel=1e-4)
-    # What is returned is what was judged.
+    # The returned factors are the evaluated ones.
     assert refined.after == pytest.approx(divergence_of(tiny_model, refined.tensors, held_out), rel=1e-4)
     assert refined.after < 0.9 * before
     assert refined.steps > 10
@@ -118,21 +118,21 @@ def test_healing_brings_the_predictions_back(
             assert torch.equal(new, tensor) == (suffix == "pivots"), f"{name}.{suffix}"
 
 
-def test_windows_are_taken_in_order_and_then_shuffled(
+def test_windows_come_in_order_and_are_then_shuffled(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
 ) -> None:
     keys: list[int] = []
     count_time_by_steps(monkeypatch, seconds=0.2)
     learn = Distiller.learn
 
-    def spied(self: Distiller, key: int, row: torch.Tensor) -> None:
+    def recorded(self: Distiller, key: int, row: torch.Tensor) -> None:
         assert torch.equal(row, text[key])
         keys.append(key)
         learn(self, key, row)
 
-    monkeypatch.setattr(Distiller, "learn", spied)
+    monkeypatch.setattr(Distiller, "learn", recorded)
     text = windows(7, 32)
-    healer(tiny_model, factors_of(tiny_model, "factors")).run(text, windows(2, 32, seed=9), minutes=0.1)
+    distiller(tiny_model, factors_of(tiny_model, "factors")).run(text, windows(2, 32, seed=9), minutes=0.1)
     assert len(keys) > 21
     assert keys[:7] == list(range(7))
     epochs = [keys[i : i + 7] for i in range(7, len(keys) - 6, 7)]
@@ -140,36 +140,36 @@ def test_windows_are_taken_in_order_and_then_shuffled(
     assert any(epoch != list(range(7)) for epoch in epochs)
 
 
-def test_text_that_no_fit_has_seen_is_learned_first_and_the_judge_s_never(
+def test_training_starts_with_unseen_text_without_held_out(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
 ) -> None:
-    given: list[torch.Tensor] = []
+    passed: list[torch.Tensor] = []
     run = Distiller.run
 
-    def spied(self: Distiller, text: torch.Tensor, held_out: torch.Tensor, *rest: Any) -> Any:
-        given.extend((text, held_out))
+    def recorded(self: Distiller, text: torch.Tensor, held_out: torch.Tensor, *rest: Any) -> Any:
+        passed.extend((text, held_out))
         return run(self, text, held_out, *rest)
 
-    monkeypatch.setattr(Distiller, "run", spied)
+    monkeypatch.setattr(Distiller, "run", recorded)
     options = CompressOptions(str(tiny_model), tmp_path / "out", refine=0.02, **OPTIONS)
     fitted = make_plan(options).data.windows.ids
     compress(options)
-    text, held_out = (set(map(tuple, part.tolist())) for part in given)
+    text, held_out = (set(map(tuple, part.tolist())) for part in passed)
     assert len(held_out) == HELD_OUT
     assert not held_out & (text | set(map(tuple, fitted.tolist())))
-    assert torch.equal(given[0][-len(fitted) :], fitted)
-    assert len(given[0]) > len(fitted)
+    assert torch.equal(passed[0][-len(fitted) :], fitted)
+    assert len(passed[0]) > len(fitted)
 
 
 @pytest.mark.parametrize("rate", [30.0, 1e30])
-def test_healing_that_fails_gives_back_what_it_got(
+def test_failed_distillation_returns_the_initial_factors(
     tiny_model: Path, rate: float, monkeypatch: pytest.MonkeyPatch, one_thread: None
 ) -> None:
     monkeypatch.setattr(refine, "LEARNING_RATE", rate)
     count_time_by_steps(monkeypatch, seconds=0.06)
-    # Close to the dense model: no ruined weights can come closer by luck, as they may when most of the rank is gone.
+    # The factors are close to the dense model, so diverged weights cannot be closer by chance.
     tensors = factors_of(tiny_model, "factors", share=0.9)
-    refined = healer(tiny_model, tensors).run(windows(8, 32), windows(2, 32, seed=9), minutes=0.03)
+    refined = distiller(tiny_model, tensors).run(windows(8, 32), windows(2, 32, seed=9), minutes=0.03)
     assert refined.steps > 0
     assert refined.before < 0.1
     assert refined.after == refined.before
@@ -177,27 +177,27 @@ def test_healing_that_fails_gives_back_what_it_got(
         assert all(torch.equal(refined.tensors[name][suffix], tensor) for suffix, tensor in row.items())
 
 
-def test_refined_checkpoints_are_written_and_resumed(
+def test_a_distilled_run_is_resumed(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
 ) -> None:
     output, lines = tmp_path / "out", []
 
     def stop(line: str) -> None:
         lines.append(line)
-        if line.startswith("refined"):
+        if line.startswith("distilled"):
             raise KeyboardInterrupt
 
     options = CompressOptions(str(tiny_model), output, refine=0.05, **OPTIONS)
     with pytest.raises(KeyboardInterrupt, match="--resume"):
         compress(options, say=stop)
-    assert any(line.startswith("refined") for line in lines)
-    monkeypatch.setattr("pgsvd_vllm.offline.factors.factorize.closed_form", None)  # the factors are there already
+    assert any(line.startswith("distilled") for line in lines)
+    monkeypatch.setattr("pgsvd_vllm.offline.factors.factorize.closed_form", None)  # the factors exist already
     resumed = CompressOptions(str(tiny_model), output, refine=0.05, resume=True, **OPTIONS)
     compress(resumed)
     assert (output / "config.json").is_file()
 
 
-def test_refining_needs_text_of_its_own(tiny_model: Path, tmp_path: Path) -> None:
+def test_distillation_needs_held_out_windows(tiny_model: Path, tmp_path: Path) -> None:
     text = tmp_path / "short.txt"
     text.write_text("word " * (64 * HELD_OUT // 5), encoding="utf-8")
     options = CompressOptions(str(tiny_model), tmp_path / "out", refine=1, dataset=(str(text),), **OPTIONS)
@@ -207,7 +207,7 @@ def test_refining_needs_text_of_its_own(tiny_model: Path, tmp_path: Path) -> Non
         make_plan(CompressOptions(str(tiny_model), tmp_path / "out", refine=-1))
 
 
-def test_refining_is_in_the_estimate(tiny_model: Path, tmp_path: Path) -> None:
+def test_the_estimate_includes_distillation(tiny_model: Path, tmp_path: Path) -> None:
     plain = estimate(make_plan(CompressOptions(str(tiny_model), tmp_path / "out", **OPTIONS)))
     refined = estimate(make_plan(CompressOptions(str(tiny_model), tmp_path / "out", refine=5, **OPTIONS)))
     assert refined.memory > plain.memory
