@@ -283,7 +283,7 @@ class PgsvdLinearMethod(LinearMethodBase):
         if not self.is_dummy:
             self.check_complete()
         before: Any = getattr(layer, "pgsvd_gemms", None)
-        packed = self._pack(layer)
+        packed: Any = self._pack(layer)
         device = next(layer.parameters(recurse=False)).device
         if type(before) is type(packed):  # a reload, while graphs may hold the addresses of the first weights
             try:

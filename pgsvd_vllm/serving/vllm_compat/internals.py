@@ -226,8 +226,8 @@ def take_activation(mlp: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
     return activation.forward_cuda if hasattr(activation, "op") else activation.forward_native
 
 
-def expert_names(layer: RoutedExperts) -> dict[str, str]:
-    """vLLM's names of an expert's projections -> the checkpoint's."""
+def expert_names(layer: RoutedExperts) -> dict[str, str | None]:
+    """vLLM's names of an expert's projections -> the checkpoint's; None for a gate-less expert's up projection."""
     return {GATE: layer.ckpt_gate_proj_name, UP: layer.ckpt_up_proj_name, DOWN: layer.ckpt_down_proj_name}
 
 
