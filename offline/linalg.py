@@ -20,6 +20,9 @@ def gram_of(rows: torch.Tensor) -> torch.Tensor:
     for start in range(0, width, GRAM_BLOCK):
         stop = min(start + GRAM_BLOCK, width)
         block = rows[:, start:stop].T @ rows[:, start:]
+        # A GEMM may round x_i^T x_j and x_j^T x_i differently; the solvers need an exactly symmetric matrix.
+        corner = block[:, : stop - start]
+        corner.copy_((corner + corner.T) / 2)
         gram[start:stop, start:] = block
         gram[start:, start:stop] = block.T
     return gram
