@@ -27,7 +27,7 @@ def find_projections(source: ModelSource, ignore: Sequence[str] = ()) -> Project
     ignored: list[Projection] = []
     expert_reach = _expert_reach(source)
     for index, layer in enumerate(source.layers):
-        row = []
+        row: list[Projection] = []
         tower = source.tower(index).name
         moe = tuple(f"{name}." for name, module in layer.named_modules() if isinstance(module, UnstackedExperts))
         for name, module in layer.named_modules():
