@@ -126,7 +126,7 @@ class GradientPass:
             The tokens of each batch that is done, and at the end the layer's gradient moments.
 
         Raises:
-            InputError: no token reaches a projection that is not a MoE expert's.
+            InputError: no token reaches a projection that is not an MoE expert's.
         """
         path = self._file(index)
         inputs = load_file(path)

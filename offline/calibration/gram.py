@@ -56,7 +56,7 @@ def token_scale(x: torch.Tensor) -> torch.Tensor:
 
 
 def by_window(x: torch.Tensor) -> torch.Tensor:
-    """A projection's input as float32 [windows, tokens, in]; the rows [tokens, in] of a MoE expert form one window."""
+    """A projection's input as float32 [windows, tokens, in]; the rows [tokens, in] of an MoE expert form one window."""
     return (x if x.dim() == 3 else x.reshape(1, -1, x.shape[-1])).float()
 
 

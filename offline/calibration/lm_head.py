@@ -11,7 +11,7 @@ from pgsvd_vllm.offline.model.layerwise import LayerStream, logits_after
 from pgsvd_vllm.offline.model.projection import Projection
 from pgsvd_vllm.offline.records import LMHeadCalibration
 
-# Tokens that take part; more cost time, as the logits of a token are a whole vocabulary.
+# Tokens that take part; every token costs logits of the size of the vocabulary.
 HEAD_TOKENS = 32768
 # Least weight of a row, as a share of the mean weight.
 FLOOR = 1.0

@@ -17,7 +17,7 @@ def token_counts(projections: ProjectionSet, state: RunState) -> dict[str, int]:
     """Read token counts from the state.
 
     Returns:
-        projection of a MoE expert or projector -> calibration tokens that reach it.
+        projection of an MoE expert or projector -> calibration tokens that reach it.
 
     Raises:
         InputError: a file of the state is damaged.
@@ -59,7 +59,7 @@ def leave_uncovered_dense(
         return projections
     counts = sorted(tokens[p.name] for p in projections.flat if p.reach < 1)
     if counts:
-        say(f"tokens per expert: {counts[0]} to {counts[-1]}, median {statistics.median_low(counts)}")
+        say(f"tokens per MoE expert: {counts[0]} to {counts[-1]}, median {statistics.median_low(counts)}")
     known: set[str] = set()
     for index in range(len(projections.layers)):
         energy = state.load_layer(index, with_grams=False).energy
@@ -71,7 +71,7 @@ def leave_uncovered_dense(
     uncovered = [p for p in projections.flat if p.may_lack_tokens and p.name not in known]
     if not uncovered:
         return projections
-    kinds = sorted({"the projector" if p.tower == PROJECTOR else "experts" for p in uncovered})
+    kinds = sorted({"the projector" if p.tower == PROJECTOR else "MoE experts" for p in uncovered})
     say(
         f"WARNING: {len(uncovered)} projections of {' and '.join(kinds)} stay dense, since "
         f"{_reason(uncovered, tokens)}; more `num_calibration_samples` may help"

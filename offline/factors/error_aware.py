@@ -133,7 +133,7 @@ class ErrorAwarePass:
             writers = self._writers(dense, candidates)
             for name, weight in known.items():
                 _set_weight(modules[name], weight)
-            # The router sends different tokens to a MoE expert in the factored layer: its inputs have no dense pairs.
+            # The router sends different tokens to an MoE expert in the factored layer: its inputs have no dense pairs.
             for p in routed:
                 if p.name in ranked and not known:
                     _set_weight(modules[p.name], fit(p, None))

@@ -155,12 +155,12 @@ class _Layer:
         else:
             factors = closed_form(target, gram, rank, metric)
         tensors = stored_form(factors, target, gram, settings.form, settings.store_dtype or stored.dtype, metric)
-        whole = reconstruct(tensors)
-        error = relative_error(weight, self.gram(p), whole)
-        if not math.isfinite(error) or not torch.isfinite(whole).all():
+        reconstructed = reconstruct(tensors)
+        error = relative_error(weight, self.gram(p), reconstructed)
+        if not math.isfinite(error) or not torch.isfinite(reconstructed).all():
             dtype = settings.store_dtype or stored.dtype
             raise InputError(f"{p.name}: its factors are not finite in {dtype}; use `dtype` float32 or bfloat16")
         self.tensors[p.name] = {suffix: tensor.cpu() for suffix, tensor in tensors.items()}
         sweeps = len(factors.errors) - 1
         self.reports[p.name] = ModuleReport(p.name, p.out_features, p.in_features, rank, error, optimum, sweeps)
-        return whole
+        return reconstructed

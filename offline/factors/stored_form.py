@@ -75,10 +75,12 @@ def _round_pivots(
     if metric is None:
         gradient = residual @ projected
     else:
-        whole = torch.empty_like(weight, dtype=torch.float64)
-        whole[others], whole[pivots] = residual, weight.double()[pivots] - exact
+        residuals = torch.empty_like(weight, dtype=torch.float64)
+        residuals[others], residuals[pivots] = residual, weight.double()[pivots] - exact
         rows = metric[others]
-        gradient = torch.cholesky_solve(rows @ (metric.T @ (whole @ projected)), torch.linalg.cholesky(rows @ rows.T))
+        gradient = torch.cholesky_solve(
+            rows @ (metric.T @ (residuals @ projected)), torch.linalg.cholesky(rows @ rows.T)
+        )
     c = c + torch.cholesky_solve(gradient.T, torch.linalg.cholesky(inner)).T
     return p.contiguous(), c.to(dtype).contiguous(), pivots.int()
 

@@ -40,7 +40,7 @@ class Projection:
 
     @property
     def may_lack_tokens(self) -> bool:
-        """Whether it may see fewer tokens than it has inputs and then stays dense: a MoE expert or the projector."""
+        """Whether it may see fewer tokens than it has inputs and then stays dense: an MoE expert or the projector."""
         return self.reach < 1 or self.tower == PROJECTOR
 
 

@@ -51,8 +51,8 @@ def _coverage_line(plan: Plan) -> str:
         return ""
     needed = max(p.in_features / p.reach for p in short) / tokens
     return (
-        f"\nWARNING: a MoE expert sees about {tokens * short[0].reach:.0f} tokens; it is compressed only if it sees as "
-        f"many as it has inputs, up to {max(p.in_features for p in short)}; `num_calibration_samples` "
+        f"\nWARNING: an MoE expert sees about {tokens * short[0].reach:.0f} tokens; it is compressed only if it sees "
+        f"as many as it has inputs, up to {max(p.in_features for p in short)}; `num_calibration_samples` "
         f"{math.ceil(2 * needed * plan.data.samples)} suffices for most"
     )
 

@@ -15,7 +15,7 @@ class Choice:
     Attributes:
         allocation: tolerances and ranks.
         front: of size, or GEMM latency, and predicted loss; None if sensitivities are assumed equal.
-        tokens: projection of a MoE expert or projector -> calibration tokens that reach it.
+        tokens: projection of an MoE expert or projector -> calibration tokens that reach it.
         lm_head: the factored LM head, without tensors if it stays dense; None if it is not compressed.
     """
 

@@ -109,14 +109,14 @@ def tensor_parallel(checkpoint: Checkpoint, tp_size: int) -> list[str]:
     sent, dense = sum(p.sent for p in plans), sum(p.dense for p in plans)
     lines += ["", f"on each of {tp_size} ranks     {here / 1e6:.1f} MB of {whole / 1e6:.1f} MB ({here / whole:.1%})"]
     lines.append(
-        f"sent a token          {sent} elements, those of an all-reduce counted twice, of an all-gather once; "
+        f"sent per token        {sent} elements, those of an all-reduce counted twice, of an all-gather once; "
         f"dense {dense}"
     )
     if any(module.kind == "expert" for module in checkpoint.modules.values()):
         lines.append("MoE experts are counted in factors, as on CPU; on GPUs their dense weights are reconstructed")
     lines += [f"  {cut.name.lower():21} {cut.value}" for cut in Cut if any(p.cut is cut for p in plans)]
     lines.append(
-        f"One more collective must save a rank {least / 1e6:.1f} MB ({VARIABLE}, for vllm serve as well; "
+        f"Every additional collective must save {least / 1e6:.1f} MB per rank ({VARIABLE}, for vllm serve as well; "
         "0: the least memory)"
     )
     return lines

@@ -43,7 +43,7 @@ class FactoredModule:
     Attributes:
         rank: of its weight.
         form: a key of FORMS.
-        kind: `linear`, `expert` (of a MoE expert) or `lm_head`; follows from its name.
+        kind: `linear`, `expert` (of an MoE expert) or `lm_head`; follows from its name.
     """
 
     rank: int

@@ -8,7 +8,7 @@ from accelerate import init_empty_weights
 from torch import nn
 from transformers import PreTrainedModel
 
-# The rules by which transformers renames and stacks a checkpoint's tensors; there is no public way to ask for them.
+# The rules by which transformers renames and stacks a checkpoint's tensors; no public function returns them.
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
@@ -19,10 +19,10 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-# Random initialisation takes minutes for a large skeleton whose numbers are replaced anyway.
+# Random initialisation of a large model takes minutes, and its parameters are replaced.
 from transformers.initialization import no_init_weights
 
-# Which classes an auto class can load, asked before it is tried.
+# The classes that an auto class can load.
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
@@ -31,7 +31,7 @@ from transformers.models.auto.modeling_auto import (
 # GPT-2's linear layer with a transposed weight.
 from transformers.pytorch_utils import Conv1D
 
-# Whether the format is registered already: registering twice is an error.
+# To see whether the format is registered already: registering it twice is an error.
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 __all__ = [

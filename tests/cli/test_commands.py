@@ -153,7 +153,7 @@ def test_inspect_tp_totals_equal_the_sum_of_the_rows(
     modules = json.loads((tiny_compressed / "config.json").read_text())["quantization_config"]["modules"]
     assert {name.strip(",").rpartition(".")[2] for name in names} >= {name.rpartition(".")[2] for name in modules}
     total = re.search(r"on each of 4 ranks +([\d.]+) MB of ([\d.]+) MB \(([\d.]+)%\)", text)
-    counted = re.search(r"sent a token +(\d+) .*; dense (\d+)", text)
+    counted = re.search(r"sent per token +(\d+) .*; dense (\d+)", text)
     assert total is not None
     assert counted is not None
     assert float(total[1]) == pytest.approx(sum(row[1] for row in rows), abs=0.01 * len(rows) + 0.05)

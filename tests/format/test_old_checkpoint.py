@@ -1,4 +1,4 @@
-"""A checkpoint that an earlier program wrote loads unchanged."""
+"""A checkpoint written by an earlier version loads and computes the same logits."""
 
 import json
 
@@ -19,7 +19,7 @@ def test_format_version_1_opens_and_its_numbers_are_whole() -> None:
 
 
 def test_format_version_1_computes_the_same_logits() -> None:
-    """As the program that wrote it did, in float32."""
+    """The expected logits are those of the version that wrote it, in float32."""
     known = json.loads((DATA / "checkpoint_v1_logits.json").read_text(encoding="utf-8"))
     model = AutoModelForCausalLM.from_pretrained(DATA / "checkpoint_v1", dtype=torch.float32).eval()
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Which files of a hub model are downloaded, and what a model is called in the description of a checkpoint."""
+"""The files that are downloaded from the hub, and the public name of a model in a checkpoint's description."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Layerwise execution refuses what it cannot follow, and loads no weight twice."""
+"""Layer-wise execution refuses unsupported models and loads no weight twice."""
 
 from collections import Counter
 from pathlib import Path

@@ -161,19 +161,19 @@ def options(folder: Path, name: str, **more: Any) -> CompressOptions:
 @pytest.mark.parametrize("sensitivity", ["measured", "uniform", "forward"])
 def test_each_tower_reaches_its_ratio(tmp_path: Path, sensitivity: str, one_thread: None) -> None:
     ratios = {"vision": 0.2, "projector": 0.3, "language": 0.4}
-    wanted = options(tmp_path, "LLaVA 1.5", ratio=ratios, sensitivity=sensitivity)
-    result = compress(wanted)
+    requested = options(tmp_path, "LLaVA 1.5", ratio=ratios, sensitivity=sensitivity)
+    result = compress(requested)
     section = section_of(result.output)
     for tower, ratio in ratios.items():
-        own = {p.name: p for row in make_plan(replaced(wanted)).projections.layers for p in row if p.tower == tower}
+        own = {p.name: p for row in make_plan(replaced(requested)).projections.layers for p in row if p.tower == tower}
         kept = sum(p.numel for name, p in own.items() if name not in section["modules"])
         kept += sum(stored(result.output, name) for name in own if name in section["modules"])
         assert 1 - kept / sum(p.numel for p in own.values()) == pytest.approx(ratio, abs=0.03)
     assert set(section["tolerance"]) == (set(ratios) if sensitivity == "uniform" else set())
 
 
-def replaced(wanted: CompressOptions) -> CompressOptions:
-    return CompressOptions(wanted.model, wanted.output.with_name("other"), dataset=wanted.dataset)
+def replaced(requested: CompressOptions) -> CompressOptions:
+    return CompressOptions(requested.model, requested.output.with_name("other"), dataset=requested.dataset)
 
 
 def stored(folder: Path, name: str) -> int:
@@ -191,32 +191,32 @@ def test_towers_that_are_not_named_stay_dense(tmp_path: Path, one_thread: None) 
 
 
 def test_text_alone_compresses_only_the_language_model(tmp_path: Path, one_thread: None) -> None:
-    wanted = options(tmp_path, "LLaVA 1.5", dataset=("python-docs",), num_calibration_samples=8, max_seq_length=64)
-    plan = make_plan(wanted)
+    requested = options(tmp_path, "LLaVA 1.5", dataset=("python-docs",), num_calibration_samples=8, max_seq_length=64)
+    plan = make_plan(requested)
     assert plan.projections.towers == ["language"]
     assert {p.tower for p in plan.projections.unused} == {"vision", "projector"}
-    assert compress(wanted).choice.allocation.ranks
+    assert compress(requested).choice.allocation.ranks
 
 
 def test_a_projector_that_few_tokens_reach_stays_dense(tmp_path: Path, one_thread: None) -> None:
     """64 images give 256 tokens after the merge of four into one; the projector has 384 inputs."""
-    wanted = options(tmp_path, "Idefics 3, SmolVLM")
+    requested = options(tmp_path, "Idefics 3, SmolVLM")
     lines: list[str] = []
-    result = compress(wanted, lines.append)
+    result = compress(requested, lines.append)
     name = "model.connector.modality_projection.proj"
     assert any(f"{name} (256 of 384)" in line for line in lines)
     assert name not in result.choice.allocation.ranks
     report = json.loads((result.output / "pgsvd_report.json").read_text(encoding="utf-8"))
     assert report["tokens"] == {name: 256}
     with pytest.raises(InputError, match=rf"`ratio` projector=.*{name} \(256 of 384\)"):
-        compress(replace(wanted, output=tmp_path / "other", ratio={"projector": 0.3}))
+        compress(replace(requested, output=tmp_path / "other", ratio={"projector": 0.3}))
 
 
 def test_texts_and_pairs_can_be_mixed(tmp_path: Path, one_thread: None) -> None:
-    wanted = options(tmp_path, "Qwen2-VL", num_calibration_samples=24, max_seq_length=64)
-    both = (*wanted.dataset, "python-docs")
+    requested = options(tmp_path, "Qwen2-VL", num_calibration_samples=24, max_seq_length=64)
+    both = (*requested.dataset, "python-docs")
     plan = make_plan(
-        CompressOptions(wanted.model, wanted.output, dataset=both, num_calibration_samples=24, max_seq_length=64)
+        CompressOptions(requested.model, requested.output, dataset=both, num_calibration_samples=24, max_seq_length=64)
     )
     assert plan.data.pairs is not None
     assert (plan.data.pairs.count, len(plan.data.windows.ids)) == (12, 12)

@@ -1,4 +1,4 @@
-"""What lies beside the factors in a compressed folder, who may read it, and what it must not tell."""
+"""The files of a checkpoint beside its factors, their permissions, and the absence of local paths."""
 
 import json
 import os
@@ -30,7 +30,7 @@ class OwnForCausalLM(LlamaForCausalLM):
 
 @pytest.fixture
 def own_code(tmp_path: Path) -> Path:
-    """A model whose modelling code lies beside its weights."""
+    """A model with modelling code in its folder."""
     folder = save_tiny_model(tmp_path / "own", layers=2)
     (folder / "modeling_own.py").write_text(CODE, encoding="utf-8")
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""Settings that the options leave open are resolved once, and a resumed run keeps them."""
+"""Defaults are resolved once, and a resumed run keeps the resolved settings."""
 
 import json
 from collections.abc import Callable
@@ -17,7 +17,7 @@ SMALL: dict[str, Any] = {"num_calibration_samples": 20, "max_seq_length": 48, "r
 
 
 class Stopped(Exception):
-    """Ends a run from within."""
+    """Raised by a progress callback to end a run."""
 
 
 def stop_at(beginning: str) -> Callable[[str], None]:
@@ -32,7 +32,7 @@ def stop_at(beginning: str) -> Callable[[str], None]:
 def test_a_resumed_run_keeps_its_sensitivities(
     begun: str, free: int, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever memory is free when it goes on."""
+    """The memory that is free at the time of the resume does not matter."""
     output = tmp_path / "out"
     monkeypatch.setattr(resources, "free_memory", lambda _device: free)
     with pytest.raises(Stopped):

@@ -1,4 +1,4 @@
-"""Free memory within a container's limits, from the files that the kernel shows; memory of an untied LM head."""
+"""Free memory within a container's limits, from files of proc and sys; the memory of an untied LM head."""
 
 from pathlib import Path
 
