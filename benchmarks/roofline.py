@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.gpu_check import LAYERS, REMOVED, rank_for, row
 from pgsvd_vllm.kernels.layer_shape import ShardShape, layer_shape_of
-from pgsvd_vllm.kernels.tile_heuristics import tiles_for, usual_steps
+from pgsvd_vllm.kernels.tile_heuristics import default_steps, tiles_for
 
 TOKENS = (1, 8, 32, 128, 512, 2048)
 NUMBER = 2  # bytes
@@ -62,7 +62,7 @@ def factored(gpu: Gpu, tokens: int, name: str, removed: float) -> float:
     down = gemm(gpu, tokens, sum(ranks), columns)
     ups = [gemm(gpu, tokens, out, rank) for out, rank in zip(outs, ranks, strict=True)]
     shards = [ShardShape(out, rank) for out, rank in zip(outs, ranks, strict=True)]
-    tiles = tiles_for(usual_steps(layer_shape_of(shards, columns)), tokens)
+    tiles = tiles_for(default_steps(layer_shape_of(shards, columns)), tokens)
     launches = FIXED * (1 + len(ups))
     if tiles:
         launches = FIXED + (OVERLAPPED if gpu.overlaps and tiles[0] else FIXED)
