@@ -52,8 +52,11 @@ def compress(options: CompressOptions, say: Say = lambda _line: None) -> Compres
     except PgsvdError as error:
         if isinstance(error, ChoiceError):
             raise ChoiceError(f"{error} (calibration is kept: repeat with --resume)") from None
-        if not keep:
-            state.discard()
+        if keep:
+            raise type(error)(
+                f"{error} (measurements are kept in {state.folder}; they fit the same options alone)"
+            ) from None
+        state.discard()
         raise
     except (OSError, SafetensorError) as error:
         # safetensors reports a full disk as an error of its own kind.

@@ -23,9 +23,11 @@ from pgsvd_vllm.format.writer import save_tensors
 from pgsvd_vllm.offline.records import LayerCalibration, LayerFactors, LayerSensitivity, LMHeadCalibration, ModuleReport
 
 # Version of the stored calibration; a run of another version cannot be resumed. Increment it with every change.
-CALIBRATION = "4"
+CALIBRATION_VERSION = "4"
 RUN_FILE = "run.json"
 SETTINGS = "settings"
+# The folder of DIR.partial that holds the calibration.
+LAYERS = "layers"
 
 
 class RunState:
@@ -57,7 +59,7 @@ class RunState:
     ) -> None:
         self.output = output
         self.folder = partial_folder(output)
-        self.layers = calibration or self.folder / "layers"
+        self.layers = calibration or self.folder / LAYERS
         self.checkpoint = self.folder / "checkpoint"
         if calibration is not None:
             _claim(calibration, identity, f"--calibration {calibration}")
@@ -234,6 +236,11 @@ def recorded_settings(output: Path) -> dict[str, str]:
         return dict(manifest[SETTINGS])
     except (OSError, ValueError, TypeError, KeyError):
         return {}
+
+
+def measured_layers(folder: Path, sensitivity: str) -> int:
+    """How many layers have sensitivities of a kind in a folder of calibration results."""
+    return len(list(folder.glob(f"?????.{sensitivity}.safetensors")))
 
 
 def _write_manifest(folder: Path, manifest: Mapping[str, Any], label: str) -> None:

@@ -1,7 +1,7 @@
 """Low-rank (PGSVD) compressed models for vLLM.
 
 This package is light: importing it loads neither torch nor vLLM. The parts are
-`checkpoint` (the format), `plugin` (what vLLM loads), `hf` (transformers) and `cli`.
+`format`, `parallel`, `serving` (what vLLM loads through `plugin`), `hf` (transformers) and `cli`.
 """
 
 from pathlib import Path

@@ -4,8 +4,14 @@ from enum import Enum
 from typing import Literal
 
 Kind = Literal["linear", "expert", "lm_head"]
+# Dual encoders that vLLM serves: the class of their whole model in transformers.
+DUAL_ENCODERS = ("CLIPModel", "SiglipModel")
 # Part of the name of every MoE expert's projections.
 EXPERTS = ".experts."
+# Patterns of transformers' rules for stacking experts: a tensor of any expert, of the first one, and the parameters of
+# a module that has stacked them.
+ONE_EXPERT, FIRST_EXPERT = r"experts\.\*\.(\w+)\.weight$", r"experts\.0\.{leaf}\."
+STACKED_EXPERTS = {"gate_up_proj", "down_proj"}
 # Model type -> paths of projections that vLLM does not load in factors: for BLOOM it reorders the rows of every tensor
 # of this name, V's as well; InternVL's vision attention does not use vLLM's linear layers.
 STAYS_DENSE = {"bloom": "*.query_key_value", "internvl": "*.vision_tower.*.attention.*"}
@@ -75,7 +81,3 @@ def split_of(name: str) -> Split:
 def may_run_on_side_stream(name: str) -> bool:
     """Whether a collective in a layer of this name might meet another layer's."""
     return any(part in name for part in SIDE_STREAM)
-
-
-# Dual encoders that vLLM serves: the class of their whole model in transformers.
-DUAL_ENCODERS = ("CLIPModel", "SiglipModel")

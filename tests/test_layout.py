@@ -14,12 +14,11 @@ GROUND = ("errors", "families")
 FORMAT = (*GROUND, "format")
 # Room -> (modules of this package that it may import, other packages that it may not). A prefix stands for a room.
 # Rooms of offline/ stand on the rooms before them.
+OFFLINE_GROUND = ("offline.options", "offline.settings", "offline.records", "offline.linalg")
 OFFLINE_ROOMS = (
-    *("offline.options", "offline.settings", "offline.records", "offline.linalg"),
     *("offline.model", "offline.data", "offline.run_state", "offline.calibration", "offline.ranks"),
     *("offline.factors", "offline.refine", "offline.planning", "offline.output", "offline.compress"),
 )
-# options and settings name each other's words; records needs none of them.
 RULES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "errors": ((), ("torch", "transformers", "vllm")),
     "families": ((), ("torch", "transformers", "vllm")),
@@ -29,7 +28,11 @@ RULES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "serving": ((*FORMAT, "parallel", "hf", "kernels", "serving"), ()),
     "plugin": (("serving",), ("torch", "transformers")),
     "cli": ((*FORMAT, "parallel", "hf", "kernels", "serving", "offline", "cli"), ()),
-    **{room: ((*FORMAT, "hf", *OFFLINE_ROOMS[: number + 1]), ("vllm",)) for number, room in enumerate(OFFLINE_ROOMS)},
+    **dict.fromkeys(OFFLINE_GROUND, ((*GROUND, "offline.options"), ("vllm",))),
+    **{
+        room: ((*FORMAT, "hf", *OFFLINE_GROUND, *OFFLINE_ROOMS[: number + 1]), ("vllm",))
+        for number, room in enumerate(OFFLINE_ROOMS)
+    },
 }
 BANNED = (
     *(
@@ -39,7 +42,15 @@ BANNED = (
         r"with eyes",
         r"models? that (see|hear)s?\b",
     ),
-    *(r"by heart", r"\boutput heads?\b", r"\bmixtures\b", r"torch's products", r"hands? (it |them |each other )?on\b"),
+    *(
+        r"by heart",
+        r"\boutput heads?\b",
+        r"\bmixtures\b",
+        r"torch's products",
+        r"\b(down|up|dense|library's) products?\b",
+        r"numbers a token",
+        r"hands? (it |them |each other )?on\b",
+    ),
 )
 
 

@@ -300,6 +300,7 @@ class LayerStream:
         """
         leaves: dict[int, torch.Tensor] = {}
         entries: list[torch.Tensor] = []
+        copies: dict[int, torch.Tensor] = {}
         formats: dict[int, _OutputFormat] = {}
 
         def cut(index: int, *args: Any, **kwargs: Any) -> Any:
@@ -316,7 +317,9 @@ class LayerStream:
                 with self.source.layer(index, self.device, self.dtype) as layer, torch.no_grad():
                     like = type(layer).forward(layer, *args, **kwargs)
             leaves[index] = torch.zeros_like(like).requires_grad_()
-            return tower.wrap(leaves[index], hidden)
+            # A copy, since the model may change hidden states in place, which a leaf refuses.
+            copies[index] = leaves[index].clone()
+            return tower.wrap(copies[index], hidden)
 
         head: Any = self.source.model.get_output_embeddings()
         if head is not None:  # it is not loaded
@@ -328,6 +331,9 @@ class LayerStream:
         finally:
             if head is not None:
                 del head.forward
+        ends = {span.stop - 1 for span in self.source.spans}
+        if any(copy._version for index, copy in copies.items() if index not in ends):
+            raise self._unsupported("between its layers the model changes the hidden states")
         results = [output.logits] if "logits" in output else [output.text_embeds, output.image_embeds]
         sums = [value.float().sum() for value in (*results, *entries) if value.requires_grad]
         torch.autograd.backward(sums)

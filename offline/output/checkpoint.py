@@ -84,4 +84,8 @@ def copy_companions(model: Path, folder: Path, trust_remote_code: bool) -> None:
             shutil.copyfile(path, folder / path.name)
     for name in COPIED_FOLDERS:
         if (model / name).is_dir():
-            shutil.copytree(model / name, folder / name, copy_function=shutil.copyfile)
+            # Not copytree, which gives the copy the folder's own permissions.
+            (folder / name).mkdir()
+            for path in sorted((model / name).iterdir()):
+                if path.is_file():
+                    shutil.copyfile(path, folder / name / path.name)

@@ -33,7 +33,7 @@ def free_memory(device: torch.device, root: Path = Path("/")) -> int | None:
 def _available(meminfo: Path) -> int | None:
     """Available memory of the machine in bytes; None if the file cannot be read."""
     try:
-        lines = meminfo.read_text(encoding="ascii").splitlines()
+        lines = meminfo.read_text(encoding="ascii", errors="replace").splitlines()
     except OSError:
         return None
     found = [line for line in lines if line.startswith("MemAvailable:")]
@@ -43,7 +43,7 @@ def _available(meminfo: Path) -> int | None:
 def _groups(root: Path) -> list[tuple[Path, int]]:
     """The folder and cgroup version of every memory control group of this process, innermost first."""
     try:
-        lines = (root / "proc/self/cgroup").read_text(encoding="ascii").splitlines()
+        lines = (root / "proc/self/cgroup").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return []
     found = []

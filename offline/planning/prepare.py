@@ -9,7 +9,14 @@ from pgsvd_vllm.offline.options import CompressOptions
 from pgsvd_vllm.offline.planning.plan import Plan, make_plan
 from pgsvd_vllm.offline.planning.resources import fit_into_memory
 from pgsvd_vllm.offline.ranks.pareto import check_latency
-from pgsvd_vllm.offline.run_state import CALIBRATION, RunState, recorded_settings
+from pgsvd_vllm.offline.run_state import (
+    CALIBRATION_VERSION,
+    LAYERS,
+    RunState,
+    measured_layers,
+    partial_folder,
+    recorded_settings,
+)
 from pgsvd_vllm.offline.settings import FORWARD, MEASURED
 
 
@@ -29,11 +36,25 @@ def prepare(options: CompressOptions, say: Callable[[str], None]) -> Plan:
     plan = make_plan(options)
     if plan.latencies is not None:
         check_latency(plan.projections, plan.target)
-    begun = recorded_settings(options.output).get("sensitivity") if options.resume else None
-    left_open = options.sensitivity is None and plan.settings.sensitivity == MEASURED
-    if left_open and begun in (MEASURED, FORWARD):
-        return plan.with_sensitivity(begun)
+    if options.sensitivity is None and plan.settings.sensitivity == MEASURED:
+        begun = _begun(options, len(plan.projections.layers))
+        if begun is not None:
+            return plan.with_sensitivity(begun)
     return fit_into_memory(plan, say)
+
+
+def _begun(options: CompressOptions, layers: int) -> str | None:
+    """The sensitivity method that earlier work of this run, or the calibration folder, has settled."""
+    if options.calibration is not None and measured_layers(options.calibration, MEASURED) == layers:
+        return MEASURED  # nothing is left to measure
+    if not options.resume:
+        return None
+    recorded = recorded_settings(options.output).get("sensitivity")
+    if recorded in (MEASURED, FORWARD):
+        return recorded
+    # Earlier versions recorded nothing.
+    folder = options.calibration or partial_folder(options.output) / LAYERS
+    return next((kind for kind in (MEASURED, FORWARD) if measured_layers(folder, kind)), None)
 
 
 def open_state(plan: Plan) -> RunState:
@@ -55,5 +76,5 @@ def identity(plan: Plan) -> dict[str, str]:
         "dtype": str(plan.settings.compute_dtype),
         "ignore": " ".join(plan.options.ignore),
         "include": " ".join(kind for kind in plan.options.include if kind != LM_HEAD),
-        "program version": CALIBRATION,
+        "program version": CALIBRATION_VERSION,
     }

@@ -75,7 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     except Exception:  # a bug: print what a report needs
         if stop.received:
-            print("pgsvd-vllm: interrupted; repeat with --resume", file=sys.stderr)
+            advice = "; repeat with --resume" if hasattr(arguments, "resume") else ""
+            print(f"pgsvd-vllm: interrupted{advice}", file=sys.stderr)
             return INTERRUPTED
         traceback.print_exc()
         print("pgsvd-vllm: internal error; please report it with the output of: pgsvd-vllm env", file=sys.stderr)

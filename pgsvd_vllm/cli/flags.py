@@ -1,20 +1,35 @@
 """Translates option fields in messages into flags, and the command line into a form that can be published."""
 
+import argparse
 import re
 import shlex
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 _FIELD = re.compile(r"`([a-z][a-z_]*)`")
+# An option of one letter with its value attached, such as -o/home/me/out.
+_SHORT = re.compile(r"(-[a-zA-Z])(/.*)", re.DOTALL)
+
+
+@cache
+def _flags() -> dict[str, str]:
+    """Field -> flag of every option of `compress`, whose code names fields."""
+    from pgsvd_vllm.cli import compress
+
+    parser = argparse.ArgumentParser(add_help=False)
+    compress.configure(parser)
+    strings = [string for action in parser._actions for string in action.option_strings if string.startswith("--")]
+    return {string.removeprefix("--").replace("-", "_"): string for string in strings}
 
 
 def with_flags(text: str) -> str:
     """Replace option fields in backticks, such as `max_seq_length`, by their flags, such as --max-seq-length."""
-    return _FIELD.sub(lambda found: f"--{found[1].replace('_', '-')}", text)
+    return _FIELD.sub(lambda found: _flags().get(found[1], found[0]), text)
 
 
 def shareable_command(arguments: Sequence[str]) -> str:
-    """The command line for a checkpoint's description; absolute paths are reduced to their last part.
+    """The command line for a checkpoint's description; absolute paths are reduced to their last part or hub id.
 
     Args:
         arguments: of the program, without the program's name.
@@ -23,6 +38,10 @@ def shareable_command(arguments: Sequence[str]) -> str:
 
 
 def _shareable(argument: str) -> str:
+    from pgsvd_vllm.offline.model.hub import public_name
+
+    attached = _SHORT.fullmatch(argument)
+    if attached:
+        return f"{attached[1]}{public_name(attached[2])}"
     flag, equals, value = argument.partition("=") if argument.startswith("-") else ("", "", argument)
-    path = Path(value)
-    return f"{flag}{equals}{path.name}" if path.is_absolute() else argument
+    return f"{flag}{equals}{public_name(value)}" if Path(value).is_absolute() else argument

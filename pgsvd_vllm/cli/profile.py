@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise InputError(f"--output {arguments.output}: cannot be written (no such folder)")
     if arguments.output.is_dir():
         raise InputError(f"--output {arguments.output}: is a folder; name a file to write")
-    source = ModelSource(resolve_folder(arguments.model), arguments.trust_remote_code)
+    source = ModelSource(resolve_folder(arguments.model, arguments.trust_remote_code), arguments.trust_remote_code)
     shapes = sorted({(p.out_features, p.in_features) for p in find_projections(source).flat})
     current_platform.import_kernels()
     dtype = getattr(torch, arguments.dtype)

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from pgsvd_vllm.families import FIRST_EXPERT, ONE_EXPERT, STACKED_EXPERTS
 from pgsvd_vllm.hf.transformers_compat import (
     Concatenate,
     MergeModulelist,
@@ -20,7 +21,7 @@ from pgsvd_vllm.hf.transformers_compat import (
     get_model_conversion_mapping,
 )
 
-_ONE_EXPERT = re.compile(r"experts\.\*\.(\w+)\.weight$")
+_ONE_EXPERT = re.compile(ONE_EXPERT)
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ def _stacked(model: PreTrainedModel, stored: Iterable[str]) -> tuple[_Leaves | N
     leaves = _leaves_of(get_model_conversion_mapping(model))
     if leaves is None:
         return None, {}
-    single = re.compile(rf"experts\.0\.{re.escape(leaves.down)}\.")
+    single = re.compile(FIRST_EXPERT.format(leaf=re.escape(leaves.down)))
     if not any(single.search(name) for name in stored):
         return None, {}
     return leaves, {path: module for path, module in model.named_modules() if _is_stacked(module)}
@@ -153,5 +154,5 @@ def _is_stacked(module: Any) -> bool:
         getattr(module, "has_gate", False)
         and getattr(module, "is_concatenated", False)
         and not (module.has_bias or module.is_transposed)
-        and {name for name, _ in module.named_parameters()} == {"gate_up_proj", "down_proj"}
+        and {name for name, _ in module.named_parameters()} == STACKED_EXPERTS
     )

@@ -30,6 +30,7 @@ class Architecture:
         like_transformers: whether vLLM's tokens of the dense model are those of transformers; where they are not,
             factored models are compared with the reconstructed dense model in vLLM.
         experts: whether it is an MoE model, whose experts are compressed as well.
+        engine: options of vLLM's engine that its float32 needs.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Architecture:
     dense: frozenset[str] = field(default_factory=frozenset)
     like_transformers: bool = True
     experts: bool = False
+    engine: dict[str, Any] = field(default_factory=dict)
 
 
 ARCHITECTURES = (
@@ -130,6 +132,8 @@ ARCHITECTURES = (
         core=True,
         experts=True,
         like_transformers=False,
+        # On processors with AMX vLLM's default backend takes no float32.
+        engine={"attention_backend": "CPU_MLA"},
     ),
 )
 

@@ -9,11 +9,13 @@ import torch
 from pgsvd_vllm.cli import main
 from pgsvd_vllm.format.reader import open_checkpoint
 from tests.e2e.architectures import ARCHITECTURES, Architecture, save_model
-from tests.e2e.checkpoints import reconstruct_dense, transformers_greedy
+from tests.e2e.checkpoints import reconstruct_dense, transformers_logprobs
 from tests.e2e.engine import greedy, run_engine, tokens
 from tests.models import DOCUMENT, rows
 
 NEW_TOKENS = 24
+# Nats: logits of these models are below 20, where float32 numbers are 2e-6 apart, and sum some hundred terms.
+FP32_TIE = 1e-4
 FEW = ("--num-calibration-samples", "32", "--max-seq-length", "64")
 
 
@@ -46,15 +48,27 @@ def test_compressed_model_matches_transformers(
     }
     assert not {name.rpartition(".")[2] for name in served} & architecture.dense
     assert any(".experts." in name for name in served) == architecture.experts
-    found = tokens(run_engine(tmp_path / "all", [(prompts, greedy(NEW_TOKENS))])[0])
+    job = (prompts, greedy(NEW_TOKENS))
+    found = tokens(run_engine(tmp_path / "all", [job], **architecture.engine)[0])
     if architecture.like_transformers:
-        expected = transformers_greedy(tmp_path / "all", prompts, NEW_TOKENS)
+        check_greedy(transformers_logprobs(tmp_path / "all", prompts, found), found)
     else:
         dense = reconstruct_dense(tmp_path / "all", tmp_path / "back")
-        expected = tokens(run_engine(dense, [(prompts, greedy(NEW_TOKENS))], load_format="auto")[0])
-    assert found == expected
+        assert found == tokens(run_engine(dense, [job], load_format="auto", **architecture.engine)[0])
+    assert {len(answer) for answer in found} == {NEW_TOKENS}
     # A model that repeats one answer for every prompt would hide errors.
-    assert len({token for answer in expected for token in answer}) > 7
+    assert len({token for answer in found for token in answer}) > 7
+
+
+def check_greedy(exact: torch.Tensor, answers: list[list[int]]) -> None:
+    """Every token is transformers' most likely one after the tokens before it, or ties with it in float32.
+
+    Args:
+        exact: log probabilities after each token of `answers` [prompts, steps, vocabulary].
+    """
+    behind = exact.max(-1).values - exact.gather(-1, torch.tensor(answers)[..., None])[..., 0]
+    assert behind.max() <= FP32_TIE
+    assert (behind > 0).sum() <= 2
 
 
 def test_models_md_lists_every_architecture() -> None:

@@ -8,8 +8,8 @@ import torch
 
 from pgsvd_vllm.format.reader import open_checkpoint
 from pgsvd_vllm.parallel.preview import preview
-from tests.conftest import save_tiny_model
-from tests.e2e.checkpoints import Factors, transformers_greedy, truncated, write_checkpoint
+from tests.conftest import ROOT, save_tiny_model
+from tests.e2e.checkpoints import Factors, transformers_greedy, transformers_logprobs, truncated, write_checkpoint
 from tests.e2e.engine import NEW_TOKENS, greedy, one_core_each, run_engine, tokens, try_engine
 
 
@@ -123,3 +123,15 @@ def test_two_ranks_hold_half_and_send_no_more_than_dense(tiny_prompts: list[list
         assert {"all_gather_z", "all_reduce_z_gather_y"} <= set(re.findall("[a-z_]+", cuts)), cuts
         assert 1e6 * megabytes <= 0.55 * total
         assert sent <= dense == 8 * 2 * 2 * 128
+
+
+def test_vllm_serves_a_checkpoint_of_format_version_1(tiny_prompts: list[list[int]]) -> None:
+    """Written by the program before the format's code was split; its logits are nearly flat, so all are compared."""
+    folder = ROOT / "tests" / "data" / "checkpoint_v1"
+    (answers,) = run_engine(folder, [(tiny_prompts, greedy(4, logprobs=20))], max_logprobs=20)
+    exact = transformers_logprobs(folder, tiny_prompts, tokens(answers))
+    for prompt, answer in enumerate(answers):
+        for step, found in enumerate(answer.logprobs):
+            assert len(found) == 20
+            for token, logprob in found.items():
+                assert logprob == pytest.approx(float(exact[prompt, step, token]), abs=1e-3)

@@ -2,7 +2,7 @@
 
     TRITON_INTERPRET=1 python tests/kernels/interpreted.py SEED CASES [FOLDER]
 
-FOLDER holds down.py, up.py, gated.py and gather.py to take instead of the project's. Ends with an error at the first
+FOLDER holds down.py, up.py, gated.py and permute.py to take instead of the project's. Ends with an error at the first
 wrong number.
 """
 

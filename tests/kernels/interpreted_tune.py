@@ -98,7 +98,7 @@ def check_search() -> Any:
     expect((found.refused, len(found.wrong)), (1, 1), "failures")
     clock.library = 0.6
     expect(tuner.step(16).step.tiles, None, "the library's step")
-    # The library's down product before our up gemms.
+    # The down GEMM is cuBLAS's, the up GEMMs are ours.
     clock.times[(None, up)] = 0.5
     expect(tuner.step(1).step.tiles, (None, up), "mixed tiles")
     # If cuBLAS is the default, its time is the default's.

@@ -103,6 +103,6 @@ def vllm_gemm(weight: torch.Tensor) -> Gemm:
         return linear(x.contiguous() if narrow else x, kept, None if bias is None else bias.to(bias_dtype))
 
     # `cpu_linear` has its packed weights in a closure and nowhere else.
-    captured = inspect.getclosurevars(linear).nonlocals.values()
+    captured = inspect.getclosurevars(linear).nonlocals.values() if inspect.isfunction(linear) else ()
     weights = [kept, *(value for value in captured if isinstance(value, torch.Tensor))]
     return Gemm(compute, weights, [value for value in captured if hasattr(value, "handler_tensor")])

@@ -9,6 +9,7 @@ import torch
 
 from pgsvd_vllm.errors import InputError
 from pgsvd_vllm.offline.compress import compress
+from pgsvd_vllm.offline.data.image_text import load_processor, read_pairs
 from pgsvd_vllm.offline.model.batch import text_batches
 from pgsvd_vllm.offline.model.layerwise import LayerStream
 from pgsvd_vllm.offline.model.source import ModelSource
@@ -34,6 +35,20 @@ def test_changes_between_layers_are_refused(change: Any, tiny_model: Path) -> No
     )
     with pytest.raises(InputError, match="changes the hidden states: this architecture is not supported"):
         LayerStream(source, text_batches(torch.randint(0, 258, (2, 16))), CPU, torch.float32)
+
+
+def test_in_place_changes_in_vision_language_models_are_refused(tmp_path: Path, one_thread: None) -> None:
+    row = next(row for row in VISION_MODELS if row.name == "LLaVA 1.5")
+    source = ModelSource(save_vision_model(row, tmp_path / "model"))
+    processor = load_processor(source.folder)
+    pairs = read_pairs(str(save_pairs(tmp_path / "pairs", 2)), 2, 0, processor, None)
+
+    def change(_module: Any, args: Any, kwargs: Any) -> None:
+        (args[0] if args else kwargs["hidden_states"]).add_(1)
+
+    source.layers[-1].register_forward_pre_hook(change, with_kwargs=True)
+    with pytest.raises(InputError, match="changes the hidden states: this architecture is not supported"):
+        LayerStream(source, pairs.batches, CPU, torch.float32)
 
 
 def test_weights_outside_of_the_layers_are_loaded_once(

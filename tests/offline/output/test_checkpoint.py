@@ -60,12 +60,15 @@ def test_modelling_code_stays_where_it_is_not_trusted(tmp_path: Path) -> None:
 
 def test_tokenizer_files_and_chat_templates_come_along(tmp_path: Path) -> None:
     folder = save_tiny_model(tmp_path / "model", layers=1)
-    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates").mkdir(mode=0o700)
     beside = {"additional_chat_templates/rag.jinja": "{{ messages }}", "qwen.tiktoken": "IQ== 0\n"}
     for name, text in beside.items():
         (folder / name).write_text(text, encoding="utf-8")
     compress(CompressOptions(str(folder), tmp_path / "out", **SMALL))
     assert {name: (tmp_path / "out" / name).read_text(encoding="utf-8") for name in beside} == beside
+    fresh = tmp_path / "fresh"
+    fresh.mkdir()
+    assert (tmp_path / "out" / "additional_chat_templates").stat().st_mode == fresh.stat().st_mode
 
 
 @pytest.fixture(params=[0o022, 0o027])

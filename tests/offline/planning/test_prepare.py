@@ -61,6 +61,36 @@ def test_finished_factors_survive_a_resume_with_less_memory(
     assert (output / "config.json").is_file()
 
 
+def test_a_calibration_folder_keeps_its_sensitivities(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another ratio on the same folder needs no gradients, and so no memory for them."""
+    folder = tmp_path / "measured"
+    compress(CompressOptions(str(tiny_model), tmp_path / "first", calibration=folder, **SMALL))
+    monkeypatch.setattr(resources, "free_memory", lambda _device: 0)
+    output = tmp_path / "second"
+    compress(CompressOptions(str(tiny_model), output, calibration=folder, **{**SMALL, "ratio": 0.5}))
+    section = json.loads((output / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+    assert section["sensitivity"] == "measured"
+
+
+def test_a_run_of_an_earlier_version_keeps_its_sensitivities(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its manifest has no settings; the files say what was measured."""
+    output = tmp_path / "out"
+    with pytest.raises(Stopped):
+        compress(CompressOptions(str(tiny_model), output, **SMALL), say=stop_at("ranks by"))
+    manifest = tmp_path / "out.partial" / "run.json"
+    old = json.loads(manifest.read_text(encoding="utf-8"))
+    del old["settings"]
+    manifest.write_text(json.dumps(old), encoding="utf-8")
+    monkeypatch.setattr(resources, "free_memory", lambda _device: 0)
+    compress(CompressOptions(str(tiny_model), output, resume=True, **SMALL))
+    section = json.loads((output / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+    assert section["sensitivity"] == "measured"
+
+
 def test_a_sensitivity_that_is_asked_for_wins_on_resume(tiny_model: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     with pytest.raises(Stopped):
