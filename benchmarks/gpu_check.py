@@ -57,7 +57,7 @@ REMOVED = (0.2, 0.4, 0.6)
 TOKENS = (1, 8, 32, 64, 128, 256, 512, 2048)
 RANDOM_LAYERS = 300
 REPEATS = 200
-# Of the dense layer's time times the share of bytes, where memory is the limit.
+# The bar: a multiple of the dense layer's time times the share of its bytes, for few tokens.
 MOST_OF_IDEAL = 1.15
 
 

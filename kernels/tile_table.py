@@ -37,7 +37,7 @@ class Table:
     layers: dict[LayerShape, Steps] = field(default_factory=dict)
 
     def steps(self, sizes: LayerShape) -> Steps | None:
-        """Those of the most similar layer, None where none is similar."""
+        """The steps of the most similar layer; None if no layer of the table is similar."""
         nearest = min(self.layers, key=sizes.distance, default=None)
         return self.layers[nearest] if nearest is not None and sizes.distance(nearest) <= SIMILAR else None
 

@@ -46,7 +46,7 @@ def _log_cuts(model: nn.Module) -> None:
     cuts = Counter(method.cut.name.lower() for method in factored)
     plans = {id(method.comm_plan): method.comm_plan for method in factored}.values()
     logger.info(
-        "Factored layers hold %.3f MB on this rank (%s) and send %d elements a token between ranks, dense ones %d",
+        "Factored layers hold %.3f MB on this rank (%s) and send %d elements per token between ranks, dense layers %d",
         sum(method.nbytes for method in factored) / 1e6,
         ", ".join(f"{count} {name}" for name, count in sorted(cuts.items())),
         sum(plan.sent for plan in plans),

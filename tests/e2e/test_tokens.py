@@ -74,7 +74,8 @@ def test_compiled_tokens_equal_eager_ones(
 
 def told_of_ranks(log: str) -> set[tuple[float, str, int, int]]:
     """(MB of factored layers, their cuts, elements sent per token, those of dense layers), from the ranks' log."""
-    pattern = r"hold ([\d.]+) MB on this rank \((.*?)\) and send (\d+) elements a token between ranks, dense ones (\d+)"
+    sent = r"send (\d+) elements per token between ranks, dense layers (\d+)"
+    pattern = rf"hold ([\d.]+) MB on this rank \((.*?)\) and {sent}"
     return {(float(mb), cuts, int(sent), int(dense)) for mb, cuts, sent, dense in re.findall(pattern, log)}
 
 

@@ -53,7 +53,7 @@ class FactoredGemms:
 
     Args:
         shards: in the order of the layer's outputs.
-        cut: what the tensor-parallel ranks exchange inside the layer.
+        cut: the layer's tensor-parallel cut.
         tp_size: tensor-parallel ranks.
     """
 

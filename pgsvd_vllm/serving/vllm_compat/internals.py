@@ -186,7 +186,7 @@ def replace_linear_method(layer: LinearBase, method: LinearMethodBase) -> None:
 
 
 def replace_lm_head_method(head: ParallelLMHead, method: Any) -> None:
-    """The same of an LM head."""
+    """Give an LM head another method, before its weights are loaded."""
     made: Any = head
     device, dtype = made.weight.device, made.weight.dtype
     del made.weight
@@ -214,7 +214,7 @@ def keep_names_of_factors(model: Any) -> None:
 
 
 def silu_mlp_parts(mlp: nn.Module) -> tuple[Any, Any]:
-    """The gate and up layer of an MLP and its activation; None for what it has not, or for another activation."""
+    """An MLP's gate and up layer and its SiLU activation; None for each that it does not have."""
     activation = getattr(mlp, ACTIVATION, None)
     return getattr(mlp, GATE_UP, None), activation if type(activation) is SiluAndMul else None
 
