@@ -240,6 +240,8 @@ def recorded_settings(output: Path) -> dict[str, str]:
 
 def measured_layers(folder: Path, sensitivity: str) -> int:
     """How many layers have sensitivities of a kind in a folder of calibration results."""
+    if not os.path.isdir(folder):  # unlike Path.glob, also for a name that is too long
+        return 0
     return len(list(folder.glob(f"?????.{sensitivity}.safetensors")))
 
 

@@ -19,13 +19,14 @@ def error_profile(energy: torch.Tensor) -> torch.Tensor:
     Returns:
         e(r) for r = 0 .. n, float64 [n + 1]; e(0) = 1, and it never rises.
     """
-    total = energy.sum()
+    tail = tail_energy(energy)
+    total = tail[0]  # not energy.sum(), which may add in another order: e(0) is exactly 1
     if total <= 0:
         # The projection's output is 0 on the calibration inputs: any rank is exact.
         profile = torch.zeros(len(energy) + 1, dtype=torch.float64)
         profile[0] = 1.0
         return profile
-    return (tail_energy(energy) / total).clamp(0, 1).sqrt()
+    return (tail / total).clamp(0, 1).sqrt()
 
 
 def rank_for(profile: torch.Tensor, tolerance: float) -> int:
