@@ -74,10 +74,8 @@ def choose_ranks(
         part = projections.of_tower(tower)
         try:
             parts.append((_joint(part, spectra, own), part))
-        except ChoiceError as error:
-            raise ChoiceError(f"{tower}: {error}") from None
-        except InputError as error:
-            raise InputError(f"{tower}: {error}") from None
+        except InputError as error:  # a ChoiceError stays one
+            raise type(error)(f"{tower}: {error}") from None
     removed = sum(allocation.removed * part.numel for allocation, part in parts) / projections.numel
     losses = [allocation.loss for allocation, _ in parts if allocation.loss is not None]
     return Allocation(
