@@ -1,6 +1,6 @@
 """vLLM's layers with factored shards as they are on a GPU, their kernels in Triton's interpreter, against float64.
 
-    TRITON_INTERPRET=1 python tests/kernels/interpreted_layers.py
+    TRITON_INTERPRET=1 python tests/kernels/interpreted_layers.py bfloat16|float16|reload|cuts|activation
 
 Only the question whether there is a GPU is answered otherwise than the truth.
 """
@@ -8,6 +8,7 @@ Only the question whether there is a GPU is answered otherwise than the truth.
 import itertools
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ class OtherMLP(LlamaMLP):
     """Might do something else with the layer's output."""
 
 
-def check_reload() -> None:
+def check_reload() -> int:
     """A refill keeps the storage of the first weights, which captured graphs read; other ranks are refused."""
     for leaf, ranks in MIXES[:5]:
         first, second = (Case(leaf, ranks, False, torch.bfloat16, prefix=name) for name in ("first", "second"))
@@ -67,6 +68,7 @@ def check_reload() -> None:
             raise
     else:
         raise SystemExit("weights of another rank are taken")
+    return 5
 
 
 def check_activation() -> int:
@@ -153,27 +155,37 @@ def check_cuts() -> int:
     return layers
 
 
+def check_mixes(dtype: torch.dtype) -> int:
+    """Every mix of factored, pivot and dense shards, with and without biases, for few and many tokens."""
+    layers = 0
+    for bias, (leaf, ranks) in itertools.product((False, True), MIXES):
+        case = Case(leaf, ranks, bias, dtype).load().finish()
+        if not isinstance(case.layer.pgsvd_gemms, TritonGemms):
+            raise SystemExit(f"{leaf} {ranks}: {type(case.layer.pgsvd_gemms).__name__}")
+        for tokens in (0, 1, 17, 100, 300):
+            earlier = watch.launches
+            check(case, torch.randn(tokens, case.columns).to(dtype))
+            if watch.launches - earlier != expected_launches(case.layer.pgsvd_gemms, tokens):
+                raise SystemExit(f"{leaf} {ranks}, {tokens} tokens: {watch.launches - earlier} launches")
+        layers += 1
+    return layers
+
+
+PARTS: dict[str, Callable[[], int]] = {
+    "bfloat16": lambda: check_mixes(torch.bfloat16),
+    "float16": lambda: check_mixes(torch.float16),
+    "reload": check_reload,
+    "cuts": check_cuts,
+    "activation": check_activation,
+}
+
+
 def main() -> None:
     prepare(0)
     current_platform.is_cuda_alike = lambda: True
-    layers = 0
     with one_rank():
         before = watch.launches
-        for dtype in (torch.bfloat16, torch.float16):
-            for bias in (False, True):
-                for leaf, ranks in MIXES:
-                    case = Case(leaf, ranks, bias, dtype).load().finish()
-                    if not isinstance(case.layer.pgsvd_gemms, TritonGemms):
-                        raise SystemExit(f"{leaf} {ranks}: {type(case.layer.pgsvd_gemms).__name__}")
-                    for tokens in (0, 1, 17, 100, 300):
-                        earlier = watch.launches
-                        check(case, torch.randn(tokens, case.columns).to(dtype))
-                        if watch.launches - earlier != expected_launches(case.layer.pgsvd_gemms, tokens):
-                            raise SystemExit(f"{leaf} {ranks}, {tokens} tokens: {watch.launches - earlier} launches")
-                    layers += 1
-        check_reload()
-        layers += check_cuts()
-        layers += check_activation()
+        layers = PARTS[sys.argv[1]]()
         print(f"{layers} layers, {watch.launches - before} launches")
 
 
