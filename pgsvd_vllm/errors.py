@@ -1,5 +1,8 @@
 """The errors a user can cause, each with a message that names what to change."""
 
+# Characters of a longer message that are shown, of its begin and of its end: a file may hold a name of any length.
+BEGIN_SHOWN, END_SHOWN = 1200, 400
+
 
 def reason_of(error: Exception) -> str:
     """The first line of an error's message, or its class where the message is empty."""
@@ -10,8 +13,17 @@ class PgsvdError(Exception):
     """Base of every error whose message is written for the user.
 
     The command line prints it as one line and exits with status 2. Messages of numeric code name an option by its
-    field in backticks, such as `ratio`; the command line shows the flag instead.
+    field in backticks, such as `ratio`; the command line shows the flag instead. Names that files bring into a message
+    are shown with escapes for control characters, and the middle of a very long message is left out.
     """
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        if not text.isprintable():  # vLLM and transformers print it as it is
+            text = "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+        if len(text) > BEGIN_SHOWN + END_SHOWN:
+            return f"{text[:BEGIN_SHOWN]} ... {text[-END_SHOWN:]}"
+        return text
 
 
 class CheckpointError(PgsvdError, ValueError):

@@ -104,8 +104,8 @@ def stop(process: subprocess.Popen[bytes]) -> None:
 
 
 @contextlib.contextmanager
-def serve(model: Path, log: Path, *options: str) -> Iterator[Server]:
-    """`vllm serve MODEL OPTIONS` until the block is left."""
+def serve(model: Path, log: Path, *options: str, variables: dict[str, str] | None = None) -> Iterator[Server]:
+    """`vllm serve MODEL OPTIONS` until the block is left; `variables` are further ones of its environment."""
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     command = [
@@ -116,6 +116,7 @@ def serve(model: Path, log: Path, *options: str) -> Iterator[Server]:
     # The engine has a process of its own, as for users; only the offline engines of tests run in-process.
     environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", **os.environ}
     environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
+    environment |= variables or {}
     with log.open("wb") as output:
         process = subprocess.Popen(
             command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True, env=environment
