@@ -1,9 +1,112 @@
-"""Gram matrices, their roots, and the spectra of projections' outputs (PGSVD, arXiv 2510.05544, section 3)."""
+"""Gram matrices, their roots and factors, and the spectra of projections' outputs (PGSVD, arXiv 2510.05544, section 3).
+
+Weights and activations may have any finite float32 magnitude, and Gram matrices may lack rank:
+
+- Matrices of extreme magnitude are divided by a power of two before a float32 GEMM or a decomposition. Squares neither
+  overflow nor vanish, and a matrix times 2^k gives the same digits times a power of two.
+- A Gram matrix is positive semi-definite up to the rounding of float32. `cholesky` adds a ridge that exceeds this
+  rounding; `gram_root` and `spectrum` count negative eigenvalues as zero.
+- A zero matrix has a root, a spectrum and a Cholesky factor.
+
+What LAPACK still refuses becomes one error that names the projection (`naming`).
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 
+from pgsvd_vllm.errors import InputError
+
 # Columns of a Gram matrix that one GEMM computes.
 GRAM_BLOCK = 512
+# Largest exponent, up or down, of activations whose squares are summed in float32 as they are.
+ORDINARY_EXPONENT = 32
+# Factor between two ridges of `cholesky`.
+RIDGE_STEP = 10.0
+
+
+def exponent_of(matrix: torch.Tensor) -> int:
+    """The exponent e of the largest absolute element, which is in [2^(e-1), 2^e); 0 if it is zero or not finite."""
+    if not matrix.numel():
+        return 0
+    least, most = torch.aminmax(matrix)
+    largest = max(abs(float(least)), abs(float(most)))
+    return math.frexp(largest)[1] if math.isfinite(largest) else 0
+
+
+def times_power(matrix: torch.Tensor, exponent: int) -> torch.Tensor:
+    """The matrix times 2^exponent, exact where the result is a normal number of the matrix's dtype."""
+    if abs(exponent) < 127:
+        return matrix * 2.0**exponent
+    # In two steps, since 2^exponent itself may lie outside the range of the dtype.
+    return matrix * 2.0 ** (exponent // 2) * 2.0 ** (exponent - exponent // 2)
+
+
+def ordinary(rows: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """Rows times 2^-e whose squares fit into float32, and e; ordinary rows are returned as they are."""
+    exponent = exponent_of(rows)
+    return (rows, 0) if abs(exponent) <= ORDINARY_EXPONENT else (times_power(rows, -exponent), exponent)
+
+
+@dataclass(frozen=True)
+class ScaledMatrix:
+    """A float64 matrix that is kept in float32, with its scale apart: squares of float32 exceed the range of float32.
+
+    Attributes:
+        elements: float32, the largest absolute one in [0.5, 1), or a zero matrix.
+        exponent: the matrix is `elements` * 2^exponent.
+    """
+
+    elements: torch.Tensor
+    exponent: int
+
+    @classmethod
+    def of(cls, matrix: torch.Tensor) -> "ScaledMatrix":
+        """The matrix, float64 and finite, rounded to 24 binary digits."""
+        exponent = exponent_of(matrix)
+        return cls(times_power(matrix, -exponent).float(), exponent)
+
+    def double(self, device: torch.device | None = None) -> torch.Tensor:
+        """The matrix in float64, on the given device or on that of its elements."""
+        return self.elements.to(device).double().mul_(2.0**self.exponent)
+
+
+def kinds(kind: str) -> tuple[str, str]:
+    """The kinds of tensors that `pack` writes."""
+    return kind, f"{kind}-exponent"
+
+
+def pack(kind: str, matrices: Mapping[str, ScaledMatrix]) -> dict[str, torch.Tensor]:
+    """The tensors of a file: `kind:name` holds the elements and `kind-exponent:name` the exponent of a matrix."""
+    elements, exponents = kinds(kind)
+    found = {f"{elements}:{name}": matrix.elements for name, matrix in matrices.items()}
+    return found | {f"{exponents}:{name}": torch.tensor(matrix.exponent) for name, matrix in matrices.items()}
+
+
+def unpack(kind: str, found: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, ScaledMatrix]:
+    """The matrices by name from the tensors of `pack`, given by kind and name; none if the kind is missing."""
+    elements, exponents = (found.get(one, {}) for one in kinds(kind))
+    return {name: ScaledMatrix(matrix, int(exponents[name])) for name, matrix in elements.items()}
+
+
+@contextlib.contextmanager
+def naming(name: str) -> Iterator[None]:
+    """Turn an error of LAPACK into an InputError that names a projection."""
+    try:
+        yield
+    except torch.linalg.LinAlgError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"{name}: cannot be factored ({reason}); leave it dense with `ignore` {name}") from None
+
+
+def overflow(what: str, dtype: torch.dtype) -> InputError:
+    """The error for numbers of the dense model that are not finite; `what` names the layer or projection and them."""
+    narrow = dtype == torch.float16
+    advice = "calibrate with `dtype` float32 or bfloat16" if narrow else "the model itself gives no numbers: check it"
+    return InputError(f"{what} overflows in {dtype}; {advice}")
 
 
 def gram_of(rows: torch.Tensor) -> torch.Tensor:
@@ -13,9 +116,10 @@ def gram_of(rows: torch.Tensor) -> torch.Tensor:
         rows: float32 [tokens, in].
 
     Returns:
-        float64 [in, in], symmetric.
+        float64 [in, in], symmetric; not finite if `rows` are not.
     """
     width = rows.shape[1]
+    rows, exponent = ordinary(rows)
     gram = rows.new_empty(width, width, dtype=torch.float64)
     for start in range(0, width, GRAM_BLOCK):
         stop = min(start + GRAM_BLOCK, width)
@@ -25,7 +129,75 @@ def gram_of(rows: torch.Tensor) -> torch.Tensor:
         corner.copy_((corner + corner.T) / 2)
         gram[start:stop, start:] = block
         gram[start:, start:stop] = block.T
-    return gram
+    return gram.mul_(2.0 ** (2 * exponent))
+
+
+def cross_gram(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """left^T right, from one float32 GEMM.
+
+    Args:
+        left: float32 [tokens, m].
+        right: float32 [tokens, n].
+
+    Returns:
+        float64 [m, n]; not finite if an argument is not.
+    """
+    (left, e), (right, f) = ordinary(left), ordinary(right)
+    return (left.T @ right).double().mul_(2.0 ** (e + f))
+
+
+def eigh(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Eigenvalues and eigenvectors of a symmetric matrix.
+
+    Args:
+        matrix: float64 [n, n].
+
+    Returns:
+        float64 [n], ascending, and float64 [n, n], orthonormal columns; those of a zero matrix are unit vectors.
+    """
+    exponent = exponent_of(matrix)
+    values, vectors = torch.linalg.eigh(times_power(matrix, -exponent))
+    return times_power(values, exponent), vectors
+
+
+def spectrum(matrix: torch.Tensor) -> torch.Tensor:
+    """Eigenvalues of a positive semi-definite matrix, float64 [n, n]: float64 [n], descending, never negative."""
+    exponent = exponent_of(matrix)
+    values = torch.linalg.eigvalsh(times_power(matrix, -exponent)).flip(0).clamp_min(0)
+    return times_power(values, exponent)
+
+
+def cholesky(matrix: torch.Tensor, share: float) -> tuple[torch.Tensor, float]:
+    """Lower Cholesky factor L of matrix + ridge I, for a matrix that is positive semi-definite up to rounding.
+
+    The ridge is `share` of the mean of the diagonal. If rounding makes the matrix indefinite by more than the ridge, it
+    grows by RIDGE_STEP until it does not: a semi-definite matrix leaves at least the ridge in every pivot.
+
+    Args:
+        matrix: [n, n]; only its lower triangle is read.
+        share: 0 or more.
+
+    Returns:
+        float64 [n, n], and the ridge. Those of a zero matrix are the identity and 0.
+
+    Raises:
+        torch.linalg.LinAlgError: the matrix is not finite or not semi-definite.
+    """
+    exponent = 2 * (exponent_of(matrix) // 2)  # even: its root is a power of two as well
+    scaled = times_power(matrix.double(), -exponent)
+    mean = float(scaled.diagonal().mean())
+    if mean == 0:
+        return torch.eye(len(scaled), dtype=torch.float64, device=scaled.device), 0.0
+    rounding = len(scaled) * torch.finfo(torch.float64).eps * mean
+    ridge = share * mean
+    while ridge <= mean * len(scaled):
+        damped = scaled.clone()
+        damped.diagonal().add_(ridge)
+        root, failed = torch.linalg.cholesky_ex(damped)
+        if not failed and root.diagonal().min().square() >= max(ridge / 2, rounding):
+            return times_power(root, exponent // 2), ridge * 2.0**exponent
+        ridge = RIDGE_STEP * max(ridge, rounding)
+    raise torch.linalg.LinAlgError("its Gram matrix is not positive semi-definite")
 
 
 def gram_root(gram: torch.Tensor) -> torch.Tensor:
@@ -37,7 +209,7 @@ def gram_root(gram: torch.Tensor) -> torch.Tensor:
     Returns:
         float64 [n, n].
     """
-    values, vectors = torch.linalg.eigh(gram.double())
+    values, vectors = eigh(gram.double())
     return vectors * values.clamp_min(0).sqrt()
 
 
@@ -54,11 +226,23 @@ def output_energy(weight: torch.Tensor, gram: torch.Tensor, root: torch.Tensor |
     """
     w = weight.double()
     if w.shape[0] <= w.shape[1]:
-        matrix = w @ gram.double() @ w.T
-    else:
-        half = w @ (gram_root(gram) if root is None else root)
-        matrix = half.T @ half
-    return torch.linalg.eigvalsh(matrix).flip(0).clamp_min(0)
+        return spectrum(w @ gram.double() @ w.T)
+    half = w @ (gram_root(gram) if root is None else root)
+    return spectrum(half.T @ half)
+
+
+def is_silent(squares: float, gram: torch.Tensor, energy: torch.Tensor) -> bool:
+    """Whether a nonzero weight has no output on its inputs, or none beyond the rounding of `output_energy`.
+
+    Such data says nothing about the weight: factors of any rank and any content reproduce the outputs.
+
+    Args:
+        squares: sum of the squares of the weight W [m, n]; 0 for a zero weight alone.
+        gram: C, float64 [n, n].
+        energy: eigenvalues of W C W^T.
+    """
+    rounding = 2 * len(gram) * torch.finfo(torch.float64).eps * squares * float(gram.trace())
+    return squares > 0 and float(energy.sum()) <= rounding
 
 
 def tail_energy(energy: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
+from pgsvd_vllm.offline.linalg import ScaledMatrix
+
 
 @dataclass(frozen=True)
 class ModuleReport:
@@ -32,9 +34,10 @@ class LMHeadCalibration:
     """The calibration of the LM head.
 
     Attributes:
-        gram: float32 [in, in], C = sum of x x^T over the tokens.
+        gram: float32 [in, in], C = sum of x x^T over the tokens, divided by a power of two.
         weight: float32 [vocabulary], mean of p (1 - p) over the tokens, p being the model's probabilities.
-        energy: float64 [in], eigenvalues of S C S^T in descending order, S [vocabulary, in] being the weighted rows.
+        energy: float64 [in], eigenvalues of S C S^T in descending order, S [vocabulary, in] being the weighted rows, and
+            C the stored `gram`.
     """
 
     gram: torch.Tensor
@@ -65,14 +68,15 @@ class LayerCalibration:
     their leader.
 
     Attributes:
-        grams: leader -> C = sum of x x^T, float32 [in, in].
+        grams: leader -> C = sum of x x^T, [in, in].
         leader: projection -> leader of its input.
-        energy: projection -> eigenvalues of W C W^T, float64 [min(out, in)], descending.
+        energy: projection -> eigenvalues of W C W^T, float64 [min(out, in)], descending. It lacks projections that too
+            few tokens reach, and nonzero ones whose output is zero on the calibration data.
         tokens: tokens that run through the layer.
         counts: leader -> tokens in its sum.
     """
 
-    grams: dict[str, torch.Tensor]
+    grams: dict[str, ScaledMatrix]
     leader: dict[str, str]
     energy: dict[str, torch.Tensor]
     tokens: int
@@ -84,15 +88,15 @@ class LayerSensitivity:
     """The sensitivities of one layer (see `calibration.gradients` and `calibration.noise_response`).
 
     Attributes:
-        moments: projection -> G, float32 [out, out]; empty if sensitivities come from forward passes.
-        grams: projection -> C_w, float32 [in, in]; empty if sensitivities come from forward passes.
+        moments: projection -> G, [out, out]; empty if sensitivities come from forward passes.
+        grams: projection -> C_w, [in, in]; empty if sensitivities come from forward passes.
         energy: projection -> twice the predicted loss of removing each direction, float64 [min(out, in)], descending.
             With gradients these are the eigenvalues of L^T W C W^T L, in nats per token; without gradients they are
-            shares of the residual stream's energy.
+            shares of the residual stream's energy. It lacks projections on which the loss does not depend.
     """
 
-    moments: dict[str, torch.Tensor]
-    grams: dict[str, torch.Tensor]
+    moments: dict[str, ScaledMatrix]
+    grams: dict[str, ScaledMatrix]
     energy: dict[str, torch.Tensor]
 
 

@@ -12,7 +12,7 @@ from pgsvd_vllm.offline.calibration.lm_head import calibrate_lm_head
 from pgsvd_vllm.offline.calibration.loss_metric import metric_root, weighted_gram
 from pgsvd_vllm.offline.calibration.noise_response import noise_responses
 from pgsvd_vllm.offline.data.calibration_set import CalibrationSet
-from pgsvd_vllm.offline.linalg import gram_root, output_energy
+from pgsvd_vllm.offline.linalg import ScaledMatrix, gram_root, is_silent, naming, output_energy
 from pgsvd_vllm.offline.model.layerwise import LayerStream
 from pgsvd_vllm.offline.model.projection import Projection, ProjectionSet, widest
 from pgsvd_vllm.offline.model.source import ModelSource
@@ -51,6 +51,7 @@ class Calibration:
         done = all(state.has_layer(i) for i in layers) and (head is None or state.has_lm_head())
         if done and not missing:
             return
+        state.begin_calibration()
         stream = LayerStream(self.source, self.data.batches(), self.settings.device, self.settings.compute_dtype)
         gradients = GradientPass(stream, state.folder / "inputs") if missing and kind == MEASURED else None
         with tqdm(total=self._tokens_of_all_layers(), unit="tok", unit_scale=True, desc="calibrate") as bar:
@@ -87,7 +88,8 @@ class Calibration:
             scaled = {
                 name: energy * (responses[name] / data.tokens)
                 for name, energy in data.energy.items()
-                if name in responses
+                # A nonzero projection without response is silent; a zero one is exact at any rank.
+                if name in responses and (responses[name] > 0 or not energy.any())
             }
             state.save_sensitivity(index, FORWARD, LayerSensitivity({}, {}, scaled))
 
@@ -101,8 +103,9 @@ class Calibration:
             )
 
     def _spectra(self, row: list[Projection], found: LayerGrams) -> LayerCalibration:
-        """A layer's calibration with the output spectra of all projections that enough tokens reach.
+        """A layer's calibration, with the output spectra of all projections that enough tokens reach.
 
+        Nonzero projections whose output is zero have no spectrum, since the data says nothing about them.
         The weights are read one at a time, since those of a large layer may not fit into memory together.
         """
         roots: dict[str, torch.Tensor] = {}
@@ -112,12 +115,15 @@ class Calibration:
             if p.may_lack_tokens and found.counts.get(name, 0) < p.in_features:
                 continue
             gram = found.grams[name].to(self.settings.device).double()
-            if p.out_features > p.in_features and name not in roots:
-                roots[name] = gram_root(gram)
             weight = self.source.weights.tensor(f"{p.path}.weight").to(self.settings.device)
-            energy[p.name] = output_energy(weight, gram, roots.get(name)).cpu()
+            with naming(p.name):
+                if p.out_features > p.in_features and name not in roots:
+                    roots[name] = gram_root(gram)
+                spectrum = output_energy(weight, gram, roots.get(name))
+            if not is_silent(float(weight.double().square().sum()), gram, spectrum):
+                energy[p.name] = spectrum.cpu()
         used = {found.leader[name] for name in energy}
-        grams = {name: gram for name, gram in found.grams.items() if name in used}
+        grams = {name: ScaledMatrix.of(gram) for name, gram in found.grams.items() if name in used}
         return LayerCalibration(grams, found.leader, energy, found.tokens, found.counts)
 
     def _backward(self, gradients: GradientPass) -> None:
@@ -139,15 +145,19 @@ class Calibration:
     def _loss_spectra(self, index: int, found: LayerGradients) -> LayerSensitivity:
         """Eigenvalues of L^T W C W^T L of a layer's projections: twice the loss of removing each direction, in nats."""
         data, device = self.state.load_layer(index), self.settings.device
-        energy = {}
+        energy, moments, grams = {}, {}, {}
         for p in self.projections.layers[index]:
-            if p.name not in found.moments:
+            moment = found.moments.get(p.name)
+            # Without gradient only a zero projection has a known loss, which is 0 at any rank.
+            if moment is None or not (moment.any() or not data.energy[p.name].any()):
                 continue
-            gram = data.grams[data.leader[p.name]].to(device)
+            gram = data.grams[data.leader[p.name]].double(device)
             gram = weighted_gram(gram, data.tokens, found.grams[p.name])
             weight = self.source.weights.tensor(f"{p.path}.weight").to(device).double()
-            energy[p.name] = output_energy(metric_root(found.moments[p.name]).T @ weight, gram).cpu()
-        return LayerSensitivity(found.moments, found.grams, energy)
+            with naming(p.name):
+                energy[p.name] = output_energy(metric_root(moment).T @ weight, gram).cpu()
+            moments[p.name], grams[p.name] = ScaledMatrix.of(moment), ScaledMatrix.of(found.grams[p.name])
+        return LayerSensitivity(moments, grams, energy)
 
 
 def output_energies(state: RunState, layers: int) -> dict[str, torch.Tensor]:

@@ -27,7 +27,7 @@ from torch import nn
 from pgsvd_vllm.errors import InputError
 from pgsvd_vllm.offline.calibration.gram import robust_rows
 from pgsvd_vllm.offline.calibration.loss import Objective
-from pgsvd_vllm.offline.linalg import gram_of
+from pgsvd_vllm.offline.linalg import gram_of, ordinary, overflow
 from pgsvd_vllm.offline.model.layerwise import LayerStream
 from pgsvd_vllm.offline.model.projection import Projection
 
@@ -109,10 +109,7 @@ class GradientPass:
                 if leaf.grad is None:
                     continue
                 if not torch.isfinite(leaf.grad).all():
-                    raise InputError(
-                        f"{source.folder}: the loss gradient overflows in {stream.dtype}; "
-                        "calibrate with `dtype` float32 or bfloat16"
-                    )
+                    raise overflow(f"{source.folder}: the loss gradient", stream.dtype)
                 self._gradients[number][index] = leaf.grad
 
     def retreat(self, index: int, projections: Sequence[Projection]) -> Iterator[int | LayerGradients]:
@@ -126,7 +123,7 @@ class GradientPass:
             The tokens of each batch that is done, and at the end the layer's gradient moments.
 
         Raises:
-            InputError: no token reaches a projection that is not an MoE expert's.
+            InputError: a gradient is not finite, or no token reaches a projection that is not an MoE expert's.
         """
         path = self._file(index)
         inputs = load_file(path)
@@ -145,6 +142,8 @@ class GradientPass:
                     leaf = hidden.to(self.stream.device).requires_grad_()
                     self.stream.run(layer, index, number, leaf).backward(gradient)
                     assert leaf.grad is not None
+                    if not torch.isfinite(leaf.grad).all():
+                        raise overflow(f"{prefix[:-1]}: the loss gradient{hooks.origin}", self.stream.dtype)
                     if index > first:
                         self._add(number, index - 1, leaf.grad)
                     elif first > 0:
@@ -189,9 +188,13 @@ class _GradientHooks:
     Args:
         modules: projection -> module.
         routed: projections of MoE experts; those that no token reaches are missing in the result.
+
+    Attributes:
+        origin: names the first projection whose gradient is not finite, for an error message; empty if all are finite.
     """
 
     def __init__(self, modules: dict[str, nn.Module], routed: Collection[str] = ()) -> None:
+        self.origin = ""
         self._routed = routed
         self._sums = {name: _Sums(0, torch.zeros(()), torch.zeros(())) for name in modules}
         self._handles = [module.register_forward_hook(self._hook(name)) for name, module in modules.items()]
@@ -202,10 +205,15 @@ class _GradientHooks:
 
             def add(gradient: torch.Tensor) -> None:
                 rows = gradient.detach().flatten(0, -2).float()
-                norms = rows.norm(dim=1, keepdim=True)
+                if not self.origin and not torch.isfinite(rows).all():
+                    self.origin = f" (first that of {name})"
+                # Norms of ordinary magnitude, and the exponent that they lack.
+                scaled, exponent = ordinary(rows)
+                norms = scaled.norm(dim=1, keepdim=True)
                 sums.tokens += len(rows)
                 sums.moment = gram_of(rows) + sums.moment.to(rows.device)
-                sums.gram = gram_of(robust_rows(x) * norms) + sums.gram.to(rows.device)
+                gram = gram_of(robust_rows(x) * norms).mul_(2.0 ** (2 * exponent))
+                sums.gram = gram + sums.gram.to(rows.device)
 
             output.register_hook(add)
 

@@ -4,15 +4,16 @@ Projections with the same input (q, k, v; gate, up) share one Gram matrix; they 
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from pgsvd_vllm.errors import InputError
-from pgsvd_vllm.offline.linalg import gram_of
+from pgsvd_vllm.offline.linalg import gram_of, ordinary, overflow
 from pgsvd_vllm.offline.model.layerwise import LayerStream
 from pgsvd_vllm.offline.model.projection import Projection
 
@@ -42,7 +43,7 @@ def token_scale(x: torch.Tensor) -> torch.Tensor:
 
     In some layers the first position carries over 99 % of the inputs' energy (an attention sink); a low-rank matrix
     that is exact on that token alone would meet any tolerance. Robust clipping, an addition to PGSVD, limits each
-    token's energy ||x_t||^2 to ENERGY_CLIP times the median of its window.
+    token's energy ||x_t||^2 to ENERGY_CLIP times the median of its window's nonzero tokens.
 
     Args:
         x: float32 [windows, tokens, in].
@@ -50,9 +51,10 @@ def token_scale(x: torch.Tensor) -> torch.Tensor:
     Returns:
         float32 [windows, tokens, 1], at most 1.
     """
-    energy = x.square().sum(-1, keepdim=True)
-    median = energy.median(dim=1, keepdim=True).values
-    return (ENERGY_CLIP * median / energy.clamp_min(torch.finfo(torch.float32).tiny)).clamp_max(1.0).sqrt()
+    energy = ordinary(x)[0].square().sum(-1, keepdim=True)
+    # Zero tokens do not count: a window with few others has a median as well.
+    median = energy.where(energy > 0, torch.nan).nanmedian(dim=1, keepdim=True).values
+    return (ENERGY_CLIP * median / energy).clamp_max(1.0).sqrt().nan_to_num(1.0)
 
 
 def by_window(x: torch.Tensor) -> torch.Tensor:
@@ -74,17 +76,23 @@ def robust_rows(x: torch.Tensor) -> torch.Tensor:
 
 
 class _GramHooks:
-    """Hooks on a layer's projections that sum the Gram matrix of each distinct input once."""
+    """Hooks on a layer's projections that sum the Gram matrix of each distinct input once.
+
+    Attributes:
+        origin: names the first projection whose output is not finite, for an error message; empty if all are finite.
+    """
 
     def __init__(self, layer: nn.Module, projections: Sequence[Projection], prefix: str) -> None:
         self.grams: dict[str, torch.Tensor] = {}
         self.leader: dict[str, str] = {}
         self.counts: Counter[str] = Counter()
+        self.origin = ""
         self._seen: list[tuple[torch.Tensor, str]] = []
-        self._handles = [
-            layer.get_submodule(p.path.removeprefix(prefix)).register_forward_pre_hook(self._hook(p.name))
-            for p in projections
-        ]
+        self._handles: list[RemovableHandle] = []
+        for p in projections:
+            module = layer.get_submodule(p.path.removeprefix(prefix))
+            self._handles.append(module.register_forward_pre_hook(self._hook(p.name)))
+            self._handles.append(module.register_forward_hook(self._output_hook(p.name)))
 
     def _hook(self, name: str) -> Any:
         def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -95,10 +103,19 @@ class _GramHooks:
                     return
             self._seen.append((x, name))
             self.leader[name] = name
+            if not torch.isfinite(x).all():
+                raise overflow(f"{name}: its input{self.origin}", x.dtype)
             rows = robust_rows(x)
             gram = gram_of(rows)
             self.counts[name] += len(rows)
             self.grams[name] = self.grams[name] + gram if name in self.grams else gram
+
+        return hook
+
+    def _output_hook(self, name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, _args: Any, output: torch.Tensor) -> None:
+            if not self.origin and not torch.isfinite(output).all():
+                self.origin = f" (first the output of {name})"
 
         return hook
 
@@ -128,7 +145,8 @@ def advance(
         The tokens of each batch that is done, and at the end, if `collect`, the layer's Gram matrices.
 
     Raises:
-        InputError: an output of the layer is not finite, or the layer never calls one of its projections.
+        InputError: an output of the layer or an input of a projection is not finite, or the layer never calls one of
+            its projections.
     """
     path, tokens = stream.source.paths[index], 0
     with stream.source.layer(index, stream.device, stream.dtype) as layer:
@@ -138,10 +156,7 @@ def advance(
                 output = stream.run(layer, index, number, stream.flow.hidden[i])
                 hooks.end_batch()
                 if not torch.isfinite(output).all():
-                    raise InputError(
-                        f"{path}: the layer's output overflows in {stream.dtype}; "
-                        "calibrate with `dtype` float32 or bfloat16"
-                    )
+                    raise overflow(f"{path}: the layer's output{hooks.origin}", stream.dtype)
                 done = stream.flow.hidden[i].shape[:-1].numel()
                 stream.flow.hidden[i] = output
                 tokens += done

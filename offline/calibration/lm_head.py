@@ -6,8 +6,18 @@ import torch
 from torch import nn
 
 from pgsvd_vllm.errors import InputError
-from pgsvd_vllm.offline.linalg import gram_of, gram_root
-from pgsvd_vllm.offline.model.layerwise import LayerStream, logits_after
+from pgsvd_vllm.offline.linalg import (
+    ScaledMatrix,
+    exponent_of,
+    gram_of,
+    gram_root,
+    is_silent,
+    naming,
+    overflow,
+    spectrum,
+    times_power,
+)
+from pgsvd_vllm.offline.model.layerwise import LayerStream
 from pgsvd_vllm.offline.model.projection import Projection
 from pgsvd_vllm.offline.records import LMHeadCalibration
 
@@ -28,7 +38,8 @@ def calibrate_lm_head(stream: LayerStream, head: Projection) -> LMHeadCalibratio
         head: the LM head of its model.
 
     Raises:
-        InputError: the calibration set has fewer tokens than the LM head has inputs.
+        InputError: the calibration set has fewer tokens than the LM head has inputs, or the LM head's inputs or outputs
+            are not finite or all 0.
     """
     source = stream.source
     source.load_lm_head(stream.device, stream.dtype)
@@ -47,6 +58,8 @@ def calibrate_lm_head(stream: LayerStream, head: Projection) -> LMHeadCalibratio
                 tokens += len(p)
             gram += sum(gram_of(x.flatten(0, -2).float()) for x in inputs)
             inputs.clear()
+            if not (torch.isfinite(gram).all() and torch.isfinite(weight).all()):
+                raise overflow(f"{head.name}: its input or output", stream.dtype)
             if tokens >= HEAD_TOKENS:
                 break
     finally:
@@ -57,32 +70,41 @@ def calibrate_lm_head(stream: LayerStream, head: Projection) -> LMHeadCalibratio
             "inputs and needs at least as many"
         )
     weight /= tokens
-    root = gram_root(gram)
-    square = gram_of_rows(source.weights.tensor(f"{head.path}.weight"), row_scale(weight))
-    energy = torch.linalg.eigvalsh(root.T @ square @ root).flip(0).clamp_min(0)
-    return LMHeadCalibration(gram.float(), weight, energy)
+    unit = ScaledMatrix.of(gram).elements
+    gram = unit.double()  # the energies belong to the stored matrix
+    with naming(head.name):
+        root = gram_root(gram)
+        square = gram_of_rows(source.weights.tensor(f"{head.path}.weight"), row_scale(weight))
+        energy = spectrum(root.T @ square @ root)
+    if is_silent(float(square.trace()), gram, energy):
+        raise InputError(f"`include` lm_head: {head.name} gives 0 on the calibration data, which says nothing; omit it")
+    return LMHeadCalibration(unit, weight, energy)
 
 
 def _logits(stream: LayerStream, number: int, batch: dict[str, torch.Tensor], last: int) -> Iterator[torch.Tensor]:
     """Logits [..., vocabulary] of a batch; a batch of text runs one window at a time to limit memory."""
-    source, kept = stream.source, stream.flow.kept[number]
+    kept = stream.flow.kept[number]
     if len(kept) > 1 or "pixel_values" in batch:
         yield stream.output(number, kept).logits
         return
     for ids, hidden in zip(batch["input_ids"].to(stream.device), kept[last], strict=True):
-        yield logits_after(source.model, source.layers, ids[None], hidden[None])
+        yield stream.logits(ids[None], hidden[None])
 
 
 def row_scale(weight: torch.Tensor) -> torch.Tensor:
-    """The factors of the LM head's rows, roots of their weights.
+    """The factors of the LM head's rows, roots of their weights, times a power of two.
 
     Args:
         weight: [vocabulary], `LMHeadCalibration.weight`.
 
     Returns:
-        float64 [vocabulary, 1].
+        float64 [vocabulary, 1], mean of the squares at least 1/4; ones if all weights are 0, as of a model that is
+        certain of every token.
     """
     w = weight.double()
+    if not w.any():
+        return torch.ones_like(w)[:, None]
+    w = times_power(w, -2 * (exponent_of(w.mean()) // 2))
     return w.clamp_min(FLOOR * w.mean()).sqrt()[:, None]
 
 

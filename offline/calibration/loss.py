@@ -8,7 +8,8 @@ binary cross entropy of every pair (SigLIP). Drawn labels make the gradient mome
 import torch
 import torch.nn.functional as F
 
-from pgsvd_vllm.offline.model.layerwise import LayerStream, logits_after
+from pgsvd_vllm.offline.linalg import overflow
+from pgsvd_vllm.offline.model.layerwise import LayerStream
 
 # Batch -> layer index -> the layer's output, a leaf of the autograd graph.
 Leaves = dict[int, dict[int, torch.Tensor]]
@@ -36,6 +37,9 @@ class Objective:
 
         Returns:
             The number of loss terms.
+
+        Raises:
+            InputError: the model's predictions are not finite.
         """
         if self.stream.source.is_dual_encoder:
             return self._contrastive(outputs)
@@ -52,7 +56,7 @@ class Objective:
         terms = 0
         for i, row in enumerate(stream.batches[number]["input_ids"]):
             ids = row[None].to(stream.device)
-            logits = logits_after(stream.source.model, stream.source.layers, ids, leaves[last][i : i + 1])
+            logits = stream.logits(ids, leaves[last][i : i + 1])
             terms += self._cross_entropy(logits, ids)
         return terms
 
@@ -61,9 +65,18 @@ class Objective:
         next_ids = torch.cat([ids[:, 1:], ids.new_full((len(ids), 1), -1)], dim=1).flatten()
         predicted = torch.tensor([token not in self.placeholders for token in next_ids.tolist()], device=logits.device)
         rows = logits.flatten(0, 1)[predicted].float()
-        labels = torch.multinomial(rows.detach().softmax(-1), 1, generator=self.generator)[:, 0]
-        F.cross_entropy(rows, labels, reduction="sum").backward()
+        F.cross_entropy(rows, self._draw(rows), reduction="sum").backward()
         return len(rows)
+
+    def _draw(self, logits: torch.Tensor) -> torch.Tensor:
+        """A label int64 [rows] from the predictions of each row of logits; raises InputError if they are not finite."""
+        return torch.multinomial(self._finite(logits.detach().softmax(-1)), 1, generator=self.generator)[:, 0]
+
+    def _finite(self, predictions: torch.Tensor) -> torch.Tensor:
+        """The predictions; raises InputError if they are not finite."""
+        if not torch.isfinite(predictions).all():
+            raise overflow(f"{self.stream.source.folder}: the model's prediction", self.stream.dtype)
+        return predictions
 
     def _contrastive(self, outputs: Leaves) -> int:
         """Backward of the contrastive loss over all images and texts; returns the number of both."""
@@ -75,12 +88,11 @@ class Objective:
         logits = texts @ images.T * model.get_parameter("logit_scale").float().exp()
         if hasattr(model, "logit_bias"):
             logits = logits + model.get_parameter("logit_bias").float()
-            labels = torch.bernoulli(logits.detach().sigmoid(), generator=self.generator)
+            labels = torch.bernoulli(self._finite(logits.detach().sigmoid()), generator=self.generator)
             F.binary_cross_entropy_with_logits(logits, labels, reduction="sum").backward()
         else:
             loss = torch.zeros((), device=logits.device)
             for rows in (logits, logits.T):
-                labels = torch.multinomial(rows.detach().softmax(-1), 1, generator=self.generator)[:, 0]
-                loss = loss + F.cross_entropy(rows, labels, reduction="sum")
+                loss = loss + F.cross_entropy(rows, self._draw(rows), reduction="sum")
             loss.backward()
         return 2 * len(texts)

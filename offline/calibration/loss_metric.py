@@ -2,25 +2,25 @@
 
 import torch
 
+from pgsvd_vllm.offline.linalg import cholesky
+
 # Share of the mean of G's diagonal that is added to the diagonal: directions without gradient in the calibration data
 # must still cost something. 0.05 to 0.2 measured alike.
 DAMPING = 0.1
-# Least mean of G's diagonal: without any gradient the root must still be invertible.
-LEAST_MOMENT = 1e-30
 
 
 def weighted_gram(gram: torch.Tensor, tokens: int, weighted: torch.Tensor) -> torch.Tensor:
     """The average (C + C_w) / 2 of plain and gradient-weighted second moments of a projection's input.
 
     Args:
-        gram: sum of x x^T over the calibration tokens, [in, in].
+        gram: sum of x x^T over the calibration tokens, float64 [in, in].
         tokens: number of these tokens.
-        weighted: C_w [in, in], from `LayerGradients.grams`.
+        weighted: C_w, float64 [in, in], from `LayerGradients.grams`.
 
     Returns:
         float64 [in, in].
     """
-    return (gram.double() / tokens + weighted.double()) / 2
+    return (gram / tokens + weighted) / 2
 
 
 def metric_root(moment: torch.Tensor) -> torch.Tensor:
@@ -30,8 +30,6 @@ def metric_root(moment: torch.Tensor) -> torch.Tensor:
         moment: G [out, out], positive semi-definite.
 
     Returns:
-        float64 [out, out], lower triangular.
+        float64 [out, out], lower triangular; the identity for G = 0.
     """
-    g = moment.double()
-    mean = g.diagonal().mean().clamp_min(LEAST_MOMENT)
-    return torch.linalg.cholesky(g + DAMPING * mean * torch.eye(len(g), dtype=g.dtype, device=g.device))
+    return cholesky(moment, DAMPING)[0]

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pgsvd_vllm.offline.linalg import overflow
 from pgsvd_vllm.offline.model.layerwise import LayerStream
 from pgsvd_vllm.offline.model.projection import Projection
 
@@ -32,6 +33,9 @@ def noise_responses(stream: LayerStream, index: int, projections: Sequence[Proje
     Returns:
         projection -> relative energy of the stream's change per energy of the noise, both means over all tokens. It
         lacks MoE experts that no token of the batch reaches, and is empty if no batch runs the tower.
+
+    Raises:
+        InputError: a response is not finite.
     """
     generator = torch.Generator(stream.device).manual_seed(seed)
     if not stream.flow.hidden:
@@ -42,7 +46,8 @@ def noise_responses(stream: LayerStream, index: int, projections: Sequence[Proje
     found = {}
     with stream.source.layer(index, stream.device, stream.dtype) as layer:
         clean = stream.run(layer, index, number, hidden).float()
-        size = clean.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
+        size = _energy(clean, -1)
+        counted = size > 0  # a zero token has no size that its change could be compared with
         for p in projections:
             energy: list[float] = []
 
@@ -50,15 +55,23 @@ def noise_responses(stream: LayerStream, index: int, projections: Sequence[Proje
                 _module: nn.Module, _args: Any, output: torch.Tensor, energy: list[float] = energy
             ) -> torch.Tensor:
                 noise = torch.randn(output.shape, generator=generator, device=output.device)
-                noise *= NOISE * output.float().square().mean().sqrt()
-                energy.append(float(noise.square().sum()) / tokens)
+                noise *= NOISE * (_energy(output) / output.numel()).sqrt()
+                energy.append(float(_energy(noise)) / tokens)
                 return output + noise.to(output.dtype)
 
             handle = layer.get_submodule(p.path.removeprefix(prefix)).register_forward_hook(add_noise)
-            change = (stream.run(layer, index, number, hidden).float() - clean).square().sum(-1)
+            change = _energy(stream.run(layer, index, number, hidden).float() - clean, -1)
             handle.remove()
+            if not torch.isfinite(change).all():
+                raise overflow(f"{p.name}: the response to noise at its output", stream.dtype)
             if not energy and p.reach < 1:
                 continue
             # A projection whose output is 0 gets no noise and has no response.
-            found[p.name] = float((change / size).mean()) / sum(energy) if sum(energy) > 0 else 0.0
+            relative = (change[counted] / size[counted]).sum() / max(int(counted.sum()), 1)
+            found[p.name] = float(relative) / sum(energy) if sum(energy) > 0 else 0.0
     return found
+
+
+def _energy(x: torch.Tensor, dim: int | None = None) -> torch.Tensor:
+    """The sum of squares in float64, over all elements or one dimension."""
+    return torch.linalg.vector_norm(x, dim=dim, dtype=torch.float64).square()

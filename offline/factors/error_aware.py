@@ -32,7 +32,7 @@ from torch import nn
 
 from pgsvd_vllm.errors import InputError
 from pgsvd_vllm.offline.calibration.gram import by_window, token_scale
-from pgsvd_vllm.offline.linalg import gram_of
+from pgsvd_vllm.offline.linalg import cholesky, cross_gram, gram_of, naming
 from pgsvd_vllm.offline.model.layerwise import Flow, LayerStream
 from pgsvd_vllm.offline.model.projection import Projection
 
@@ -41,8 +41,11 @@ SEQUENTIAL_TOKENS = 131072
 # f and g: the corrected shares of the inputs' error and of the residual stream's error.
 CORRECTED = 0.5
 STREAM_CORRECTED = 0.5
-# lam, as a share of the mean of the diagonal of C'.
+# lam, as a share of the mean of the diagonal of C'; it grows where rounding makes C' indefinite.
 RIDGE = 1e-3
+# Largest energy of the stream's correction, relative to that of the projection's own output. A projection without output
+# must not become a corrector with weights as large as its inputs are small; other corrections stay far below.
+LARGEST_SHIFT = 1.0
 # Largest deviation of a layer's output from its input plus its writers' outputs, relative to the change by the layer.
 ADDITIVE = 0.02
 
@@ -53,7 +56,7 @@ class Target:
 
     Attributes:
         change: float64 [in, in].
-        shift: float64 [out, in]; None for a projection that does not add to the residual stream.
+        shift: float64 [out, in]; None for a projection that does not add to the residual stream, or adds next to nothing.
         gram: C' = sum x' x'^T, float64 [in, in].
         dense: C = sum x x^T of the same tokens, float64 [in, in]; None if the pass takes all calibration tokens.
     """
@@ -200,7 +203,8 @@ class ErrorAwarePass:
             return []
         change = after.float() - hidden.float()
         difference = change - sum(part.float() for part in parts)
-        return list(candidates) if difference.norm() <= ADDITIVE * change.norm() else []
+        norms = [float(torch.linalg.vector_norm(x, dtype=torch.float64)) for x in (difference, change)]
+        return list(candidates) if norms[0] <= ADDITIVE * norms[1] else []
 
     def _target(
         self,
@@ -210,7 +214,7 @@ class ErrorAwarePass:
         runs: Sequence["_PausedForward"],
         earlier: Sequence[str] | None,
     ) -> Target | None:
-        """The target of a projection; None if it sees fewer tokens than it has inputs, which it would overfit.
+        """The target of a projection; None if it sees zeros alone, or fewer tokens than it has inputs, as it overfits.
 
         Args:
             module: of the projection.
@@ -226,7 +230,7 @@ class ErrorAwarePass:
         gram = torch.zeros(width, width, dtype=torch.float64, device=self.stream.device)
         cross, dense_gram = torch.zeros_like(gram), None if self.all_tokens else torch.zeros_like(gram)
         stream = None if earlier is None else gram.new_zeros(module.out_features, width)
-        tokens = 0
+        tokens, own = 0, 0.0
         for i, run in enumerate(runs):
             x = run.run_until(name)
             factored_x, dense_x = by_window(x), by_window(dense.inputs[name][i].to(x.device))
@@ -236,34 +240,37 @@ class ErrorAwarePass:
             rows = (factored_x * scale).flatten(0, 1)
             tokens += len(rows)
             gram += gram_of(rows)
-            cross += ((dense_x * scale).flatten(0, 1).T @ rows).double()
+            cross += cross_gram((dense_x * scale).flatten(0, 1), rows)
             if dense_gram is not None:
                 dense_gram += gram_of((dense_x * token_scale(dense_x)).flatten(0, 1))
             if stream is not None:
                 error = dense.hidden[i].float() - self.factored.hidden[i].float()
                 for writer in earlier or ():
                     error += dense.outputs[writer][i].to(x.device).float() - run.outputs[writer].float()
-                stream += ((error * scale).flatten(0, 1).T @ rows).double()
+                stream += cross_gram((error * scale).flatten(0, 1), rows)
+                output = dense.outputs[name][i].to(x.device).float() * scale
+                own += float(torch.linalg.vector_norm(output, dtype=torch.float64)) ** 2
         if not torch.isfinite(gram).all():
             raise self._overflow(name)
-        if tokens < width:
+        if tokens < width or not gram.any():
             return None
-        ridge = RIDGE * gram.diagonal().mean()
+        with naming(name):
+            root, ridge = cholesky(gram, RIDGE)
         mixed = cross.mul_(CORRECTED).add_(gram, alpha=1 - CORRECTED)  # in place: these matrices may be GBs
         mixed.diagonal().add_(ridge)
-        root = gram.clone()
-        root.diagonal().add_(ridge)
-        root = torch.linalg.cholesky(root)
         change = torch.cholesky_solve(mixed.T, root).T
-        shift = None if stream is None else STREAM_CORRECTED * torch.cholesky_solve(stream.T, root).T
+        shift = None
+        if stream is not None:
+            shift = STREAM_CORRECTED * torch.cholesky_solve(stream.T, root).T
+            if float((shift * stream).sum()) * STREAM_CORRECTED > LARGEST_SHIFT * own:
+                shift = None
         return Target(change, shift, gram, dense_gram)
 
     def _overflow(self, name: str) -> InputError:
         """The error for activations of the factored model that are not finite."""
-        return InputError(
-            f"{name}: the factored model overflows here in {self.stream.dtype}; "
-            "calibrate with `dtype` float32 or bfloat16"
-        )
+        narrow = self.stream.dtype == torch.float16
+        advice = "calibrate with `dtype` float32 or bfloat16" if narrow else "use a smaller `ratio` or `no_sequential`"
+        return InputError(f"{name}: the factored model overflows here in {self.stream.dtype}; {advice}")
 
 
 class _PausedForward(greenlet):

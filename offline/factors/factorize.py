@@ -5,14 +5,14 @@ import math
 import torch
 from tqdm.auto import tqdm
 
-from pgsvd_vllm.errors import InputError
 from pgsvd_vllm.format.lowrank import reconstruct
 from pgsvd_vllm.offline.calibration.loss_metric import metric_root, weighted_gram
 from pgsvd_vllm.offline.data.calibration_set import CalibrationSet
 from pgsvd_vllm.offline.factors.baselines import norm_of
 from pgsvd_vllm.offline.factors.error_aware import SEQUENTIAL_TOKENS, ErrorAwarePass, Target
 from pgsvd_vllm.offline.factors.solvers import als, closed_form, relative_error
-from pgsvd_vllm.offline.factors.stored_form import stored_form
+from pgsvd_vllm.offline.factors.stored_form import not_finite, stored_form
+from pgsvd_vllm.offline.linalg import ScaledMatrix, naming
 from pgsvd_vllm.offline.model.layerwise import LayerStream
 from pgsvd_vllm.offline.model.projection import Projection, ProjectionSet
 from pgsvd_vllm.offline.model.source import ModelSource
@@ -100,8 +100,8 @@ class _Layer:
         self.reports: dict[str, ModuleReport] = {}
         self.ranked = {p.name: p for p in row if p.name in ranks}
         self.data: LayerCalibration = state.load_layer(index)
-        self.moments: dict[str, torch.Tensor] = {}
-        self.weighted: dict[str, torch.Tensor] = {}
+        self.moments: dict[str, ScaledMatrix] = {}
+        self.weighted: dict[str, ScaledMatrix] = {}
         if state.has_factors(index):
             stored = state.load_factors(index)
             self.tensors, self.reports = stored.tensors, stored.reports
@@ -119,7 +119,7 @@ class _Layer:
 
     def gram(self, p: Projection) -> torch.Tensor:
         """The dense model's Gram matrix of a projection's input, float64 [in, in]."""
-        return self.data.grams[self.data.leader[p.name]].to(self.settings.device).double()
+        return self.data.grams[self.data.leader[p.name]].double(self.settings.device)
 
     def fit(self, p: Projection, error_aware: Target | None) -> torch.Tensor:
         """Factor one projection and keep its tensors.
@@ -143,23 +143,24 @@ class _Layer:
             # The Gram matrix of all calibration tokens plus the shift C' - C of those in the error-aware pass.
             gram = error_aware.gram if error_aware.dense is None else gram + (error_aware.gram - error_aware.dense)
         if p.name in self.weighted:
-            gram = weighted_gram(gram, self.data.tokens, self.weighted[p.name].to(settings.device))
+            gram = weighted_gram(gram, self.data.tokens, self.weighted[p.name].double(settings.device))
         optimum = float(error_profile(self.data.energy[p.name])[min(rank, len(self.data.energy[p.name]))])
         moment = self.moments.get(p.name)
-        metric = None if moment is None else metric_root(moment.to(settings.device))
-        if settings.baseline is not None:
-            gram = norm_of(settings.baseline, gram)
-            factors = closed_form(target, gram, rank)
-        elif metric is None and not settings.sequential:
-            factors = als(target, gram, rank, optimum)
-        else:
-            factors = closed_form(target, gram, rank, metric)
-        tensors = stored_form(factors, target, gram, settings.form, settings.store_dtype or stored.dtype, metric)
+        dtype = settings.store_dtype or stored.dtype
+        with naming(p.name):
+            metric = None if moment is None else metric_root(moment.double(settings.device))
+            if settings.baseline is not None:
+                gram = norm_of(settings.baseline, gram)
+                factors = closed_form(target, gram, rank)
+            elif metric is None and not settings.sequential:
+                factors = als(target, gram, rank, optimum)
+            else:
+                factors = closed_form(target, gram, rank, metric)
+            tensors = stored_form(factors, target, gram, settings.form, dtype, metric)
         reconstructed = reconstruct(tensors)
         error = relative_error(weight, self.gram(p), reconstructed)
         if not math.isfinite(error) or not torch.isfinite(reconstructed).all():
-            dtype = settings.store_dtype or stored.dtype
-            raise InputError(f"{p.name}: its factors are not finite in {dtype}; use `dtype` float32 or bfloat16")
+            raise not_finite(p.name, dtype)
         self.tensors[p.name] = {suffix: tensor.cpu() for suffix, tensor in tensors.items()}
         sweeps = len(factors.errors) - 1
         self.reports[p.name] = ModuleReport(p.name, p.out_features, p.in_features, rank, error, optimum, sweeps)

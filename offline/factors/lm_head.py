@@ -11,10 +11,10 @@ from blocks of rows of S.
 
 import torch
 
-from pgsvd_vllm.errors import InputError
 from pgsvd_vllm.format.schema import stored_size
 from pgsvd_vllm.offline.calibration.lm_head import gram_of_rows, row_scale, weighted_blocks
-from pgsvd_vllm.offline.linalg import gram_root
+from pgsvd_vllm.offline.factors.stored_form import not_finite
+from pgsvd_vllm.offline.linalg import eigh, gram_root, naming
 from pgsvd_vllm.offline.model.projection import Projection
 from pgsvd_vllm.offline.model.source import ModelSource
 from pgsvd_vllm.offline.ranks.allocation import hardware_rank
@@ -52,18 +52,21 @@ def factor_lm_head(
     stored = source.weights.tensor(f"{head.path}.weight")
     dtype = settings.store_dtype or stored.dtype
     scale, gram = row_scale(found.weight.to(settings.device)), found.gram.to(settings.device).double()
-    root, square = gram_root(gram), gram_of_rows(stored, scale)
-    values, vectors = torch.linalg.eigh(root.T @ square @ root)
+    with naming(head.name):
+        root, square = gram_root(gram), gram_of_rows(stored, scale)
+        values, vectors = eigh(root.T @ square @ root)
     # Directions without energy have eigenvalue 0: the clamp avoids a division by 0.
-    least = torch.finfo(torch.float64).eps * values[-1].clamp_min(torch.finfo(torch.float64).tiny)
+    limits = torch.finfo(torch.float64)
+    least = (limits.eps * values[-1]).clamp_min(limits.tiny)
     wide = root @ (vectors[:, -rank:].flip(1) / values[-rank:].flip(0).clamp_min(least).sqrt())
     u = torch.cat([((block @ wide) / scale[rows]).to(dtype) for rows, block in weighted_blocks(stored, scale)])
     mixed = torch.zeros(rank, width, dtype=torch.float64, device=settings.device)
     for rows, block in weighted_blocks(stored, scale):
         mixed += (scale[rows] * u[rows].double()).T @ block
-    v = (torch.linalg.pinv(gram_of_rows(u, scale), hermitian=True) @ mixed).to(dtype)
+    with naming(head.name):
+        v = (torch.linalg.pinv(gram_of_rows(u, scale), hermitian=True) @ mixed).to(dtype)
     if not torch.isfinite(u).all() or not torch.isfinite(v).all():
-        raise InputError(f"{head.name}: its factors are not finite in {dtype}; use `dtype` float32 or bfloat16")
+        raise not_finite(head.name, dtype)
     missed = torch.zeros((), dtype=torch.float64, device=settings.device)
     for rows, block in weighted_blocks(stored, scale):
         missed += ((block - scale[rows] * u[rows].double() @ v.double()) @ root).square().sum()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from pgsvd_vllm.offline.linalg import gram_root
+from pgsvd_vllm.offline.linalg import eigh, gram_root
 
 # ALS stops at a relative output error of (1 + ALS_TOLERANCE) times the optimum.
 ALS_TOLERANCE = 0.005
@@ -62,10 +62,10 @@ def closed_form(weight: torch.Tensor, gram: torch.Tensor, rank: int, metric: tor
     w, c = weight.double(), gram.double()
     target = w if metric is None else metric.T @ w
     if target.shape[0] <= target.shape[1]:
-        u = torch.linalg.eigh(target @ c @ target.T).eigenvectors[:, -rank:].flip(1)
+        u = eigh(target @ c @ target.T)[1][:, -rank:].flip(1)
     else:
         half = target @ gram_root(c)
-        u = torch.linalg.qr(half @ torch.linalg.eigh(half.T @ half).eigenvectors[:, -rank:].flip(1)).Q
+        u = torch.linalg.qr(half @ eigh(half.T @ half)[1][:, -rank:].flip(1)).Q
     v = u.T @ target
     if metric is not None:
         u = torch.linalg.solve_triangular(metric.T, u, upper=True)
@@ -127,5 +127,5 @@ def als(
 def _leading_left_vectors(w: torch.Tensor, rank: int) -> torch.Tensor:
     """The first `rank` left singular vectors of w [m, n], from the smaller of w w^T and w^T w."""
     if w.shape[0] <= w.shape[1]:
-        return torch.linalg.eigh(w @ w.T).eigenvectors[:, -rank:]
-    return torch.linalg.qr(w @ torch.linalg.eigh(w.T @ w).eigenvectors[:, -rank:]).Q
+        return eigh(w @ w.T)[1][:, -rank:]
+    return torch.linalg.qr(w @ eigh(w.T @ w)[1][:, -rank:]).Q

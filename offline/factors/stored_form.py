@@ -2,11 +2,15 @@
 
 import torch
 
+from pgsvd_vllm.errors import InputError
 from pgsvd_vllm.format.lowrank import other_rows
 from pgsvd_vllm.offline.factors.solvers import Factors
+from pgsvd_vllm.offline.linalg import cholesky
 
 # Bound on the coefficients that express the other rows by the pivot rows.
 PIVOT_GROWTH = 2.0
+# Ridge of the refitted coefficients, as a share of the mean energy of the pivot rows' outputs.
+PIVOT_RIDGE = 1e-8
 
 
 def stored_form(
@@ -39,6 +43,12 @@ def stored_form(
     return {"weight_p": p, "weight_c": c, "pivots": pivots}
 
 
+def not_finite(name: str, dtype: torch.dtype) -> InputError:
+    """The error for factors of a projection that exceed the range of the stored dtype."""
+    wider = "use `dtype` float32 or bfloat16, or " if dtype == torch.float16 else ""
+    return InputError(f"{name}: its factors are not finite in {dtype}; {wider}leave it dense with `ignore` {name}")
+
+
 def _round_factors(
     factors: Factors, weight: torch.Tensor, dtype: torch.dtype, metric: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -50,7 +60,7 @@ def _round_factors(
     exact, target = u.double(), weight.double()
     if metric is not None:
         exact, target = metric.T @ exact, metric.T @ target
-    v = torch.linalg.solve(exact.T @ exact, exact.T @ target)
+    v = torch.cholesky_solve(exact.T @ target, cholesky(exact.T @ exact, 0)[0])
     return u.contiguous(), v.to(dtype).contiguous()
 
 
@@ -70,7 +80,7 @@ def _round_pivots(
     projected = gram @ exact.T
     inner = exact @ projected
     # The ridge keeps the old C for directions of P with almost no energy in the inputs.
-    inner.diagonal().add_(1e-8 * inner.diagonal().mean() + torch.finfo(torch.float64).tiny)
+    root, _ = cholesky(inner, PIVOT_RIDGE)
     residual = weight.double()[others] - c @ exact
     if metric is None:
         gradient = residual @ projected
@@ -78,10 +88,8 @@ def _round_pivots(
         residuals = torch.empty_like(weight, dtype=torch.float64)
         residuals[others], residuals[pivots] = residual, weight.double()[pivots] - exact
         rows = metric[others]
-        gradient = torch.cholesky_solve(
-            rows @ (metric.T @ (residuals @ projected)), torch.linalg.cholesky(rows @ rows.T)
-        )
-    c = c + torch.cholesky_solve(gradient.T, torch.linalg.cholesky(inner)).T
+        gradient = torch.cholesky_solve(rows @ (metric.T @ (residuals @ projected)), cholesky(rows @ rows.T, 0)[0])
+    c = c + torch.cholesky_solve(gradient.T, root).T
     return p.contiguous(), c.to(dtype).contiguous(), pivots.int()
 
 

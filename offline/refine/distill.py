@@ -19,6 +19,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from pgsvd_vllm.errors import InputError
 from pgsvd_vllm.format.lowrank import other_rows
 from pgsvd_vllm.format.schema import FORMS
 from pgsvd_vllm.offline.model.layerwise import hidden_after, logits_after
@@ -105,10 +106,13 @@ class Distiller:
         student: another copy of it on the same device, whose projections are replaced by factored ones.
         layers_name: module path of the list of decoder layers, such as `model.layers`.
         tensors: module path of a projection -> suffix -> tensor, the initial factors.
+        returned: number of values in the tuple that a layer returns, 0 if it returns a tensor.
     """
 
-    def __init__(self, dense: PreTrainedModel, student: PreTrainedModel, layers_name: str, tensors: Tensors) -> None:
-        self.dense, self.student = dense.eval(), student.eval()
+    def __init__(
+        self, dense: PreTrainedModel, student: PreTrainedModel, layers_name: str, tensors: Tensors, returned: int = 0
+    ) -> None:
+        self.dense, self.student, self.returned = dense.eval(), student.eval(), returned
         layers: list[Any] = [model.get_submodule(layers_name) for model in (dense, student)]
         self.dense_layers: list[nn.Module] = list(layers[0])
         self.tensors = tensors
@@ -145,9 +149,9 @@ class Distiller:
         for start in range(0, length, TOKENS_PER_CHUNK):
             part = slice(start, start + TOKENS_PER_CHUNK)
             with torch.no_grad():
-                target = logits_after(self.dense, self.dense_layers, ids[:, part], dense[:, part])
+                target = logits_after(self.dense, self.dense_layers, ids[:, part], dense[:, part], self.returned)
                 target = target.float().log_softmax(-1)
-            logits = logits_after(self.student, self.layers, ids[:, part], student[:, part])
+            logits = logits_after(self.student, self.layers, ids[:, part], student[:, part], self.returned)
             yield F.kl_div(logits.float().log_softmax(-1), target, reduction="sum", log_target=True) / length
 
     def learn(self, key: int, row: torch.Tensor) -> None:
@@ -198,10 +202,18 @@ class Distiller:
             minutes: of training, evaluations included; the learning rate follows the clock.
             seed: of the random orders.
             say: called with one line at the end.
+
+        Raises:
+            InputError: the divergence before training is not finite.
         """
         start, budget = time.monotonic(), minutes * 60
         generator = torch.Generator().manual_seed(seed)
         before = best = self.evaluate(held_out)
+        if not math.isfinite(before):
+            dtype = next(self.student.parameters()).dtype
+            raise InputError(
+                f"`refine`: the predictions of the dense or the factored model overflow in {dtype}; omit it"
+            )
         rate = LEARNING_RATE * min(before, 1.0) ** 0.5
         optimiser = torch.optim.Adam(self.parameters, lr=rate, betas=BETAS)
         kept, steps, evaluations = self.tensors, 0, 0
@@ -212,7 +224,9 @@ class Distiller:
                 order = order or torch.randperm(len(windows), generator=generator).tolist()
                 key = order.pop()
                 self.learn(key, windows[key])
-                optimiser.step()
+                # One window whose gradients overflow must not end in the optimiser's averages.
+                if all(p.grad is None or bool(torch.isfinite(p.grad).all()) for p in self.parameters):
+                    optimiser.step()
                 optimiser.zero_grad()
                 steps += 1
                 bar.update(min(round(budget), round(time.monotonic() - start)) - bar.n)
@@ -225,8 +239,10 @@ class Distiller:
         return Refined(kept, before, best, steps)
 
     def _select(self, held_out: torch.Tensor, best: float, kept: Tensors) -> tuple[float, Tensors]:
-        """The current factors in their stored dtypes with their divergence if it is less than `best`, else `kept`."""
+        """The current factors in their stored dtypes with their divergence; `kept` if they are worse or overflow."""
         divergence = self.evaluate(held_out)
         if divergence >= best:
             return best, kept
-        return divergence, {name: module.stored() for name, module in self.trained.items()}
+        stored = {name: module.stored() for name, module in self.trained.items()}
+        finite = all(bool(torch.isfinite(tensor).all()) for row in stored.values() for tensor in row.values())
+        return (divergence, stored) if finite else (best, kept)

@@ -37,7 +37,7 @@ def refine_layers(
         say: called with one line at the end.
 
     Raises:
-        InputError: a file of the state is damaged.
+        InputError: a file of the state is damaged, or the models' predictions are not finite.
     """
     minutes = settings.refine_minutes
     assert minutes is not None
@@ -50,7 +50,7 @@ def refine_layers(
     tensors: Tensors = {paths[name]: row for layer in layers for name, row in layer.tensors.items()}
     windows = data.windows
     dense, student = (_model(source, settings) for _ in range(2))
-    distiller = Distiller(dense, student, source.towers[0].path, tensors)
+    distiller = Distiller(dense, student, source.towers[0].path, tensors, source.returned[0])
     # The factors overfit the windows they were fitted to, so training starts with the remaining ones.
     text = torch.cat([windows.others[HELD_OUT:], windows.ids])
     refined = distiller.run(text, windows.others[:HELD_OUT], minutes, settings.seed, say)
@@ -59,7 +59,7 @@ def refine_layers(
         reports = dict(layer.reports)
         for name in layer.tensors:
             weight = source.weights.tensor(f"{paths[name]}.weight")
-            gram = calibration.grams[calibration.leader[name]]
+            gram = calibration.grams[calibration.leader[name]].double()
             error = relative_error(weight, gram, reconstruct(refined.tensors[paths[name]]))
             reports[name] = replace(reports[name], error=error)
         state.save_factors(index, LayerFactors({n: refined.tensors[paths[n]] for n in layer.tensors}, reports))

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 
 from pgsvd_vllm.offline.compress import calibrate, measured_spectra
@@ -12,10 +13,12 @@ from pgsvd_vllm.offline.planning.plan import make_plan
 from pgsvd_vllm.offline.planning.prepare import open_state
 from pgsvd_vllm.offline.ranks.select import choose_ranks
 from pgsvd_vllm.offline.refine.run import refine_layers
+from tests.offline.refine.test_distill import count_time_by_steps
 
 
-def test_renamed_modules_are_refined(tiny_model: Path, tmp_path: Path) -> None:
+def test_renamed_modules_are_refined(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As where transformers renames a checkpoint's modules while it loads them."""
+    count_time_by_steps(monkeypatch, seconds=0.05)
     options = CompressOptions(
         str(tiny_model), tmp_path / "out", ratio=0.4, refine=0.02, num_calibration_samples=16, max_seq_length=64
     )
