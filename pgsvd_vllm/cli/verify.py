@@ -1,4 +1,4 @@
-"""Check a checkpoint completely: module table, files, shapes, and every value for NaN.
+"""Check a checkpoint completely: module table, files, shapes, checksums, and every value for NaN.
 
 `inspect` and `verify` work without vLLM.
 """
@@ -17,10 +17,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Check the checkpoint and print a summary; returns the exit status, and raises CheckpointError at a fault."""
     checkpoint = open_checkpoint(arguments.dir)
-    check_data(checkpoint)
+    has_sums = check_data(checkpoint)
     files = {info.file for info in checkpoint.tensors.values()}
     print(
         f"{arguments.dir}: good: {len(checkpoint.tensors)} tensors in {len(files)} files, "
-        f"{len(checkpoint.modules)} factored projections, all numbers finite"
+        f"{len(checkpoint.modules)} factored projections, all numbers finite, "
+        + ("checksums as recorded" if has_sums else "no checksums recorded (by an early version)")
     )
     return 0

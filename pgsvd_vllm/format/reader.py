@@ -3,29 +3,28 @@
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 
 from pgsvd_vllm.errors import CheckpointError
+from pgsvd_vllm.format.checksums import check_sum, file_sum, for_each_file, recorded_sums
+from pgsvd_vllm.format.dtypes import DTYPE_BITS, stored_bytes
+from pgsvd_vllm.format.file_data import check_file
 from pgsvd_vllm.format.schema import (
+    DENSE_INDEX_NAME,
     FACTOR_SUFFIXES,
     FLOAT_DTYPES,
     INDEX_NAME,
     QUANT_METHOD,
     FactoredModule,
-    check_pivots,
     parse_modules,
 )
 
-DTYPE_BYTES = {
-    **{"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4},
-    **{"F16": 2, "BF16": 2, "I16": 2, "U16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1, "BOOL": 1},
-}
+_SUFFIX = ".safetensors"
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class TensorInfo:
     @property
     def nbytes(self) -> int:
         """Bytes on disk."""
-        return self.numel * DTYPE_BYTES.get(self.dtype, 0)
+        return stored_bytes(self.dtype, self.numel)
 
 
 @dataclass(frozen=True)
@@ -128,12 +127,51 @@ def read_headers(path: Path) -> dict[str, TensorInfo]:
             found = {}
             for name in file.keys():  # noqa: SIM118  (safe_open is not a mapping)
                 part = file.get_slice(name)
-                found[name] = TensorInfo(path, tuple(part.get_shape()), part.get_dtype())
+                info = found[name] = TensorInfo(path, tuple(part.get_shape()), part.get_dtype())
+                if info.dtype not in DTYPE_BITS:
+                    raise CheckpointError(f"{path}: tensor {name!r} has the unknown dtype {info.dtype}")
             return found
     except SafetensorError as error:
         raise CheckpointError(f"{path}: truncated or not a safetensors file ({error})") from None
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from None
+
+
+def read_files(paths: Iterable[Path]) -> dict[str, TensorInfo]:
+    """Read the headers of several safetensors files: tensor name -> header.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or two files hold a tensor of one name.
+    """
+    tensors: dict[str, TensorInfo] = {}
+    for path in paths:
+        for name, info in read_headers(path).items():
+            if name in tensors:
+                raise CheckpointError(f"{path}: tensor {name!r} is also in {tensors[name].file.name}")
+            tensors[name] = info
+    return tensors
+
+
+def index_files(index: Mapping[str, Any], where: Path) -> list[str]:
+    """The names of an index's weight files, sorted.
+
+    Args:
+        index: as read.
+        where: the index, for errors.
+
+    Raises:
+        CheckpointError: the index has no weight map, or an entry is not the name of a safetensors file in its folder.
+    """
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{where}: weight_map is missing or empty")
+    for tensor, name in weight_map.items():
+        # A file name from a hostile index must not point outside the folder; vLLM reads *.safetensors.
+        if not isinstance(name, str) or Path(name).name != name or not Path(name).match(f"[!.]*{_SUFFIX}"):
+            raise CheckpointError(
+                f"{where}: tensor {tensor!r} points to {name!r}, not to a {_SUFFIX[1:]} file beside the index"
+            )
+    return sorted(set(weight_map.values()))
 
 
 def read_index(folder: Path, index_name: str) -> dict[str, TensorInfo]:
@@ -142,22 +180,12 @@ def read_index(folder: Path, index_name: str) -> dict[str, TensorInfo]:
     Raises:
         CheckpointError: a file is missing or damaged, or index and files disagree.
     """
-    index_path = folder / index_name
-    weight_map = read_json(index_path).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index_path}: weight_map is missing or empty")
-    for tensor, file_name in weight_map.items():
-        # A file name from a hostile index must not point outside the folder.
-        if not isinstance(file_name, str) or Path(file_name).name != file_name or file_name in ("", ".", ".."):
-            raise CheckpointError(f"{index_path}: tensor {tensor!r} points to {file_name!r}, not a file name")
-    tensors: dict[str, TensorInfo] = {}
-    for file_name in sorted(set(weight_map.values())):
-        for name, info in read_headers(folder / file_name).items():
-            if name in tensors:
-                raise CheckpointError(f"{info.file}: tensor {name!r} is also in {tensors[name].file.name}")
-            if weight_map.get(name) != file_name:
-                raise CheckpointError(f"{info.file}: tensor {name!r} is not listed in {index_name}")
-            tensors[name] = info
+    index = read_json(folder / index_name)
+    tensors = read_files(folder / name for name in index_files(index, folder / index_name))
+    weight_map = index["weight_map"]
+    for name, info in tensors.items():
+        if weight_map.get(name) != info.file.name:
+            raise CheckpointError(f"{info.file}: tensor {name!r} is not listed in {index_name}")
     for name, file_name in weight_map.items():
         if name not in tensors:
             raise CheckpointError(f"{folder / file_name}: tensor {name!r} of {index_name} is missing")
@@ -229,28 +257,105 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
         )
     modules = parse_modules(section, str(folder / "config.json"))
     tensors = read_index(folder, INDEX_NAME)
+    _check_strays(folder, tensors)
     check_factors(modules, tensors, str(folder))
-    # If a dense tensor is missing from file and index alike, vLLM would serve uninitialised memory.
-    if section.get("tensors", len(tensors)) != len(tensors):
-        raise CheckpointError(
-            f"{folder / INDEX_NAME}: lists {len(tensors)} tensors, config.json promises {section['tensors']}; "
-            "the checkpoint is incomplete, copy or compress it again"
-        )
+    check_count(section, tensors, str(folder / INDEX_NAME))
     return Checkpoint(folder, config, modules, tensors)
 
 
-def check_data(checkpoint: Checkpoint) -> None:
-    """Read and check the values of every tensor.
+def check_count(section: Mapping[str, Any], tensors: Mapping[str, TensorInfo], where: str) -> None:
+    """Check the number of tensors; vLLM would serve uninitialised memory in place of a missing dense one.
+
+    Args:
+        section: the `quantization_config` of config.json; without `tensors` nothing is checked.
+        tensors: of all weight files.
+        where: folder or file to name in errors.
 
     Raises:
-        CheckpointError: a tensor holds NaN or infinity, or pivots are not ascending row numbers.
+        CheckpointError: it is not the number that config.json promises.
     """
-    for path in sorted({info.file for info in checkpoint.tensors.values()}):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118
-                tensor = file.get_tensor(name)
-                if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                    raise CheckpointError(f"{path}: tensor {name} holds NaN or infinity")
-                module, _, suffix = name.rpartition(".")
-                if suffix == "pivots" and module in checkpoint.modules:
-                    check_pivots(tensor, checkpoint.shape(module)[0], f"{name} in {path}")
+    promised = section.get("tensors", len(tensors))
+    if type(promised) is not int or promised != len(tensors):
+        raise CheckpointError(
+            f"{where}: lists {len(tensors)} tensors, config.json promises {promised!r}; "
+            "the checkpoint is incomplete, copy or compress it again"
+        )
+
+
+def check_every_file(folder: Path, section: Mapping[str, Any], modules: Mapping[str, FactoredModule]) -> None:
+    """Check that all safetensors files of a folder, which vLLM's own loaders read, are one complete checkpoint.
+
+    Args:
+        folder: with or without the index.
+        section: the `quantization_config` of config.json.
+        modules: its module table.
+
+    Raises:
+        CheckpointError: a tensor is missing or stored twice, or a factor does not fit the table.
+    """
+    if (folder / DENSE_INDEX_NAME).exists():
+        raise CheckpointError(f"{folder / DENSE_INDEX_NAME}: the index of a dense model, which vLLM follows; delete it")
+    tensors = read_files(_all_files(folder))
+    check_factors(modules, tensors, str(folder))
+    check_count(section, tensors, str(folder))
+
+
+def _all_files(folder: Path) -> list[Path]:
+    """The safetensors files that vLLM finds in a folder."""
+    return sorted(folder.glob(f"[!.]*{_SUFFIX}"))
+
+
+def _check_strays(folder: Path, tensors: Mapping[str, TensorInfo]) -> None:
+    """Refuse files that vLLM's own loaders would read besides the index's, or in their place."""
+    listed = {info.file for info in tensors.values()}
+    index = folder / DENSE_INDEX_NAME
+    for path in [*_all_files(folder), *([index] if index.exists() else [])]:
+        if path not in listed:
+            raise CheckpointError(
+                f"{path}: not part of {INDEX_NAME}, but vLLM's own loaders would read it (without --load-format "
+                f"{QUANT_METHOD}); delete or move it"
+            )
+
+
+def check_data(checkpoint: Checkpoint) -> bool:
+    """Read every weight file once, and check its values and its checksum.
+
+    Returns:
+        whether the index records checksums.
+
+    Raises:
+        CheckpointError: a file is not the one that was written, a tensor holds NaN or infinity, or pivots are not
+            ascending row numbers.
+    """
+    files = {info.file.name: info.file for info in checkpoint.tensors.values()}
+    where = checkpoint.folder / INDEX_NAME
+    sums = recorded_sums(read_json(where), files, where)
+    rows = {
+        f"{name}.pivots": checkpoint.shape(name)[0]
+        for name, module in checkpoint.modules.items()
+        if "pivots" in module.suffixes
+    }
+    for_each_file(
+        [files[name] for name in sorted(files)],
+        lambda path: check_file(path, rows, None if sums is None else sums[path.name]),
+    )
+    return sums is not None
+
+
+def check_sums(folder: Path) -> int:
+    """Read every weight file once, and check its checksum.
+
+    Returns:
+        the number of files.
+
+    Raises:
+        CheckpointError: a file is not the one that was written, or the index records no checksums.
+    """
+    where = folder / INDEX_NAME
+    index = read_json(where)
+    files = index_files(index, where)
+    sums = recorded_sums(index, files, where)
+    if sums is None:
+        raise CheckpointError(f"{where}: records no checksums, leave `verify_checksums` out")
+    for_each_file([folder / name for name in files], lambda path: check_sum(path, file_sum(path), sums[path.name]))
+    return len(files)

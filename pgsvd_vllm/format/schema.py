@@ -26,6 +26,8 @@ FORMAT_VERSION = 1
 QUANT_METHOD = "pgsvd"
 WEIGHTS_STEM = "pgsvd"
 INDEX_NAME = f"{WEIGHTS_STEM}.safetensors.index.json"
+# The index that vLLM and transformers follow in the folder of a dense model.
+DENSE_INDEX_NAME = "model.safetensors.index.json"
 # config.json names this file, which does not exist, as the weight file: transformers without pgsvd_vllm.hf stops there,
 # and the name says what to import. pgsvd_vllm.hf replaces it by INDEX_NAME.
 LOAD_GUARD = "needs-import-pgsvd_vllm.hf.safetensors"
@@ -96,7 +98,7 @@ def parse_modules(section: Mapping[str, Any], where: str) -> dict[str, FactoredM
         where: file to name in errors.
 
     Raises:
-        CheckpointError: wrong method, unknown version or form, or a malformed table.
+        CheckpointError: wrong method, unknown version or form, a malformed table, or a `head` that is not in it.
     """
     method = section.get("quant_method")
     if method != QUANT_METHOD:
@@ -111,6 +113,9 @@ def parse_modules(section: Mapping[str, Any], where: str) -> dict[str, FactoredM
     table = section.get("modules")
     if not isinstance(table, Mapping):
         raise CheckpointError(f"{where}: quantization_config.modules is missing or not a table")
+    head = section.get("head")
+    if head is not None and not isinstance(head, str):
+        raise CheckpointError(f"{where}: head is {head!r}, not the name of a module")
     modules: dict[str, FactoredModule] = {}
     for name, row in table.items():
         rank = row.get("rank") if isinstance(row, Mapping) else None
@@ -119,5 +124,7 @@ def parse_modules(section: Mapping[str, Any], where: str) -> dict[str, FactoredM
             raise CheckpointError(f"{where}: module {name!r} has rank {rank!r}, not a positive integer")
         if not isinstance(form, str) or form not in FORMS:
             raise CheckpointError(f"{where}: module {name!r} has form {form!r}; known forms: {', '.join(FORMS)}")
-        modules[name] = FactoredModule(rank, form, module_kind(name, section.get("head")))
+        modules[name] = FactoredModule(rank, form, module_kind(name, head))
+    if head is not None and (head not in modules or modules[head].form != "factors"):
+        raise CheckpointError(f"{where}: head is {head!r}, not a module of the table with the form factors")
     return modules

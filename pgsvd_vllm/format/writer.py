@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from pgsvd_vllm.format.checksums import KEY, file_sum
 from pgsvd_vllm.format.schema import INDEX_NAME, WEIGHTS_STEM
 
 
@@ -30,6 +31,19 @@ def give_usual_permissions(path: Path) -> None:
     umask = os.umask(0)
     os.umask(umask)
     path.chmod(0o666 & ~umask)
+
+
+def write_index(folder: Path, weight_map: Mapping[str, str], total_size: int) -> None:
+    """Write the index of a checkpoint's weight files, with their checksums.
+
+    Args:
+        folder: of the weight files and the index.
+        weight_map: tensor name -> file name.
+        total_size: bytes of all tensors.
+    """
+    sums = {name: file_sum(folder / name) for name in sorted(set(weight_map.values()))}
+    index = {"metadata": {"total_size": total_size, KEY: sums}, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 class TensorWriter:
@@ -85,9 +99,5 @@ class TensorWriter:
             final = f"{WEIGHTS_STEM}-{number:05d}-of-{count:05d}.safetensors"
             self._temporary(number).rename(self.folder / final)
             weight_map.update(dict.fromkeys(names, final))
-        index = {
-            "metadata": {"total_size": self._total_bytes},
-            "weight_map": dict(sorted(weight_map.items())),
-        }
-        (self.folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        write_index(self.folder, weight_map, self._total_bytes)
         return self._total_bytes

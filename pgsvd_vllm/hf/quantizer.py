@@ -6,6 +6,7 @@ so transformers stops instead of initializing the projections at random.
 
 import json
 import types
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,21 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from pgsvd_vllm.errors import CheckpointError
+from pgsvd_vllm.format.dtypes import check_finite
 from pgsvd_vllm.format.lowrank import factored_linear, pivot_linear
-from pgsvd_vllm.format.reader import check_factors, read_config, read_headers, weight_shape
+from pgsvd_vllm.format.reader import (
+    TensorInfo,
+    check_count,
+    check_factors,
+    index_files,
+    read_config,
+    read_files,
+    read_index,
+    read_json,
+    weight_shape,
+)
 from pgsvd_vllm.format.schema import (
+    DENSE_INDEX_NAME,
     INDEX_NAME,
     LOAD_GUARD,
     QUANT_METHOD,
@@ -28,7 +41,7 @@ from pgsvd_vllm.format.schema import (
     form_shapes,
     parse_modules,
 )
-from pgsvd_vllm.format.writer import give_usual_permissions
+from pgsvd_vllm.format.writer import give_usual_permissions, write_index
 from pgsvd_vllm.hf.moe_unstack import unstack_experts, without_stacking
 from pgsvd_vllm.hf.transformers_compat import AUTO_QUANTIZER_MAPPING, Conv1D, mark_initialized, tied_weights
 from pgsvd_vllm.hf.weight_mapping import stored_tensors, without_weight_norm
@@ -110,16 +123,15 @@ class PgsvdQuantizationConfig(QuantizationConfigMixin):
         CheckpointError: the section is malformed.
     """
 
-    def __init__(self, **section: Any) -> None:
-        section["quant_method"] = QUANT_METHOD
-        self.modules_table = parse_modules(section, "config.json")
-        for key, value in section.items():
-            setattr(self, key, value)
-        self._section = section
+    # The section's keys are no attributes: a file must not choose their names.
+    def __init__(self, /, **section: Any) -> None:
+        self.quant_method: Any = QUANT_METHOD
+        self.section = {**section, "quant_method": QUANT_METHOD}
+        self.modules_table = parse_modules(self.section, "config.json")
 
     def to_dict(self) -> dict[str, Any]:
         """The section as it is saved."""
-        return dict(self._section)
+        return dict(self.section)
 
 
 class PgsvdQuantizer(HfQuantizer):
@@ -130,7 +142,14 @@ class PgsvdQuantizer(HfQuantizer):
     unstacked = False
 
     def update_tp_plan(self, config: PreTrainedConfig) -> PreTrainedConfig:
-        """Set the checkpoint's index as the weight file; transformers calls this before it looks for weights."""
+        """Set the checkpoint's index as the weight file; transformers calls this before it looks for weights.
+
+        Raises:
+            CheckpointError: the index of a local folder names files elsewhere, or none; transformers would follow it.
+        """
+        index = Path(config.name_or_path or "") / INDEX_NAME
+        if index.is_file():
+            index_files(read_json(index), index)
         config.transformers_weights = INDEX_NAME
         return config
 
@@ -140,13 +159,12 @@ class PgsvdQuantizer(HfQuantizer):
         """Replace the factored projections by LowRankLinear modules.
 
         Raises:
-            CheckpointError: a tensor is missing, or the module table does not fit the model.
+            CheckpointError: the files are not those of the index, a tensor is missing or has another shape than the
+                model's, or the module table does not fit the model.
         """
         config: Any = self.quantization_config
         table = config.modules_table
-        tensors = {}
-        for file in checkpoint_files or []:
-            tensors.update(read_headers(Path(file)))
+        tensors = _read_tensors([Path(file) for file in checkpoint_files or []])
         check_factors(table, tensors, "checkpoint")
         if any(module.kind == "expert" for module in table.values()):
             self.unstacked = unstack_experts(model, tensors)
@@ -179,11 +197,8 @@ class PgsvdQuantizer(HfQuantizer):
             if next(parent.buffers(recurse=False), None) is None:
                 # All its parameters are loaded, and GPT-2's initialisation would access the replaced children.
                 mark_initialized(parent)
-        tied = tied_weights(model)
-        present = set(tensors) | stored_tensors(model, list(tensors)).keys()
-        for key in model.state_dict():
-            if key not in present and key not in tied:
-                raise CheckpointError(f"tensor {key} is missing from the checkpoint")
+        _check_shapes(model, tensors)
+        check_count(config.section, tensors, INDEX_NAME)
 
     def update_weight_conversions(self, weight_conversions: list[Any]) -> list[Any]:
         """transformers' conversions without those that would match this format's tensors."""
@@ -194,6 +209,9 @@ class PgsvdQuantizer(HfQuantizer):
         for name, module in model.named_modules():
             if isinstance(module, PivotLinear):
                 check_pivots(module.pivots, module.out_features, f"{name}.pivots")
+        for name, parameter in model.named_parameters():
+            if not parameter.is_meta:  # on disk
+                check_finite(parameter.detach(), name)
         setattr(model, "save_pretrained", types.MethodType(_save_pretrained, model))  # noqa: B010  (mypy)
         return model
 
@@ -207,23 +225,70 @@ class PgsvdQuantizer(HfQuantizer):
         return True
 
 
+def _read_tensors(files: list[Path]) -> dict[str, TensorInfo]:
+    """The headers of the files that transformers loads; raises CheckpointError if they are not those of the index."""
+    folders = {file.parent for file in files}
+    if len(folders) != 1:
+        raise CheckpointError(f"{INDEX_NAME}: its weight files are not all in one folder")
+    return read_index(folders.pop(), INDEX_NAME)
+
+
+def _check_shapes(model: PreTrainedModel, tensors: Mapping[str, TensorInfo]) -> None:
+    """Raise CheckpointError naming a tensor that the model lacks or has in another shape.
+
+    transformers accepts any shape for quantized models.
+
+    Args:
+        model: on the meta device, with the factored projections in place.
+        tensors: of the checkpoint.
+    """
+
+    def meta(name: str) -> torch.Tensor:
+        return torch.empty(tensors[name].shape, device="meta")
+
+    tied = tied_weights(model)
+    known = stored_tensors(model, list(tensors))
+    for name, wanted in model.state_dict().items():
+        stored = known.get(name)
+        if stored is None:
+            if name not in tied:
+                raise CheckpointError(f"tensor {name} is missing from the checkpoint")
+            continue
+        try:
+            shape = stored.load(name, meta, model).shape
+        except (KeyError, RuntimeError, ValueError, IndexError) as error:
+            raise CheckpointError(f"tensors {', '.join(stored.names[:3])}: do not form {name} ({error})") from None
+        if shape != wanted.shape:
+            raise CheckpointError(
+                f"tensor {stored.names[0]}: shape {tuple(shape)}, {type(model).__name__} needs {tuple(wanted.shape)}"
+            )
+
+
 def _save_pretrained(model: PreTrainedModel, save_directory: str | Path, **kwargs: Any) -> None:
     """save_pretrained, followed by the format's file names and its load guard in config.json."""
-    type(model).save_pretrained(model, save_directory, **kwargs)
     folder = Path(save_directory)
-    weight_map = {}
-    for path in sorted(folder.glob("model*.safetensors")):
-        target = folder / path.name.replace("model", WEIGHTS_STEM, 1)
-        path.rename(target)
-        give_usual_permissions(target)
-        weight_map.update(dict.fromkeys(read_headers(target), target.name))
-    (folder / "model.safetensors.index.json").unlink(missing_ok=True)
-    index = {"metadata": {}, "weight_map": weight_map}
-    (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    dense_index = folder / DENSE_INDEX_NAME
+    dense_index.unlink(missing_ok=True)
+    type(model).save_pretrained(model, save_directory, **kwargs)
+    names = index_files(read_json(dense_index), dense_index) if dense_index.exists() else ["model.safetensors"]
+    dense_index.unlink(missing_ok=True)
+    paths = [folder / name.replace("model", WEIGHTS_STEM, 1) for name in names]
+    for name, path in zip(names, paths, strict=True):
+        (folder / name).rename(path)
+        give_usual_permissions(path)
+    tensors = read_files(paths)
+    write_index(
+        folder,
+        {name: info.file.name for name, info in tensors.items()},
+        sum(info.nbytes for info in tensors.values()),
+    )
+    # Those of an earlier save into the same folder, which vLLM would load as well.
+    for path in set(folder.glob(f"{WEIGHTS_STEM}*.safetensors")) - set(paths):
+        path.unlink()
     config = read_config(folder)
     config["transformers_weights"] = LOAD_GUARD
     # The number of tensors may change, since transformers stores tied tensors once.
-    config["quantization_config"]["tensors"] = len(weight_map)
+    config["quantization_config"]["tensors"] = len(tensors)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
