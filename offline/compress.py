@@ -1,13 +1,18 @@
 """The pipeline of a run: plan, calibrate, choose ranks, factorize, distill, write."""
 
 import errno
+import hashlib
+import os
+import re
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
 from safetensors import SafetensorError
 
-from pgsvd_vllm.errors import ChoiceError, InputError, PgsvdError
+from pgsvd_vllm.errors import ChoiceError, InputError, PgsvdError, reason_of
 from pgsvd_vllm.offline.calibration.collect import Calibration, loss_energies, output_energies
-from pgsvd_vllm.offline.calibration.token_coverage import check_towers_left, leave_uncovered_dense, token_counts
+from pgsvd_vllm.offline.calibration.token_coverage import find_coverage
 from pgsvd_vllm.offline.factors.factorize import factor_layers
 from pgsvd_vllm.offline.factors.lm_head import factor_lm_head
 from pgsvd_vllm.offline.options import CompressOptions
@@ -19,17 +24,20 @@ from pgsvd_vllm.offline.planning.prepare import open_state, prepare
 from pgsvd_vllm.offline.planning.resources import check_disk, disk_bytes
 from pgsvd_vllm.offline.ranks.select import Spectra, choose_ranks, measured_front
 from pgsvd_vllm.offline.refine.run import refine_layers
-from pgsvd_vllm.offline.run_state import RunState
+from pgsvd_vllm.offline.run_state import RunState, finish_published
 
 Say = Callable[[str], None]
 
 
-def compress(options: CompressOptions, say: Say = lambda _line: None) -> CompressResult:
+def compress(
+    options: CompressOptions, say: Say = lambda _line: None, look: Callable[[Plan], None] = lambda _plan: None
+) -> CompressResult:
     """Compress a model and write it to `options.output`.
 
     Args:
         options: the request.
         say: called with one progress line at every stage.
+        look: called with the plan before anything is computed.
 
     Returns:
         What was written.
@@ -38,16 +46,23 @@ def compress(options: CompressOptions, say: Say = lambda _line: None) -> Compres
         InputError: an option, the model or the calibration data cannot be used, or the disk is full.
         CheckpointError: a file of the model is missing or damaged.
     """
+    if finish(options) or (options.resume and os.path.lexists(options.output)):
+        raise InputError(
+            f"--output-dir {options.output}: already exists, nothing is left to resume; check it with: "
+            f"pgsvd-vllm verify {options.output}"
+        )
     plan = prepare(options, say)
     say(describe(plan))
-    state = open_state(plan)
+    look(plan)
+    state = open_state(plan, say)
     keep = state.has_any_layer  # a resumed run keeps its finished layers
     try:
         check_disk(plan, disk_bytes(plan) - state.used_bytes, state.folder)
+        plan.source.weights.check_values(plan.settings.store_dtype or plan.source.weight_dtype)
         calibrate(plan, state)
         keep = True
         result = _factor_and_write(plan, state, say)
-        state.publish()
+        state.publish(_request(options))
         return result
     except PgsvdError as error:
         if isinstance(error, ChoiceError):
@@ -59,23 +74,63 @@ def compress(options: CompressOptions, say: Say = lambda _line: None) -> Compres
         state.discard()
         raise
     except (OSError, SafetensorError) as error:
-        # safetensors reports a full disk as an error of its own kind.
-        if getattr(error, "errno", None) != errno.ENOSPC and "No space left" not in str(error):
+        reason = _failure(error, options)
+        if reason is None:
             raise
-        raise InputError(
-            f"--output-dir {options.output}: the disk is full; finished layers are kept in {state.folder}: "
-            "make room and repeat with --resume"
-        ) from None
+        raise InputError(f"{reason}{_kept(state)}") from None
     except KeyboardInterrupt:
-        if state.has_any_layer:
-            raise KeyboardInterrupt(f"finished layers are kept in {state.folder}, continue with --resume") from None
+        if state.is_published:
+            state.discard()
+            raise KeyboardInterrupt(f"{options.output} is complete") from None
+        raise KeyboardInterrupt(_kept(state).removeprefix("; ")) from None
+    finally:
+        state.close()
+
+
+def finish(options: CompressOptions) -> bool:
+    """Clean up after a run with these options that was interrupted after it had written DIR; needs `options.resume`.
+
+    Returns:
+        Whether DIR is complete, so that nothing is left to resume.
+
+    Raises:
+        InputError: another process writes into DIR.partial.
+    """
+    return options.resume and finish_published(options.output, _request(options))
+
+
+def _request(options: CompressOptions) -> str:
+    """SHA-256 of the options that the result depends on."""
+    return hashlib.sha256(repr(replace(options, output=Path(), resume=False, command="")).encode()).hexdigest()
+
+
+def _failure(error: OSError | SafetensorError, options: CompressOptions) -> str | None:
+    """What failed in the file system, for the user; None for another error.
+
+    safetensors reports a full disk and other failures of the system as errors of its own kind.
+    """
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    number = error.errno if isinstance(error, OSError) and error.errno else int(found[1]) if found else None
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        return f"--output-dir {options.output}: the disk is full; make room"
+    if number is None and not isinstance(error, OSError):
+        return None
+    name = getattr(error, "filename", None) or f"--output-dir {options.output}"
+    return f"{name}: {os.strerror(number) if number else reason_of(error)}"
+
+
+def _kept(state: RunState) -> str:
+    """How to continue a run that has stopped; deletes a state without finished layers."""
+    if not state.has_any_layer:
         state.discard()
-        raise
+        return "; nothing has been written, repeat the command"
+    return f"; finished layers are kept in {state.kept_in}, continue with --resume"
 
 
 def calibrate(plan: Plan, state: RunState) -> None:
     """Calibrate every layer that the state does not hold yet; raises InputError as `Calibration.run`."""
     Calibration(plan.source, plan.data, plan.settings, plan.projections, state).run()
+    state.end_calibration()
 
 
 def measured_spectra(plan: Plan, state: RunState) -> Spectra:
@@ -106,8 +161,8 @@ def _factor_and_write(plan: Plan, state: RunState, say: Say) -> CompressResult:
 
 def _without_uncovered(plan: Plan, state: RunState, say: Say) -> tuple[Plan, dict[str, int]]:
     """The plan without projections that too few tokens reach, and the tokens of each MoE expert and projector."""
-    tokens = token_counts(plan.projections, state)
-    left = leave_uncovered_dense(plan.projections, plan.settings, state, tokens, say)
+    coverage = find_coverage(plan.projections, plan.settings, state)
+    left = coverage.leave_dense(plan.projections, say)
     for option, shares in (("ratio", plan.options.ratio), ("tolerance", plan.options.tolerance)):
-        check_towers_left(left, shares if isinstance(shares, dict) else (), option, tokens)
-    return plan.with_projections(left), tokens
+        coverage.check_towers_left(left, shares if isinstance(shares, dict) else (), option)
+    return plan.with_projections(left), coverage.tokens

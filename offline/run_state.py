@@ -4,41 +4,55 @@ DIR.partial/ lies beside DIR. Its run.json identifies the run, layers/ holds the
 factors-*/ the factors for one choice of ranks, and checkpoint/ the result while it is written. The last step renames
 checkpoint/ to DIR, so DIR appears complete or not at all. With --calibration the layers lie in a folder of the user
 instead; several runs can share it, and no run deletes it.
+
+Every file carries checksums (`state/work_files.py`). Opening a run verifies them and deletes damaged files, whose
+layers are then computed again. A lock (`state/run_lock.py`) keeps a second process out.
 """
 
 import hashlib
 import json
 import os
-import shutil
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
+import pgsvd_vllm
 from pgsvd_vllm.errors import InputError
-from pgsvd_vllm.format.writer import save_tensors
+from pgsvd_vllm.offline.linalg import kinds, pack, unpack
 from pgsvd_vllm.offline.records import LayerCalibration, LayerFactors, LayerSensitivity, LMHeadCalibration, ModuleReport
+from pgsvd_vllm.offline.state.cleanup import delete_run, remove
+from pgsvd_vllm.offline.state.manifest import RUN_FILE, Manifest, fingerprint, is_blank
+from pgsvd_vllm.offline.state.run_lock import RunLock
+from pgsvd_vllm.offline.state.work_files import (
+    WRITING,
+    DamagedFileError,
+    check_sealed,
+    read_sealed,
+    save_sealed,
+    sync,
+)
 
-# Version of the stored calibration; a run of another version cannot be resumed. Increment it with every change.
-CALIBRATION_VERSION = "4"
-RUN_FILE = "run.json"
-SETTINGS = "settings"
 # The folder of DIR.partial that holds the calibration.
 LAYERS = "layers"
+# Folders of DIR.partial that belong to one process and are not kept: the checkpoint, and the inputs of the layers.
+TEMPORARY = ("checkpoint", "inputs")
+_WORK_FILE = re.compile(r"(\d{5,}(\.(measured|forward))?|head)\.safetensors")
 
 
 class RunState:
-    """Creates or reopens DIR.partial.
+    """Creates or reopens DIR.partial and locks it until `close`, `discard` or `publish`.
 
     Args:
         output: DIR, the folder that the run publishes.
-        identity: name -> value of everything that calibration depends on.
-        settings: name -> value of resolved settings that a resumed run keeps.
+        manifest: what identifies the run.
         resume: whether DIR.partial may exist.
         calibration: the user's folder for calibration results; None for DIR.partial/layers.
+        say: called with one line for each damaged file that is computed again, and for a changed environment.
 
     Attributes:
         folder: DIR.partial.
@@ -46,33 +60,129 @@ class RunState:
         checkpoint: folder of the checkpoint while it is written.
 
     Raises:
-        InputError: a folder cannot be created, DIR.partial exists without `resume`, or a folder belongs to another run.
+        InputError: a folder cannot be created or read, DIR.partial exists without `resume`, DIR exists, another process
+            writes into a folder, or a folder belongs to another run.
     """
 
     def __init__(
         self,
         output: Path,
-        identity: dict[str, str],
-        settings: dict[str, str],
+        manifest: Manifest,
         resume: bool = False,
         calibration: Path | None = None,
+        say: Callable[[str], None] = lambda _line: None,
     ) -> None:
-        self.output = output
+        self.output, self.manifest, self._say = output, manifest, say
         self.folder = partial_folder(output)
         self.layers = calibration or self.folder / LAYERS
-        self.checkpoint = self.folder / "checkpoint"
-        if calibration is not None:
-            _claim(calibration, identity, f"--calibration {calibration}")
-        if os.path.lexists(self.folder):
-            if not resume:
-                raise InputError(f"{self.folder}: left by an interrupted run; continue it with --resume, or delete it")
-            _check_owner(self.folder, identity, f"--resume: {self.folder}")
-            shutil.rmtree(self.checkpoint, ignore_errors=True)
-            if recorded_settings(output) != settings:
-                _write_manifest(self.folder, identity | {SETTINGS: settings}, f"--output-dir {output}")
-        else:
-            _claim(self.folder, identity | {SETTINGS: settings}, f"--output-dir {output}")
-        self.layers.mkdir(exist_ok=True)
+        self.checkpoint = self.folder / TEMPORARY[0]
+        self._factors = self.folder
+        self._locks: dict[Path, RunLock] = {}
+        created = False
+        try:
+            if calibration is not None:
+                self._claim(calibration, calibration, f"--calibration {calibration}")
+            label = f"--output-dir {output}"
+            if os.path.isfile(self.folder / RUN_FILE):  # unlike Path.is_file, also for a name that is too long
+                if not resume:
+                    self._lock(self.folder, output, label)
+                    raise InputError(
+                        f"{self.folder}: left by an interrupted run; continue it with --resume, or delete it"
+                    )
+                label = f"--resume: {self.folder}"
+            created = self._claim(self.folder, output, label)
+            if os.path.lexists(output):
+                raise InputError(f"--output-dir {output}: already exists; remove it or choose another folder")
+            for name in TEMPORARY:
+                remove(self.folder / name)
+            self.layers.mkdir(exist_ok=True)
+            self._check_files(self.layers)
+        except BaseException as error:
+            if created:
+                self.discard()
+            self.close()
+            if isinstance(error, OSError):
+                raise InputError(f"{error.filename or self.folder}: cannot be used ({error.strerror})") from None
+            raise
+
+    def _lock(self, folder: Path, target: Path, label: str) -> None:
+        """Lock a folder, which is created if it is missing; raises InputError as `RunLock`, or with `label`."""
+        try:
+            lock = RunLock(folder, target, shared=folder != self.folder)
+        except OSError as error:
+            raise InputError(f"{label}: cannot be written ({error.strerror})") from None
+        self._locks[folder] = lock
+        if not lock.works:
+            self._say(f"WARNING: {folder}: its file system has no locks; do not start two runs on it")
+
+    def _claim(self, folder: Path, target: Path, label: str) -> bool:
+        """Lock a folder and write the manifest into an empty one; returns whether it was empty.
+
+        Raises:
+            InputError: the folder cannot be created, holds something else or belongs to another run; starts with
+                `label`.
+        """
+        if not is_blank(folder) and not os.path.isfile(folder / RUN_FILE):
+            raise InputError(f"{label}: exists and holds something else; name another folder")
+        self._lock(folder, target, label)
+        own = folder == self.folder
+        if not is_blank(folder):
+            for line in self.manifest.check(folder, label):
+                self._say(line)
+            if own and (Manifest.settings_in(folder) != self.manifest.settings or Manifest.published(folder)):
+                self.manifest.write(folder)
+            return False
+        try:
+            (self.manifest if own else self.manifest.without_settings()).write(folder)
+        except OSError as error:
+            lock = self._locks.pop(folder)
+            with suppress(OSError):
+                lock.delete()
+            lock.release()
+            raise InputError(f"{label}: cannot be written ({error.strerror})") from None
+        return True
+
+    def _check_files(self, folder: Path) -> None:
+        """Verify every work file of a folder; delete damaged ones and files whose writing was interrupted.
+
+        Raises:
+            InputError: something else is in the place of a file, or a damaged file is in use by another process.
+            OSError: a file cannot be read or deleted.
+        """
+        for path in sorted(folder.iterdir()):
+            if path.name.endswith(WRITING):
+                with suppress(OSError):  # a folder that this user can only read
+                    path.unlink()
+            elif _WORK_FILE.fullmatch(path.name):
+                try:
+                    check_sealed(path, self._label(path))
+                except DamagedFileError as error:
+                    self._lock_for_writing(folder)
+                    path.unlink()
+                    self._say(f"WARNING: {path}: damaged ({error}); it is computed again")
+
+    def _label(self, path: Path) -> str:
+        """What a work file is: the name of the file, the choice of factors, and the run's identity."""
+        base = "" if path.parent == self.layers else path.parent.name
+        return f"{base}/{path.name} of {self.manifest.identity}"
+
+    def _lock_for_writing(self, folder: Path) -> None:
+        if folder in self._locks:
+            self._locks[folder].exclude_others()
+
+    @property
+    def kept_in(self) -> str:
+        """The folders with finished layers, for messages."""
+        return str(self.folder) if self.layers.parent == self.folder else f"{self.layers} and {self.folder}"
+
+    def begin_calibration(self) -> None:
+        """Keep other processes out of the calibration folder; raises InputError if one uses it."""
+        self._lock_for_writing(self.layers)
+
+    def end_calibration(self) -> None:
+        """Let other runs read the calibration folder while this one factors."""
+        if self.layers in self._locks:
+            self._locks[self.layers].share()
 
     def _layer_file(self, index: int) -> Path:
         return self.layers / f"{index:05d}.safetensors"
@@ -92,12 +202,22 @@ class RunState:
         files = {*self.folder.glob("*/*.safetensors"), *self.layers.glob("*.safetensors")}
         return sum(path.stat().st_size for path in files)
 
+    def _save(self, path: Path, tensors: dict[str, torch.Tensor], content: object = None) -> None:
+        save_sealed(path, self._label(path), tensors, content)
+
+    def _load(self, path: Path, *kinds: str) -> tuple[dict[str, dict[str, torch.Tensor]], Any]:
+        """The tensors of a file by kind and name, and its JSON value; raises InputError if the file is damaged."""
+        try:
+            return read_sealed(path, self._label(path), kinds)
+        except DamagedFileError as error:
+            raise InputError(f"{path}: damaged ({error}); repeat with --resume, which computes it again") from None
+
     def save_layer(self, index: int, data: LayerCalibration) -> None:
         """Write the calibration of a layer; the file appears complete or not at all."""
-        tensors = {f"gram:{name}": gram.float() for name, gram in data.grams.items()}
+        tensors = pack("gram", data.grams)
         tensors.update({f"energy:{name}": energy for name, energy in data.energy.items()})
         layer = {"leader": data.leader, "tokens": data.tokens, "counts": data.counts}
-        _write(self._layer_file(index), tensors, {"layer": json.dumps(layer)})
+        self._save(self._layer_file(index), tensors, layer)
 
     def load_layer(self, index: int, with_grams: bool = True) -> LayerCalibration:
         """Read the calibration of a layer; `with_grams` False leaves `grams` empty.
@@ -105,10 +225,8 @@ class RunState:
         Raises:
             InputError: the file is damaged.
         """
-        kinds = ("gram", "energy") if with_grams else ("energy",)
-        found, layer = _read(self._layer_file(index), kinds, "layer")
-        counts = layer.get("counts", {})  # earlier versions, without MoE experts, kept none
-        return LayerCalibration(found.get("gram", {}), layer["leader"], found["energy"], layer["tokens"], counts)
+        found, layer = self._load(self._layer_file(index), "energy", *(kinds("gram") if with_grams else ()))
+        return LayerCalibration(unpack("gram", found), energy=found["energy"], **layer)
 
     @property
     def _lm_head_file(self) -> Path:
@@ -120,11 +238,11 @@ class RunState:
 
     def save_lm_head(self, data: LMHeadCalibration) -> None:
         """Write the calibration of the LM head; the file appears complete or not at all."""
-        _write(self._lm_head_file, {f"head:{name}": tensor for name, tensor in vars(data).items()})
+        self._save(self._lm_head_file, {f"head:{name}": tensor for name, tensor in vars(data).items()})
 
     def load_lm_head(self) -> LMHeadCalibration:
         """Read the calibration of the LM head; raises InputError if the file is damaged."""
-        found, _ = _read(self._lm_head_file, ("head",))
+        found, _ = self._load(self._lm_head_file, "head")
         return LMHeadCalibration(**found["head"])
 
     def _sensitivity_file(self, index: int, kind: str) -> Path:
@@ -136,10 +254,9 @@ class RunState:
 
     def save_sensitivity(self, index: int, kind: str, data: LayerSensitivity) -> None:
         """Write the sensitivities of a layer; the file appears complete or not at all."""
-        tensors = {f"moment:{name}": moment.float() for name, moment in data.moments.items()}
-        tensors.update({f"gram:{name}": gram.float() for name, gram in data.grams.items()})
+        tensors = pack("moment", data.moments) | pack("gram", data.grams)
         tensors.update({f"energy:{name}": energy for name, energy in data.energy.items()})
-        _write(self._sensitivity_file(index, kind), tensors)
+        self._save(self._sensitivity_file(index, kind), tensors)
 
     def load_sensitivity(self, index: int, kind: str, with_matrices: bool = True) -> LayerSensitivity:
         """Read the sensitivities of a layer; `with_matrices` False leaves `moments` and `grams` empty.
@@ -147,17 +264,19 @@ class RunState:
         Raises:
             InputError: the file is damaged.
         """
-        kinds = ("moment", "gram", "energy") if with_matrices else ("energy",)
-        found, _ = _read(self._sensitivity_file(index, kind), kinds)
-        return LayerSensitivity(found.get("moment", {}), found.get("gram", {}), found["energy"])
+        matrices = (*kinds("moment"), *kinds("gram")) if with_matrices else ()
+        found, _ = self._load(self._sensitivity_file(index, kind), "energy", *matrices)
+        return LayerSensitivity(unpack("moment", found), unpack("gram", found), found["energy"])
 
     def open_factors(self, choice: dict[str, Any]) -> None:
         """Select the folder of factors for a choice of ranks, form and solver; folders of other choices are deleted.
 
+        Factors of another version of this program are another choice.
+
         Args:
             choice: JSON values that the factors depend on.
         """
-        self._open(f"factors-{_digest(choice)}")
+        self._open(f"factors-{_digest(choice | {'program': pgsvd_vllm.__version__})}")
 
     def open_refined(self, choice: dict[str, Any]) -> None:
         """Select the folder of factors distilled from the current ones, which are kept.
@@ -171,9 +290,10 @@ class RunState:
         """Select a folder of factors and delete those that neither extend its name nor are extended by it."""
         for folder in self.folder.glob("factors-*"):
             if not (folder.name.startswith(name) or name.startswith(folder.name)):
-                shutil.rmtree(folder)
+                remove(folder)
         self._factors = self.folder / name
         self._factors.mkdir(exist_ok=True)
+        self._check_files(self._factors)
 
     def _factors_file(self, index: int) -> Path:
         return self._factors / f"{index:05d}.safetensors"
@@ -185,12 +305,11 @@ class RunState:
     def save_factors(self, index: int, data: LayerFactors) -> None:
         """Write the factors of a layer; the file appears complete or not at all."""
         tensors = {f"factor:{n}.{suffix}": t for n, row in data.tensors.items() for suffix, t in row.items()}
-        reports = json.dumps([asdict(report) for report in data.reports.values()])
-        _write(self._factors_file(index), tensors, {"reports": reports})
+        self._save(self._factors_file(index), tensors, [asdict(report) for report in data.reports.values()])
 
     def load_factors(self, index: int) -> LayerFactors:
         """Read the factors of a layer; raises InputError if the file is damaged."""
-        found, reports = _read(self._factors_file(index), ("factor",), "reports")
+        found, reports = self._load(self._factors_file(index), "factor")
         tensors: dict[str, dict[str, torch.Tensor]] = {}
         for key, tensor in found["factor"].items():
             name, _, suffix = key.rpartition(".")
@@ -202,26 +321,67 @@ class RunState:
         self.checkpoint.mkdir()
         return self.checkpoint
 
-    def publish(self) -> None:
+    def publish(self, request: str) -> None:
         """Rename the checkpoint to DIR and delete DIR.partial.
+
+        Args:
+            request: identifies the options, for `finish_published`.
 
         Raises:
             InputError: DIR exists by now, or cannot be written.
         """
-        for path in self.checkpoint.rglob("*"):
-            if path.is_file():
-                with path.open("rb") as file:
-                    os.fsync(file.fileno())
+        for path in sorted(self.checkpoint.rglob("*")):
+            sync(path)
+        sync(self.checkpoint)
+        self.manifest.write(self.folder, {"request": request, "files": fingerprint(self.checkpoint)})
         # os.rename fails if DIR is a folder with files, so nothing is replaced.
         try:
             os.rename(self.checkpoint, self.output)
+            sync(self.output.parent)
         except OSError as error:
             raise InputError(f"--output-dir {self.output}: cannot be written ({error.strerror})") from None
         self.discard()
 
+    @property
+    def is_published(self) -> bool:
+        """Whether `publish` has renamed the checkpoint, even if it was interrupted afterwards."""
+        return _is_complete(self.output)
+
     def discard(self) -> None:
-        """Delete DIR.partial."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Delete DIR.partial as far as possible and end the locks."""
+        if self.folder in self._locks:
+            delete_run(self.folder, self._locks[self.folder])
+        self.close()
+
+    def close(self) -> None:
+        """End the locks; DIR.partial stays."""
+        while self._locks:
+            self._locks.popitem()[1].release()
+
+
+def finish_published(output: Path, request: str) -> bool:
+    """Delete DIR.partial beside a DIR that this run has completed, as an interrupted `RunState.publish` leaves it.
+
+    Args:
+        output: DIR.
+        request: that `RunState.publish` got.
+
+    Returns:
+        Whether DIR is the result of the request.
+
+    Raises:
+        InputError: another process writes into DIR.partial.
+    """
+    folder = partial_folder(output)
+    complete = _is_complete(output) and Manifest.published(folder).get("request") == request
+    # The deletion may have been interrupted after that of the manifest.
+    if complete or (os.path.lexists(output) and os.access(folder, os.R_OK) and is_blank(folder)):
+        lock = RunLock(folder, output)
+        try:
+            delete_run(folder, lock)
+        finally:
+            lock.release()
+    return complete
 
 
 def partial_folder(output: Path) -> Path:
@@ -231,11 +391,7 @@ def partial_folder(output: Path) -> Path:
 
 def recorded_settings(output: Path) -> dict[str, str]:
     """The resolved settings in the manifest of an interrupted run; empty if it cannot be read."""
-    try:
-        manifest = json.loads((partial_folder(output) / RUN_FILE).read_text(encoding="utf-8"))
-        return dict(manifest[SETTINGS])
-    except (OSError, ValueError, TypeError, KeyError):
-        return {}
+    return Manifest.settings_in(partial_folder(output))
 
 
 def measured_layers(folder: Path, sensitivity: str) -> int:
@@ -245,91 +401,15 @@ def measured_layers(folder: Path, sensitivity: str) -> int:
     return len(list(folder.glob(f"?????.{sensitivity}.safetensors")))
 
 
-def _write_manifest(folder: Path, manifest: Mapping[str, Any], label: str) -> None:
-    """Write or replace the manifest atomically; raises InputError, which starts with `label`."""
-    part = folder / f"{RUN_FILE}.writing"
+def _is_complete(output: Path) -> bool:
+    """Whether DIR is what the run of DIR.partial has published."""
+    folder = partial_folder(output)
+    files = Manifest.published(folder).get("files")
     try:
-        part.write_text(json.dumps(manifest, indent=2), encoding="utf-8")
-        os.replace(part, folder / RUN_FILE)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise InputError(f"{label}: cannot be written ({error.strerror})") from None
-
-
-def _claim(folder: Path, manifest: Mapping[str, Any], label: str) -> None:
-    """Create a folder for a run, or check that an existing one belongs to it.
-
-    Raises:
-        InputError: the folder cannot be created or belongs to something else; starts with `label`.
-    """
-    if os.path.isfile(folder / RUN_FILE):  # unlike Path.is_file, also for a name that is too long
-        return _check_owner(folder, manifest, label)
-    try:
-        if os.path.lexists(folder) and (not folder.is_dir() or any(folder.iterdir())):
-            raise InputError(f"{label}: exists and holds something else; name another folder")
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{label}: cannot be written ({error.strerror})") from None
-    try:
-        return _write_manifest(folder, manifest, label)
-    except InputError:
-        shutil.rmtree(folder, ignore_errors=True)  # it was empty
-        raise
-
-
-def _check_owner(folder: Path, manifest: Mapping[str, Any], label: str) -> None:
-    """Check that a folder belongs to the run of a manifest; raises InputError naming what differs."""
-    run_file = folder / RUN_FILE
-    try:
-        old = dict(json.loads(run_file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        raise InputError(f"{run_file}: unreadable, this run cannot be resumed; delete {folder}") from None
-    identity = [key for key in manifest if key != SETTINGS]
-    # Manifests of earlier versions lack `include`.
-    changed = [key for key in identity if old.get(key, "" if key == "include" else None) != manifest[key]]
-    if changed:
-        raise InputError(
-            f"{label} belongs to a run with another {', '.join(changed)}; use the same options or delete it"
-        )
+        return files is not None and not (folder / TEMPORARY[0]).exists() and files == fingerprint(output)
+    except OSError:
+        return False
 
 
 def _digest(choice: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(choice, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _write(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file under a temporary name, then rename it."""
-    part = path.with_suffix(".writing")
-    save_tensors(tensors, part, metadata)
-    os.replace(part, path)
-
-
-def _read(
-    path: Path, kinds: Sequence[str], metadata_key: str | None = None
-) -> tuple[dict[str, dict[str, torch.Tensor]], Any]:
-    """The tensors named `kind:name` by kind and name, and one JSON value of the metadata.
-
-    Raises:
-        InputError: the file is damaged; the message says to delete it and resume.
-    """
-    found: dict[str, dict[str, torch.Tensor]] = {kind: {} for kind in kinds}
-
-    def damaged(error: Exception) -> InputError:
-        return InputError(f"{path}: damaged ({error}); delete it and run again with --resume")
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            for key in file.keys():  # noqa: SIM118  (safe_open is not a mapping)
-                kind, _, name = key.partition(":")
-                if kind in found:
-                    found[kind][name] = file.get_tensor(key)
-    # Not TypeError: Ctrl-C inside the compiled reader raises it, without any damage.
-    except (SafetensorError, OSError) as error:
-        raise damaged(error) from None
-    if metadata_key is None:
-        return found, None
-    try:
-        return found, json.loads(metadata[metadata_key])
-    except (KeyError, ValueError) as error:
-        raise damaged(error) from None

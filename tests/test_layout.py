@@ -16,7 +16,7 @@ FORMAT = (*GROUND, "format")
 # Rooms of offline/ stand on the rooms before them.
 OFFLINE_GROUND = ("offline.options", "offline.settings", "offline.records", "offline.linalg")
 OFFLINE_ROOMS = (
-    *("offline.model", "offline.data", "offline.run_state", "offline.calibration", "offline.ranks"),
+    *("offline.model", "offline.data", "offline.state", "offline.run_state", "offline.calibration", "offline.ranks"),
     *("offline.factors", "offline.refine", "offline.planning", "offline.output", "offline.compress"),
 )
 RULES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -28,7 +28,7 @@ RULES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "serving": ((*FORMAT, "parallel", "hf", "kernels", "serving"), ()),
     "plugin": (("serving",), ("torch", "transformers")),
     "cli": ((*FORMAT, "parallel", "hf", "kernels", "serving", "offline", "cli"), ()),
-    **dict.fromkeys(OFFLINE_GROUND, ((*GROUND, "offline.options"), ("vllm",))),
+    **dict.fromkeys(OFFLINE_GROUND, ((*GROUND, "offline.options", "offline.linalg"), ("vllm",))),
     **{
         room: ((*FORMAT, "hf", *OFFLINE_GROUND, *OFFLINE_ROOMS[: number + 1]), ("vllm",))
         for number, room in enumerate(OFFLINE_ROOMS)

@@ -1,22 +1,13 @@
 """Makes the plan of a request that fits the machine, and opens the state of its run."""
 
-import hashlib
-import json
 from collections.abc import Callable
 
-from pgsvd_vllm.offline.model.projection import LM_HEAD
 from pgsvd_vllm.offline.options import CompressOptions
+from pgsvd_vllm.offline.planning.identity import manifest
 from pgsvd_vllm.offline.planning.plan import Plan, make_plan
 from pgsvd_vllm.offline.planning.resources import fit_into_memory
 from pgsvd_vllm.offline.ranks.pareto import check_latency
-from pgsvd_vllm.offline.run_state import (
-    CALIBRATION_VERSION,
-    LAYERS,
-    RunState,
-    measured_layers,
-    partial_folder,
-    recorded_settings,
-)
+from pgsvd_vllm.offline.run_state import RunState, measured_layers, recorded_settings
 from pgsvd_vllm.offline.settings import FORWARD, MEASURED
 
 
@@ -50,31 +41,18 @@ def _begun(options: CompressOptions, layers: int) -> str | None:
     if not options.resume:
         return None
     recorded = recorded_settings(options.output).get("sensitivity")
-    if recorded in (MEASURED, FORWARD):
-        return recorded
-    # Earlier versions recorded nothing.
-    folder = options.calibration or partial_folder(options.output) / LAYERS
-    return next((kind for kind in (MEASURED, FORWARD) if measured_layers(folder, kind)), None)
+    return recorded if recorded in (MEASURED, FORWARD) else None
 
 
-def open_state(plan: Plan) -> RunState:
-    """Create or reopen the folder of the plan's run; raises InputError as `RunState`."""
+def open_state(plan: Plan, say: Callable[[str], None] = lambda _line: None) -> RunState:
+    """Create or reopen the folder of the plan's run.
+
+    Args:
+        plan: of the run.
+        say: called with the lines of `RunState`.
+
+    Raises:
+        InputError: as of `RunState`, or a file of the model cannot be read.
+    """
     options = plan.options
-    settings = {"sensitivity": plan.settings.sensitivity}
-    return RunState(options.output, identity(plan), settings, options.resume, options.calibration)
-
-
-def identity(plan: Plan) -> dict[str, str]:
-    """Name -> value of everything that calibration depends on; runs with equal values can share calibration results."""
-    source = plan.source
-    files = sorted({info.file for info in source.weights.tensors.values()})
-    stamp = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-    return {
-        "model": str(source.folder.resolve()),
-        "weights": hashlib.sha256(json.dumps([stamp, source.config_json]).encode()).hexdigest(),
-        "calibration text": plan.data.sha256,
-        "dtype": str(plan.settings.compute_dtype),
-        "ignore": " ".join(plan.options.ignore),
-        "include": " ".join(kind for kind in plan.options.include if kind != LM_HEAD),
-        "program version": CALIBRATION_VERSION,
-    }
+    return RunState(options.output, manifest(plan), options.resume, options.calibration, say)

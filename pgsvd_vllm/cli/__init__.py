@@ -1,20 +1,20 @@
 """The `pgsvd-vllm` command: one file per sub-command; a user's error prints one line and exits with status 2."""
 
 import argparse
-import os
-import signal
 import sys
 import traceback
 from collections.abc import Sequence
-from types import FrameType
+from typing import TextIO, cast
 
 import pgsvd_vllm
 from pgsvd_vllm.cli import compress, env, inspect, profile, tune, verify
 from pgsvd_vllm.cli.flags import with_flags
+from pgsvd_vllm.cli.output import Output, open_missing_streams
+from pgsvd_vllm.cli.stop import Stop
 from pgsvd_vllm.errors import PgsvdError
 
 COMMANDS = {"compress": compress, "profile": profile, "tune": tune, "inspect": inspect, "verify": verify, "env": env}
-INTERNAL_ERROR, USER_ERROR, INTERRUPTED = 1, 2, 130
+INTERNAL_ERROR, USER_ERROR = 1, 2
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -32,19 +32,6 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-class _Stop:
-    """A signal handler that turns SIGINT and SIGTERM into KeyboardInterrupt and records the signal.
-
-    Compiled code that is interrupted inside a Python callback may raise another error instead.
-    """
-
-    received = False
-
-    def __call__(self, _signal: int, _frame: FrameType | None) -> None:
-        self.received = True
-        raise KeyboardInterrupt
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
@@ -52,32 +39,43 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments without the program's name; None for those of this process.
 
     Returns:
-        The exit status: 0, 1 for an internal error or a wrong result, 2 for a user's error, 130 if interrupted.
+        The exit status: 0, 1 for an internal error or a wrong result, 2 for a user's error, 128 + n after signal n.
     """
+    open_missing_streams()
     arguments = build_parser().parse_args(argv)
-    stop = _Stop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores them
-            signal.signal(number, stop)
+    advice = "repeat with --resume" if hasattr(arguments, "resume") else "repeat the command"
+    streams = sys.stdout, sys.stderr
+    output = Output(sys.stdout)
+    sys.stdout, sys.stderr = cast(TextIO, output), cast(TextIO, Output(sys.stderr, "\n\t\r"))
+    stop = Stop(advice)
     try:
-        status = COMMANDS[arguments.command].run(arguments)
-        print(end="", flush=True)  # a closed pipe raises here instead of at exit
+        status = _run(arguments, stop)
+        stop.is_over = True
+        output.flush()
+        if output.is_incomplete:
+            print(f"pgsvd-vllm: error: cannot write to standard output ({output.failure})", file=sys.stderr)
+            status = status or USER_ERROR
         return status
+    finally:
+        stop.close()
+        sys.stderr.flush()
+        sys.stdout, sys.stderr = streams
+
+
+def _run(arguments: argparse.Namespace, stop: Stop) -> int:
+    """Run the command and print its error; returns the exit status."""
+    try:
+        return COMMANDS[arguments.command].run(arguments)
     except PgsvdError as error:
         print(f"pgsvd-vllm: error: {with_flags(' '.join(str(error).split()))}", file=sys.stderr)
         return USER_ERROR
-    except BrokenPipeError:
-        # The reader (head, less) has exited; Python must not report the closed pipe at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except KeyboardInterrupt as error:
-        print(f"pgsvd-vllm: interrupted{': ' if error.args else ''}{error}", file=sys.stderr)
-        return INTERRUPTED
+        print(f"pgsvd-vllm: interrupted; {error if error.args else stop.advice}", file=sys.stderr)
+        return stop.status
     except Exception:  # a bug: print what a report needs
-        if stop.received:
-            advice = "; repeat with --resume" if hasattr(arguments, "resume") else ""
-            print(f"pgsvd-vllm: interrupted{advice}", file=sys.stderr)
-            return INTERRUPTED
+        if stop.number is not None:  # compiled code that is interrupted inside a callback may raise another error
+            print(f"pgsvd-vllm: interrupted; {stop.advice}", file=sys.stderr)
+            return stop.status
         traceback.print_exc()
         print("pgsvd-vllm: internal error; please report it with the output of: pgsvd-vllm env", file=sys.stderr)
         return INTERNAL_ERROR

@@ -160,7 +160,7 @@ def shares(text: str) -> float | dict[str, float]:
 
 def run(arguments: argparse.Namespace) -> int:
     """Compress the model, or show the plan; returns the exit status and raises PgsvdError."""
-    from pgsvd_vllm.offline.compress import compress
+    from pgsvd_vllm.offline.compress import compress, finish
     from pgsvd_vllm.offline.options import HEAD_TOLERANCE, CompressOptions
     from pgsvd_vllm.offline.output.messages import describe
     from pgsvd_vllm.offline.planning.prepare import prepare
@@ -206,6 +206,9 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"needs about: {need.memory / 1e9:.1f} GB memory, {need.disk / 1e9:.1f} GB disk space, "
               f"{_duration(need.seconds)}")  # fmt: skip
         print(f"would write: {options.output} (dry run: nothing was written)")
+        return 0
+    if finish(options):
+        print(f"{options.output} is complete: the run was interrupted only while it deleted its own files")
         return 0
     start = time.monotonic()
     result = compress(options, say=_say)

@@ -47,9 +47,11 @@ def interrupt(process: subprocess.Popen[str], when: Callable[[], bool], number: 
         time.sleep(0.002)
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130, errors
+    assert process.returncode == 128 + number, errors
     assert "Traceback" not in errors
-    assert errors.strip().splitlines()[-1].startswith("pgsvd-vllm: interrupted")
+    last = errors.strip().splitlines()[-1]
+    assert last.startswith("pgsvd-vllm: interrupted; ")
+    assert last.endswith("continue with --resume")
 
 
 def test_an_interrupted_and_resumed_run_gives_equal_bytes(tmp_path: Path) -> None:
@@ -178,19 +180,6 @@ def test_a_damaged_run_file_is_named(interrupted: Path, tiny_model: Path, conten
     run.write_text(content)
     with pytest.raises(InputError, match=r"run\.json|another"):
         compress(CompressOptions(str(tiny_model), interrupted, ratio=0.3, resume=True, **SMALL))
-
-
-@pytest.mark.parametrize("keep", [0, 100, -1])
-def test_a_damaged_layer_is_named_and_can_be_recomputed(interrupted: Path, tiny_model: Path, keep: int) -> None:
-    layer = interrupted.with_name("out.partial") / "layers" / "00001.safetensors"
-    layer.write_bytes(layer.read_bytes()[:keep])
-    options = CompressOptions(str(tiny_model), interrupted, ratio=0.3, resume=True, **SMALL)
-    with pytest.raises(InputError, match=r"00001\.safetensors: damaged .*delete it"):
-        compress(options)
-    assert not interrupted.exists()
-    layer.unlink()
-    compress(options)
-    assert interrupted.is_dir()
 
 
 def test_resume_without_a_partial_folder_is_a_plain_run(tiny_model: Path, tmp_path: Path) -> None:

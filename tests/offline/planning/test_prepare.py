@@ -74,23 +74,6 @@ def test_a_calibration_folder_keeps_its_sensitivities(
     assert section["sensitivity"] == "measured"
 
 
-def test_a_run_of_an_earlier_version_keeps_its_sensitivities(
-    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its manifest has no settings; the files say what was measured."""
-    output = tmp_path / "out"
-    with pytest.raises(Stopped):
-        compress(CompressOptions(str(tiny_model), output, **SMALL), say=stop_at("ranks by"))
-    manifest = tmp_path / "out.partial" / "run.json"
-    old = json.loads(manifest.read_text(encoding="utf-8"))
-    del old["settings"]
-    manifest.write_text(json.dumps(old), encoding="utf-8")
-    monkeypatch.setattr(resources, "free_memory", lambda _device: 0)
-    compress(CompressOptions(str(tiny_model), output, resume=True, **SMALL))
-    section = json.loads((output / "config.json").read_text(encoding="utf-8"))["quantization_config"]
-    assert section["sensitivity"] == "measured"
-
-
 def test_a_sensitivity_that_is_asked_for_wins_on_resume(tiny_model: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     with pytest.raises(Stopped):
@@ -117,6 +100,6 @@ def test_resume_is_not_advised_where_it_cannot_help(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(base).save_pretrained(folder)
-    with pytest.raises(InputError, match="not finite in torch.float16") as caught:
+    with pytest.raises(InputError, match="float16") as caught:
         compress(CompressOptions(str(folder), tmp_path / "out", dtype="float16", baseline="svd", **SMALL))
     assert "--resume" not in str(caught.value)

@@ -1,0 +1,79 @@
+"""What a run's calibration depends on: by content, so that files that were only moved or touched are the same."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+import transformers
+
+import pgsvd_vllm
+from pgsvd_vllm.errors import InputError
+from pgsvd_vllm.offline.model.projection import LM_HEAD
+from pgsvd_vllm.offline.planning.plan import Plan
+from pgsvd_vllm.offline.state.manifest import Manifest
+
+# Version of the stored calibration; a run of another version cannot be resumed. Increment it with every change.
+CALIBRATION_VERSION = "5"
+_CHUNK = 1 << 20
+
+
+def manifest(plan: Plan) -> Manifest:
+    """What identifies the run of a plan.
+
+    Every byte of the weights is read and hashed, which takes a small share of one pass over the calibration set.
+
+    Raises:
+        InputError: a file of the model cannot be read.
+    """
+    source, windows = plan.source, plan.data.windows.ids
+    weights = {info.file for info in source.weights.tensors.values()}
+    code = source.folder.glob("*.py") if plan.options.trust_remote_code else ()
+    identity = {
+        "weights": _content(weights),
+        "config.json": hashlib.sha256(json.dumps(source.config_json, sort_keys=True).encode()).hexdigest(),
+        "model code": _content(code),
+        "calibration text": f"{plan.data.sha256} {plan.data.samples} {tuple(windows.shape)}",
+        "seed": str(plan.options.seed),
+        "dtype": str(plan.settings.compute_dtype),
+        "ignore": " ".join(plan.options.ignore),
+        "include": " ".join(kind for kind in plan.options.include if kind != LM_HEAD),
+        "program version": CALIBRATION_VERSION,
+    }
+    return Manifest(identity, {"sensitivity": plan.settings.sensitivity}, _environment(plan.settings.device))
+
+
+def _environment(device: torch.device) -> dict[str, str]:
+    """The versions of this program and of its libraries, and the processor with its threads."""
+    if device.type == "cuda":
+        processor = torch.cuda.get_device_name(device)
+    else:
+        processor = f"{torch.backends.cpu.get_cpu_capability()} with {torch.get_num_threads()} threads"
+    return {
+        "pgsvd-vllm": pgsvd_vllm.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "processor": processor,
+    }
+
+
+def _content(files: Iterable[Path]) -> str:
+    """SHA-256 over the names and the bytes of files; raises InputError for a file that cannot be read."""
+    ordered = sorted(files)
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+        digests = list(threads.map(_file_digest, ordered))
+    return hashlib.sha256(json.dumps([[p.name, d] for p, d in zip(ordered, digests, strict=True)]).encode()).hexdigest()
+
+
+def _file_digest(path: Path) -> str:
+    digest, chunk = hashlib.sha256(), memoryview(bytearray(_CHUNK))
+    try:
+        with path.open("rb", buffering=0) as file:
+            while count := file.readinto(chunk):
+                digest.update(chunk[:count])
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""The files of a run: its manifest, its lock, and its sealed work files."""

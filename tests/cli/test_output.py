@@ -1,0 +1,45 @@
+"""A command goes on without its output's reader, and never writes messages into its own files."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from pgsvd_vllm.format.reader import check_data, open_checkpoint
+
+CODE = "import sys; from pgsvd_vllm.cli import main; sys.exit(main())"
+FEW = ["--ratio", "0.3", "--num-calibration-samples", "20", "--max-seq-length", "48"]
+
+
+def test_compress_survives_the_loss_of_both_streams(tiny_model: Path, tmp_path: Path) -> None:
+    """As after `| head`, or when the terminal of a background job is gone."""
+    read, write = os.pipe()
+    os.close(read)
+    output = tmp_path / "out"
+    command = [sys.executable, "-c", CODE, "compress", str(tiny_model), "-o", str(output), *FEW]
+    done = subprocess.run(command, stdout=write, stderr=write, cwd="/", check=False)
+    os.close(write)
+    assert done.returncode == 0
+    check_data(open_checkpoint(output))
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_closed_streams_do_not_reach_files(tiny_model: Path, tmp_path: Path) -> None:
+    """A file that got the number of standard error would receive progress bars."""
+    output = tmp_path / "out"
+    code = "import os; [os.close(n) for n in range(3)]\n" + CODE
+    done = subprocess.run(
+        [sys.executable, "-c", code, "compress", str(tiny_model), "-o", str(output), *FEW], check=False
+    )
+    assert done.returncode == 0
+    check_data(open_checkpoint(output))
+
+
+def test_output_on_a_full_disk_is_an_error(tiny_compressed: Path) -> None:
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-c", CODE, "inspect", str(tiny_compressed)]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, cwd="/", check=False)
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [
+        "pgsvd-vllm: error: cannot write to standard output ([Errno 28] No space left on device)"
+    ]
