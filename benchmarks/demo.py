@@ -57,11 +57,11 @@ def held_out_perplexity(folder: Path, tokens_from: Path) -> float:
 
     import pgsvd_vllm.hf  # noqa: F401  (registers the format)
     from benchmarks.perplexity import held_out_prose, perplexity
-    from pgsvd_vllm.offline.data import text
+    from pgsvd_vllm.offline.data import text, tokens
 
     tokenizer = text.load_tokenizer(tokens_from)
-    tokens = text.tokenize(tokenizer, [held_out_prose()], "docstrings")
-    windows = text.cut_windows(tokens, HELD_OUT_WINDOWS, WINDOW, 0)
+    found = tokens.tokenize(tokenizer, [held_out_prose()], "docstrings")
+    windows = tokens.cut_windows(found, HELD_OUT_WINDOWS, WINDOW, 0)
     model = AutoModelForCausalLM.from_pretrained(folder)
     return perplexity(model, windows.ids, desc=f"perplexity {folder.name}")
 

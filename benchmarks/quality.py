@@ -29,7 +29,8 @@ import pgsvd_vllm.hf  # noqa: F401  (registers the format)
 from benchmarks.perplexity import perplexity
 from pgsvd_vllm.errors import InputError
 from pgsvd_vllm.offline.compress import calibrate, measured_spectra
-from pgsvd_vllm.offline.data.text import leading_tokens, load_tokenizer, read_documents, tokenize
+from pgsvd_vllm.offline.data.text import load_tokenizer, read_documents
+from pgsvd_vllm.offline.data.tokens import leading_tokens, tokenize
 from pgsvd_vllm.offline.factors.factorize import factor_layers
 from pgsvd_vllm.offline.options import CompressOptions
 from pgsvd_vllm.offline.output.checkpoint import write_checkpoint
@@ -248,7 +249,7 @@ def main() -> int:
     texts = {"wikitext": [paper_form((arguments.wikitext / "wiki.test.raw").read_text(encoding="utf-8"))]}
     mixed_in: list[str] = []
     if arguments.c4:
-        documents = read_documents(str(arguments.c4), 4 * count * LENGTH, load_tokenizer(folder))
+        documents = list(read_documents(str(arguments.c4), 4 * count * LENGTH, load_tokenizer(folder)))
         mixed_in, texts["c4"] = documents[::2], documents[1::2]
     windows = {name: spread_windows(folder, documents, count) for name, documents in texts.items()}
 

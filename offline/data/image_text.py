@@ -2,21 +2,26 @@
 
 import hashlib
 import itertools
-import json
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from transformers import AutoProcessor
 
 from pgsvd_vllm.errors import InputError, reason_of
+from pgsvd_vllm.offline.data.hub_rows import hub_rows, is_hub_id
+from pgsvd_vllm.offline.data.row_files import PlacedRow, read_rows
 from pgsvd_vllm.offline.model.batch import Batch
 
 CAPTIONS = "captions.jsonl"
+# The datasets library's name for the same file.
+CAPTION_FILES = (CAPTIONS, "metadata.jsonl")
 IMAGE_FIELDS, TEXT_FIELDS = ("image", "file_name"), ("text", "caption")
 PROMPT = "Describe this image."
 # Pairs of equal shape in one batch of a dual encoder.
@@ -48,10 +53,16 @@ class Pairs:
 
 
 def has_pairs(dataset: str) -> bool:
-    """Whether a data set is a folder, which must hold captions.jsonl, or looks like the hub id OWNER/NAME of one."""
+    """Whether a data set holds images with texts: a folder with a file of captions, or a hub data set of such rows.
+
+    Raises:
+        InputError: neither the hub nor its cache has the data set.
+    """
     if os.path.isdir(dataset):
-        return True
-    return dataset.count("/") == 1 and not os.path.exists(dataset) and not dataset.startswith((".", "/", "~"))
+        return any(os.path.isfile(os.path.join(dataset, name)) for name in CAPTION_FILES)
+    if not is_hub_id(dataset):
+        return False
+    return any(isinstance(_field(row, IMAGE_FIELDS), Image.Image) for _, row in _hub_rows(dataset, 1))
 
 
 def load_processor(folder: Path, trust_remote_code: bool = False) -> Any:
@@ -68,8 +79,9 @@ def read_pairs(dataset: str, count: int, seed: int, processor: Any, longest: int
     """Read the pairs of a data set; fewer than `count` if it has no more.
 
     Args:
-        dataset: a folder with captions.jsonl, whose rows have an `image`, relative to the folder, and a `text`; or a
-            hub id of the datasets library with columns of these names. `file_name` and `caption` are accepted as well.
+        dataset: a folder with captions.jsonl or metadata.jsonl, whose rows have an `image`, relative to the folder, and
+            a `text`; or a hub id of the datasets library with columns of these names. `file_name` and `caption` are
+            accepted as well.
         count: number of pairs; drawn at random from a folder, the first ones of a hub data set.
         seed: of the draw.
         processor: of the model.
@@ -79,8 +91,10 @@ def read_pairs(dataset: str, count: int, seed: int, processor: Any, longest: int
         InputError: the data set, one of its rows or an image cannot be used; names it.
     """
     samples: list[Batch] = []
-    rows = _folder_rows(Path(dataset), count, seed) if os.path.isdir(dataset) else _hub_rows(dataset, count)
-    for label, image, text in rows:
+    folder = Path(dataset) if os.path.isdir(dataset) else None
+    rows = _hub_rows(dataset, count) if folder is None else _drawn_rows(folder, count, seed)
+    for label, row in rows:
+        image, text = _pair(label, row, folder, getattr(processor, "image_token", None))
         try:
             samples.append(
                 _description(processor, image, text)
@@ -88,7 +102,7 @@ def read_pairs(dataset: str, count: int, seed: int, processor: Any, longest: int
                 else _dual_encoder_sample(processor, image, text, longest)
             )
         except Exception as error:  # processors raise exceptions of many types
-            raise InputError(f"{label}: the model's processor rejected it ({error})") from None
+            raise InputError(f"{label}: the model's processor rejected it ({reason_of(error)})") from None
     if not samples:
         raise InputError(f"--dataset {dataset}: contains no pairs of an image and a text")
     digest = hashlib.sha256()
@@ -107,60 +121,80 @@ def mix_pairs(parts: Sequence[Pairs]) -> Pairs:
     return Pairs(batches, sum(part.count for part in parts), names, digests)
 
 
-def _folder_rows(folder: Path, count: int, seed: int) -> Iterator[tuple[str, Image.Image, str]]:
-    """Draw rows: the location for error messages, the RGB image and the text of each."""
-    path = folder / CAPTIONS
-    label = f"--dataset {folder}"
+def _drawn_rows(folder: Path, count: int, seed: int) -> Iterator[PlacedRow]:
+    """Draw rows of a folder's captions."""
+    path = next((folder / name for name in CAPTION_FILES if os.path.isfile(folder / name)), folder / CAPTIONS)
+    rows = [(f"--dataset {path}: {place}", row) for place, row in read_rows(path, ".jsonl")]
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
+    return (rows[i] for i in order[:count])
+
+
+def _hub_rows(dataset: str, count: int) -> Iterator[PlacedRow]:
+    """The first rows of a hub data set."""
+    rows = hub_rows(dataset, f"give a folder with images and {CAPTIONS}")
+    return ((f"--dataset {dataset}: {place}", row) for place, row in itertools.islice(rows, count))
+
+
+def _pair(label: str, row: Any, folder: Path | None, placeholder: str | None) -> tuple[Image.Image, str]:
+    """The RGB image and the text of a row.
+
+    Args:
+        label: names the row in errors.
+        row: any value.
+        folder: that holds the images; None where rows hold the images themselves.
+        placeholder: text that stands for an image; None for processors without one.
+    """
+    image, text = (_field(row, names) for names in (IMAGE_FIELDS, TEXT_FIELDS))
+    if not isinstance(image, Image.Image if folder is None else str) or not isinstance(text, str):
+        found = ", ".join(map(str, row)) if isinstance(row, dict) else str(row)
+        raise InputError(f'{label} has no "image" or no "text", only {found[:200] or "nothing"}')
+    if not text.strip():
+        raise InputError(f"{label} has an empty text")
+    if placeholder and placeholder in text:
+        raise InputError(f"{label}: its text holds {placeholder}, which stands for an image in prompts; remove it")
+    # JSON may hold halves of surrogate pairs, which no tokenizer takes.
+    text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{label}: {CAPTIONS} cannot be read ({error}); it needs one row per image") from None
-    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    order = torch.randperm(len(numbered), generator=torch.Generator().manual_seed(seed)).tolist()
-    for number, line in (numbered[i] for i in order[:count]):
-        where = f"{label}: {CAPTIONS} line {number}"
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            raise InputError(f"{where} is not JSON") from None
-        image, text = (_field(row, names) for names in (IMAGE_FIELDS, TEXT_FIELDS))
-        if not isinstance(image, str) or not isinstance(text, str):
-            raise InputError(f'{where} has no "image" or no "text"')
-        file = folder / image
-        if not file.resolve().is_relative_to(folder.resolve()) or not file.is_file():
-            raise InputError(f"{where}: {file} is no file in that folder")
-        try:
-            with Image.open(file, formats=FORMATS) as opened:
-                pixels = opened.convert("RGB")
-        except Exception as error:  # decoders raise exceptions of many types
-            raise InputError(f"{where}: {file} is no image that can be read ({error})") from None
-        yield where, pixels, text
-
-
-def _hub_rows(dataset: str, count: int) -> Iterator[tuple[str, Image.Image, str]]:
-    """Stream the first rows of a hub data set: the location for error messages, the RGB image and the text of each."""
-    from datasets import load_dataset
-
-    try:
-        for number, row in enumerate(load_dataset(dataset, split="train", streaming=True)):
-            if number == count:
-                return
-            image, text = (_field(row, names) for names in (IMAGE_FIELDS, TEXT_FIELDS))
-            if not isinstance(image, Image.Image) or not isinstance(text, str):
-                raise InputError(f"--dataset {dataset}: its rows have no image and text, only {', '.join(row)}")
-            yield f"--dataset {dataset}: row {number}", image.convert("RGB"), text
+        if folder is not None:
+            return _open_image(label, folder, image), text
+        return _rgb(image), text
     except InputError:
         raise
-    except Exception as error:  # network, hub and parquet layers raise exceptions of many types
-        raise InputError(
-            f"--dataset {dataset}: no such file or folder, and the hub does not provide it ({reason_of(error)}); "
-            f"give a folder with images and {CAPTIONS}"
-        ) from None
+    except Exception as error:  # decoders raise exceptions of many types
+        raise InputError(f"{label}: {image} is no image that can be read ({reason_of(error)})") from None
+
+
+def _open_image(label: str, folder: Path, name: str) -> Image.Image:
+    """An image file as RGB; raises InputError for a name that leads out of the folder."""
+    file = folder / name
+    try:
+        inside = file.resolve().is_relative_to(folder.resolve()) and file.is_file()
+    except (OSError, ValueError):  # a name that no file can have
+        inside = False
+    if not inside:
+        raise InputError(f"{label}: {file if name.isprintable() else ascii(name)} is no file in that folder")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with Image.open(file, formats=FORMATS) as opened:
+            return _rgb(opened)
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """The first frame of an image as RGB; Pillow itself would clip 16 bits to 8.
+
+    Raises:
+        ValueError: 32 bits a channel, whose range is unknown.
+    """
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise ValueError(f"32 bits a channel (mode {image.mode}); store it with 8 bits")
+    return image.convert("RGB")
 
 
 def _field(row: Any, names: Sequence[str]) -> Any:
     """The value of the first of some keys that a row has; None without any."""
-    return next((row[name] for name in names if isinstance(row, dict) and name in row), None)
+    return next((row[name] for name in names if isinstance(row, dict) and row.get(name) is not None), None)
 
 
 def _dual_encoder_sample(processor: Any, image: Image.Image, text: str, longest: int) -> Batch:

@@ -22,6 +22,7 @@ def describe(plan: Plan) -> str:
         f"{len(projections.layers)} layers{f' ({parts})' if len(sizes) > 1 else ''}{_dense_line(plan)}\n"
         f"calibration: {_data_line(plan.data, plan.options.num_calibration_samples)}, "
         f"on {settings.device} in {str(settings.compute_dtype).removeprefix('torch.')}{_coverage_line(plan)}"
+        + "".join(f"\nWARNING: --dataset {warning}" for warning in plan.data.warnings)
     )
 
 

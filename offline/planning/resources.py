@@ -55,6 +55,7 @@ def memory_bytes(plan: Plan) -> int:
         + min(TOKENS_PER_BATCH, tokens) * widest * 8
         + max(4 * widest * min(widest, 4096), (7 if settings.sequential else 0) * square) * 8
         + kept * hidden * width
+        + plan.data.nbytes
         + 400 * 1024**2  # torch and transformers themselves
     )  # fmt: skip
     head = plan.projections.lm_head

@@ -85,10 +85,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--dataset",
         action="append",
         metavar="NAME|FILE|FOLDER",
-        help="wikitext2 or c4 (from the hub), a text file, a .jsonl file whose rows have a text or chat messages, or "
+        help="a text file; a .jsonl, .json, .csv, .tsv, .parquet or .arrow file whose rows have a text, messages, "
+        "conversations, prompt and completion, instruction and output, or question and answer; a folder of such files; "
+        "OWNER/NAME or OWNER/NAME:CONFIGURATION of a hub dataset of such rows; wikitext2 or c4 (from the hub); or "
         "python-docs: English prose that comes with Python and needs no network (default); for vision-language models "
-        "a folder with captions.jsonl, whose rows have an image and a text, or OWNER/NAME of a hub dataset with such "
-        "columns; repeat the option to mix several",
+        "a folder with captions.jsonl, whose rows have an image and a text, or a hub dataset with such columns; repeat "
+        "the option to mix several",
     )
     data.add_argument(
         "--num-calibration-samples",
@@ -101,7 +103,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--chat-template",
         action="store_true",
         help="format plain text as conversations with the model's chat template: paragraphs become user and assistant "
-        "turns in alternation (chat messages of a .jsonl file always use the template)",
+        "turns in alternation (rows with messages, or with a prompt and its answer, always use the template)",
     )
     data.add_argument(
         "--calibration",

