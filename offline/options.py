@@ -124,5 +124,25 @@ def check_options(options: CompressOptions) -> None:
         raise InputError(f"--seed {options.seed}: must fit into 64 bits")
     if options.dtype != "auto" and options.dtype not in DTYPES:
         raise InputError(f"--dtype {options.dtype}: must be one of auto, {', '.join(DTYPES)}")
-    if os.path.lexists(options.output):
-        raise InputError(f"--output-dir {options.output}: already exists; remove it or choose another folder")
+    _check_folders(options)
+
+
+def _check_folders(options: CompressOptions) -> None:
+    """Refuse an output folder that exists or lies inside the model, and a calibration folder in its way."""
+    output, label = options.output, f"--output-dir {options.output}"
+    # A hub id is no folder; the current folder is the one of an empty name.
+    model = Path(options.model).resolve() if options.model and os.path.isdir(options.model) else None
+    target = output.resolve()
+    if os.path.lexists(output):
+        needed = any(folder.is_relative_to(target) for folder in (Path.cwd(), *([] if model is None else [model])))
+        raise InputError(f"{label}: already exists; {'' if needed else 'remove it or '}choose another folder")
+    if model is not None and target.is_relative_to(model):
+        raise InputError(f"{label}: lies inside MODEL {options.model}; choose a folder outside of it")
+    if options.calibration is None:
+        return
+    folder = options.calibration.resolve()
+    for taken, name in ((target, label), (target.with_name(f"{target.name}.partial"), f"{label}.partial")):
+        if folder.is_relative_to(taken):
+            raise InputError(f"--calibration {options.calibration}: lies inside {name}; choose another folder")
+    if model is not None and folder.is_relative_to(model):
+        raise InputError(f"--calibration {options.calibration}: lies inside MODEL {options.model}; choose another")

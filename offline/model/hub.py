@@ -7,10 +7,12 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from pgsvd_vllm.errors import InputError, reason_of
+from pgsvd_vllm.offline.model.companions import COMPANIONS, REMOTE_CODE
 
 # `*` also matches `/`, so additional_chat_templates/*.jinja are included.
-HUB_PATTERNS = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.md")
-REMOTE_CODE = "*.py"
+HUB_PATTERNS = (*COMPANIONS, "*.safetensors", "*.md")
+# A second copy of the weights in their maker's own format, and adapters beside the model.
+HUB_IGNORED = ("consolidated*", "original/*", "adapter_model*")
 
 
 def hub_patterns(trust_remote_code: bool) -> list[str]:
@@ -46,13 +48,21 @@ def resolve_folder(model: str, trust_remote_code: bool = False) -> Path:
     Raises:
         InputError: there is no such folder, and neither the hub nor its cache has such an id.
     """
+    if not model.strip():
+        raise InputError("MODEL: is empty; name a folder or a hub id")
     folder = Path(model)
     if os.path.isdir(folder):  # unlike Path.is_dir, also for a name that is too long
         return folder
+    if os.path.isfile(folder):
+        raise InputError(f"MODEL {model}: no such folder, it is a file; pass the folder of a model in safetensors")
+    if model.startswith(("http://", "https://")):
+        raise InputError(f"MODEL {model}: no such folder; pass the hub id alone, such as ORGANIZATION/NAME")
     if os.path.exists(folder) or model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise InputError(f"MODEL {model}: no such folder")
     try:
-        return Path(snapshot_download(model, allow_patterns=hub_patterns(trust_remote_code)))
+        return Path(
+            snapshot_download(model, allow_patterns=hub_patterns(trust_remote_code), ignore_patterns=list(HUB_IGNORED))
+        )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = reason_of(error)
         raise InputError(f"MODEL {model}: no such folder, and the hub does not provide it ({reason})") from None

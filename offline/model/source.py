@@ -2,7 +2,7 @@
 
 import itertools
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,6 @@ from transformers import (
 
 from pgsvd_vllm.errors import InputError
 from pgsvd_vllm.families import DUAL_ENCODERS
-from pgsvd_vllm.format.reader import read_config
 from pgsvd_vllm.hf.moe_unstack import can_unstack, unstack_experts
 from pgsvd_vllm.hf.transformers_compat import (
     CAUSAL_LM_CLASSES,
@@ -28,8 +27,12 @@ from pgsvd_vllm.hf.transformers_compat import (
     skeleton,
     tied_weights,
 )
+from pgsvd_vllm.offline.model.model_folder import read_model_config
+from pgsvd_vllm.offline.model.quantized import refuse_other_tensors, refuse_quantized_config
+from pgsvd_vllm.offline.model.tensor_names import name_tensors
 from pgsvd_vllm.offline.model.towers import LANGUAGE, Tower, find_towers
 from pgsvd_vllm.offline.model.weights import StoredWeights, find_tensors
+from pgsvd_vllm.offline.options import DTYPES
 
 # Class names of supported models -> the auto class that loads them: language models, vision-language models, and the
 # dual encoders that vLLM serves.
@@ -55,8 +58,11 @@ class ModelSource:
         spans: the layer indexes of each tower, one range per tower.
         paths: the module path of each layer, such as `model.layers.0`.
         model: the skeleton; its parameters are on the meta device until they are loaded.
+        weight_dtype: that config.json names; float32 if it names none.
         could_unstack: whether the checkpoint stores the MoE experts one by one.
         unstacks_experts: whether the MoE experts are linear layers in `model`.
+        returned: index of a tower's first layer -> number of values in the tuple that its layers return, 0 if they
+            return a tensor; known once a `LayerStream` has run the tower.
 
     Raises:
         InputError: the architecture is not supported, or the model is already quantized.
@@ -65,31 +71,36 @@ class ModelSource:
 
     def __init__(self, folder: Path, trust_remote_code: bool = False, experts: bool = False) -> None:
         self.folder, self.trust_remote_code = folder, trust_remote_code
-        self.config_json = read_config(folder)
+        self.config_json = read_model_config(folder)
+        refuse_quantized_config(self.config_json, folder)
         self.auto_class: Any = self._kind()
+        self.weight_dtype = _weight_dtype(self.config_json, folder)
         tensors = find_tensors(folder)
         try:
             self.config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
             self.model: PreTrainedModel = skeleton(self.auto_class, self.config, self.weight_dtype, trust_remote_code)
         except Exception as error:  # transformers raises many kinds for a config it cannot use
-            raise InputError(f"{folder}/config.json: transformers cannot build this model: {error}") from None
+            raise self._cannot_build(error) from None
         self.model.eval()
         transposed = _use_linear(self.model)
-        self.could_unstack = can_unstack(self.model, tensors)
-        self.unstacks_experts = experts and unstack_experts(self.model, tensors)
+        named = name_tensors(self.model, tensors, folder)
+        self.could_unstack = can_unstack(self.model, named.headers)
+        self.unstacks_experts = experts and unstack_experts(self.model, named.headers)
         if experts and not self.unstacks_experts:
             raise InputError(
                 f"`include` experts: {folder} has no MoE whose checkpoint stores expert by expert a gate, an up "
                 "and a down projection; omit it"
             )
-        self.weights = StoredWeights(folder, tensors, self.model, transposed)
+        self.weights = StoredWeights(folder, named, self.model, transposed)
+        refuse_other_tensors(self.model, self.weights)
         self.towers: list[Tower] = find_towers(self.model)
         if LANGUAGE not in [tower.name for tower in self.towers]:
-            raise InputError(f"{folder}: no list of equal decoder layers with nn.Linear projections was found")
+            raise InputError(f"{folder}: no list of decoder layers with nn.Linear projections was found")
         ends = list(itertools.accumulate((len(tower.layers) for tower in self.towers), initial=0))
         self.spans = [range(start, stop) for start, stop in itertools.pairwise(ends)]
         self.layers: list[nn.Module] = [layer for tower in self.towers for layer in tower.layers]
         self.paths = [path for tower in self.towers for path in tower.paths]
+        self.returned: dict[int, int] = {}
         self._outer: tuple[torch.device, torch.dtype] | None = None
 
     @property
@@ -123,10 +134,6 @@ class ModelSource:
     def _kind(self) -> Any:
         """The auto class of transformers that loads the model; raises InputError if it cannot be compressed."""
         config = self.config_json
-        section = config.get("quantization_config")
-        if section is not None:
-            method = section.get("quant_method") if isinstance(section, dict) else section
-            raise InputError(f"{self.folder}: already compressed or quantized ({method}); start from the dense model")
         named = config.get("architectures")
         architectures = [str(name) for name in named] if isinstance(named, list) else []
         for names, auto_class in KINDS:
@@ -134,16 +141,27 @@ class ModelSource:
                 return auto_class
         if "auto_map" in config:
             return AutoModelForCausalLM
+        if not any(architectures):
+            raise InputError(
+                f"{self.folder}/config.json: architectures is missing or empty; it must be a list with the name of the "
+                'model\'s class in transformers, such as ["LlamaForCausalLM"]'
+            )
         raise InputError(
-            f"{self.folder}/config.json: architecture {', '.join(architectures) or 'missing'} is not supported; "
+            f"{self.folder}/config.json: architecture {', '.join(architectures)} is not supported; "
             "supported are causal language models and vision-language models of transformers, CLIP and SigLIP"
         )
 
-    @property
-    def weight_dtype(self) -> torch.dtype:
-        """The dtype that config.json names; float32 if it names none."""
-        name = self.config_json.get("dtype") or self.config_json.get("torch_dtype") or "float32"
-        return getattr(torch, str(name).removeprefix("torch."), torch.float32)
+    def _cannot_build(self, error: Exception) -> InputError:
+        """The error for a model that transformers cannot build, with the reason."""
+        path = self.folder / "config.json"
+        if "auto_map" in self.config_json and not self.trust_remote_code and "trust_remote_code" in str(error):
+            return InputError(
+                f"{path}: the model needs modelling code from its own repository; read it, then allow it to run with "
+                "`trust_remote_code`"
+            )
+        if not self.config_json.get("model_type"):
+            return InputError(f"{path}: model_type is missing or empty; transformers cannot build the model without it")
+        return InputError(f"{path}: transformers cannot build this model: {error}")
 
     @property
     def vocabulary(self) -> int:
@@ -226,6 +244,20 @@ class ModelSource:
         finally:
             for name, parameter in list(layer.named_parameters()):
                 _set(layer, name, torch.empty_like(parameter, device="meta"))
+
+
+def _weight_dtype(config: Mapping[str, Any], folder: Path) -> torch.dtype:
+    """The dtype that a config.json names, float32 if it names none; raises InputError if weights cannot have it."""
+    name = config.get("dtype") or config.get("torch_dtype") or "auto"
+    if name == "auto" or isinstance(name, dict):  # a dict has one dtype per part of the model
+        return torch.float32
+    dtype = {**DTYPES, "float64": torch.float64}.get(str(name).removeprefix("torch."))
+    if dtype is None:
+        raise InputError(
+            f"{folder}/config.json: dtype {name!r} is none of float32, bfloat16 and float16; write the dtype of the "
+            "weights there, which must be dense"
+        )
+    return dtype
 
 
 def _use_linear(model: nn.Module) -> set[str]:

@@ -1,34 +1,57 @@
 """The stored weights of a model: the file of each tensor, and its data under the model's own names."""
 
+from collections.abc import Iterable, Iterator
+from itertools import groupby
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
-from pgsvd_vllm.errors import InputError
+from pgsvd_vllm.errors import CheckpointError, InputError, reason_of
+from pgsvd_vllm.format.dtypes import is_finite
 from pgsvd_vllm.format.reader import TensorInfo, read_headers, read_index
 from pgsvd_vllm.hf.weight_mapping import StoredTensor, stored_tensors
-
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
+from pgsvd_vllm.offline.model.model_folder import (
+    INDEX_FILE,
+    SINGLE_FILE,
+    missing_weights,
+    refuse_pointer,
+    with_download_advice,
+)
+from pgsvd_vllm.offline.model.tensor_names import NamedTensors
 
 
 def find_tensors(folder: Path) -> dict[str, TensorInfo]:
     """The headers of a model folder's safetensors files.
 
     Raises:
-        InputError: the folder has no safetensors files.
+        InputError: the folder has no safetensors files, pointers in their place, or two sets of them.
         CheckpointError: a file is missing or damaged.
     """
-    if (folder / INDEX_FILE).is_file():
-        return read_index(folder, INDEX_FILE)
-    if (folder / SINGLE_FILE).is_file():
-        return read_headers(folder / SINGLE_FILE)
-    raise InputError(
-        f"{folder}: no {SINGLE_FILE} or {INDEX_FILE}; other weight formats (such as .bin) are not "
-        "supported: load the model in transformers and save_pretrained it"
-    )
+    for path in folder.glob("model*.safetensors*"):
+        refuse_pointer(path)
+    single = folder / SINGLE_FILE
+    try:
+        if (folder / INDEX_FILE).is_file():
+            tensors = read_index(folder, INDEX_FILE)
+        elif single.is_file():
+            return read_headers(single)
+        else:
+            raise missing_weights(folder)
+    except CheckpointError as error:
+        raise with_download_advice(error, folder) from None
+    if single.is_file() and all(info.file != single for info in tensors.values()):
+        raise InputError(
+            f"{folder}: has both {SINGLE_FILE} and {INDEX_FILE} with other files, which may be of two models; "
+            "delete one of them"
+        )
+    return tensors
+
+
+def fits(tensor: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether a finite tensor stays finite in another floating-point dtype."""
+    return tensor.numel() == 0 or bool(torch.stack(tensor.aminmax()).to(dtype).isfinite().all())
 
 
 class StoredWeights:
@@ -36,16 +59,26 @@ class StoredWeights:
 
     Args:
         folder: of the model.
-        tensors: the checkpoint's tensor names -> headers.
+        named: the checkpoint's tensors.
         model: the skeleton, on the meta device.
         transposed: names in the model of weights that the checkpoint stores transposed (GPT-2).
+
+    Attributes:
+        tensors: name -> header, as of `NamedTensors`.
+        stored: tensor of the model -> how it is stored.
     """
 
-    def __init__(
-        self, folder: Path, tensors: dict[str, TensorInfo], model: PreTrainedModel, transposed: set[str]
-    ) -> None:
-        self.folder, self.tensors, self.model, self.transposed = folder, tensors, model, transposed
-        self.stored = stored_tensors(model, list(tensors))
+    def __init__(self, folder: Path, named: NamedTensors, model: PreTrainedModel, transposed: set[str]) -> None:
+        self.folder, self.model, self.transposed = folder, model, transposed
+        self.tensors, self._named = named.headers, named
+        self.stored = stored_tensors(model, list(self.tensors))
+
+    @property
+    def unused(self) -> list[str]:
+        """The tensors that the model does not use, such as layers of multi-token prediction."""
+        own = self.model.state_dict().keys()
+        used = {name for target, stored in self.stored.items() if target in own for name in stored.names}
+        return [name for name in self.tensors if name not in used]
 
     @property
     def numel(self) -> int:
@@ -89,12 +122,45 @@ class StoredWeights:
         Raises:
             InputError: it holds NaN or infinity; names the tensor and the file.
         """
-        info = self.tensors[name]
-        with safe_open(info.file, framework="pt") as file:
-            tensor = file.get_tensor(name)
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise InputError(f"{info.file}: tensor {name} holds NaN or infinity; the checkpoint is damaged")
+        file = self.tensors[name].file
+        (tensor,) = (tensor for _, tensor in _read(file, [self._named.in_file[name]]))
+        if not is_finite(tensor):
+            raise InputError(f"{file}: tensor {name} holds NaN or infinity; the checkpoint is damaged")
         return tensor
+
+    def check_values(self, dtype: torch.dtype) -> None:
+        """Read all tensors once, at about the speed of the disk, before a run spends hours on them.
+
+        Args:
+            dtype: to serve.
+
+        Raises:
+            InputError: a tensor holds NaN or infinity, is too large for `dtype`, or differs from the tensor to which
+                config.json ties it; names the tensor and the file.
+        """
+        unused = set(self.unused)
+        names = {original: name for name, original in self._named.in_file.items()}
+        for path, group in groupby(sorted(self.tensors, key=lambda n: self.tensors[n].file), self._file):
+            for original, tensor in _read(path, [self._named.in_file[name] for name in group]):
+                name = names[original]
+                if not is_finite(tensor):
+                    raise InputError(f"{path}: tensor {original} holds NaN or infinity; the checkpoint is damaged")
+                if tensor.is_floating_point() and name not in unused and not fits(tensor, dtype):
+                    raise InputError(
+                        f"{path}: tensor {original} holds {tensor.abs().max().item():.3g}, "
+                        f"{str(dtype).removeprefix('torch.')} ends at {torch.finfo(dtype).max:.3g}; choose `dtype` "
+                        "bfloat16"
+                    )
+        for original, (info, kept) in self._named.duplicates.items():
+            ((_, tensor),) = _read(info.file, [original])
+            if not torch.equal(tensor, self.read(kept).to(tensor.dtype)):
+                raise InputError(
+                    f"{info.file}: tensor {original} differs from {kept}, to which config.json ties it; delete the "
+                    "wrong one, or set tie_word_embeddings to false"
+                )
+
+    def _file(self, name: str) -> Path:
+        return self.tensors[name].file
 
     def shaped(self, name: str, shape: torch.Size) -> torch.Tensor:
         """One tensor of the model, which must have the given shape.
@@ -116,3 +182,13 @@ class StoredWeights:
         found = self.header(name).shape
         if (found[::-1] if name in self.transposed else found) != tuple(shape):
             raise InputError(f"{self.folder}: tensor {name} has shape {found}, the architecture needs {tuple(shape)}")
+
+
+def _read(path: Path, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Name and data of some tensors of a safetensors file; raises InputError if it cannot be read."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            for name in names:
+                yield name, file.get_tensor(name)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: cannot be read ({reason_of(error)})") from None

@@ -1,25 +1,20 @@
 """Writes the compressed checkpoint: factors, dense tensors, and the model's other files."""
 
-import shutil
 from pathlib import Path
 
-from pgsvd_vllm.format.reader import open_checkpoint
+from pgsvd_vllm.format.reader import check_data, open_checkpoint
 from pgsvd_vllm.format.writer import TensorWriter
+from pgsvd_vllm.offline.model.companions import companion_data, find_companions
+from pgsvd_vllm.offline.model.weights import fits
 from pgsvd_vllm.offline.output.outcome import Choice, CompressResult
 from pgsvd_vllm.offline.output.report import write_config, write_model_card, write_report
 from pgsvd_vllm.offline.planning.plan import Plan
 from pgsvd_vllm.offline.records import ModuleReport
 from pgsvd_vllm.offline.run_state import RunState
 
-# Files of the dense model that the checkpoint gets as they are, and those that it writes itself.
-COPIED_SUFFIXES = {".json", ".jinja", ".txt", ".model", ".tiktoken"}
-COPIED_FOLDERS = ("additional_chat_templates",)
-NOT_COPIED = {"config.json", "model.safetensors.index.json", "README.md"}
-REMOTE_CODE_SUFFIX = ".py"
-
 
 def write_checkpoint(plan: Plan, state: RunState, choice: Choice) -> CompressResult:
-    """Write the checkpoint into the state's checkpoint folder and validate it.
+    """Write the checkpoint into the state's checkpoint folder and validate it, its tensors included.
 
     Args:
         plan: of the run.
@@ -54,9 +49,10 @@ def write_checkpoint(plan: Plan, state: RunState, choice: Choice) -> CompressRes
     for name in weights.tensors:
         if name in factored:
             continue
-        tensor = weights.read(name)
-        if plan.settings.store_dtype is not None and tensor.is_floating_point():
-            tensor = tensor.to(plan.settings.store_dtype)
+        tensor, dtype = weights.read(name), plan.settings.store_dtype
+        # `StoredWeights.check_values` has checked those that the model uses.
+        if dtype is not None and tensor.is_floating_point() and fits(tensor, dtype):
+            tensor = tensor.to(dtype)
         writer.add(name, tensor)
     writer.close()
     copy_companions(plan.source.folder, folder, plan.options.trust_remote_code)
@@ -66,7 +62,7 @@ def write_checkpoint(plan: Plan, state: RunState, choice: Choice) -> CompressRes
     write_config(folder, plan, result)
     write_report(folder, plan, result)
     write_model_card(folder, plan, result)
-    open_checkpoint(folder)
+    check_data(open_checkpoint(folder))
     return result
 
 
@@ -77,15 +73,11 @@ def copy_companions(model: Path, folder: Path, trust_remote_code: bool) -> None:
         model: the dense model's folder.
         folder: of the checkpoint.
         trust_remote_code: copy the modelling code of config.json's `auto_map` as well.
+
+    Raises:
+        InputError: as of `find_companions`.
     """
-    suffixes = COPIED_SUFFIXES | ({REMOTE_CODE_SUFFIX} if trust_remote_code else set())
-    for path in sorted(model.iterdir()):
-        if path.is_file() and path.suffix in suffixes and path.name not in NOT_COPIED:
-            shutil.copyfile(path, folder / path.name)
-    for name in COPIED_FOLDERS:
-        if (model / name).is_dir():
-            # Not copytree, which gives the copy the folder's own permissions.
-            (folder / name).mkdir()
-            for path in sorted((model / name).iterdir()):
-                if path.is_file():
-                    shutil.copyfile(path, folder / name / path.name)
+    for path in find_companions(model, trust_remote_code):
+        # Not copytree, which gives the copy the folder's own permissions.
+        (folder / path.parent).mkdir(exist_ok=True)
+        (folder / path).write_bytes(companion_data(model / path, trust_remote_code))

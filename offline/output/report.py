@@ -7,6 +7,7 @@ from typing import Any
 
 import pgsvd_vllm
 from pgsvd_vllm.format.schema import FORMAT_VERSION, LOAD_GUARD, QUANT_METHOD, REPORT_NAME
+from pgsvd_vllm.offline.model.companions import without_local_code
 from pgsvd_vllm.offline.model.hub import public_name
 from pgsvd_vllm.offline.output.messages import rank_rule
 from pgsvd_vllm.offline.output.outcome import CompressResult
@@ -24,6 +25,8 @@ def write_config(folder: Path, plan: Plan, result: CompressResult) -> None:
     if head is not None and factored_head:
         table[head.name] = {"rank": head.report.rank, "form": "factors"}
     config: dict[str, Any] = dict(plan.source.config_json)
+    if not plan.options.trust_remote_code:
+        config = without_local_code(config)
     if settings.store_dtype is not None:
         config["dtype"] = str(settings.store_dtype).removeprefix("torch.")
         config.pop("torch_dtype", None)

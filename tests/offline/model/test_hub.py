@@ -5,19 +5,24 @@ from pathlib import Path
 import pytest
 from huggingface_hub.utils import filter_repo_objects
 
-from pgsvd_vllm.offline.model.hub import hub_patterns, public_name, resolve_folder
+from pgsvd_vllm.offline.model.hub import HUB_IGNORED, hub_patterns, public_name, resolve_folder
 
 FILES = [
-    *("config.json", "model-00001-of-00002.safetensors", "tokenizer.model", "merges.txt", "qwen.tiktoken"),
+    *("config.json", "model-00001-of-00002.safetensors", "tokenizer.model.v3", "merges.txt", "qwen.tiktoken"),
     *("chat_template.jinja", "additional_chat_templates/rag.jinja", "README.md"),
 ]
-OTHERS = ["pytorch_model.bin", "tf_model.h5", "consolidated.pth"]
+OTHERS = [
+    *("pytorch_model.bin", "tf_model.h5", "consolidated.pth", "consolidated.safetensors", "original/params.json"),
+    *("adapter_model.safetensors", "model.gguf", "onnx/model.onnx"),
+]
 CODE = ["modeling_own.py", "configuration_own.py"]
 
 
 @pytest.mark.parametrize(("trusted", "expected"), [(False, FILES), (True, [*FILES, *CODE])])
 def test_a_download_has_all_that_compression_copies(trusted: bool, expected: list[str]) -> None:
-    found = filter_repo_objects([*FILES, *OTHERS, *CODE], allow_patterns=hub_patterns(trusted))
+    found = filter_repo_objects(
+        [*FILES, *OTHERS, *CODE], allow_patterns=hub_patterns(trusted), ignore_patterns=list(HUB_IGNORED)
+    )
     assert sorted(found) == sorted(expected)
 
 
