@@ -2,9 +2,10 @@
 
     python benchmarks/reliability/fuzz.py [--quick] [--cases N] [--seed S] [--json FILE] [--target NAME [--case I]]
 
-Cases are shared equally by the targets (targets.py). A case is named by seed, target and number; --case runs one alone
-and shows what the reader raises. The exit status is 1 where a reader raises anything but a refusal, accepts other
-content, takes longer than TIME_BAR or needs more memory than MEMORY_BAR.
+Cases are shared by the targets (targets.py, row_targets.py). A case is named by seed, target and number; --case runs
+one alone and shows what the reader raises. Ctrl-C ends the run with the figures so far. The exit status is 1 where a
+reader raises anything but a refusal, accepts other content, takes longer than TIME_BAR or needs more memory than
+MEMORY_BAR.
 """
 
 import argparse
@@ -16,7 +17,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -27,11 +28,14 @@ import torch
 
 from benchmarks.reliability import record
 from benchmarks.reliability.record import Row, at_most, figure
-from benchmarks.reliability.targets import Outcome, Target, all_targets
+from benchmarks.reliability.row_targets import all_targets
+from benchmarks.reliability.targets import Outcome, Target
 
 CASES, QUICK_CASES = 1_000_000, 12_000
 # Seconds that one case may take on a busy machine, and MiB by which it may raise the peak memory of the process.
 TIME_BAR, MEMORY_BAR = 5.0, 256
+# Parts of a run; each has a part of every target's cases.
+STEPS = 50
 # Failures shown per target.
 SHOWN = 5
 
@@ -124,7 +128,8 @@ def rows_of(tallies: dict[str, Tally], seconds: float) -> list[Row]:
     rows = [
         figure("inputs", total.total() + failures),
         figure("inputs refused with one line", total[Outcome.REFUSED]),
-        figure("inputs accepted with the same content", total[Outcome.EQUAL]),
+        figure("checkpoints accepted with the same content", total[Outcome.EQUAL]),
+        figure("calibration inputs and latency tables accepted, which have no checksum", total[Outcome.READ]),
         at_most("inputs accepted with other content", total[Outcome.DIFFERENT], 0),
         at_most("other exceptions, and unreadable messages", failures, 0),
         at_most("slowest input, seconds", round(max(tally.slowest for tally in tallies.values()), 3), TIME_BAR),
@@ -134,8 +139,28 @@ def rows_of(tallies: dict[str, Tally], seconds: float) -> list[Row]:
     for name, tally in tallies.items():
         count = tally.outcomes.total() + len(tally.failures)
         rows.append(figure(f"{name}: inputs", count))
-        rows.append(figure(f"{name}: accepted with the same content", tally.outcomes[Outcome.EQUAL]))
+        rows.append(figure(f"{name}: refused", tally.outcomes[Outcome.REFUSED]))
     return rows
+
+
+def run(targets: Sequence[Target], cases: int, seed: int) -> dict[str, Tally]:
+    """Run cases of every target in turn, until all are done or Ctrl-C."""
+    tallies = {target.name: Tally() for target in targets}
+    whole = sum(target.share for target in targets)
+    counts = {target.name: round(cases * target.share / whole) for target in targets}
+    begin = time.monotonic()
+    try:
+        for step in range(STEPS):
+            for target in targets:
+                count = counts[target.name]
+                for number in range(count * step // STEPS, count * (step + 1) // STEPS):
+                    run_case(target, seed, number, tallies[target.name])
+            failures = sum(len(tally.failures) + len(tally.different) for tally in tallies.values())
+            seconds = time.monotonic() - begin
+            print(f"{(step + 1) / STEPS:.0%}, {seconds:.0f} s, {failures} failures", file=sys.stderr, flush=True)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+    return tallies
 
 
 def main() -> int:
@@ -158,14 +183,10 @@ def main() -> int:
             print(data)
             print(targets[0].read(data).value)
             return 0
-        count = (QUICK_CASES if arguments.quick else arguments.cases) // len(targets)
-        begin, tallies = time.monotonic(), {}
+        begin = time.monotonic()
+        tallies = run(targets, QUICK_CASES if arguments.quick else arguments.cases, arguments.seed)
         for target in targets:
-            tally = tallies[target.name] = Tally()
-            for number in range(count):
-                run_case(target, arguments.seed, number, tally)
-            print(f"{target.name}: {count} cases, {time.monotonic() - begin:.0f} s", file=sys.stderr, flush=True)
-            show_failures(target, arguments.seed, tally)
+            show_failures(target, arguments.seed, tallies[target.name])
     rows = rows_of(tallies, time.monotonic() - begin)
     record.show(rows)
     if arguments.json:

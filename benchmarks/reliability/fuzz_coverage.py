@@ -20,7 +20,8 @@ sys.path.insert(0, str(ROOT))
 import atheris  # noqa: E402
 
 with atheris.instrument_imports(include=["pgsvd_vllm", "json"]):
-    from benchmarks.reliability.targets import Outcome, Target, all_targets
+    from benchmarks.reliability.row_targets import all_targets
+    from benchmarks.reliability.targets import Outcome, Target
 
 CORPUS = ROOT / ".cache" / "fuzz"
 # Longest input in bytes, seconds of one input, and memory of the process in MiB: libFuzzer's limits.

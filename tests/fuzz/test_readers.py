@@ -8,11 +8,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from benchmarks.reliability.fuzz import limited
-from benchmarks.reliability.targets import Outcome, Target, all_targets
+from benchmarks.reliability.row_targets import all_targets
+from benchmarks.reliability.targets import Outcome, Target
 
 NAMES = [
     *("config", "config bytes", "index", "index bytes", "header", "header of the first file", "data bits"),
-    *("file bytes", "file length", "report", "latency table"),
+    *("file bytes", "file length", "report", "latency table", "rows of JSON Lines", "bytes of JSON Lines"),
+    *("rows of JSON", "rows of CSV", "rows of Parquet", "compressed rows", "plain text", "captions"),
+    *("PNG image", "JPEG image"),
 ]
 EXAMPLES = settings(
     max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -31,7 +34,7 @@ def target_of(tmp_path_factory: pytest.TempPathFactory) -> Targets:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_target_accepts_its_sample(target_of: Targets, name: str) -> None:
-    assert target_of(name).read(target_of(name).sample) is Outcome.EQUAL
+    assert target_of(name).read(target_of(name).sample) in (Outcome.EQUAL, Outcome.READ)
 
 
 @pytest.mark.parametrize("name", NAMES)
