@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 
 from pgsvd_vllm.errors import CheckpointError
+from pgsvd_vllm.format.dtypes import check_finite
 from pgsvd_vllm.format.lowrank import reconstruct
 from pgsvd_vllm.format.schema import FactoredModule
 
@@ -32,7 +33,7 @@ def reconstructed_weights(
         modules: to be reconstructed, in float32, and stored in the factors' dtype.
 
     Raises:
-        CheckpointError: some of a module's factors are missing, or its pivots are wrong.
+        CheckpointError: some of a module's factors are missing or not finite, or its pivots are wrong.
     """
     waiting: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in weights:
@@ -45,6 +46,8 @@ def reconstructed_weights(
         parts[kind] = tensor.clone()  # a copy: the file may be closed before the module's last factor comes
         if len(parts) == len(module.suffixes):
             dtype = parts[module.suffixes[0]].dtype
-            yield f"{parent}.weight", reconstruct(waiting.pop(parent), torch.float32, parent).to(dtype)
+            weight = reconstruct(waiting.pop(parent), torch.float32, parent).to(dtype)
+            check_finite(weight, f"{parent}.weight")
+            yield f"{parent}.weight", weight
     for parent in waiting:
         raise CheckpointError(f"{parent}: not all of its factors are in the checkpoint")

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 from vllm.config import LoadConfig, ModelConfig, VllmConfig, set_current_vllm_config
+from vllm.distributed.parallel_state import get_world_group
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, UnquantizedEmbeddingMethod
 from vllm.model_executor.model_loader import register_model_loader
-from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
-from pgsvd_vllm.errors import CheckpointError
-from pgsvd_vllm.format.reader import check_factors, read_headers
-from pgsvd_vllm.format.schema import QUANT_METHOD, FactoredModule, parse_modules
+from pgsvd_vllm.errors import CheckpointError, InputError
+from pgsvd_vllm.format.reader import check_count, check_factors, check_sums, read_files, read_index
+from pgsvd_vllm.format.schema import INDEX_NAME, QUANT_METHOD, FactoredModule, parse_modules
 from pgsvd_vllm.serving.dense_fallback import patterns, reconstructed_weights
 from pgsvd_vllm.serving.layers.dense import share_graphs
 from pgsvd_vllm.serving.layers.fused_silu import fuse_silu
@@ -32,10 +32,13 @@ from pgsvd_vllm.serving.vllm_compat.internals import (
     mark_compiled_graphs,
     replace_linear_method,
     replace_lm_head_method,
-    weight_files,
 )
+from pgsvd_vllm.serving.vllm_compat.weight_files import IndexedLoader
 
 logger = logging.getLogger("vllm.pgsvd")
+
+# The option of --model-loader-extra-config that reads all weight files once more.
+VERIFY = "verify_checksums"
 
 
 def _log_cuts(model: nn.Module) -> None:
@@ -54,7 +57,7 @@ def _log_cuts(model: nn.Module) -> None:
     )
 
 
-def _claim_left_out(model: nn.Module, config: PgsvdConfig) -> None:
+def claim_left_out(model: nn.Module, config: PgsvdConfig) -> None:
     """Give the factored method to layers whose model did not ask for one.
 
     These are MLPs of SigLIP whose sizes are not multiples of 64, and the LM heads of some models.
@@ -76,13 +79,25 @@ def _claim_left_out(model: nn.Module, config: PgsvdConfig) -> None:
 
 
 @register_model_loader(QUANT_METHOD)
-class PgsvdModelLoader(DefaultModelLoader):
-    """vLLM's safetensors loader, with the format's checks before and a check of every tensor after."""
+class PgsvdModelLoader(IndexedLoader):
+    """vLLM's safetensors loader, with the format's checks before and a check of every tensor after.
+
+    Raises:
+        InputError: `verify_checksums` of --model-loader-extra-config is not a boolean.
+    """
 
     def __init__(self, load_config: LoadConfig) -> None:
         config = copy.copy(load_config)
         # vLLM's own file selection accepts only its own format names.
         config.load_format = "safetensors"
+        self.verify_checksums: bool = False
+        if isinstance(load_config.model_loader_extra_config, dict):
+            # vLLM refuses options that it does not know.
+            options = dict(load_config.model_loader_extra_config)
+            self.verify_checksums = options.pop(VERIFY, False)
+            config.model_loader_extra_config = options
+        if not isinstance(self.verify_checksums, bool):
+            raise InputError(f"--model-loader-extra-config: {VERIFY} is {self.verify_checksums!r}, not true or false")
         super().__init__(config)
         self.vllm_config: VllmConfig | None = None
         # vLLM checks that every parameter was loaded, for quantized models only on request.
@@ -90,11 +105,11 @@ class PgsvdModelLoader(DefaultModelLoader):
             self.enable_weights_track = True
 
     def load_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> nn.Module:
-        """Check headers against the module table, then load.
+        """Check headers against the module table and, if asked, the files against their checksums; then load.
 
         Raises:
-            CheckpointError: the model is not a factored checkpoint, or a factor is missing, extra
-                or of the wrong shape.
+            CheckpointError: the model is not a factored checkpoint, a factor is missing, extra or of the wrong shape,
+                there are fewer tensors than promised, or a file is damaged.
         """
         section = getattr(model_config.hf_config, "quantization_config", None)
         if not isinstance(section, dict) or section.get("quant_method") != QUANT_METHOD:
@@ -103,10 +118,13 @@ class PgsvdModelLoader(DefaultModelLoader):
                 f"out to serve it as it is, or compress it: pgsvd-vllm compress {model_config.model} -o DIR"
             )
         modules = parse_modules(section, f"{model_config.model}/config.json")
-        tensors = {}
-        for file in weight_files(self, model_config):
-            tensors.update(read_headers(file))
+        files = self.weight_files(model_config)
+        folder = files[0].parent
+        tensors = read_index(folder, INDEX_NAME) if (folder / INDEX_NAME).is_file() else read_files(files)
         check_factors(modules, tensors, model_config.model)
+        check_count(section, tensors, model_config.model)
+        if self.verify_checksums and get_world_group().local_rank == 0:
+            logger.info("SHA-256 checksums of %d files are as recorded", check_sums(folder))
         self.vllm_config = vllm_config
         model = super().load_model(vllm_config, model_config, prefix)
         if vllm_config.parallel_config.tensor_parallel_size > 1:
@@ -137,7 +155,7 @@ class PgsvdModelLoader(DefaultModelLoader):
             config = self.vllm_config.quant_config
             if isinstance(config, PgsvdConfig):
                 with set_current_vllm_config(self.vllm_config):
-                    _claim_left_out(model, config)
+                    claim_left_out(model, config)
             share_graphs(model, self.vllm_config)
             fuse_silu(model, self.vllm_config)
             if isinstance(config, PgsvdConfig):

@@ -12,13 +12,14 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
 from pgsvd_vllm.errors import CheckpointError
 from pgsvd_vllm.families import PACKED_MODULES
-from pgsvd_vllm.format.reader import open_checkpoint
-from pgsvd_vllm.format.schema import QUANT_METHOD, FactoredModule, parse_modules
+from pgsvd_vllm.format.reader import check_every_file, open_checkpoint
+from pgsvd_vllm.format.schema import INDEX_NAME, QUANT_METHOD, FactoredModule, parse_modules
 from pgsvd_vllm.parallel.comm_plan import CommPlan, collective_bytes
 from pgsvd_vllm.serving.dense_fallback import patterns
 from pgsvd_vllm.serving.layers.linear import LayerShard, PgsvdLinearMethod
 from pgsvd_vllm.serving.layers.lm_head import PgsvdLMHeadMethod
 from pgsvd_vllm.serving.layers.moe import moe_method
+from pgsvd_vllm.serving.loaded_files import LoadedFiles
 from pgsvd_vllm.serving.vllm_compat.internals import checkpoint_name, disabled_modules
 
 
@@ -26,8 +27,13 @@ from pgsvd_vllm.serving.vllm_compat.internals import checkpoint_name, disabled_m
 class PgsvdConfig(QuantizationConfig):
     """The `quantization_config` of a factored checkpoint.
 
+    Args:
+        modules: checkpoint module name -> its form.
+        section: of config.json.
+
     Attributes:
-        modules: checkpoint module name (also vLLM's name once a mapper was applied) -> its form.
+        modules: as given, and once a mapper was applied also by vLLM's names.
+        files: of the checkpoint, checked after they were loaded.
         claimed: ids of the forms that a layer has taken.
         comm_plan: chooses the layers' tensor-parallel cuts; reads PGSVD_COLLECTIVE_BYTES once, here.
 
@@ -35,9 +41,10 @@ class PgsvdConfig(QuantizationConfig):
         InputError: PGSVD_COLLECTIVE_BYTES is not a number of bytes.
     """
 
-    def __init__(self, modules: dict[str, FactoredModule]) -> None:
+    def __init__(self, modules: dict[str, FactoredModule], section: dict[str, Any] | None = None) -> None:
         super().__init__()
         self.modules = modules
+        self.files = LoadedFiles(section or {}, dict(modules))
         self.claimed: set[int] = set()
         self.comm_plan = CommPlan(collective_bytes())
 
@@ -65,12 +72,18 @@ class PgsvdConfig(QuantizationConfig):
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "PgsvdConfig":
         """Parse the section of config.json; raises CheckpointError."""
-        return cls(parse_modules(config, "config.json"))
+        return cls(parse_modules(config, "config.json"), config)
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
         """Check a local checkpoint's files before anything is allocated; raises CheckpointError."""
-        if Path(model_name).is_dir():
-            open_checkpoint(model_name)
+        self.files.model, self.files.revision = model_name, revision
+        folder = Path(model_name)
+        if not folder.is_dir():
+            return
+        if (folder / INDEX_NAME).exists() or "tensors" not in self.files.section:
+            open_checkpoint(folder)
+        else:  # a hub cache that vLLM's own loader filled, which leaves out the index
+            check_every_file(folder, self.files.section, self.files.modules)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Add vLLM's names of the modules; the old names stay, so it can be applied twice."""
@@ -80,6 +93,12 @@ class PgsvdConfig(QuantizationConfig):
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """The factored method for a linear layer, a MoE layer or an LM head with anything factored."""
+        method = self._choose_method(layer, prefix)
+        if method is not None:
+            self.files.check_before(method)
+        return method
+
+    def _choose_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         if isinstance(layer, RoutedExperts):
             method = moe_method(layer, prefix, checkpoint_name(prefix), self.modules, self.comm_plan)
             if method is not None:
@@ -118,9 +137,13 @@ class PgsvdConfig(QuantizationConfig):
         self.claimed |= found | {id(module) for name, module in self.modules.items() if name in absent}
         return {name: module for name, module in self.modules.items() if id(module) in found}
 
+    def unclaimed(self) -> dict[str, FactoredModule]:
+        """The factored modules that no layer of the model has taken, by all of their names."""
+        return {name: module for name, module in self.modules.items() if id(module) not in self.claimed}
+
     def check_claimed(self) -> None:
         """Raise CheckpointError naming a factored module that no layer of the model has taken."""
-        left = {name: module for name, module in self.modules.items() if id(module) not in self.claimed}
+        left = self.unclaimed()
         if not left:
             return
         first = next(iter(left))

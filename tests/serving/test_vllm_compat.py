@@ -59,6 +59,11 @@ SIGNATURES = {
     "vllm.model_executor.model_loader.default_loader:DefaultModelLoader._prepare_weights": (
         "self model_name_or_path subfolder revision fall_back_to_pt allow_patterns_overrides"
     ),
+    "vllm.model_executor.model_loader.weight_utils:download_safetensors_index_file_from_hf": (
+        "model_name_or_path index_file cache_dir subfolder revision"
+    ),
+    "vllm.distributed.parallel_state:get_world_group": "",
+    f"{LAYERS}.quantization.base_config:QuantizationConfig.maybe_update_config": ("self model_name hf_config revision"),
     "vllm.model_executor.models.utils:StageMissingLayer.__init__": "self stage_name module",
     f"{LAYERS}.activation:SiluAndMul.forward_cuda": "self x",
     f"{LAYERS}.activation:SiluAndMul.forward_native": "x",
@@ -74,10 +79,10 @@ ATTRIBUTES = {
     ),
     "vllm.config:CompilationConfig": "static_forward_context mode",
     "vllm.config:ParallelConfig": "tensor_parallel_size pipeline_parallel_size",
-    "vllm.config:LoadConfig": "load_format",
+    "vllm.config:LoadConfig": "load_format download_dir model_loader_extra_config",
     "vllm.config:ModelConfig": "hf_config hf_text_config model revision runner_type",
     "vllm.forward_context:ForwardContext": "no_compile_layers",
-    "vllm.distributed.parallel_state:GroupCoordinator": "cpu_group world_size",
+    "vllm.distributed.parallel_state:GroupCoordinator": "cpu_group world_size local_rank",
     "vllm.model_executor.models.utils:StageMissingLayer": "stage_name",
     "vllm.model_executor.models.utils:WeightsMapper": "orig_to_new_renaming apply_dict",
     "vllm.model_executor.model_loader.default_loader:DefaultModelLoader": "enable_weights_track",

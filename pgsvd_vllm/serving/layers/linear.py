@@ -21,6 +21,7 @@ from vllm.platforms import current_platform
 
 from pgsvd_vllm.errors import CheckpointError
 from pgsvd_vllm.families import INTERLEAVED_QKV, Split
+from pgsvd_vllm.format.dtypes import check_finite
 from pgsvd_vllm.format.schema import FactoredModule, check_pivots
 from pgsvd_vllm.kernels.shard_weights import ShardWeights
 from pgsvd_vllm.parallel.comm_plan import CommPlan, Cut, ParallelLayer
@@ -279,9 +280,12 @@ class PgsvdLinearMethod(LinearMethodBase):
                     )
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Check that every tensor was loaded, pack the weights, and release the originals."""
+        """Check that every tensor was loaded and is finite, pack the weights, and release the originals."""
         if not self.is_dummy:
             self.check_complete()
+            for index, shard in enumerate(self.shards):
+                for kind in shard.kinds:
+                    check_finite(self._view(layer, index, kind), f"{shard.name}.{kind}")
         before: Any = getattr(layer, "pgsvd_gemms", None)
         packed: Any = self._pack(layer)
         device = next(layer.parameters(recurse=False)).device

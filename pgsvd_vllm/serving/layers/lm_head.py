@@ -7,6 +7,7 @@ from torch import nn
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 
 from pgsvd_vllm.errors import CheckpointError
+from pgsvd_vllm.format.dtypes import check_finite
 from pgsvd_vllm.format.schema import FactoredModule
 from pgsvd_vllm.kernels.shard_weights import ShardWeights
 from pgsvd_vllm.serving.gemm.cpu import FactoredGemms
@@ -26,7 +27,7 @@ class PgsvdLMHeadMethod(QuantizeMethodBase):
     def __init__(self, name: str, module: FactoredModule) -> None:
         if module.form != "factors":
             raise CheckpointError(f"{name}: an LM head must have the form factors, not {module.form}")
-        self.module = module
+        self.name, self.module = name, module
 
     def create_weights(
         self,
@@ -48,7 +49,13 @@ class PgsvdLMHeadMethod(QuantizeMethodBase):
             layer.register_parameter(name, parameter)
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Pack the weights, into the storage of the first ones in a reload, and release the originals."""
+        """Pack the weights, into the storage of the first ones in a reload, and release the originals.
+
+        Raises:
+            CheckpointError: a factor holds NaN or infinity.
+        """
+        for kind in self.module.suffixes:
+            check_finite(getattr(layer, kind), f"{self.name}.{kind}")
         packed = FactoredGemms([ShardWeights(layer.weight_v.data, layer.weight_u.data)])
         if hasattr(layer, "pgsvd_gemms"):
             layer.pgsvd_gemms.refill(packed)

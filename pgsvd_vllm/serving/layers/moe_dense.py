@@ -9,6 +9,7 @@ from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.fused_moe import FusedMoEConfig, UnquantizedFusedMoEMethod
 
 from pgsvd_vllm.errors import CheckpointError
+from pgsvd_vllm.format.dtypes import check_finite
 from pgsvd_vllm.format.lowrank import reconstruct
 from pgsvd_vllm.serving.layers.linear import LayerShard
 from pgsvd_vllm.serving.vllm_compat.internals import (
@@ -94,6 +95,7 @@ class DenseFallbackMoEMethod(UnquantizedFusedMoEMethod):
         del self.waiting[expert_id, shard_id]
         self.done.add((expert_id, shard_id))
         weight = reconstruct(parts, torch.float32, shard.name).to(dense.dtype)
+        check_finite(weight, f"{shard.name}.weight")
         return self.loads(
             dense, weight, f"{expert_parameter(shard_id)}_weight", shard_id, expert_id, return_success=True
         )

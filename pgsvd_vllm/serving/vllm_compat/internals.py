@@ -4,12 +4,11 @@ import dataclasses
 import gc
 import weakref
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from vllm.config import CompilationMode, ModelConfig, VllmConfig
+from vllm.config import CompilationMode, VllmConfig
 from vllm.forward_context import get_forward_context, is_forward_context_available  # internal: the engine's own layers
 from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.layers.fused_moe import RoutedExperts
@@ -21,7 +20,6 @@ from vllm.model_executor.layers.linear import (
     split_tensor_along_last_dim,  # internal helper of RowParallelLinear.forward
 )
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
-from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.model_loader.reload import record_metadata_for_reloading  # internal: the loader's bookkeeping
 from vllm.model_executor.models.utils import StageMissingLayer  # internal: towers whose input is switched off
 from vllm.platforms import current_platform
@@ -197,12 +195,6 @@ def replace_lm_head_method(head: ParallelLMHead, method: Any) -> None:
             head, width, [rows], width, made.num_embeddings_padded, dtype, weight_loader=made.weight_loader
         )
         record_metadata_for_reloading(head)
-
-
-def weight_files(loader: DefaultModelLoader, config: ModelConfig) -> list[Path]:
-    """The safetensors files of a model, downloaded if needed; vLLM's loader has no public way to list them."""
-    _, files, _, _ = loader._prepare_weights(config.model, None, config.revision, False, None)
-    return [Path(file) for file in files]
 
 
 def keep_names_of_factors(model: Any) -> None:
