@@ -328,6 +328,49 @@ def test_an_existing_output_is_refused_and_unchanged(
     assert listing(tmp_path) == before
 
 
+@pytest.mark.parametrize("value", ["", " ", "\n"])
+@pytest.mark.parametrize("option", ["--output-dir", "--calibration"])
+def test_an_empty_path_is_refused(refused: Refusal, tiny_model: Path, option: str, value: str) -> None:
+    refused(tiny_model, option, value, culprits=(option, "is empty"))
+
+
+def test_an_empty_latency_table_is_refused(refused: Refusal, tiny_model: Path) -> None:
+    refused(tiny_model, "--objective", "latency", "--costs", "", culprits=("--costs", "is empty"))
+
+
+def test_an_empty_model_name_is_refused(refused: Refusal, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tiny_model)  # the folder of an empty name
+    for name in ("", " "):
+        refused(name, culprits=("MODEL", "is empty"))
+
+
+def test_an_output_inside_the_model_is_refused(refused: Refusal, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = listing(model)
+    for name in ("out", "a/b/out", "../model/out", "a/../out"):
+        refused(model, "-o", model / name, culprits=("--output-dir", "inside MODEL", str(model)))
+        refused(model, "--calibration", model / name, culprits=("--calibration", "inside MODEL"))
+    link = model.with_name("link")
+    link.symlink_to(model)
+    refused(link, "-o", model / "out", culprits=("--output-dir", "inside MODEL"))
+    monkeypatch.chdir(model)
+    refused(".", "-o", "out", culprits=("--output-dir out", "inside MODEL ."))
+    for output in (model, Path("."), model.parent, Path("/")):
+        line = refused(model, "-o", output, culprits=("already exists", "choose another folder"))
+        assert "remove" not in line  # the model would be lost
+    assert listing(model) == before
+
+
+@pytest.mark.parametrize("name", ["out", "out/calibration", "out.partial", "out.partial/layers"])
+def test_a_calibration_folder_in_the_outputs_way_is_refused(refused: Refusal, tiny_model: Path, name: str) -> None:
+    refused(tiny_model, "--calibration", refused.folder / name, culprits=("--calibration", "choose another"))
+
+
+def test_a_companion_that_cannot_be_copied_is_refused(refused: Refusal, model: Path) -> None:
+    (model / "generation_config.json").unlink(missing_ok=True)
+    (model / "generation_config.json").symlink_to("/etc/hostname")
+    refused(model, culprits=(str(model / "generation_config.json"), "link", "put the file itself there"))
+
+
 def test_an_unwritable_output_is_refused(capsys: pytest.CaptureFixture[str], tiny_model: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     outputs = ["/proc/nothing/out", "/sys/x", str(tmp_path / "file" / "out"), str(tmp_path / ("x" * 250))]
@@ -342,9 +385,10 @@ def test_an_unwritable_output_is_refused(capsys: pytest.CaptureFixture[str], tin
 
 
 def test_an_lm_head_that_is_not_finite_leaves_no_output(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    # The LM head takes no part in calibration: the fault shows only when dense tensors are copied.
+    # The LM head takes no part in calibration: all tensors are read before it begins.
     folder = save_tiny_model(tmp_path / "model", tie=False, layers=1)
     edit_tensors(folder, lambda t: t["lm_head.weight"][0, 0].fill_(float("nan")))
     line = the_line(main(["compress", str(folder), "-o", str(tmp_path / "out"), *FAST]), capsys.readouterr().err)
     assert "lm_head.weight" in line
-    assert not (tmp_path / "out").exists()
+    assert "--resume" not in line
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]

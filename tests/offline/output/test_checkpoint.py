@@ -5,6 +5,7 @@ import os
 import shutil
 import stat
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,31 +15,48 @@ from transformers import AutoModelForCausalLM
 
 import pgsvd_vllm.hf  # noqa: F401  (registers the format)
 from pgsvd_vllm.cli import main
+from pgsvd_vllm.errors import CheckpointError
+from pgsvd_vllm.format.reader import check_data, open_checkpoint
 from pgsvd_vllm.offline.compress import compress
 from pgsvd_vllm.offline.options import CompressOptions
+from pgsvd_vllm.offline.output.checkpoint import write_checkpoint
+from pgsvd_vllm.offline.output.outcome import Choice
+from pgsvd_vllm.offline.planning.plan import make_plan
+from pgsvd_vllm.offline.planning.prepare import open_state
+from pgsvd_vllm.offline.ranks.allocation import Allocation
+from pgsvd_vllm.offline.records import LayerFactors, ModuleReport
 from tests.conftest import save_tiny_model
 
 SMALL: dict[str, Any] = {"num_calibration_samples": 20, "max_seq_length": 48, "ratio": 0.3}
-CODE = """
-from transformers import LlamaConfig, LlamaForCausalLM
+TEXT = "".join(
+    f"Line {i} tells of rivers, trade and music in town {i * 7 % 31}, {i % 9} days away.\n" for i in range(90)
+)
+CODE = {
+    "names_own.py": "MODEL_TYPE = 'own_llama'\n",
+    "configuration_own.py": """
+from transformers import LlamaConfig
+from .names_own import MODEL_TYPE
 class OwnConfig(LlamaConfig):
-    model_type = "own_llama"
+    model_type = MODEL_TYPE
+""",
+    "modeling_own.py": """
+from transformers import LlamaForCausalLM
+from .configuration_own import OwnConfig
 class OwnForCausalLM(LlamaForCausalLM):
     config_class = OwnConfig
-"""
+""",
+}
+AUTO_MAP = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
 
 
 @pytest.fixture
 def own_code(tmp_path: Path) -> Path:
     """A model with modelling code in its folder."""
     folder = save_tiny_model(tmp_path / "own", layers=2)
-    (folder / "modeling_own.py").write_text(CODE, encoding="utf-8")
+    for name, code in CODE.items():
+        (folder / name).write_text(code, encoding="utf-8")
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    config |= {"architectures": ["OwnForCausalLM"], "model_type": "own_llama"}
-    config["auto_map"] = {
-        "AutoConfig": "modeling_own.OwnConfig",
-        "AutoModelForCausalLM": "modeling_own.OwnForCausalLM",
-    }
+    config |= {"architectures": ["OwnForCausalLM"], "model_type": "own_llama", "auto_map": AUTO_MAP}
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     return folder
 
@@ -56,6 +74,51 @@ def test_modelling_code_stays_where_it_is_not_trusted(tmp_path: Path) -> None:
     (folder / "setup.py").write_text("raise SystemExit(1)\n", encoding="utf-8")
     compress(CompressOptions(str(folder), tmp_path / "out", **SMALL))
     assert not (tmp_path / "out" / "setup.py").exists()
+
+
+def test_code_that_is_not_trusted_is_needed_by_no_copy(own_code: Path, tmp_path: Path) -> None:
+    # The model is also one of transformers: its code is not needed, and the checkpoint does not refer to it.
+    config = json.loads((own_code / "config.json").read_text(encoding="utf-8"))
+    elsewhere = {"AutoModel": "someone/code--modeling_own.OwnModel"}
+    config |= {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "auto_map": AUTO_MAP | elsewhere}
+    (own_code / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    compress(CompressOptions(str(own_code), tmp_path / "out", **SMALL))
+    assert not list((tmp_path / "out").glob("*.py"))
+    assert json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))["auto_map"] == elsewhere
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    assert type(model).__name__ == "LlamaForCausalLM"
+
+
+def test_leftovers_in_the_models_folder_are_not_copied(tmp_path: Path) -> None:
+    folder = save_tiny_model(tmp_path / "model", layers=1)
+    (tmp_path / ".some-token").write_text("secret", encoding="utf-8")
+    (folder / "x.txt").symlink_to(tmp_path / ".some-token")
+    (folder / "text.txt").write_text(TEXT, encoding="utf-8")
+    leftovers = ["pgsvd.safetensors.index.json", "pgsvd_report.json", "pytorch_model.bin.index.json", "pgsvd-x.json"]
+    for name in leftovers:
+        (folder / name).write_text('{"weight_map": {"a": "b.safetensors"}}', encoding="utf-8")
+    output = tmp_path / "out"
+    compress(CompressOptions(str(folder), output, dataset=(str(folder / "text.txt"),), **SMALL))
+    check_data(open_checkpoint(output))
+    written = {path.name for path in output.iterdir()}
+    assert not written & {"x.txt", "pytorch_model.bin.index.json", "pgsvd-x.json"}
+    assert json.loads((output / "pgsvd_report.json").read_text(encoding="utf-8"))["modules"]
+
+
+def test_a_damaged_factor_is_found_before_it_is_published(tmp_path: Path) -> None:
+    folder = save_tiny_model(tmp_path / "model", layers=1)
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    plan = make_plan(CompressOptions(str(folder), tmp_path / "out", dataset=(str(tmp_path / "text.txt"),), **SMALL))
+    state = open_state(plan, print)
+    state.open_factors({})
+    p = plan.projections.flat[0]
+    factors = {"weight_v": torch.ones(2, p.in_features), "weight_u": torch.full((p.out_features, 2), float("nan"))}
+    report = ModuleReport(p.name, p.out_features, p.in_features, 2, 0.1, 0.1, 0)
+    state.save_factors(0, LayerFactors({p.name: factors}, {p.name: report}))
+    settings = replace(plan.settings, form="factors")
+    with pytest.raises(CheckpointError, match=f"{p.name}.weight_u holds NaN or infinity"):
+        write_checkpoint(replace(plan, settings=settings), state, Choice(Allocation({}, {p.name: 2}, 0.1, 0.1)))
+    state.discard()
 
 
 def test_tokenizer_files_and_chat_templates_come_along(tmp_path: Path) -> None:
