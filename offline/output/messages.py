@@ -41,7 +41,20 @@ def _dense_line(plan: Plan) -> str:
         towers = " and ".join(sorted({p.tower for p in projections.unused}))
         reason = "the model ignores their layers' outputs" if plan.data.pairs else "no images in the calibration data"
         line += f"; {sum(p.numel for p in projections.unused) / 1e6:.1f} M of the {towers} model stay dense ({reason})"
-    return line
+    return line + _unused_line(plan)
+
+
+def _unused_line(plan: Plan) -> str:
+    """The stored tensors that the model of transformers does not have, which stay as they are."""
+    weights = plan.source.weights
+    names = weights.unused
+    if not names:
+        return ""
+    size = sum(weights.tensors[name].numel for name in names)
+    return (
+        f"; {len(names)} tensors of {size / 1e6:.1f} M parameters are not part of {type(plan.source.model).__name__} "
+        f"in transformers and stay dense, such as {names[0]}"
+    )
 
 
 def _coverage_line(plan: Plan) -> str:

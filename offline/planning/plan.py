@@ -7,6 +7,7 @@ from pgsvd_vllm.format.latency_table import LatencyTable, read_latencies
 from pgsvd_vllm.format.schema import FLOAT_DTYPES
 from pgsvd_vllm.offline.data.calibration_set import CalibrationSet, read_calibration_set
 from pgsvd_vllm.offline.data.reached_layers import reached_layers, reached_projections
+from pgsvd_vllm.offline.model.companions import find_companions
 from pgsvd_vllm.offline.model.device import gemm_dtype, pick_device
 from pgsvd_vllm.offline.model.find_projections import find_lm_head, find_projections
 from pgsvd_vllm.offline.model.hub import resolve_folder
@@ -67,6 +68,7 @@ def make_plan(options: CompressOptions) -> Plan:
     device = pick_device(options.device)
     folder = resolve_folder(options.model, options.trust_remote_code)
     source = ModelSource(folder, options.trust_remote_code, "experts" in options.include)
+    find_companions(folder, options.trust_remote_code)  # refuses those that cannot be copied in the end
     if source.reads_images and options.refine is not None:
         raise InputError(f"--refine: trains on text only, but {options.model} takes images; omit it")
     if source.unstacks_experts and options.refine is not None:
