@@ -18,6 +18,14 @@ STAYS_DENSE = {"bloom": "*.query_key_value", "internvl": "*.vision_tower.*.atten
 # Model types whose projector vLLM builds from its own linear layers; the projector of other types stays dense. Each
 # type is a row of tests/e2e/vision_models.py.
 SERVED_PROJECTORS = ("llava", "llava_next", "qwen2_vl", "qwen2_5_vl", "idefics3", "smolvlm")
+# Model types with a row in docs/models.md, whose tests compress, serve and compare them.
+TESTED = (
+    *("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi", "phi3", "olmo2", "granite", "stablelm"),
+    *("cohere", "starcoder2", "smollm3", "glm4", "opt", "gpt2", "gpt_bigcode", "gpt_neox", "falcon", "bloom"),
+    *("mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2"),
+    *("clip", "siglip", "llava", "llava_next", "llava_onevision", "internvl", "mistral3", "qwen2_vl", "qwen2_5_vl"),
+    *("idefics3", "smolvlm", "gemma3"),
+)
 # The merged gate and up layer and the activation in the MLPs of vLLM's models.
 GATE_UP, ACTIVATION = "gate_up_proj", "act_fn"
 # vLLM's MLPs whose forward passes the gate and up layer's output to the activation and to nothing else -> the hash of

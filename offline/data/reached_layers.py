@@ -1,11 +1,13 @@
-"""Finds the layers that the calibration data reaches and whose outputs the model uses."""
+"""Finds the layers that the calibration data reaches, whose outputs the model uses, and their linear layers' roles."""
 
 from dataclasses import dataclass
 
 import torch
 
-from pgsvd_vllm.offline.data.image_text import Pairs
-from pgsvd_vllm.offline.model.layerwise import LayerStream
+from pgsvd_vllm.offline.data.calibration_set import CalibrationSet
+from pgsvd_vllm.offline.model.batch import text_batches
+from pgsvd_vllm.offline.model.layerwise import PROBE_TOKENS, LayerStream
+from pgsvd_vllm.offline.model.linear_roles import other_roles
 from pgsvd_vllm.offline.model.projection import Projection, ProjectionSet
 from pgsvd_vllm.offline.model.source import ModelSource
 
@@ -17,35 +19,37 @@ class Reach:
     Attributes:
         layers: indexes of the layers that run and whose outputs the model uses.
         tokens_per_pixel: tokens of the vision encoder per element of `pixel_values`; 0 without images.
+        others: module path -> what a linear layer is instead of a projection (see `other_roles`).
     """
 
     layers: frozenset[int]
     tokens_per_pixel: float
+    others: dict[str, str]
 
 
-def reached_layers(source: ModelSource, pairs: Pairs | None, device: torch.device, dtype: torch.dtype) -> Reach:
-    """Run the first batch of a vision-language model's pairs; a language model uses all of its layers.
+def reached_layers(source: ModelSource, data: CalibrationSet, device: torch.device, dtype: torch.dtype) -> Reach:
+    """Run the first batch of images with texts, or the beginning of a text; a language model uses all of its layers.
 
     Args:
         source: the model.
-        pairs: images with texts; None leaves only the language model's layers.
+        data: without images only the language model's layers are reached.
         device: that computes.
         dtype: of weights and activations.
 
     Raises:
         InputError: the architecture is not supported (see `LayerStream`).
     """
-    if not source.reads_images:
-        return Reach(frozenset(range(len(source.layers))), 0.0)
     reached = set(range(source.spans[-1].start, len(source.layers)))
-    per_pixel = 0.0
+    per_pixel, pairs = 0.0, data.pairs
+    batches = text_batches(data.windows.ids[:1, :PROBE_TOKENS]) if pairs is None else pairs.batches[:1]
+    stream = LayerStream(source, batches, device, dtype)
+    others = other_roles(stream)
     if pairs is not None:
-        stream = LayerStream(source, pairs.batches[:1], device, dtype)
         for end in stream.read:
             reached.update(range(source.span(end).start, end + 1))
         tokens = sum(hidden.shape[:-1].numel() for hidden in stream.flow.hidden)
         per_pixel = tokens / max(1, pairs.batches[0].get("pixel_values", torch.empty(0)).numel())
-    return Reach(frozenset(reached), per_pixel)
+    return Reach(frozenset(reached), per_pixel, others)
 
 
 def reached_projections(projections: ProjectionSet, reach: Reach) -> ProjectionSet:

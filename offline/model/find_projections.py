@@ -1,7 +1,7 @@
 """Finds the linear layers of a model that can be factored, under the names that vLLM uses."""
 
 import fnmatch
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from torch import nn
 
@@ -12,12 +12,13 @@ from pgsvd_vllm.offline.model.projection import LM_HEAD, Projection, ProjectionS
 from pgsvd_vllm.offline.model.source import ModelSource
 
 
-def find_projections(source: ModelSource, ignore: Sequence[str] = ()) -> ProjectionSet:
+def find_projections(source: ModelSource, ignore: Sequence[str] = (), others: Collection[str] = ()) -> ProjectionSet:
     """The linear layers of all layers, in order; those that match `ignore` become the set's ignored ones.
 
     Args:
         source: the model.
         ignore: shell patterns matched against the module's name, such as `*.down_proj`.
+        others: module paths of linear layers that are no projections, as `other_roles` finds them.
 
     Raises:
         InputError: a pattern matches no linear layer, or every linear layer is ignored.
@@ -39,7 +40,7 @@ def find_projections(source: ModelSource, ignore: Sequence[str] = ()) -> Project
                 continue
             hits = [p for p in ignore if fnmatch.fnmatchcase(full, p) or fnmatch.fnmatchcase(name, p)]
             matched.update(hits)
-            if fnmatch.fnmatchcase(path, STAYS_DENSE.get(source.config.model_type, "")):
+            if path in others or fnmatch.fnmatchcase(path, STAYS_DENSE.get(source.config.model_type, "")):
                 continue
             reach = expert_reach if name.startswith(moe) else 1.0
             projection = Projection(full, module.out_features, module.in_features, path, tower, reach)

@@ -5,62 +5,30 @@ outside their tower, such as those of a vision encoder's last layer, are kept as
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves  # the tensors among any arguments
 
-from pgsvd_vllm.errors import InputError
+from pgsvd_vllm.errors import InputError, PgsvdError
 from pgsvd_vllm.offline.model.batch import Batch
+from pgsvd_vllm.offline.model.layer_calls import (
+    Exchanged,
+    StopForward,
+    hidden_of,
+    in_format,
+    own_copies,
+    pass_options,
+    replaced_forward,
+)
 from pgsvd_vllm.offline.model.source import ModelSource
 from pgsvd_vllm.offline.model.towers import PROJECTOR
 
-
-class StopForward(Exception):
-    """Raised by a hook to end a forward pass; `value` is the tensor at that point."""
-
-    def __init__(self, value: torch.Tensor) -> None:
-        self.value = value
-
-
-@contextlib.contextmanager
-def _replaced_forward(layers: Sequence[nn.Module], forward: Callable[..., Any]) -> Iterator[None]:
-    """Replace the forward of every layer inside the context; `forward` gets the layer's index as first argument."""
-    for index, layer in enumerate(layers):
-        layer.forward = partial(forward, index)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            del layer.forward
-
-
-class _OutputFormat:
-    """Detects whether the layers of a tower return tensors or tuples, while their forwards are replaced.
-
-    If a layer must return a tuple and returns a tensor, the model indexes it with [0] and the next layer gets one
-    dimension less. From then on outputs are wrapped in tuples.
-
-    Args:
-        first: the hidden states before the tower.
-    """
-
-    def __init__(self, first: torch.Tensor) -> None:
-        self.first = first
-        self.in_tuples = False
-
-    def wrap(self, value: torch.Tensor, hidden: torch.Tensor) -> Any:
-        """An output in the tower's format; `hidden` is the input with which the model called the layer."""
-        self.in_tuples = self.in_tuples or hidden.dim() < self.first.dim()
-        return (value,) if self.in_tuples else value
-
-
-def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-    """The hidden states among the arguments of a layer."""
-    return args[0] if args else kwargs["hidden_states"]
+# Tokens of the batch of text that shows how the model runs; a prime, which is no layer's width.
+PROBE_TOKENS = 29
 
 
 def hidden_after(model: Any, layers: Sequence[nn.Module], ids: torch.Tensor) -> torch.Tensor:
@@ -73,7 +41,7 @@ def hidden_after(model: Any, layers: Sequence[nn.Module], ids: torch.Tensor) -> 
     """
 
     def stop(_module: nn.Module, _args: Any, output: Any) -> None:
-        raise StopForward(output[0] if isinstance(output, tuple) else output)
+        raise StopForward(output[0] if isinstance(output, tuple | list) else output)
 
     handle = layers[-1].register_forward_hook(stop)
     try:
@@ -90,7 +58,7 @@ def output_after(
     layers: Sequence[nn.Module],
     batch: Batch,
     outputs: dict[int, torch.Tensor],
-    starts: Sequence[int] = (),
+    returned: Mapping[int, int],
 ) -> Any:
     """The output of a model's forward pass in which given outputs replace its layers.
 
@@ -99,24 +67,25 @@ def output_after(
         layers: all of its layers.
         batch: the arguments of the forward pass.
         outputs: layer index -> its output [..., hidden]; outputs of other layers do not affect the result.
-        starts: indexes of the first layers of its towers if the batch runs several of them.
+        returned: index of a tower's first layer -> `ModelSource.returned`, for the towers that the batch runs.
 
     Returns:
         The model's output object.
     """
-    formats: list[_OutputFormat] = []
+    entries: dict[int, torch.Tensor] = {}
 
     def skip(index: int, *args: Any, **kwargs: Any) -> Any:
-        hidden = _hidden(args, kwargs)
-        if not formats or index in starts:  # text does not run the first towers
-            formats.append(_OutputFormat(hidden))
-        return formats[-1].wrap(outputs.get(index, formats[-1].first), hidden)
+        start = max(start for start in returned if start <= index)
+        first = entries.setdefault(start, hidden_of(args, kwargs))
+        return in_format(outputs.get(index, first), returned[start])
 
-    with _replaced_forward(layers, skip):
-        return model(**batch, **_options(model))
+    with replaced_forward(layers, skip):
+        return model(**batch, **pass_options(model))
 
 
-def logits_after(model: Any, layers: Sequence[nn.Module], ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+def logits_after(
+    model: Any, layers: Sequence[nn.Module], ids: torch.Tensor, hidden: torch.Tensor, returned: int
+) -> torch.Tensor:
     """Logits [windows, length, vocabulary] of text from the hidden states after a model's last layer.
 
     Args:
@@ -124,13 +93,9 @@ def logits_after(model: Any, layers: Sequence[nn.Module], ids: torch.Tensor, hid
         layers: all of its layers.
         ids: int64 [windows, length].
         hidden: [windows, length, hidden].
+        returned: `ModelSource.returned` of the language model.
     """
-    return output_after(model, layers, {"input_ids": ids}, {len(layers) - 1: hidden}).logits
-
-
-def _options(model: Any) -> dict[str, Any]:
-    """The keyword arguments of every forward pass."""
-    return {"use_cache": False} if model.can_generate() else {}
+    return output_after(model, layers, {"input_ids": ids}, {len(layers) - 1: hidden}, {0: returned}).logits
 
 
 @dataclass
@@ -169,11 +134,10 @@ class LayerStream:
 
     def __init__(self, source: ModelSource, batches: Sequence[Batch], device: torch.device, dtype: torch.dtype) -> None:
         self.source, self.device, self.dtype = source, device, dtype
-        self._starts = [span.start for span in source.spans]
         self._calls: dict[tuple[int, Any], list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
         source.load_outer(device, dtype)
         self.batches = list(batches)
-        self.read = {len(source.layers) - 1} if not source.reads_images else self._find_read()
+        self.read = self._find_read()
         self.flow = Flow()
         self.enter(0, self.flow)
 
@@ -223,29 +187,28 @@ class LayerStream:
         span = self.source.span(start)
         seen: list[tuple[torch.Tensor, int]] = []
         calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-        formats: dict[int, _OutputFormat] = {}
+        entries: dict[int, torch.Tensor] = {}
 
         def record(index: int, *args: Any, **kwargs: Any) -> Any:
-            hidden = _hidden(args, kwargs)
+            hidden = hidden_of(args, kwargs)
             if index >= span.stop:
                 raise StopForward(hidden)
-            tower = formats.setdefault(self.source.span(index).start, _OutputFormat(hidden))
+            tower = self.source.span(index).start
+            first = entries.setdefault(tower, hidden)
             if index < start:
-                return tower.wrap(outputs.get(index, tower.first), hidden)
+                return in_format(outputs.get(index, first), self.source.returned[tower])
             # A change in place keeps the address and increments the version.
             if seen and (hidden.data_ptr() != seen[0][0].data_ptr() or hidden._version != seen[0][1]):
                 raise self._unsupported("between its layers the model changes the hidden states")
             seen.append((hidden, hidden._version))
             kwargs.pop("hidden_states", None)
-            if any(isinstance(value, MutableMapping) for value in (*args[1:], *kwargs.values())):
-                raise self._unsupported("its layers exchange more than hidden states")
             calls.append((args[1:], kwargs))
             if index == span.stop - 1:
                 raise StopForward(hidden)
-            return tower.wrap(tower.first, hidden)
+            return in_format(first, self.source.returned[tower])
 
-        with _replaced_forward(self.source.layers, record), contextlib.suppress(StopForward):
-            self.source.model(**self.batch(number), **_options(self.source.model))
+        with replaced_forward(self.source.layers, record), contextlib.suppress(StopForward):
+            self.source.model(**self.batch(number), **pass_options(self.source.model))
         if not calls and self.source.reads_images:
             return None
         if len(calls) != len(span):
@@ -258,6 +221,20 @@ class LayerStream:
         """The error for an architecture that cannot run layer by layer."""
         advice = "; its language model can be compressed with text alone" if self.source.reads_images else ""
         return InputError(f"{self.source.folder}: {reason}: this architecture is not supported{advice}")
+
+    def _exchange(self, detail: str) -> InputError:
+        """The error for layers that depend on more than the hidden states of the layer before them."""
+        return self._unsupported(f"its layers exchange more than hidden states ({detail})")
+
+    @contextlib.contextmanager
+    def _expected(self, what: str) -> Iterator[None]:
+        """Turn an error of the model's code, which runs here for the first time, into one that names the model."""
+        try:
+            yield
+        except (PgsvdError, torch.OutOfMemoryError):
+            raise
+        except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
+            raise self._unsupported(f"{what} ({type(e).__name__}: {str(e)[:200]})") from None
 
     def _call_key(self, number: int) -> Any:
         """The key of the layers' other arguments; batches of text of equal shape share them."""
@@ -278,8 +255,23 @@ class LayerStream:
         """
         span = self.source.span(index)
         args, kwargs = self._calls[span.start, self._call_key(number)][index - span.start]
-        output = layer(hidden, *args, **kwargs)
-        return output[0] if isinstance(output, tuple) else output
+        try:
+            output = layer(hidden, *own_copies(args), **own_copies(kwargs))
+        except Exchanged as error:
+            raise self._exchange(f"{self.source.paths[index]} looks for {error}") from None
+        return output[0] if isinstance(output, tuple | list) else output
+
+    def try_layer(self, layer: nn.Module, index: int, number: int, hidden: torch.Tensor) -> torch.Tensor:
+        """Run a layer as `run` does, for the first time.
+
+        Raises:
+            InputError: the layer does not run, or returns no hidden states.
+        """
+        with self._expected(f"{self.source.paths[index]} does not run"):
+            output = self.run(layer, index, number, hidden)
+            if output.shape != hidden.shape and self.source.tower(index).name != PROJECTOR:
+                raise ValueError(f"{tuple(hidden.shape)} becomes {tuple(output.shape)}")
+        return output
 
     def output(self, number: int, outputs: dict[int, torch.Tensor]) -> Any:
         """The model's output for a batch.
@@ -288,8 +280,14 @@ class LayerStream:
             number: of the batch.
             outputs: layer index -> its output, for the layers in `read`.
         """
-        return output_after(self.source.model, self.source.layers, self.batch(number), outputs, self._starts)
+        return output_after(self.source.model, self.source.layers, self.batch(number), outputs, self.source.returned)
 
+    def logits(self, ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits of text, as `logits_after`."""
+        source = self.source
+        return logits_after(source.model, source.layers, ids, hidden, source.returned[source.spans[-1].start])
+
+    @torch.enable_grad()
     def _find_read(self) -> set[int]:
         """Find the layers whose outputs are used by anything other than the next layer of their tower.
 
@@ -298,43 +296,77 @@ class LayerStream:
         Raises:
             InputError: the architecture is not supported.
         """
+        source = self.source
         leaves: dict[int, torch.Tensor] = {}
         entries: list[torch.Tensor] = []
         copies: dict[int, torch.Tensor] = {}
-        formats: dict[int, _OutputFormat] = {}
+        others: dict[int, tuple[Any, ...]] = {}
 
         def cut(index: int, *args: Any, **kwargs: Any) -> Any:
-            hidden = _hidden(args, kwargs)
+            hidden = hidden_of(args, kwargs)
             if index in leaves:
-                raise self._unsupported(f"the model runs {self.source.tower(index).path} more than once")
-            if any(isinstance(v, torch.Tensor) and v.requires_grad for v in (*args[1:], *kwargs.values())):
-                raise self._unsupported("its layers take outputs of other towers")
-            if index in self._starts:
+                raise self._unsupported(f"the model runs {source.tower(index).path} more than once")
+            given = tree_leaves((args[1:], {key: value for key, value in kwargs.items() if key != "hidden_states"}))
+            handed = {id(value) for value in tree_leaves(list(others.values())) if isinstance(value, torch.Tensor)}
+            if any(isinstance(v, torch.Tensor) and (v.requires_grad or id(v) in handed) for v in given):
+                raise self._exchange(f"{source.paths[index]} takes an output of another one")
+            start = source.span(index).start
+            like = hidden
+            if index == start:
                 entries.append(hidden)
-            tower = formats.setdefault(self.source.span(index).start, _OutputFormat(hidden))
-            like = tower.first
-            if self.source.tower(index).name == PROJECTOR:  # the only layer that changes the shape
-                with self.source.layer(index, self.device, self.dtype) as layer, torch.no_grad():
-                    like = type(layer).forward(layer, *args, **kwargs)
+                if start not in source.returned or source.tower(index).name == PROJECTOR:
+                    like, others[start] = self._first_outputs(index, args, kwargs)
             leaves[index] = torch.zeros_like(like).requires_grad_()
             # A copy, since the model may change hidden states in place, which a leaf refuses.
             copies[index] = leaves[index].clone()
-            return tower.wrap(copies[index], hidden)
+            if others.get(start):
+                return copies[index], *others[start]
+            return in_format(copies[index], source.returned[start])
 
-        head: Any = self.source.model.get_output_embeddings()
+        def stop(hidden: torch.Tensor) -> Any:
+            raise StopForward(hidden)
+
+        head: Any = source.model.get_output_embeddings()
         if head is not None:  # it is not loaded
-            head.forward = lambda x: x
+            head.forward = stop
         number = max(range(len(self.batches)), key=lambda i: len(self.batches[i]))
+        batch = self.batch(number)
+        if set(batch) == {"input_ids"}:
+            batch = {"input_ids": batch["input_ids"][:1, :PROBE_TOKENS]}
         try:
-            with _replaced_forward(self.source.layers, cut), torch.enable_grad():
-                output = self.source.model(**self.batch(number), **_options(self.source.model))
+            with (
+                self._expected("transformers' code of the model does not run with other layers in place of its own"),
+                replaced_forward(source.layers, cut),
+            ):
+                output = source.model(**batch, **pass_options(source.model))
+            results = [output.logits] if "logits" in output else [output.text_embeds, output.image_embeds]
+        except StopForward as stopped:
+            results = [stopped.value]
         finally:
             if head is not None:
                 del head.forward
-        ends = {span.stop - 1 for span in self.source.spans}
+        ends = {span.stop - 1 for span in source.spans}
         if any(copy._version for index, copy in copies.items() if index not in ends):
             raise self._unsupported("between its layers the model changes the hidden states")
-        results = [output.logits] if "logits" in output else [output.text_embeds, output.image_embeds]
         sums = [value.float().sum() for value in (*results, *entries) if value.requires_grad]
         torch.autograd.backward(sums)
         return {index for index, leaf in leaves.items() if leaf.grad is not None}
+
+    def _first_outputs(
+        self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[torch.Tensor, tuple[Any, ...]]:
+        """Run the first layer of a tower for its hidden states and the other values it returns; their number is kept.
+
+        Args:
+            index: of the layer, whose forward is replaced.
+            args: of its call.
+            kwargs: of its call.
+        """
+        with self.source.layer(index, self.device, self.dtype) as layer, torch.no_grad():
+            output = type(layer).forward(layer, *own_copies(args), **own_copies(kwargs))
+        several = isinstance(output, tuple | list)
+        values = tuple(output) if several else (output,)
+        if not isinstance(values[0], torch.Tensor):
+            raise TypeError(f"{self.source.paths[index]} returns no hidden states first")
+        self.source.returned[self.source.span(index).start] = len(values) if several else 0
+        return values[0], values[1:]

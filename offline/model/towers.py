@@ -38,8 +38,8 @@ class Tower:
 def find_towers(model: PreTrainedModel) -> list[Tower]:
     """The towers of a model, the language model last; a language model has no others.
 
-    A tower is an outermost list of layers of one class that contain linear layers. If several lists belong to one part
-    of the configuration, the one with the most weights is its tower.
+    A tower is an outermost list of layers that all contain linear layers. If several lists belong to one part of the
+    configuration, the one with the most weights is its tower.
     """
     found: dict[str, tuple[int, Tower]] = {}
     for path, layers in _outermost(model):
@@ -71,14 +71,19 @@ def _projector(model: PreTrainedModel, towers: list[str]) -> Tower | None:
 
 
 def _outermost(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
-    """Path and list of every list of equal layers with linear layers that lies in no other such list."""
+    """Path and list of every list of layers with linear layers inside that lies in no other such list."""
     known: list[str] = []
     for path, module in model.named_modules():
         if not isinstance(module, nn.ModuleList) or any(path.startswith(f"{other}.") for other in known):
             continue
-        if len({type(child) for child in module}) == 1 and any(isinstance(m, nn.Linear) for m in module.modules()):
+        if len(module) and all(map(_has_linear, module)):
             known.append(path)
             yield path, module
+
+
+def _has_linear(layer: nn.Module) -> bool:
+    """Whether a module contains linear layers; a linear layer itself does not."""
+    return any(isinstance(m, nn.Linear) for m in layer.modules() if m is not layer)
 
 
 def _part(model: PreTrainedModel, path: str) -> str:

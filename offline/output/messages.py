@@ -1,6 +1,7 @@
 """The progress lines of a run."""
 
 import math
+import re
 
 from pgsvd_vllm.offline.data.calibration_set import CalibrationSet
 from pgsvd_vllm.offline.options import WINDOWS
@@ -23,7 +24,17 @@ def describe(plan: Plan) -> str:
         f"calibration: {_data_line(plan.data, plan.options.num_calibration_samples)}, "
         f"on {settings.device} in {str(settings.compute_dtype).removeprefix('torch.')}{_coverage_line(plan)}"
         + "".join(f"\nWARNING: --dataset {warning}" for warning in plan.data.warnings)
+        + _roles_line(plan)
     )
+
+
+def _roles_line(plan: Plan) -> str:
+    """The linear layers that are no projections, with their siblings in other layers, and what they are instead."""
+    roles: dict[str, set[str]] = {}
+    for path, role in plan.others.items():
+        roles.setdefault(role, set()).add(re.sub(r"[.][0-9]+(?=[.])", ".*", path))
+    parts = [f"{', '.join(sorted(paths))} ({role})" for role, paths in roles.items()]
+    return f"\nno projections, stay dense: {'; '.join(parts)}" if parts else ""
 
 
 def _dense_line(plan: Plan) -> str:

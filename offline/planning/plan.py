@@ -30,6 +30,7 @@ class Plan:
         data: the calibration set.
         settings: resolved from the options.
         latencies: GEMM latencies of the serving machine; None if ranks minimise size.
+        others: module path of a linear layer -> what it is instead of a projection.
     """
 
     options: CompressOptions
@@ -38,6 +39,7 @@ class Plan:
     data: CalibrationSet
     settings: RunSettings
     latencies: LatencyTable | None
+    others: dict[str, str]
 
     @property
     def target(self) -> RankTarget:
@@ -73,10 +75,11 @@ def make_plan(options: CompressOptions) -> Plan:
         raise InputError(f"--refine: trains on text only, but {options.model} takes images; omit it")
     if source.unstacks_experts and options.refine is not None:
         raise InputError("--refine: does not train MoE experts; omit it or --include experts")
-    projections = _projections(options, source)
     compute_dtype = gemm_dtype(device, store_dtype(options) or source.weight_dtype)
     data = read_calibration_set(options, source)
-    reach = reached_layers(source, data.pairs, device, compute_dtype)
+    _check_ids(source, data)
+    reach = reached_layers(source, data, device, compute_dtype)
+    projections = _projections(options, source, reach.others)
     plan = Plan(
         options,
         source,
@@ -84,15 +87,25 @@ def make_plan(options: CompressOptions) -> Plan:
         replace(data, tokens_per_pixel=reach.tokens_per_pixel),
         resolve_settings(options, device, compute_dtype),
         None if options.costs is None else _latencies(options),
+        reach.others,
     )
     _check_data(plan)
     _check_towers(plan)
     return plan
 
 
-def _projections(options: CompressOptions, source: ModelSource) -> ProjectionSet:
-    """The projections that the options select; raises InputError for a stored dtype that cannot be kept."""
-    found = find_projections(source, options.ignore)
+def _projections(options: CompressOptions, source: ModelSource, others: dict[str, str]) -> ProjectionSet:
+    """The projections that the options select.
+
+    Args:
+        options: of the run.
+        source: the model.
+        others: module paths of linear layers that are no projections.
+
+    Raises:
+        InputError: as of `find_projections`, or a stored dtype cannot be kept.
+    """
+    found = find_projections(source, options.ignore, others)
     for p in found.flat:
         info = source.weights.header(f"{p.path}.weight")
         if info.dtype not in FLOAT_DTYPES and options.dtype == "auto":
@@ -114,7 +127,7 @@ def _latencies(options: CompressOptions) -> LatencyTable:
 
 
 def _check_data(plan: Plan) -> None:
-    """Refuse too little calibration data and token ids that the model lacks; raises InputError."""
+    """Refuse too little calibration data; raises InputError."""
     projections, data = plan.projections, plan.data
     if not projections.flat:
         raise InputError(
@@ -127,11 +140,15 @@ def _check_data(plan: Plan) -> None:
             f"--dataset {data.name}: {data.tokens} tokens are too little calibration text; "
             f"{language.name} has {language.in_features} inputs and needs at least as many tokens"
         )
+
+
+def _check_ids(source: ModelSource, data: CalibrationSet) -> None:
+    """Refuse token ids that the model lacks; raises InputError."""
     ids = {int(token) for batch in data.batches() for token in batch["input_ids"].unique()}
-    largest, rows = max(ids - plan.source.placeholders), plan.source.vocabulary
+    largest, rows = max(ids - source.placeholders), source.vocabulary
     if largest >= rows:
         raise InputError(
-            f"{plan.source.folder}: the tokenizer returns id {largest}, the model has {rows} embeddings; "
+            f"{source.folder}: the tokenizer returns id {largest}, the model has {rows} embeddings; "
             "the tokenizer belongs to another model"
         )
 

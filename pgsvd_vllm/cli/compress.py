@@ -8,9 +8,14 @@ import shlex
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pgsvd_vllm.cli.flags import shareable_command, with_flags
+from pgsvd_vllm.cli.served_by import serving_lines
 from pgsvd_vllm.errors import InputError
+
+if TYPE_CHECKING:
+    from pgsvd_vllm.offline.planning.plan import Plan
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -203,6 +208,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         plan = prepare(options, _say)
         _say(describe(plan))
+        _say_serving(plan)
         need = estimate(plan)
         print(f"needs about: {need.memory / 1e9:.1f} GB memory, {need.disk / 1e9:.1f} GB disk space, "
               f"{_duration(need.seconds)}")  # fmt: skip
@@ -212,7 +218,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"{options.output} is complete: the run was interrupted only while it deleted its own files")
         return 0
     start = time.monotonic()
-    result = compress(options, say=_say)
+    result = compress(options, _say, _say_serving)
     size = sum(f.stat().st_size for f in result.output.glob("*.safetensors"))
     linear, total = result.ratios["linear"], result.ratios["total"]
     print(
@@ -234,6 +240,12 @@ def _path(flag: str, text: str | None) -> Path | None:
     if "\0" in text:
         raise InputError(f"{flag} {text!r}: no path may hold a NUL")
     return Path(text)
+
+
+def _say_serving(plan: "Plan") -> None:
+    """Print what vLLM will make of the result."""
+    for line in serving_lines(plan):
+        _say(line)
 
 
 def _say(line: str) -> None:

@@ -1,0 +1,62 @@
+"""Says before a run what vLLM will make of the result, for architectures that are not tested."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from pgsvd_vllm.families import TESTED
+
+if TYPE_CHECKING:
+    from pgsvd_vllm.offline.planning.plan import Plan
+
+# Seconds that vLLM may take to be imported and to build the model without weights.
+LIMIT = 300
+
+
+def serving_lines(plan: "Plan") -> Iterator[str]:
+    """Lines for the user; none for a tested architecture.
+
+    vLLM runs in a process of its own: importing it changes the threads of this one.
+    """
+    source = plan.source
+    if source.config.model_type in TESTED:
+        return
+    yield f"WARNING: the architecture {source.config.model_type} is not among the tested ones (docs/models.md)"
+    if importlib.util.find_spec("vllm") is None:
+        yield "vLLM is not installed here, so it is not known whether its model takes the factors"
+        return
+    head = plan.projections.lm_head
+    names = [p.name for p in (*plan.projections.flat, *([head] if head else []))]
+    request = {
+        "folder": str(source.folder),
+        "names": names,
+        "lm_head": head.name if head else None,
+        "trust": source.trust_remote_code,
+    }
+    environment = os.environ | {"VLLM_LOGGING_LEVEL": "ERROR"}
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "pgsvd_vllm.serving.name_check"],
+            input=json.dumps(request), capture_output=True, text=True, timeout=LIMIT, env=environment, check=True,
+        )  # fmt: skip
+        found = json.loads(done.stdout.splitlines()[-1])
+    except (subprocess.SubprocessError, OSError, ValueError, IndexError) as error:
+        yield f"vLLM's model could not be built to compare names ({type(error).__name__}); try a dense server first"
+        return
+    if found["reason"]:
+        yield f"vLLM {found['vllm']} cannot build this model here: {found['reason']}; transformers can run the result"
+        return
+    name = f"vLLM {found['vllm']}'s {found['model_class']}"
+    if found["missing"]:
+        yield (
+            f"WARNING: {name} has no layer for {' '.join(found['missing'])} and would refuse the result; "
+            f"repeat with --ignore {' '.join(found['missing'])} to serve it, or run it in transformers alone"
+        )
+    if found["dense"]:
+        yield f"{name} keeps {' '.join(found['dense'])} as plain matrices: dense weights are reconstructed at load"
+    if not found["missing"]:
+        yield f"{name} takes the factors of all {len(names)} modules"
