@@ -121,7 +121,8 @@ def read_calibration_set(options: CompressOptions, source: ModelSource) -> Calib
 
 def _kinds(options: CompressOptions, source: ModelSource) -> tuple[list[str], list[str]]:
     """The data sets of text, and those of images with texts; raises InputError for a kind that the model cannot use."""
-    texts, folders = [], []
+    texts: list[str] = []
+    folders: list[str] = []
     for dataset in options.dataset:
         if options.dataset.count(dataset) > 1:
             raise InputError(f"--dataset {dataset}: given twice; name every data set once")

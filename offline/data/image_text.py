@@ -155,9 +155,8 @@ def _pair(label: str, row: Any, folder: Path | None, placeholder: str | None) ->
     # JSON may hold halves of surrogate pairs, which no tokenizer takes.
     text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
     try:
-        if folder is not None:
-            return _open_image(label, folder, image), text
-        return _rgb(image), text
+        pixels = _rgb(image) if isinstance(image, Image.Image) else _open_image(label, folder or Path(), image)
+        return pixels, text
     except InputError:
         raise
     except Exception as error:  # decoders raise exceptions of many types

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pgsvd_vllm.errors import InputError, reason_of
-from pgsvd_vllm.offline.data.rows import TAKEN, known_fields
+from pgsvd_vllm.offline.data.rows import TAKEN, known_fields, read_row
 from pgsvd_vllm.offline.data.text_file import (
     COMPRESSED_SUFFIXES,
     check_text,
@@ -69,7 +69,8 @@ def _table_rows(path: Path) -> Iterator[PlacedRow]:
         for cells in reader:
             if cells and len(cells) != len(names):
                 raise InputError(
-                    f"--dataset {path}: line {reader.line_num} has {len(cells)} columns, the header {len(names)}"
+                    f"--dataset {path}: line {reader.line_num} has {len(cells)} columns, the header {len(names)}; "
+                    f"quote cells that hold {delimiter!r}"
                 )
             if cells:
                 yield f"line {reader.line_num}", dict(zip(names, cells, strict=True))
@@ -126,8 +127,8 @@ BINARY = {b"PAR1": ".parquet", b"ARROW1": ".arrow"}
 def row_format(path: Path) -> str | None:
     """The key of `ROW_FILES` for a file; None for plain text.
 
-    The suffix decides, in upper or lower case and before one of a compression. Parquet and Arrow files are also
-    recognized without their suffix.
+    The suffix decides, in upper or lower case and before one of a compression. Under other names the beginning tells
+    Parquet, Arrow and JSON Lines from plain text.
     """
     suffixes = [suffix.lower() for suffix in path.suffixes]
     while suffixes and suffixes[-1] in COMPRESSED_SUFFIXES:
@@ -136,7 +137,18 @@ def row_format(path: Path) -> str | None:
     if suffix in ROW_FILES:
         return suffix
     head = read_head(path)
+    if head.lstrip(b"\xef\xbb\xbf\r\n\t ").startswith(b"{") and _begins_with_a_row(path):
+        return ".jsonl"
     return next((name for magic, name in BINARY.items() if head.startswith(magic)), None)
+
+
+def _begins_with_a_row(path: Path) -> bool:
+    """Whether the first line of a text that is not empty is a row."""
+    try:
+        read_row(json.loads(next(line for line in text_lines(path) if line.strip())))
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def read_rows(path: Path, kind: str) -> Iterator[PlacedRow]:

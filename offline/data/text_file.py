@@ -115,7 +115,7 @@ def text_lines(path: Path, newline: str | None = None) -> Iterator[str]:
     with (
         named_errors(path),
         open_bytes(path) as file,
-        io.TextIOWrapper(file, encoding, "surrogateescape", newline) as stream,  # type: ignore[type-var]
+        io.TextIOWrapper(file, encoding, "surrogateescape", newline) as stream,
     ):
         for number, line in enumerate(stream, 1):
             bad = None if line.isascii() else NOT_UTF8.search(line)

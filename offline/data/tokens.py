@@ -112,7 +112,11 @@ def _tokens_of_pieces(tokenizer: PreTrainedTokenizerBase, document: str) -> "arr
         return tokenizer(piece, add_special_tokens=False, verbose=False).encodings[0]
 
     def first_token(piece: Encoding, position: int) -> int:
-        return bisect_left(range(len(piece.ids)), position, key=lambda i: piece.token_to_chars(i)[0])
+        def start(token: int) -> int:
+            span = piece.token_to_chars(token)
+            return span[0] if span else 0
+
+        return bisect_left(range(len(piece.ids)), position, key=start)
 
     ids, piece, first = array("i"), encode(0), 0
     for start in range(PIECE, len(document) - OVERLAP, PIECE):

@@ -107,6 +107,15 @@ def test_parquet_and_arrow_are_read(tmp_path: Path) -> None:
         rows_of(tmp_path / "a.parquet")
 
 
+def test_json_lines_are_recognized_under_other_names(tmp_path: Path) -> None:
+    path = tmp_path / "data.txt"
+    path.write_text("\n" + "".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8-sig")
+    assert [row for _, row in rows_of(path)] == ROWS
+    for text in ('{"unknown": "field"}\n', "{\n  int x;\n}\n", '{"text": "a"} and more\n', "{" * 100_000):
+        path.write_text(text, encoding="utf-8")
+        assert row_format(path) is None
+
+
 def test_other_names_are_plain_text(tmp_path: Path) -> None:
     for name in ("a.txt", "a.md", "a", "a.txt.gz"):
         path = tmp_path / name
