@@ -1,4 +1,4 @@
-"""The errors a user can cause, each with a message that names what to change."""
+"""The errors a user can cause, each with a message that names what to change, and parts of messages."""
 
 # Characters of a longer message that are shown, of its begin and of its end: a file may hold a name of any length.
 BEGIN_SHOWN, END_SHOWN = 1200, 400
@@ -7,6 +7,14 @@ BEGIN_SHOWN, END_SHOWN = 1200, 400
 def reason_of(error: Exception) -> str:
     """The first line of an error's message, or its class where the message is empty."""
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def bytes_text(count: float) -> str:
+    """A number of bytes in the unit that suits it, such as `1.5 GB`; units are powers of 1000."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count:.0f} bytes"
 
 
 class PgsvdError(Exception):

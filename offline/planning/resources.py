@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from pgsvd_vllm.errors import InputError
+from pgsvd_vllm.errors import InputError, bytes_text
 from pgsvd_vllm.offline.calibration.gradients import GRADIENT_TOKENS
 from pgsvd_vllm.offline.calibration.lm_head import HEAD_ROWS
 from pgsvd_vllm.offline.factors.error_aware import SEQUENTIAL_TOKENS
@@ -142,7 +142,7 @@ def fit_into_memory(plan: Plan, say: Callable[[str], None]) -> Plan:
     if needed <= free:
         return plan
     say(
-        f"measuring loss gradients needs about {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free: "
+        f"measuring loss gradients needs about {bytes_text(needed)} of memory, {bytes_text(free)} are free: "
         "sensitivities come from forward passes alone, which is less accurate (`sensitivity` measured forces gradients)"
     )
     return plan.with_sensitivity(FORWARD)
@@ -205,6 +205,6 @@ def check_disk(plan: Plan, needed: int, folder: Path) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise InputError(
-            f"`output_dir` {plan.options.output}: needs about {needed / 1e9:.1f} GB of disk space during the run, "
-            f"{free / 1e9:.1f} GB are free"
+            f"`output_dir` {plan.options.output}: needs about {bytes_text(needed)} of disk space during the run, "
+            f"{bytes_text(free)} are free"
         )

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from pgsvd_vllm.cli.flags import shareable_command, with_flags
 from pgsvd_vllm.cli.served_by import serving_lines
-from pgsvd_vllm.errors import InputError
+from pgsvd_vllm.errors import InputError, bytes_text
 
 if TYPE_CHECKING:
     from pgsvd_vllm.offline.planning.plan import Plan
@@ -210,7 +210,7 @@ def run(arguments: argparse.Namespace) -> int:
         _say(describe(plan))
         _say_serving(plan)
         need = estimate(plan)
-        print(f"needs about: {need.memory / 1e9:.1f} GB memory, {need.disk / 1e9:.1f} GB disk space, "
+        print(f"needs about: {bytes_text(need.memory)} memory, {bytes_text(need.disk)} disk space, "
               f"{_duration(need.seconds)}")  # fmt: skip
         print(f"would write: {options.output} (dry run: nothing was written)")
         return 0
@@ -222,7 +222,7 @@ def run(arguments: argparse.Namespace) -> int:
     size = sum(f.stat().st_size for f in result.output.glob("*.safetensors"))
     linear, total = result.ratios["linear"], result.ratios["total"]
     print(
-        f"wrote {result.output}: {size / 1e6:.1f} MB, {result.parameters_after / 1e6:.1f} M parameters "
+        f"wrote {result.output}: {bytes_text(size)}, {result.parameters_after / 1e6:.1f} M parameters "
         f"({total:.1%} of the model and {linear:.1%} of its projections removed; {1 - total:.1%} kept) "
         f"in {_duration(time.monotonic() - start)}"
     )

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from pgsvd_vllm.errors import CheckpointError, InputError
+from pgsvd_vllm.errors import CheckpointError, InputError, bytes_text
 from pgsvd_vllm.format.reader import Checkpoint, open_checkpoint, read_json
 from pgsvd_vllm.format.schema import REPORT_NAME
 
@@ -132,7 +132,7 @@ def summary(checkpoint: Checkpoint) -> list[str]:
     ratio, calibration = section.get("ratio", {}), section.get("calibration", {})
     lines = [
         "",
-        f"factored projections  {len(checkpoint.modules)}, {part / 1e6:.1f} MB of {total / 1e6:.1f} MB",
+        f"factored projections  {len(checkpoint.modules)}, {bytes_text(part)} of {bytes_text(total)}",
         f"method                {section.get('method')}, ranks by "
         + (section.get("baseline") or (f"tolerance {tolerance}" if tolerance else "measured losses")),
     ]

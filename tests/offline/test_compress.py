@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from pgsvd_vllm.cli import main
-from pgsvd_vllm.errors import InputError
+from pgsvd_vllm.errors import InputError, bytes_text
 from pgsvd_vllm.format.reader import check_data, open_checkpoint
 from pgsvd_vllm.offline.calibration.gram import LayerGrams, advance
 from pgsvd_vllm.offline.compress import compress
@@ -204,8 +204,8 @@ def test_forward_sensitivity_if_gradients_exceed_memory(
     assert lighter.settings.sequential
     assert lighter.settings.form == "pivot"
     assert len(lines) == 1
-    gigabytes = f"{memory_bytes(plan) / 1e9:.1f} GB"
-    assert lines[0].startswith(f"measuring loss gradients needs about {gigabytes} of memory, {gigabytes} are free: ")
+    needed, least = (bytes_text(memory_bytes(plan) - less) for less in (0, 1))
+    assert lines[0].startswith(f"measuring loss gradients needs about {needed} of memory, {least} are free: ")
     for options in ({"sensitivity": "measured"}, {"sensitivity": "uniform"}, {"tolerance": 0.3}, {"baseline": "svd"}):
         requested = make_plan(CompressOptions(str(tiny_model), tmp_path / "out", **SMALL, **options))
         assert fit_into_memory(requested, lines.append) is requested
