@@ -21,14 +21,14 @@ class Row(TypedDict):
 
     Attributes:
         case: says what was done or measured, with its unit.
-        value: the figure.
-        bar: largest value that passes; None for a figure without one.
+        value: the figure, or the outcome in words.
+        bar: largest value that passes, or the outcome that does, in words; None for a figure without one.
         ok: whether the value passes.
     """
 
     case: str
-    value: float
-    bar: float | None
+    value: float | str
+    bar: float | str | None
     ok: bool
 
 
@@ -47,7 +47,7 @@ def at_most(case: str, value: float, bar: float) -> Row:
     return {"case": case, "value": value, "bar": bar, "ok": value <= bar}
 
 
-def figure(case: str, value: float) -> Row:
+def figure(case: str, value: float | str) -> Row:
     """A row without a bar."""
     return {"case": case, "value": value, "bar": None, "ok": True}
 
@@ -97,5 +97,9 @@ def write(path: Path, command: str, rows: Sequence[Row]) -> None:
 def show(rows: Sequence[Row]) -> None:
     """Print one line per row."""
     for row in rows:
-        verdict = "" if row["bar"] is None else f"  bar {row['bar']:g} {'ok' if row['ok'] else 'MISSED'}"
-        print(f"{row['case']:78} {row['value']:12.6g}{verdict}", flush=True)
+        value, bar = (f"{x:.6g}" if isinstance(x, int | float) else x for x in (row["value"], row["bar"]))
+        print(f"{row['case']:78} {value:>12}" + ("" if bar is None else f"  bar {bar} {_verdict(row)}"), flush=True)
+
+
+def _verdict(row: Row) -> str:
+    return "ok" if row["ok"] else "MISSED"

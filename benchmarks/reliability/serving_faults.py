@@ -101,7 +101,8 @@ def under_load(name: str, server: Server, target: Service, size: Size) -> tuple[
     for failure in failures[:5]:
         print(f"  {failure}", file=sys.stderr)
     rows = [
-        figure(f"{name}: requests of mixed lengths from {size.clients} clients", size.requests),
+        figure(f"{name}: requests of mixed lengths", size.requests),
+        figure(f"{name}: clients that send them at once", size.clients),
         at_most(f"{name}: requests that failed", len(failures), 0),
         figure(f"{name}: seconds", round(time.monotonic() - begin, 1)),
     ]
