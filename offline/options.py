@@ -131,16 +131,16 @@ def _check_folders(options: CompressOptions) -> None:
     """Refuse an output folder that exists or lies inside the model, and a calibration folder in its way."""
     output, label = options.output, f"--output-dir {options.output}"
     # A hub id is no folder; the current folder is the one of an empty name.
-    model = Path(options.model).resolve() if options.model and os.path.isdir(options.model) else None
-    target = output.resolve()
-    if os.path.lexists(output):
+    model = Path(os.path.realpath(options.model)) if options.model and os.path.isdir(options.model) else None
+    target = Path(os.path.realpath(output))
+    if os.path.lexists(output) or os.path.lexists(target):
         needed = any(folder.is_relative_to(target) for folder in (Path.cwd(), *([] if model is None else [model])))
         raise InputError(f"{label}: already exists; {'' if needed else 'remove it or '}choose another folder")
     if model is not None and target.is_relative_to(model):
         raise InputError(f"{label}: lies inside MODEL {options.model}; choose a folder outside of it")
     if options.calibration is None:
         return
-    folder = options.calibration.resolve()
+    folder = Path(os.path.realpath(options.calibration))
     for taken, name in ((target, label), (target.with_name(f"{target.name}.partial"), f"{label}.partial")):
         if folder.is_relative_to(taken):
             raise InputError(f"--calibration {options.calibration}: lies inside {name}; choose another folder")

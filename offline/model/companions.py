@@ -1,6 +1,7 @@
 """The files beside a model's weights that a checkpoint needs as well: tokenizer, processor, chat templates."""
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -49,7 +50,7 @@ def find_companions(folder: Path, remote_code: bool) -> list[Path]:
     roots = [root, *([root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [])]
     found = []
     for path in _candidates(folder, remote_code):
-        target = path.resolve()
+        target = Path(os.path.realpath(path))  # unlike Path.resolve, also for links in a circle
         if not any(target.is_relative_to(one) for one in roots):
             if any(fnmatchcase(path.name.lower(), pattern) for pattern in NEEDED):
                 raise InputError(f"{path}: a link that leaves the model's folder; put the file itself there")

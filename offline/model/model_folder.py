@@ -24,6 +24,14 @@ OTHER_FORMATS: tuple[tuple[tuple[str, ...], str], ...] = (
         "an interrupted download; repeat it",
     ),
     (
+        ("run.json",),
+        "the unfinished work of a pgsvd-vllm run; continue the run with `resume`",
+    ),
+    (
+        ("pgsvd-*.safetensors",),
+        "a compressed model; start from the dense model that it was made from",
+    ),
+    (
         ("model_index.json",),
         "a diffusers pipeline; only language models, vision-language models, CLIP and SigLIP can be compressed",
     ),
@@ -85,6 +93,8 @@ def read_model_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / "config.json"
     if os.path.isdir(folder):  # unlike Path.is_dir, also for a name that is too long
+        if not os.access(folder, os.R_OK | os.X_OK):
+            raise InputError(f"{folder}: cannot be read (Permission denied)")
         if (folder / ADAPTER).is_file() and not has_weights(folder):
             raise InputError(_merge_advice(folder))
         if not os.path.lexists(path):

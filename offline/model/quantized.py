@@ -21,8 +21,8 @@ _SCALED_DTYPE = re.compile(r"F[468](_|$)")
 # Tensors that stand beside quantized weights: GPTQ, AWQ, bitsandbytes, compressed-tensors, FP8, MLX.
 _BESIDE_QUANTIZED = re.compile(
     r"\.(qweight|qzeros|scales|g_idx|SCB|weight_format|absmax|quant_map|nested_absmax|nested_quant_map|zeros"
-    r"|weight_packed|weight_shape|weight_g_idx|\w*weight_(scale|scale_inv|scale_2|zero_point)|(weight|input)_scale)$"
-    r"|\.quant_state\."
+    r"|weight_packed|weight_shape|weight_g_idx|\w*weight_(scales?|scale_inv|scale_2|zero_point)|input_scale"
+    r"|\w+_(blocks|scales)|\w*_qdata|W_q|codebooks|codes|_data|_scale)$|\.quant_state\."
 )
 _LORA = re.compile(r"\.(lora_[AB]|lora_embedding_[AB]|base_layer|lora_magnitude_vector)\.")
 _ADVICE = "start from the dense model that it was made from, or dequantize it in transformers and save_pretrained it"

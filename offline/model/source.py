@@ -24,6 +24,7 @@ from pgsvd_vllm.hf.transformers_compat import (
     CAUSAL_LM_CLASSES,
     IMAGE_TEXT_TO_TEXT_CLASSES,
     Conv1D,
+    loaded_dtype,
     skeleton,
     tied_weights,
 )
@@ -93,6 +94,7 @@ class ModelSource:
             )
         self.weights = StoredWeights(folder, named, self.model, transposed)
         refuse_other_tensors(self.model, self.weights)
+        self.weights.check_headers()
         self.towers: list[Tower] = find_towers(self.model)
         if LANGUAGE not in [tower.name for tower in self.towers]:
             raise InputError(f"{folder}: no list of decoder layers with nn.Linear projections was found")
@@ -188,13 +190,20 @@ class ModelSource:
         named = (pair for path, layer in layers for pair in layer.named_parameters(prefix=path))
         return sum(parameter.numel() for name, parameter in named if parameter.dim() > 1 and name not in known)
 
+    def _read(self, name: str, shape: torch.Size, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+        """A floating-point tensor of the model as transformers loads it in `dtype`, others in their own dtype."""
+        tensor = self.weights.shaped(name, shape)
+        return tensor.to(device, loaded_dtype(self.model, name, dtype) if tensor.is_floating_point() else tensor.dtype)
+
     def _load(self, module: nn.Module, prefix: str, device: torch.device, dtype: torch.dtype) -> None:
         for name, parameter in list(module.named_parameters()):
-            _set(module, name, self.weights.shaped(f"{prefix}{name}", parameter.shape).to(device, dtype))
+            _set(module, name, self._read(f"{prefix}{name}", parameter.shape, device, dtype))
         module.to(device)
 
     def load_outer(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Load every parameter outside the layers except the LM head; does nothing if they are loaded already.
+        """Load all parameters outside the layers except the LM head, and all stored buffers, such as a router's bias.
+
+        It does nothing if they are loaded already.
 
         Raises:
             InputError: a tensor is missing, has the wrong shape, or is not finite.
@@ -212,9 +221,11 @@ class ModelSource:
             if id(parameter) in skipped:
                 self.weights.check_shape(name, parameter.shape)
                 continue
-            _set(self.model, name, self.weights.shaped(name, parameter.shape).to(device, dtype))
+            _set(self.model, name, self._read(name, parameter.shape, device, dtype))
+        stored = self.model.state_dict().keys() & self.weights.stored.keys()
         for name, buffer in list(self.model.named_buffers()):
-            _set(self.model, name, buffer.to(device))
+            loaded = self._read(name, buffer.shape, device, dtype) if name in stored else buffer.to(device)
+            _set(self.model, name, loaded)
 
     def load_lm_head(self, device: torch.device, dtype: torch.dtype) -> None:
         """Load the LM head, if there is one; raises InputError as `load_outer`, which leaves it out."""
@@ -226,7 +237,7 @@ class ModelSource:
         for name, parameter in list(head.named_parameters()):
             origin = tied.get(f"{path}.{name}")
             if origin is None:
-                _set(head, name, self.weights.shaped(f"{path}.{name}", parameter.shape).to(device, dtype))
+                _set(head, name, self._read(f"{path}.{name}", parameter.shape, device, dtype))
             else:
                 _set(head, name, self.model.get_parameter(origin).data)
 

@@ -1,6 +1,7 @@
 """The stored weights of a model: the file of each tensor, and its data under the model's own names."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from itertools import groupby
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel
 from pgsvd_vllm.errors import CheckpointError, InputError, reason_of
 from pgsvd_vllm.format.dtypes import is_finite
 from pgsvd_vllm.format.reader import TensorInfo, read_headers, read_index
+from pgsvd_vllm.hf.transformers_compat import tied_weights
 from pgsvd_vllm.hf.weight_mapping import StoredTensor, stored_tensors
 from pgsvd_vllm.offline.model.model_folder import (
     INDEX_FILE,
@@ -30,7 +32,8 @@ def find_tensors(folder: Path) -> dict[str, TensorInfo]:
         CheckpointError: a file is missing or damaged.
     """
     for path in folder.glob("model*.safetensors*"):
-        refuse_pointer(path)
+        if path.is_file():
+            refuse_pointer(path)
     single = folder / SINGLE_FILE
     try:
         if (folder / INDEX_FILE).is_file():
@@ -80,6 +83,26 @@ class StoredWeights:
         used = {name for target, stored in self.stored.items() if target in own for name in stored.names}
         return [name for name in self.tensors if name not in used]
 
+    def check_headers(self) -> None:
+        """Check by the headers that every parameter of the model is stored with its shape.
+
+        Raises:
+            InputError: a tensor is missing or has another shape; names it.
+        """
+        tied = tied_weights(self.model)
+        for name, parameter in self.model.named_parameters():
+            if name in tied:
+                continue
+            if self._stored(name).converter is None:
+                self.check_shape(name, parameter.shape)
+                continue
+            with suppress(NotImplementedError):  # a conversion that needs the data
+                self._with_shape(self._made(name, self._empty), name, parameter.shape)
+
+    def _empty(self, name: str) -> torch.Tensor:
+        """A tensor of the shape that a header has, without data."""
+        return torch.empty(self.tensors[name].shape, device="meta")
+
     @property
     def numel(self) -> int:
         """Parameters of the whole model as stored."""
@@ -105,11 +128,15 @@ class StoredWeights:
         Raises:
             InputError: it is missing, or holds NaN or infinity; names the tensor and the file.
         """
+        return self._made(name, self.read)
+
+    def _made(self, name: str, read: Callable[[str], torch.Tensor]) -> torch.Tensor:
+        """A tensor of the model from those that `read` returns; raises InputError if they do not fit together."""
         stored = self._stored(name)
         try:
-            loaded = stored.load(name, self.read, self.model)
+            loaded = stored.load(name, read, self.model)
         except (LookupError, RuntimeError, TypeError, ValueError) as error:
-            if isinstance(error, InputError):
+            if isinstance(error, InputError | NotImplementedError):
                 raise
             raise InputError(
                 f"{self.folder}: tensor {name} cannot be made from {', '.join(stored.names[:2])}, ...: {error}"
@@ -170,7 +197,9 @@ class StoredWeights:
         """
         if self._stored(name).converter is None:
             self.check_shape(name, shape)
-        tensor = self.tensor(name)
+        return self._with_shape(self.tensor(name), name, shape)
+
+    def _with_shape(self, tensor: torch.Tensor, name: str, shape: torch.Size) -> torch.Tensor:
         if tensor.shape != shape:
             raise InputError(
                 f"{self.folder}: tensor {name} becomes {tuple(tensor.shape)}, the architecture needs {tuple(shape)}"

@@ -1,5 +1,6 @@
 """All private or unstable names of transformers that this package uses, each with its reason."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -45,6 +46,7 @@ __all__ = [
     "WeightRenaming",
     "dot_natural_key",
     "get_model_conversion_mapping",
+    "loaded_dtype",
     "mark_initialized",
     "rename_source_key",
     "skeleton",
@@ -71,6 +73,15 @@ def skeleton(auto_class: Any, config: Any, dtype: torch.dtype, trust_remote_code
 def tied_weights(model: PreTrainedModel) -> Mapping[str, str]:
     """Tied tensor -> the tensor that it shares, as transformers resolves a model's `_tied_weights_keys`."""
     return getattr(model, "all_tied_weights_keys", None) or {}
+
+
+def loaded_dtype(model: PreTrainedModel, name: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a tensor in a model that is loaded in `dtype`: some, such as a router's bias, stay in float32.
+
+    A bias in bfloat16 would send tokens to other MoE experts. No public function tells which tensors these are.
+    """
+    plan = model._get_dtype_plan(dtype)
+    return next((kept for part, kept in plan.items() if re.search(rf"(^|\.){part}($|\.)", name)), dtype)
 
 
 def mark_initialized(module: nn.Module) -> None:

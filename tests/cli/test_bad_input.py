@@ -354,7 +354,7 @@ def test_an_output_inside_the_model_is_refused(refused: Refusal, model: Path, mo
     refused(link, "-o", model / "out", culprits=("--output-dir", "inside MODEL"))
     monkeypatch.chdir(model)
     refused(".", "-o", "out", culprits=("--output-dir out", "inside MODEL ."))
-    for output in (model, Path("."), model.parent, Path("/")):
+    for output in (model, Path("."), model.parent, Path("/"), model.parent / "absent" / ".."):
         line = refused(model, "-o", output, culprits=("already exists", "choose another folder"))
         assert "remove" not in line  # the model would be lost
     assert listing(model) == before

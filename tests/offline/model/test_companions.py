@@ -59,6 +59,8 @@ def test_a_link_out_of_the_folder_is_not_followed(tmp_path: Path, name: str) -> 
     (folder / "chain.txt").symlink_to(folder / name)
     (folder / "vocab.txt").symlink_to("real/vocab.txt")
     (folder / "broken.json").symlink_to("nowhere")
+    (folder / "circle.json").symlink_to("circle.json")
+    os.mkfifo(folder / "pipe.json")
     assert found(folder) == ["tokenizer.json", "vocab.txt"]
 
 

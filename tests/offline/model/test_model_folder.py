@@ -44,6 +44,8 @@ def message(folder: Path, files: dict[str, str]) -> str:
         (["pytorch_model.bin"], ["pytorch_model.bin", "save_pretrained"]),
         (["pytorch_model-00001-of-00002.bin"], [".bin", "save_pretrained"]),
         (["model_index.json", "text_encoder/config.json"], ["diffusers"]),
+        (["pgsvd-00001-of-00001.safetensors"], ["compressed", "dense"]),
+        (["run.json", "layers/00000.safetensors"], ["unfinished", "`resume`"]),
         (["params.json", "consolidated.00.pth"], ["params.json", "convert"]),
         (["params.json", "consolidated.safetensors"], ["params.json", "convert"]),
         (["modules.json", "0_Transformer/config.json"], ["sentence-transformers"]),
@@ -179,7 +181,7 @@ def as_another_user(action: Callable[[], object]) -> str:
         return file.read()
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "."])
 def test_a_file_without_read_permission_is_named(name: str) -> None:
     with tempfile.TemporaryDirectory() as root:
         folder = make(Path(root), {"config.json": LLAMA, "model.safetensors": ""})

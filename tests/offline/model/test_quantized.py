@@ -14,6 +14,7 @@ from pgsvd_vllm.offline.model.source import ModelSource
 from tests.conftest import save_tiny_model
 
 UP = "model.layers.0.mlp.up_proj"
+FP4 = torch.float4_e2m1fn_x2
 FP8 = [torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu, torch.float8_e4m3fnuz]
 
 
@@ -42,13 +43,15 @@ def refused(folder: Path, *culprits: str) -> None:
     assert [word for word in culprits if word not in str(caught.value)] == []
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32, torch.int64, torch.bool, *FP8], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.int8, torch.uint8, torch.int32, torch.int64, torch.bool, torch.complex64, FP4, *FP8], ids=str
+)
 @pytest.mark.parametrize("scales", [False, True])
 @pytest.mark.parametrize("config_dtype", ["bfloat16", None])
 def test_weights_of_other_dtypes_are_refused(
     model: Path, dtype: torch.dtype, scales: bool, config_dtype: str | None
 ) -> None:
-    weight = torch.ones(320, 128).to(dtype)
+    weight = torch.ones(320, 128).to(dtype) if dtype != FP4 else torch.ones(320, 64, dtype=torch.uint8).view(FP4)
     with_tensors(model, weight=weight, **({"weight_scale": torch.ones(320, 1)} if scales else {}))
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, "dtype": config_dtype}))
@@ -69,6 +72,13 @@ def test_tensors_outside_the_layers_are_checked_too(model: Path, name: str) -> N
         *("qweight", "qzeros", "scales", "g_idx", "SCB", "weight.absmax", "weight.quant_map", "weight_format"),
         *("weight.quant_state.bitsandbytes__nf4", "weight_scale", "weight_scale_inv", "weight_zero_point"),
         *("weight_packed", "input_scale", "weight_scale_2", "weight.nested_absmax"),
+        *(
+            "weight_scales",
+            "experts.gate_up_proj_blocks",
+            "experts.gate_up_proj_scales",
+            "weight_qdata",
+            "weight._data",
+        ),
     ],
 )
 def test_tensors_beside_quantized_weights_are_refused(model: Path, name: str) -> None:
