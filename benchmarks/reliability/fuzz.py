@@ -138,8 +138,8 @@ def rows_of(tallies: dict[str, Tally], seconds: float) -> list[Row]:
     ]
     for name, tally in tallies.items():
         count = tally.outcomes.total() + len(tally.failures)
-        rows.append(figure(f"{name}: inputs", count))
-        rows.append(figure(f"{name}: refused", tally.outcomes[Outcome.REFUSED]))
+        rows.append(figure(f"inputs: {name}", count))
+        rows.append(figure(f"refused: {name}", tally.outcomes[Outcome.REFUSED]))
     return rows
 
 
