@@ -11,6 +11,7 @@ import openai
 import pytest
 from transformers import AutoTokenizer
 
+from benchmarks.reliability.load import GAUGES, Service, greedy, hang_up, wait_until_idle
 from tests.e2e.checkpoints import transformers_greedy
 from tests.e2e.engine import PROMPTS, equal_length_prompts
 from tests.support.server import Server, serve, tail
@@ -189,6 +190,14 @@ def test_concurrent_answers_equal_sequential_ones(client: openai.OpenAI, server:
         concurrent = [future.result(timeout=300) for future in futures]
     assert concurrent == sequential
     assert len(set(concurrent)) > 16
+
+
+def test_hang_ups_leave_nothing_running(server: Server) -> None:
+    service = Service(server.url, server.model, vocabulary=49152, longest=1024, key="none")
+    before = greedy(service)
+    hang_up(service, clients=16)
+    assert wait_until_idle(service, 10) == dict.fromkeys(GAUGES, 0)
+    assert greedy(service) == before
 
 
 def test_server_survives_bad_requests(client: openai.OpenAI, server: Server) -> None:
