@@ -8,7 +8,7 @@ from typing import TextIO, cast
 
 import pgsvd_vllm
 from pgsvd_vllm.cli import compress, env, inspect, profile, tune, verify
-from pgsvd_vllm.cli.flags import with_flags
+from pgsvd_vllm.cli.flags import refuse_empty, with_flags
 from pgsvd_vllm.cli.output import Output, open_missing_streams
 from pgsvd_vllm.cli.stop import Stop
 from pgsvd_vllm.errors import PgsvdError
@@ -42,14 +42,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status: 0, 1 for an internal error or a wrong result, 2 for a user's error, 128 + n after signal n.
     """
     open_missing_streams()
-    arguments = build_parser().parse_args(argv)
+    given = sys.argv[1:] if argv is None else argv
+    arguments = build_parser().parse_args(given)
     advice = "repeat with --resume" if hasattr(arguments, "resume") else "repeat the command"
     streams = sys.stdout, sys.stderr
     output = Output(sys.stdout)
     sys.stdout, sys.stderr = cast(TextIO, output), cast(TextIO, Output(sys.stderr, "\n\t\r"))
     stop = Stop(advice)
     try:
-        status = _run(arguments, stop)
+        status = _run(arguments, given, stop)
         stop.is_over = True
         output.flush()
         if output.is_incomplete:
@@ -62,9 +63,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout, sys.stderr = streams
 
 
-def _run(arguments: argparse.Namespace, stop: Stop) -> int:
-    """Run the command and print its error; returns the exit status."""
+def _run(arguments: argparse.Namespace, given: Sequence[str], stop: Stop) -> int:
+    """Run the command of parsed arguments and print its error; returns the exit status."""
     try:
+        refuse_empty(given)
         return COMMANDS[arguments.command].run(arguments)
     except PgsvdError as error:
         print(f"pgsvd-vllm: error: {with_flags(' '.join(str(error).split()))}", file=sys.stderr)

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
     parser.add_argument("model", metavar="MODEL", help="local model folder or Hugging Face id")
-    parser.add_argument("-o", "--output-dir", required=True, metavar="DIR", help="folder to write; must not exist")
+    parser.add_argument(
+        "-o", "--output-dir", required=True, type=Path, metavar="DIR", help="folder to write; must not exist"
+    )
     size = parser.add_mutually_exclusive_group()
     size.add_argument(
         "--ratio",
@@ -46,7 +48,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "serving machine (--costs); projections that low rank does not make faster then stay dense",
     )
     parser.add_argument(
-        "--costs", metavar="FILE", help="latency table written by pgsvd-vllm profile on the serving machine"
+        "--costs", type=Path, metavar="FILE", help="latency table written by pgsvd-vllm profile on the serving machine"
     )
     parser.add_argument(
         "--sensitivity",
@@ -110,6 +112,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     data.add_argument(
         "--calibration",
+        type=Path,
         metavar="FOLDER",
         help="store and reuse calibration results there: other ratios, forms and baselines need no new calibration",
     )
@@ -177,11 +180,9 @@ def run(arguments: argparse.Namespace) -> int:
         )
     if arguments.head_tolerance is not None and "lm_head" not in arguments.include:
         raise InputError("--head-tolerance: needs --include lm_head")
-    output = _path("--output-dir", arguments.output_dir)
-    assert output is not None  # argparse requires it
     options = CompressOptions(
         model=arguments.model,
-        output=output,
+        output=arguments.output_dir,
         ratio=arguments.ratio,
         tolerance=arguments.tolerance,
         sensitivity=arguments.sensitivity,
@@ -189,7 +190,7 @@ def run(arguments: argparse.Namespace) -> int:
         form=arguments.form,
         sequential=arguments.sequential,
         refine=arguments.refine,
-        costs=_path("--costs", arguments.costs),
+        costs=arguments.costs,
         dataset=tuple(arguments.dataset or ["python-docs"]),
         num_calibration_samples=arguments.num_calibration_samples,
         max_seq_length=arguments.max_seq_length,
@@ -198,7 +199,7 @@ def run(arguments: argparse.Namespace) -> int:
         ignore=tuple(arguments.ignore),
         include=tuple(dict.fromkeys(arguments.include)),
         head_tolerance=HEAD_TOLERANCE if arguments.head_tolerance is None else arguments.head_tolerance,
-        calibration=_path("--calibration", arguments.calibration),
+        calibration=arguments.calibration,
         dtype=arguments.dtype,
         device=arguments.device,
         resume=arguments.resume,
@@ -229,17 +230,6 @@ def run(arguments: argparse.Namespace) -> int:
     pooling = " --runner pooling" if result.is_dual_encoder else ""
     print(f"serve it:  vllm serve {shlex.quote(str(result.output))} --load-format pgsvd{pooling}")
     return 0
-
-
-def _path(flag: str, text: str | None) -> Path | None:
-    """The path of an option, None if it is not given; raises InputError for an empty name, the current folder's."""
-    if text is None:
-        return None
-    if not text.strip(" \t\n\0"):
-        raise InputError(f"{flag} {text!r}: is empty; name a path")
-    if "\0" in text:
-        raise InputError(f"{flag} {text!r}: no path may hold a NUL")
-    return Path(text)
 
 
 def _say_serving(plan: "Plan") -> None:

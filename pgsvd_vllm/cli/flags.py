@@ -5,7 +5,10 @@ import re
 import shlex
 from collections.abc import Sequence
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
+
+from pgsvd_vllm.errors import InputError
 
 _FIELD = re.compile(r"`([a-z][a-z_]*)`")
 # An option of one letter with its value attached, such as -o/home/me/out.
@@ -21,6 +24,22 @@ def _flags() -> dict[str, str]:
     compress.configure(parser)
     strings = [string for action in parser._actions for string in action.option_strings if string.startswith("--")]
     return {string.removeprefix("--").replace("-", "_"): string for string in strings}
+
+
+def refuse_empty(arguments: Sequence[str]) -> None:
+    """Refuse an argument without characters, often an unset shell variable; as a path it is the current folder.
+
+    Args:
+        arguments: of the program, without the program's name.
+
+    Raises:
+        InputError: names the option before the argument.
+    """
+    for before, argument in pairwise(arguments):
+        flag, equals, value = argument.partition("=") if argument.startswith("--") else (before, "", argument)
+        if (equals or flag == before) and not value.strip():
+            name = flag if flag.startswith("-") else "MODEL or DIR"
+            raise InputError(f"{name}: is empty; give it a value")
 
 
 def with_flags(text: str) -> str:

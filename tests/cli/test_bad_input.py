@@ -329,9 +329,21 @@ def test_an_existing_output_is_refused_and_unchanged(
 
 
 @pytest.mark.parametrize("value", ["", " ", "\n"])
-@pytest.mark.parametrize("option", ["--output-dir", "--calibration"])
-def test_an_empty_path_is_refused(refused: Refusal, tiny_model: Path, option: str, value: str) -> None:
-    refused(tiny_model, option, value, culprits=(option, "is empty"))
+@pytest.mark.parametrize("option", ["-o", "--output-dir", "--calibration", "--dataset", "--ignore"])
+def test_an_empty_argument_is_refused(refused: Refusal, tiny_model: Path, option: str, value: str) -> None:
+    refused(tiny_model, option, value, culprits=(f"{option}: is empty",))
+    if option.startswith("--"):
+        refused(tiny_model, f"{option}={value}", culprits=(f"{option}: is empty",))
+
+
+@pytest.mark.parametrize("command", ["inspect", "verify", "tune", "profile"])
+def test_other_commands_refuse_an_empty_folder(
+    capsys: pytest.CaptureFixture[str], tiny_compressed: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.chdir(tiny_compressed)  # the folder of an empty name
+    options = ["-o", "file"] if command == "profile" else []
+    line = the_line(main([command, "", *options]), capsys.readouterr().err)
+    assert line.endswith("MODEL or DIR: is empty; give it a value")
 
 
 def test_an_empty_latency_table_is_refused(refused: Refusal, tiny_model: Path) -> None:
