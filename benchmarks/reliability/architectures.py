@@ -4,12 +4,10 @@
 
 A tiny random model of every causal language model type is compressed by 20 %, verified, loaded by transformers with
 `pgsvd_vllm.hf`, and run. A type passes if that works, or if `compress` refuses it with a reason before it writes
-anything. Types that no configuration of common sizes builds, or that have no weights to compress, are not counted.
+anything. Types of which no set of common sizes builds a tiny model are not counted.
 """
 
 import argparse
-import contextlib
-import io
 import json
 import logging
 import shutil
@@ -28,15 +26,20 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING  # noqa: 
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES  # noqa: E402
 
 import pgsvd_vllm.hf  # noqa: E402, F401
-from pgsvd_vllm.cli import main as command  # noqa: E402
-from pgsvd_vllm.format.reader import open_checkpoint  # noqa: E402
+from benchmarks.reliability.record import Row, at_most, figure, write  # noqa: E402
+from pgsvd_vllm.errors import PgsvdError  # noqa: E402
+from pgsvd_vllm.format.reader import check_data, open_checkpoint  # noqa: E402
 from pgsvd_vllm.offline.calibration.gram import advance  # noqa: E402
+from pgsvd_vllm.offline.compress import compress  # noqa: E402
 from pgsvd_vllm.offline.model.batch import text_batches  # noqa: E402
 from pgsvd_vllm.offline.model.layerwise import LayerStream  # noqa: E402
 from pgsvd_vllm.offline.model.source import ModelSource  # noqa: E402
+from pgsvd_vllm.offline.options import CompressOptions  # noqa: E402
 from tests.conftest import save_tokenizer  # noqa: E402
 
-BAR = "written and run by transformers, or refused with a reason"
+COMMAND = "python benchmarks/reliability/architectures.py --json docs/reliability/architectures.json"
+BAR = "written, or a reason"
+REFUSED = "refused"
 QUICK = ("llama", "phimoe", "bamba", "jamba", "gemma4_text", "kimi_linear", "olmo_hybrid", "deepseek_v3", "mamba2")
 # Relative difference of logits in float32.
 SAME = 1e-4
@@ -52,9 +55,10 @@ SIZES = {
 # Other names of the sizes.
 NAMES = {
     **{"n_embd": 64, "n_layer": 4, "n_head": 2, "n_positions": 512, "d_model": 64, "d_ff": 96, "d_kv": 32},
+    **{"decoder_ffn_dim": 96, "encoder_ffn_dim": 96, "ffn_dim": 96, "dim_ff": 96, "dff": 96, "n_inner": 96},
     **{"decoder_layers": 4, "encoder_layers": 2, "decoder_attention_heads": 2, "encoder_attention_heads": 2},
-    **{"decoder_ffn_dim": 96, "encoder_ffn_dim": 96, "ffn_dim": 96, "embedding_size": 64, "num_layers": 4},
-    **{"max_seq_len": 512, "n_layers": 4, "n_heads": 2, "n_inner": 96, "num_kv_heads": 1, "is_decoder": True},
+    **{"embedding_size": 64, "num_layers": 4, "max_seq_len": 512, "n_layers": 4, "n_heads": 2, "num_kv_heads": 1},
+    **{"is_decoder": True, "moe_shared_expert_intermediate_size": 48, "dense_intermediate_size": 96},
 }
 EXPERTS = {
     **{"num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2},
@@ -67,10 +71,7 @@ ATTENTION = {
     **{"kv_lora_rank": 32, "q_lora_rank": 32, "qk_nope_head_dim": 32, "qk_rope_head_dim": 32, "v_head_dim": 32},
     **{"qk_head_dim": 64, "index_n_heads": 2, "index_head_dim": 32, "index_topk": 16},
     **{"linear_num_value_heads": 2, "linear_num_key_heads": 1, "linear_key_head_dim": 32, "linear_value_head_dim": 32},
-    "linear_attn_config": {
-        **{"num_heads": 2, "head_dim": 32, "short_conv_kernel_size": 4},
-        **{"kda_layers": [1, 2, 3], "full_attn_layers": [4]},
-    },
+    **{"linear_num_heads": 2, "linear_head_dim": 32},
     **{"linear_conv_kernel_dim": 4, "lru_width": 64, "attention_window_size": 32, "sliding_window": 32},
 }
 STATE_SPACE = {
@@ -81,6 +82,7 @@ STATE_SPACE = {
 }
 HEADS = {"num_key_value_heads": 2, "num_attention_heads": 2}
 STEPS = (
+    *(SIZES | NAMES | EXPERTS | ATTENTION | STATE_SPACE, SIZES | NAMES | EXPERTS | ATTENTION),
     *(SIZES | EXPERTS | ATTENTION | STATE_SPACE, SIZES | EXPERTS | ATTENTION, SIZES | EXPERTS, SIZES | STATE_SPACE),
     *(SIZES | EXPERTS | ATTENTION | STATE_SPACE | HEADS, SIZES | EXPERTS | ATTENTION | HEADS),
     *(SIZES | ATTENTION, SIZES, SIZES | NAMES | EXPERTS, SIZES | NAMES, NAMES, {"vocab_size": VOCABULARY}),
@@ -122,22 +124,19 @@ def outcome(kind: str, folder: Path) -> tuple[str, bool] | None:
     try:
         model.save_pretrained(folder / "model")
     except Exception as error:  # a fault of transformers, before `compress`
-        return f"not counted: transformers cannot save it: {_line(error)}", True
+        return f"{REFUSED} by transformers, which cannot save it: {_line(error)}", True
     save_tokenizer(folder / "model")
-    few = ["--num-calibration-samples", "16", "--max-seq-length", "64", "--ratio", "0.2"]
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-        status = command(["compress", str(folder / "model"), "-o", str(out), *few])
-    last = [line for line in said.getvalue().replace("\r", "\n").splitlines() if line.strip()]
-    if status == 2:
-        reason = next(line for line in reversed(last) if "pgsvd-vllm: error: " in line).partition("error: ")[2]
-        reason = reason.replace(f"{folder}/", "")
-        return f"refused: {reason}", not (folder / "out.partial").exists()
-    if status:
-        return f"internal error: {last[-2]}", False
-    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-        if command(["verify", str(out)]):
-            return "written, but verify refuses it", False
+    options = CompressOptions(
+        str(folder / "model"), out, ratio=0.2, num_calibration_samples=16, max_seq_length=64, device="cpu"
+    )
+    try:
+        compress(options)
+        check_data(open_checkpoint(out))
+    except PgsvdError as error:
+        reason = " ".join(str(error).split()).replace(f"{folder}/", "")
+        return f"{REFUSED}: {reason}", not (folder / "out.partial").exists()
+    except Exception as error:  # the bar: there is none
+        return f"internal error: {_line(error)}", False
     try:
         difference = layerwise_difference(model, folder / "model")
         if difference > SAME:
@@ -176,18 +175,31 @@ def _line(error: Exception) -> str:
     return f"{type(error).__name__}: {text[:160]}"
 
 
+def summary(rows: list[Row]) -> list[Row]:
+    """The numbers of types that were written, refused, and failed."""
+    refused = [row for row in rows if row["ok"] and str(row["value"]).startswith(REFUSED)]
+    failed = [row for row in rows if not row["ok"]]
+    return [
+        figure("model types", len(rows)),
+        figure("written, and run by transformers", len(rows) - len(refused) - len(failed)),
+        figure("refused with a reason", len(refused)),
+        at_most("internal errors and wrong results", len(failed), 0),
+    ]
+
+
 def main() -> int:
     """Try the types, print, write; the status is 0 where every row passes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("types", nargs="*", metavar="TYPE", help="model types (default: all)")
     parser.add_argument("--quick", action="store_true", help=f"{len(QUICK)} types instead of all")
-    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="rows of other types in this file are kept")
     arguments = parser.parse_args()
     logging.disable(logging.WARNING)
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     kinds = arguments.types or (QUICK if arguments.quick else sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
-    rows, unbuilt = [], []
+    rows: list[Row] = []
+    unbuilt: list[str] = []
     for kind in kinds:
         folder = Path(tempfile.mkdtemp())
         try:
@@ -197,11 +209,13 @@ def main() -> int:
         if found is None:
             unbuilt.append(kind)
             continue
-        rows.append({"case": kind, "value": found[0], "bar": BAR, "ok": found[1]})
+        rows.append(Row(case=kind, value=found[0], bar=BAR, ok=found[1]))
         print(f"{'ok  ' if found[1] else 'FAIL'} {kind}: {found[0]}", flush=True)
     print(f"no tiny model: {', '.join(unbuilt) or 'none'}")
     if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        old = json.loads(arguments.json.read_text(encoding="utf-8"))["rows"] if arguments.json.exists() else []
+        rows += [row for row in old if row["bar"] == BAR and row["case"] not in kinds]
+        write(arguments.json, COMMAND, [*summary(rows), *sorted(rows, key=lambda row: row["case"])])
     return 0 if all(row["ok"] for row in rows) else 1
 
 

@@ -199,7 +199,7 @@ class LayerStream:
                 return in_format(outputs.get(index, first), self.source.returned[tower])
             # A change in place keeps the address and increments the version.
             if seen and (hidden.data_ptr() != seen[0][0].data_ptr() or hidden._version != seen[0][1]):
-                raise self._unsupported("between its layers the model changes the hidden states")
+                raise self.unsupported("between its layers the model changes the hidden states")
             seen.append((hidden, hidden._version))
             kwargs.pop("hidden_states", None)
             calls.append((args[1:], kwargs))
@@ -213,18 +213,18 @@ class LayerStream:
             return None
         if len(calls) != len(span):
             path = self.source.tower(start).path
-            raise self._unsupported(f"the model runs {len(calls)} of its {len(span)} layers in {path}")
+            raise self.unsupported(f"the model runs {len(calls)} of its {len(span)} layers in {path}")
         self._calls[start, self._call_key(number)] = calls
         return seen[0][0]
 
-    def _unsupported(self, reason: str) -> InputError:
+    def unsupported(self, reason: str) -> InputError:
         """The error for an architecture that cannot run layer by layer."""
         advice = "; its language model can be compressed with text alone" if self.source.reads_images else ""
         return InputError(f"{self.source.folder}: {reason}: this architecture is not supported{advice}")
 
     def _exchange(self, detail: str) -> InputError:
         """The error for layers that depend on more than the hidden states of the layer before them."""
-        return self._unsupported(f"its layers exchange more than hidden states ({detail})")
+        return self.unsupported(f"its layers exchange more than hidden states ({detail})")
 
     @contextlib.contextmanager
     def _expected(self, what: str) -> Iterator[None]:
@@ -234,7 +234,7 @@ class LayerStream:
         except (PgsvdError, torch.OutOfMemoryError):
             raise
         except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
-            raise self._unsupported(f"{what} ({type(e).__name__}: {str(e)[:200]})") from None
+            raise self.unsupported(f"{what} ({type(e).__name__}: {str(e)[:200]})") from None
 
     def _call_key(self, number: int) -> Any:
         """The key of the layers' other arguments; batches of text of equal shape share them."""
@@ -305,7 +305,7 @@ class LayerStream:
         def cut(index: int, *args: Any, **kwargs: Any) -> Any:
             hidden = hidden_of(args, kwargs)
             if index in leaves:
-                raise self._unsupported(f"the model runs {source.tower(index).path} more than once")
+                raise self.unsupported(f"the model runs {source.tower(index).path} more than once")
             given = tree_leaves((args[1:], {key: value for key, value in kwargs.items() if key != "hidden_states"}))
             handed = {id(value) for value in tree_leaves(list(others.values())) if isinstance(value, torch.Tensor)}
             if any(isinstance(v, torch.Tensor) and (v.requires_grad or id(v) in handed) for v in given):
@@ -330,6 +330,8 @@ class LayerStream:
         if head is not None:  # it is not loaded
             head.forward = stop
         number = max(range(len(self.batches)), key=lambda i: len(self.batches[i]))
+        # A change in place increments the version, of tensors on the meta device as well.
+        weights = [(name, weight, weight._version) for name, weight in source.model.named_parameters()]
         batch = self.batch(number)
         if set(batch) == {"input_ids"}:
             batch = {"input_ids": batch["input_ids"][:1, :PROBE_TOKENS]}
@@ -345,9 +347,12 @@ class LayerStream:
         finally:
             if head is not None:
                 del head.forward
+        changed = next((name for name, weight, version in weights if weight._version != version), None)
+        if changed is not None:
+            raise self.unsupported(f"the model changes {changed} while it runs")
         ends = {span.stop - 1 for span in source.spans}
         if any(copy._version for index, copy in copies.items() if index not in ends):
-            raise self._unsupported("between its layers the model changes the hidden states")
+            raise self.unsupported("between its layers the model changes the hidden states")
         sums = [value.float().sum() for value in (*results, *entries) if value.requires_grad]
         torch.autograd.backward(sums)
         return {index for index, leaf in leaves.items() if leaf.grad is not None}

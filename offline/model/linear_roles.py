@@ -5,8 +5,9 @@ its layer calls it once, with one tensor, and it returns that tensor times its w
 weight; and if its output is more than a choice between experts or tokens.
 """
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +39,8 @@ def other_roles(stream: LayerStream) -> dict[str, str]:
     found: dict[str, str] = {}
     flow, source = Flow(), stream.source
     for span in source.spans:
-        stream.enter(span.start, flow)
+        with _untouched(stream, span):
+            stream.enter(span.start, flow)
         if not flow.members:
             continue
         entry = flow.hidden[0]
@@ -52,6 +54,27 @@ def other_roles(stream: LayerStream) -> dict[str, str]:
             flow.hidden = [output]
             stream.leave(index, flow)
     return found
+
+
+@contextlib.contextmanager
+def _untouched(stream: LayerStream, span: range) -> Iterator[None]:
+    """Refuse a model that reads the weights of its layers itself, outside of them; raises InputError."""
+    named = ((stream.source.paths[i], stream.source.layers[i]) for i in span)
+    watched = {
+        f"{path}.{name}": _Watched(m) for path, layer in named for name, m in layer.named_modules() if _is_linear(m)
+    }
+    try:
+        yield
+    finally:
+        for one in watched.values():
+            one.release()
+    read = next((path for path, one in watched.items() if one.fault), None)
+    if read is not None:
+        raise stream.unsupported(f"the model reads {read}.weight outside of its layer")
+
+
+def _is_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
+    return isinstance(module, nn.Linear)
 
 
 def _kind(layer: nn.Module) -> Any:
@@ -69,7 +92,7 @@ def _kind(layer: nn.Module) -> Any:
 def _observe(stream: LayerStream, index: int, number: int, hidden: torch.Tensor) -> tuple[dict[str, str], torch.Tensor]:
     """The roles of a layer's linear layers that are no projections, and the layer's output for `hidden`."""
     with stream.source.layer(index, stream.device, stream.dtype) as layer:
-        watched = {name: _Watched(m) for name, m in layer.named_modules() if isinstance(m, nn.Linear)}
+        watched = {name: _Watched(m) for name, m in layer.named_modules() if _is_linear(m)}
         try:
             with _Choices(watched) as choices, torch.no_grad():
                 output = stream.try_layer(layer, index, number, hidden)

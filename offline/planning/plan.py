@@ -60,7 +60,7 @@ class Plan:
 def make_plan(options: CompressOptions) -> Plan:
     """Check the request and read everything except the layers' weights.
 
-    A vision-language model runs one batch to find the layers that the calibration set reaches.
+    A short batch runs, to find what the linear layers do and which layers the calibration set reaches.
 
     Raises:
         InputError: an option, the model, the tokenizer or the calibration data cannot be used.

@@ -5,8 +5,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 from pgsvd_vllm.families import TESTED
 
@@ -17,11 +17,31 @@ if TYPE_CHECKING:
 LIMIT = 300
 
 
-def serving_lines(plan: "Plan") -> Iterator[str]:
-    """Lines for the user; none for a tested architecture.
+def ask_vllm(folder: str, names: Sequence[str], lm_head: str | None = None, trust: bool = False) -> dict[str, Any]:
+    """The fields of `serving.name_check.NameCheck`; `reason` says why vLLM has no answer.
 
-    vLLM runs in a process of its own: importing it changes the threads of this one.
+    vLLM runs in a process of its own, since importing it changes the threads of this one.
+
+    Args:
+        folder: of the dense model.
+        names: of the modules that may be factored.
+        lm_head: the LM head if it is one of them.
+        trust: run code that comes with the model.
     """
+    request = json.dumps({"folder": folder, "names": names, "lm_head": lm_head, "trust": trust})
+    command = [sys.executable, "-m", "pgsvd_vllm.serving.name_check"]
+    environment = os.environ | {"VLLM_LOGGING_LEVEL": "ERROR"}
+    try:
+        done = subprocess.run(
+            command, input=request, capture_output=True, text=True, timeout=LIMIT, env=environment, check=True
+        )
+        return json.loads(done.stdout.splitlines()[-1])
+    except (subprocess.SubprocessError, OSError, ValueError, IndexError) as error:
+        return {"vllm": "", "reason": f"its process ended with {type(error).__name__}"}
+
+
+def serving_lines(plan: "Plan") -> Iterator[str]:
+    """Lines for the user; none for a tested architecture."""
     source = plan.source
     if source.config.model_type in TESTED:
         return
@@ -31,24 +51,12 @@ def serving_lines(plan: "Plan") -> Iterator[str]:
         return
     head = plan.projections.lm_head
     names = [p.name for p in (*plan.projections.flat, *([head] if head else []))]
-    request = {
-        "folder": str(source.folder),
-        "names": names,
-        "lm_head": head.name if head else None,
-        "trust": source.trust_remote_code,
-    }
-    environment = os.environ | {"VLLM_LOGGING_LEVEL": "ERROR"}
-    try:
-        done = subprocess.run(
-            [sys.executable, "-m", "pgsvd_vllm.serving.name_check"],
-            input=json.dumps(request), capture_output=True, text=True, timeout=LIMIT, env=environment, check=True,
-        )  # fmt: skip
-        found = json.loads(done.stdout.splitlines()[-1])
-    except (subprocess.SubprocessError, OSError, ValueError, IndexError) as error:
-        yield f"vLLM's model could not be built to compare names ({type(error).__name__}); try a dense server first"
-        return
+    found = ask_vllm(str(source.folder), names, head.name if head else None, source.trust_remote_code)
     if found["reason"]:
-        yield f"vLLM {found['vllm']} cannot build this model here: {found['reason']}; transformers can run the result"
+        yield (
+            f"vLLM {found['vllm']} cannot build this model here ({found['reason']}): serve the dense model first; "
+            "transformers can run the result"
+        )
         return
     name = f"vLLM {found['vllm']}'s {found['model_class']}"
     if found["missing"]:

@@ -9,18 +9,19 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pgsvd_vllm.cli import main
 from pgsvd_vllm.errors import InputError
+from pgsvd_vllm.format.reader import open_checkpoint
 from pgsvd_vllm.offline.calibration.gram import advance
+from pgsvd_vllm.offline.compress import compress
 from pgsvd_vllm.offline.model.batch import text_batches
 from pgsvd_vllm.offline.model.layerwise import LayerStream
 from pgsvd_vllm.offline.model.linear_roles import other_roles
 from pgsvd_vllm.offline.model.source import ModelSource
+from pgsvd_vllm.offline.options import CompressOptions
 from tests.conftest import save_tiny_model
 from tests.e2e.architectures import EXPERTS, HEADS, SIZES, STATES, Architecture, save_model
 
 CPU = torch.device("cpu")
-FEW = ("--num-calibration-samples", "16", "--max-seq-length", "32")
 HYBRID = {"num_hidden_layers": 2, "num_key_value_heads": 2, "intermediate_size": 320}
 
 
@@ -107,18 +108,18 @@ def test_linear_layers_are_known_by_what_they_do(case: str, tiny_model: Path, on
     ],
 )
 def test_compress_leaves_other_linear_layers_dense(
-    config: str, options: dict[str, Any], leaf: str, tmp_path: Path, capsys: Any, one_thread: None
+    config: str, options: dict[str, Any], leaf: str, tmp_path: Path, one_thread: None
 ) -> None:
     source = save(tmp_path / "model", config, options)
     roles = other_roles(stream_of(source))
     assert {path.rpartition(".")[2] for path in roles} == {leaf}
-    command = ["compress", str(source.folder), "-o", str(tmp_path / "out"), "--ratio", "0.2", *FEW]
-    assert main([*command, "--dry-run"]) == 0
-    said = capsys.readouterr().out
-    assert "no projections, stay dense: model.layers.*." in said
-    assert f"WARNING: the architecture {source.config.model_type} is not among the tested ones" in said
-    assert main(command) == 0
-    assert main(["verify", str(tmp_path / "out")]) == 0
+    said: list[str] = []
+    few = {"num_calibration_samples": 8, "max_seq_length": 64}
+    compress(CompressOptions(str(source.folder), tmp_path / "out", baseline="pifa", **few), said.append)
+    assert "no projections, stay dense: model.layers.*." in said[0]
+    checkpoint = open_checkpoint(tmp_path / "out")
+    assert checkpoint.modules
+    assert not roles.keys() & checkpoint.modules.keys()
 
 
 @pytest.mark.parametrize(
@@ -194,3 +195,20 @@ def test_errors_of_the_models_code_name_the_model(tmp_path: Path, one_thread: No
         layer.self_attn.forward = lambda *_args, **_kwargs: [][0]
     with pytest.raises(InputError, match=r"does not run with other layers.*IndexError.*is not supported"):
         stream_of(source)
+
+
+@pytest.mark.parametrize("change", ["reads", "changes"])
+def test_models_that_use_weights_of_their_layers_are_refused(change: str, tiny_model: Path, one_thread: None) -> None:
+    """RWKV rescales the weights of its layers before it runs them."""
+    source = ModelSource(tiny_model)
+    linear: Any = source.layers[2].mlp.down_proj
+
+    def use(*_: Any) -> None:
+        if change == "changes":
+            with torch.no_grad():
+                linear.weight.div_(2)
+        assert linear.weight.shape
+
+    source.model.model.rotary_emb.register_forward_pre_hook(use)
+    with pytest.raises(InputError, match=f"the model {change} model.layers.2.mlp.down_proj.weight"):
+        other_roles(stream_of(source))
