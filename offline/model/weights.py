@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from pgsvd_vllm.errors import CheckpointError, InputError, reason_of
 from pgsvd_vllm.format.dtypes import is_finite
 from pgsvd_vllm.format.reader import TensorInfo, read_headers, read_index
-from pgsvd_vllm.hf.transformers_compat import tied_weights
+from pgsvd_vllm.hf.transformers_compat import loaded_dtype, tied_weights
 from pgsvd_vllm.hf.weight_mapping import StoredTensor, stored_tensors
 from pgsvd_vllm.offline.model.model_folder import (
     INDEX_FILE,
@@ -172,7 +172,8 @@ class StoredWeights:
                 name = names[original]
                 if not is_finite(tensor):
                     raise InputError(f"{path}: tensor {original} holds NaN or infinity; the checkpoint is damaged")
-                if tensor.is_floating_point() and name not in unused and not fits(tensor, dtype):
+                kept = loaded_dtype(self.model, name, dtype)
+                if tensor.is_floating_point() and name not in unused and not fits(tensor, kept):
                     raise InputError(
                         f"{path}: tensor {original} holds {tensor.abs().max().item():.3g}, "
                         f"{str(dtype).removeprefix('torch.')} ends at {torch.finfo(dtype).max:.3g}; choose `dtype` "

@@ -2,8 +2,11 @@
 
 from pathlib import Path
 
+import torch
+
 from pgsvd_vllm.format.reader import check_data, open_checkpoint
 from pgsvd_vllm.format.writer import TensorWriter
+from pgsvd_vllm.hf.transformers_compat import loaded_dtype
 from pgsvd_vllm.offline.model.companions import companion_data, find_companions
 from pgsvd_vllm.offline.model.weights import fits
 from pgsvd_vllm.offline.output.outcome import Choice, CompressResult
@@ -49,11 +52,7 @@ def write_checkpoint(plan: Plan, state: RunState, choice: Choice) -> CompressRes
     for name in weights.tensors:
         if name in factored:
             continue
-        tensor, dtype = weights.read(name), plan.settings.store_dtype
-        # `StoredWeights.check_values` has checked those that the model uses.
-        if dtype is not None and tensor.is_floating_point() and fits(tensor, dtype):
-            tensor = tensor.to(dtype)
-        writer.add(name, tensor)
+        writer.add(name, _stored(plan, name, weights.read(name)))
     writer.close()
     copy_companions(plan.source.folder, folder, plan.options.trust_remote_code)
     result = CompressResult(
@@ -64,6 +63,18 @@ def write_checkpoint(plan: Plan, state: RunState, choice: Choice) -> CompressRes
     write_model_card(folder, plan, result)
     check_data(open_checkpoint(folder))
     return result
+
+
+def _stored(plan: Plan, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """A dense tensor in the dtype to store.
+
+    It keeps its own dtype if transformers would load it in float32, such as a router's bias, or if the model does not
+    use it and its values are too large (`StoredWeights.check_values` refuses those that the model uses).
+    """
+    dtype = plan.settings.store_dtype
+    if dtype is None or not tensor.is_floating_point() or loaded_dtype(plan.source.model, name, dtype) != dtype:
+        return tensor
+    return tensor.to(dtype) if fits(tensor, dtype) else tensor
 
 
 def copy_companions(model: Path, folder: Path, trust_remote_code: bool) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import pgsvd_vllm.hf  # noqa: F401  (registers the format)
@@ -26,6 +27,7 @@ from pgsvd_vllm.offline.planning.prepare import open_state
 from pgsvd_vllm.offline.ranks.allocation import Allocation
 from pgsvd_vllm.offline.records import LayerFactors, ModuleReport
 from tests.conftest import save_tiny_model
+from tests.e2e.architectures import ARCHITECTURES, save_model
 
 SMALL: dict[str, Any] = {"num_calibration_samples": 20, "max_seq_length": 48, "ratio": 0.3}
 TEXT = "".join(
@@ -103,6 +105,24 @@ def test_leftovers_in_the_models_folder_are_not_copied(tmp_path: Path) -> None:
     written = {path.name for path in output.iterdir()}
     assert not written & {"x.txt", "pytorch_model.bin.index.json", "pgsvd-x.json"}
     assert json.loads((output / "pgsvd_report.json").read_text(encoding="utf-8"))["modules"]
+
+
+def test_a_routers_bias_stays_in_float32(tmp_path: Path) -> None:
+    row = next(row for row in ARCHITECTURES if row.name == "DeepSeek-V3")
+    folder = save_model(row, tmp_path / "model")
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    dense = load_file(folder / "model.safetensors")
+    bias = [name for name in dense if name.endswith("e_score_correction_bias")]
+    for name in bias:
+        dense[name].uniform_(7, 8)
+    save_file(dense, folder / "model.safetensors", metadata={"format": "pt"})
+    options = {"dataset": (str(tmp_path / "text.txt"),), "dtype": "bfloat16", "sensitivity": "uniform", **SMALL}
+    compress(CompressOptions(str(folder), tmp_path / "out", **options))
+    (file,) = (tmp_path / "out").glob("*.safetensors")
+    written = load_file(file)
+    assert bias
+    assert all(torch.equal(written[name], dense[name]) for name in bias)
+    assert {str(t.dtype) for name, t in written.items() if name not in bias} == {"torch.bfloat16"}
 
 
 def test_a_damaged_factor_is_found_before_it_is_published(tmp_path: Path) -> None:
