@@ -24,7 +24,9 @@ from pgsvd_vllm.offline.planning.prepare import open_state, prepare
 from pgsvd_vllm.offline.planning.resources import check_disk, disk_bytes
 from pgsvd_vllm.offline.ranks.select import Spectra, choose_ranks, measured_front
 from pgsvd_vllm.offline.refine.run import refine_layers
-from pgsvd_vllm.offline.run_state import RunState, finish_published
+from pgsvd_vllm.offline.run_state import RunState
+from pgsvd_vllm.offline.state.published import finish_published
+from pgsvd_vllm.offline.state.work_files import WorkFileError
 
 Say = Callable[[str], None]
 
@@ -67,13 +69,13 @@ def compress(
     except PgsvdError as error:
         if isinstance(error, ChoiceError):
             raise ChoiceError(f"{error} (calibration is kept: repeat with --resume)") from None
-        if keep:
+        if keep or isinstance(error, WorkFileError):
             raise type(error)(
                 f"{error} (measurements are kept in {state.folder}; they fit the same options alone)"
             ) from None
         state.discard()
         raise
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, MemoryError, RuntimeError) as error:
         reason = _failure(error, options)
         if reason is None:
             raise
@@ -104,11 +106,13 @@ def _request(options: CompressOptions) -> str:
     return hashlib.sha256(repr(replace(options, output=Path(), resume=False, command="")).encode()).hexdigest()
 
 
-def _failure(error: OSError | SafetensorError, options: CompressOptions) -> str | None:
-    """What failed in the file system, for the user; None for another error.
+def _failure(error: Exception, options: CompressOptions) -> str | None:
+    """What the system refused, for the user; None for another error.
 
-    safetensors reports a full disk and other failures of the system as errors of its own kind.
+    safetensors reports a full disk and other failures of the system as errors of its own kind, torch a lack of memory.
     """
+    if isinstance(error, MemoryError) or re.search(r"can't allocate memory|out of memory", str(error)):
+        return f"{options.model}: not enough memory is free"
     found = re.search(r"\(os error (\d+)\)", str(error))
     number = error.errno if isinstance(error, OSError) and error.errno else int(found[1]) if found else None
     if number in (errno.ENOSPC, errno.EDQUOT):

@@ -27,10 +27,12 @@ from pgsvd_vllm.offline.linalg import kinds, pack, unpack
 from pgsvd_vllm.offline.records import LayerCalibration, LayerFactors, LayerSensitivity, LMHeadCalibration, ModuleReport
 from pgsvd_vllm.offline.state.cleanup import delete_run, remove
 from pgsvd_vllm.offline.state.manifest import RUN_FILE, Manifest, fingerprint, is_blank
+from pgsvd_vllm.offline.state.published import CHECKPOINT, is_complete, partial_folder
 from pgsvd_vllm.offline.state.run_lock import RunLock
 from pgsvd_vllm.offline.state.work_files import (
     WRITING,
     DamagedFileError,
+    WorkFileError,
     check_sealed,
     read_sealed,
     save_sealed,
@@ -40,7 +42,7 @@ from pgsvd_vllm.offline.state.work_files import (
 # The folder of DIR.partial that holds the calibration.
 LAYERS = "layers"
 # Folders of DIR.partial that belong to one process and are not kept: the checkpoint, and the inputs of the layers.
-TEMPORARY = ("checkpoint", "inputs")
+TEMPORARY = (CHECKPOINT, "inputs")
 _WORK_FILE = re.compile(r"(\d{5,}(\.(measured|forward))?|head)\.safetensors")
 
 
@@ -75,12 +77,13 @@ class RunState:
         self.output, self.manifest, self._say = output, manifest, say
         self.folder = partial_folder(output)
         self.layers = calibration or self.folder / LAYERS
-        self.checkpoint = self.folder / TEMPORARY[0]
+        self.checkpoint = self.folder / CHECKPOINT
         self._factors = self.folder
         self._locks: dict[Path, RunLock] = {}
         created = False
         try:
             if calibration is not None:
+                self._check_place(calibration)
                 self._claim(calibration, calibration, f"--calibration {calibration}")
             label = f"--output-dir {output}"
             if os.path.isfile(self.folder / RUN_FILE):  # unlike Path.is_file, also for a name that is too long
@@ -104,6 +107,15 @@ class RunState:
             if isinstance(error, OSError):
                 raise InputError(f"{error.filename or self.folder}: cannot be used ({error.strerror})") from None
             raise
+
+    def _check_place(self, calibration: Path) -> None:
+        """Refuse a calibration folder that the run deletes or replaces; raises InputError."""
+        place = calibration.resolve()
+        for taken in (self.output.resolve(), self.folder.resolve()):
+            if taken == place or taken in place.parents:
+                raise InputError(
+                    f"--calibration {calibration}: lies in {taken}, which the run writes; name another folder"
+                )
 
     def _lock(self, folder: Path, target: Path, label: str) -> None:
         """Lock a folder, which is created if it is missing; raises InputError as `RunLock`, or with `label`."""
@@ -206,11 +218,11 @@ class RunState:
         save_sealed(path, self._label(path), tensors, content)
 
     def _load(self, path: Path, *kinds: str) -> tuple[dict[str, dict[str, torch.Tensor]], Any]:
-        """The tensors of a file by kind and name, and its JSON value; raises InputError if the file is damaged."""
+        """The tensors of a file by kind and name, and its JSON value; raises WorkFileError if the file is damaged."""
         try:
             return read_sealed(path, self._label(path), kinds)
         except DamagedFileError as error:
-            raise InputError(f"{path}: damaged ({error}); repeat with --resume, which computes it again") from None
+            raise WorkFileError(f"{path}: damaged ({error}); repeat with --resume, which computes it again") from None
 
     def save_layer(self, index: int, data: LayerCalibration) -> None:
         """Write the calibration of a layer; the file appears complete or not at all."""
@@ -345,7 +357,7 @@ class RunState:
     @property
     def is_published(self) -> bool:
         """Whether `publish` has renamed the checkpoint, even if it was interrupted afterwards."""
-        return _is_complete(self.output)
+        return is_complete(self.output)
 
     def discard(self) -> None:
         """Delete DIR.partial as far as possible and end the locks."""
@@ -359,36 +371,6 @@ class RunState:
             self._locks.popitem()[1].release()
 
 
-def finish_published(output: Path, request: str) -> bool:
-    """Delete DIR.partial beside a DIR that this run has completed, as an interrupted `RunState.publish` leaves it.
-
-    Args:
-        output: DIR.
-        request: that `RunState.publish` got.
-
-    Returns:
-        Whether DIR is the result of the request.
-
-    Raises:
-        InputError: another process writes into DIR.partial.
-    """
-    folder = partial_folder(output)
-    complete = _is_complete(output) and Manifest.published(folder).get("request") == request
-    # The deletion may have been interrupted after that of the manifest.
-    if complete or (os.path.lexists(output) and os.access(folder, os.R_OK) and is_blank(folder)):
-        lock = RunLock(folder, output)
-        try:
-            delete_run(folder, lock)
-        finally:
-            lock.release()
-    return complete
-
-
-def partial_folder(output: Path) -> Path:
-    """DIR.partial of a run that publishes `output`."""
-    return output.with_name(output.name + ".partial")
-
-
 def recorded_settings(output: Path) -> dict[str, str]:
     """The resolved settings in the manifest of an interrupted run; empty if it cannot be read."""
     return Manifest.settings_in(partial_folder(output))
@@ -399,16 +381,6 @@ def measured_layers(folder: Path, sensitivity: str) -> int:
     if not os.path.isdir(folder):  # unlike Path.glob, also for a name that is too long
         return 0
     return len(list(folder.glob(f"?????.{sensitivity}.safetensors")))
-
-
-def _is_complete(output: Path) -> bool:
-    """Whether DIR is what the run of DIR.partial has published."""
-    folder = partial_folder(output)
-    files = Manifest.published(folder).get("files")
-    try:
-        return files is not None and not (folder / TEMPORARY[0]).exists() and files == fingerprint(output)
-    except OSError:
-        return False
 
 
 def _digest(choice: dict[str, Any]) -> str:

@@ -1,6 +1,6 @@
 """The crash matrix: a run of `compress` that is killed, interrupted, or finds its files or inputs changed.
 
-    python benchmarks/reliability/crash_matrix.py [--quick] [--json FILE]
+    python benchmarks/reliability/crash_matrix.py [--quick] [--json FILE] [GROUP ...]
 
 Every case ends with the bytes of an uninterrupted run, or in one line that says what to do. Runs are forks of this
 process on a tiny random model (see faults.py); a few are the real command. Cases that need the superuser or a program
@@ -34,10 +34,10 @@ from benchmarks.reliability.run_bench import Bench
 POINTS, RANDOM = 40, 20
 
 
-def kills(bench: Bench, points: int) -> Iterator[Row]:
+def kills(bench: Bench) -> Iterator[Row]:
     """Kills at file operations, evenly over the run; at half of them files that were not synced lose their content."""
     bench.begin()
-    events = _trace(bench)
+    events, points = _trace(bench), 6 if bench.quick else POINTS
     moments = [(number, when) for number in range(len(events)) for when in ("before", "half", "after")]
     moments = [(n, w) for n, w in moments if w != "half" or events[n].startswith("save")]
     chosen = [moments[round(i * (len(moments) - 1) / (points - 1))] for i in range(points)]
@@ -79,14 +79,14 @@ def _plant(bench: Bench, number: int, when: str, loses: bool) -> None:
     Recorder(bench.place, act).install()
 
 
-def random_kills(bench: Bench, count: int) -> Iterator[Row]:
+def random_kills(bench: Bench) -> Iterator[Row]:
     """Kills at random times, each run resumed and killed again until it ends."""
     bench.begin()
     start = time.monotonic()
     bench.run()
     whole = time.monotonic() - start
     draw = random.Random(0)
-    for index in range(count):
+    for index in range(2 if bench.quick else RANDOM):
         bench.begin()
         for _ in range(draw.randint(1, 3)):
             process = bench.start(resume=True)
@@ -107,11 +107,12 @@ def _signal(process: Process, number: signal.Signals) -> None:
 
 def signals(bench: Bench) -> Iterator[Row]:
     """Signals while layers are calibrated, while the checkpoint is written, and after DIR has appeared."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
     states: dict[str, Callable[[], bool]] = {
         "calibrating": lambda: (bench.partial / "layers/00000.safetensors").exists(),
         "writing": lambda: (bench.partial / "checkpoint").exists(),
     }
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+    for number in numbers[3:] if bench.quick else numbers:
         for name, reached in states.items():
             bench.begin()
             process = bench.start()
@@ -179,7 +180,8 @@ def _holds(process: Process, folder: Path) -> bool:
 def real_commands(bench: Bench) -> Iterator[Row]:
     """The installed command, killed when its first layer, its factors and its checkpoint appear."""
     code = "import sys; from pgsvd_vllm.cli import main; sys.exit(main())"
-    for pattern in ("layers/?????.safetensors", "factors-*/*.safetensors", "checkpoint"):
+    patterns = ("layers/?????.safetensors", "factors-*/*.safetensors", "checkpoint")
+    for pattern in patterns[:1] if bench.quick else patterns:
         bench.begin()
         line = [sys.executable, "-c", code, *bench.arguments()]
         process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -190,26 +192,30 @@ def real_commands(bench: Bench) -> Iterator[Row]:
         yield bench.continued(f"real command killed when {pattern} appears")
 
 
+GROUPS: dict[str, Callable[[Bench], Iterator[Row]]] = {
+    "kills": kills,
+    "random": random_kills,
+    "signals": signals,
+    "published": after_publishing,
+    "concurrent": concurrent,
+    "real": real_commands,
+    **crash_inputs.GROUPS,
+}
+
+
 def main() -> int:
     """Run the cases, print and write the rows; the status is 0 where every row passes."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("groups", nargs="*", metavar="GROUP", help=f"of {', '.join(GROUPS)} (default: all)")
     parser.add_argument("--quick", action="store_true", help="few cases of each kind")
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    quick: bool = arguments.quick
     rows: list[Row] = []
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(Path(folder))
-        groups = [
-            kills(bench, 6 if quick else POINTS),
-            random_kills(bench, 2 if quick else RANDOM),
-            after_publishing(bench),
-            concurrent(bench),
-            *([] if quick else [signals(bench), real_commands(bench)]),
-            *crash_inputs.groups(bench, quick),
-        ]
+        bench = Bench(Path(folder), arguments.quick)
+        groups = [GROUPS[name](bench) for name in arguments.groups or GROUPS]
         for group in groups:
             for row in group:
                 rows.append(row)

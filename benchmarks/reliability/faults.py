@@ -147,15 +147,16 @@ class Recorder:
         title = f"{name} {path.relative_to(self.root) if str(path) != self.root else '.'}"
         self.events.append(title)
         self.act(self, number, title, "before")
-        result = run()
-        if name in ("save", "open") and path.is_file():
-            self.unsynced.add(path.stat().st_ino)
-            if name == "save":
-                self.act(self, number, title, "half")
-        if name == "fsync":
-            self.unsynced.discard(path.stat().st_ino)
-        self.act(self, number, title, "after")
-        return result
+        try:
+            return run()
+        finally:  # also after an operation that fails, such as the deletion of a file that is not there
+            if name in ("save", "open") and path.is_file():
+                self.unsynced.add(path.stat().st_ino)
+                if name == "save":
+                    self.act(self, number, title, "half")
+            if name == "fsync":
+                self.unsynced.discard(path.stat().st_ino)
+            self.act(self, number, title, "after")
 
     def lose_unsynced(self) -> None:
         """Empty every file that has not been synced, as a power cut may."""

@@ -19,6 +19,7 @@ class Bench:
 
     Args:
         work: an empty folder.
+        quick: whether few cases of each kind run.
 
     Attributes:
         model: a tiny random Llama of two layers.
@@ -26,8 +27,8 @@ class Bench:
         place: folder of the current case; `out` in it is DIR.
     """
 
-    def __init__(self, work: Path) -> None:
-        self.work = work
+    def __init__(self, work: Path, quick: bool = False) -> None:
+        self.work, self.quick = work, quick
         self.model = save_tiny_model(work / "model", layers=2, tie=False)
         self.text = work / "text.txt"
         self.text.write_text("".join(f"{n} times {n + 1} is {n * (n + 1)}, and so on.\n" for n in range(900)))

@@ -36,8 +36,8 @@ def _available(meminfo: Path) -> int | None:
         lines = meminfo.read_text(encoding="ascii", errors="replace").splitlines()
     except OSError:
         return None
-    found = [line for line in lines if line.startswith("MemAvailable:")]
-    return int(found[0].split()[1]) * 1024 if found else None
+    found = [line.split()[1:2] for line in lines if line.startswith("MemAvailable:")]
+    return int(found[0][0]) * 1024 if found and found[0] and found[0][0].isdecimal() else None
 
 
 def _groups(root: Path) -> list[tuple[Path, int]]:
@@ -48,6 +48,8 @@ def _groups(root: Path) -> list[tuple[Path, int]]:
         return []
     found = []
     for line in lines:
+        if line.count(":") < 2:
+            continue
         _, controllers, path = line.split(":", 2)
         if controllers and "memory" not in controllers.split(","):
             continue

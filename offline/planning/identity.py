@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import transformers
 
 import pgsvd_vllm
 from pgsvd_vllm.errors import InputError
-from pgsvd_vllm.offline.model.projection import LM_HEAD
+from pgsvd_vllm.offline.model.projection import LM_HEAD, Projection
 from pgsvd_vllm.offline.planning.plan import Plan
 from pgsvd_vllm.offline.state.manifest import Manifest
 
@@ -41,9 +41,16 @@ def manifest(plan: Plan) -> Manifest:
         "dtype": str(plan.settings.compute_dtype),
         "ignore": " ".join(plan.options.ignore),
         "include": " ".join(kind for kind in plan.options.include if kind != LM_HEAD),
+        "set of projections": _projections(plan.projections.layers),
         "program version": CALIBRATION_VERSION,
     }
     return Manifest(identity, {"sensitivity": plan.settings.sensitivity}, _environment(plan.settings.device))
+
+
+def _projections(layers: Sequence[Sequence[Projection]]) -> str:
+    """SHA-256 of the names and shapes of the projections of every layer."""
+    rows = [[(p.name, p.out_features, p.in_features) for p in row] for row in layers]
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
 def _environment(device: torch.device) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """Runs knowledge distillation on the factors in the run's state and saves the result there."""
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -42,7 +43,8 @@ def refine_layers(
     minutes = settings.refine_minutes
     assert minutes is not None
     layers = [state.load_factors(index) for index in range(len(projections.layers))]
-    state.open_refined({"minutes": minutes, "seed": settings.seed})
+    held_out = hashlib.sha256(data.windows.others.numpy().tobytes()).hexdigest()
+    state.open_refined({"minutes": minutes, "seed": settings.seed, "text": held_out})
     if all(state.has_factors(index) for index in range(len(layers))):
         return
     # The student's modules have the model's own names, which may differ from the checkpoint's.

@@ -62,11 +62,13 @@ class Manifest:
             One line if the environment has changed.
 
         Raises:
-            InputError: the manifest of the folder cannot be read, or belongs to another run; starts with `label`.
+            InputError: the manifest of the folder is damaged, or belongs to another run; starts with `label`.
+            OSError: it cannot be opened.
         """
-        old = _read(folder)
+        with (folder / RUN_FILE).open("rb"):
+            old = _read(folder)
         if not old:
-            raise InputError(f"{folder / RUN_FILE}: unreadable, this run cannot be resumed; delete {folder}")
+            raise InputError(f"{folder / RUN_FILE}: damaged, this run cannot be resumed; delete {folder}")
         changed = [key for key, value in self.identity.items() if old.get(key) != value]
         if changed:
             raise InputError(

@@ -25,6 +25,10 @@ class DamagedFileError(Exception):
     """A work file does not hold what was written under its name; the message says what differs."""
 
 
+class WorkFileError(InputError):
+    """A work file is damaged or misplaced; the other finished work is intact."""
+
+
 def save_sealed(path: Path, label: str, tensors: dict[str, torch.Tensor], content: object = None) -> None:
     """Write tensors so that the file appears complete or not at all, also after a power cut.
 
@@ -64,7 +68,7 @@ def read_sealed(path: Path, label: str, kinds: Collection[str]) -> tuple[dict[st
 
     Raises:
         DamagedFileError: a checksum differs, or the file is something else.
-        InputError: the path is no file.
+        WorkFileError: the path is no file.
         OSError: the file cannot be read.
     """
     found: dict[str, dict[str, torch.Tensor]] = {kind: {} for kind in kinds}
@@ -127,9 +131,9 @@ def _seal(label: str, metadata: dict[str, str]) -> str:
 
 
 def check_regular(path: Path) -> None:
-    """Refuse a folder, pipe or device in the place of a work file; raises InputError."""
+    """Refuse a folder, pipe or device in the place of a work file; raises WorkFileError."""
     if not stat.S_ISREG(os.stat(path).st_mode):
-        raise InputError(f"{path}: is in the place of a file of this run; remove it and repeat with --resume")
+        raise WorkFileError(f"{path}: is in the place of a file of this run; remove it and repeat with --resume")
 
 
 def replace_durably(part: Path, path: Path) -> None:

@@ -10,6 +10,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from pgsvd_vllm.errors import InputError
+from pgsvd_vllm.offline.calibration.collect import Calibration
+from pgsvd_vllm.offline.calibration.gradients import GradientPass
 from pgsvd_vllm.offline.compress import compress
 from pgsvd_vllm.offline.options import CompressOptions
 
@@ -163,3 +165,42 @@ def test_factors_of_another_version_are_computed_again(
     monkeypatch.undo()
     compress(options)
     assert weights_of(tmp_path / "out") == whole
+
+
+def test_damage_while_measuring_keeps_the_other_layers(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also in the first run, which otherwise deletes what an error makes useless."""
+    backward = Calibration._backward
+
+    def damaged(self: Calibration, gradients: GradientPass) -> None:
+        flip(tmp_path / "out.partial" / "layers" / "00001.safetensors")
+        backward(self, gradients)
+
+    monkeypatch.setattr(Calibration, "_backward", damaged)
+    with pytest.raises(InputError, match=r"00001\.safetensors: damaged"):
+        compress(CompressOptions(str(tiny_model), tmp_path / "out", ratio=0.3, **SMALL))
+    assert (tmp_path / "out.partial" / "layers" / "00000.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError(5, "Input/output error", "x"), MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")],
+)
+def test_what_the_system_refuses_keeps_finished_layers(tiny_model: Path, tmp_path: Path, error: Exception) -> None:
+    def fail(line: str) -> None:
+        if line.startswith("ranks by"):
+            raise error
+
+    with pytest.raises(InputError, match="finished layers are kept in .*out.partial, continue with --resume"):
+        compress(CompressOptions(str(tiny_model), tmp_path / "out", ratio=0.3, **SMALL), fail)
+    assert (tmp_path / "out.partial" / "layers" / "00002.safetensors").is_file()
+
+
+@pytest.mark.parametrize("place", ["out", "out.partial", "out.partial/layers"])
+def test_a_calibration_folder_of_the_run_itself_is_refused(tiny_model: Path, tmp_path: Path, place: str) -> None:
+    """The run would delete it."""
+    options = CompressOptions(str(tiny_model), tmp_path / "out", calibration=tmp_path / place, **SMALL)
+    with pytest.raises(InputError, match=f"--calibration .*{place}: lies in .*name another folder"):
+        compress(options)
+    assert list(tmp_path.iterdir()) == []
