@@ -1,10 +1,10 @@
 """A compressed model under `vllm serve`, beside the dense one: load, clients that hang up, damage and a killed worker.
 
-    python benchmarks/reliability/serving_faults.py [--quick] [--json FILE]
+    python benchmarks/reliability/serving_faults.py [--tiny] [--quick] [--json FILE]
 
-The model is SmolLM2-135M with every third layer factored; --quick takes a tiny random one and fewer requests. Figures
-of the dense model are references without a bar. The exit status is 1 where a bar is missed. The servers listen on
-127.0.0.1 alone.
+The model is SmolLM2-135M with every third layer factored; --tiny takes a random one of three small layers, --quick that
+and fewer requests. Figures of the dense model are references without a bar. The exit status is 1 where a bar is missed.
+The servers listen on 127.0.0.1 alone.
 """
 
 import argparse
@@ -56,7 +56,7 @@ class Size:
     length: int
 
 
-FULL, QUICK = Size(2000, 64, 1024), Size(200, 16, 256)
+FULL, TINY, QUICK = Size(2000, 64, 1024), Size(2000, 64, 512), Size(200, 16, 256)
 
 
 @contextlib.contextmanager
@@ -232,16 +232,16 @@ def killed_worker(name: str, folder: Path, log: Path, size: Size) -> list[Row]:
     ]
 
 
-def make_models(folder: Path, quick: bool) -> dict[str, Path]:
+def make_models(folder: Path, tiny: bool) -> dict[str, Path]:
     """Name -> folder of the dense model and of the compressed one."""
     from pgsvd_vllm.cli import main as command
     from tests.conftest import save_tiny_model
 
-    dense = save_tiny_model(folder / "dense") if quick else reference_model.smollm2()
+    dense = save_tiny_model(folder / "dense") if tiny else reference_model.smollm2()
     compressed = folder / "compressed"
     options = ["--sensitivity", "uniform", "--num-calibration-samples", "8", "--max-seq-length", "256", "--ratio"]
-    kept = [] if quick else ["--ignore", *(f"model.layers.{i}.*" for i in range(30) if i % 3)]
-    status = command(["compress", str(dense), "-o", str(compressed), *options, "0.25" if quick else "0.066", *kept])
+    kept = [] if tiny else ["--ignore", *(f"model.layers.{i}.*" for i in range(30) if i % 3)]
+    status = command(["compress", str(dense), "-o", str(compressed), *options, "0.25" if tiny else "0.066", *kept])
     if status:
         raise RuntimeError(f"compress ended with status {status}")
     return {"dense": dense, "compressed": compressed}
@@ -249,7 +249,8 @@ def make_models(folder: Path, quick: bool) -> dict[str, Path]:
 
 def measure(models: dict[str, Path], logs: Path, size: Size) -> list[Row]:
     """Every row; the dense model's have no bar, since they are references."""
-    rows: list[Row] = []
+    config = json.loads((models["dense"] / "config.json").read_text(encoding="utf-8"))
+    rows: list[Row] = [figure("layers of the model", config["num_hidden_layers"])]
     growth = {}
     for name, folder in models.items():
         served, log = logs / f"served-{name}", logs / f"{name}.log"
@@ -275,15 +276,16 @@ def measure(models: dict[str, Path], logs: Path, size: Size) -> list[Row]:
 def main() -> int:
     """Run everything; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a tiny model and fewer requests")
+    parser.add_argument("--tiny", action="store_true", help="a tiny random model")
+    parser.add_argument("--quick", action="store_true", help="a tiny random model and fewer requests")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the record")
     arguments = parser.parse_args()
+    tiny = arguments.tiny or arguments.quick
     with tempfile.TemporaryDirectory() as name:
-        models = make_models(Path(name), arguments.quick)
-        rows = measure(models, Path(name), QUICK if arguments.quick else FULL)
+        rows = measure(make_models(Path(name), tiny), Path(name), QUICK if arguments.quick else TINY if tiny else FULL)
     if arguments.json:
-        quick = " --quick" if arguments.quick else ""
-        record.write(arguments.json, f"python benchmarks/reliability/serving_faults.py{quick}", rows)
+        size = " --quick" if arguments.quick else " --tiny" if tiny else ""
+        record.write(arguments.json, f"python benchmarks/reliability/serving_faults.py{size}", rows)
     return 0 if all(row["ok"] for row in rows) else 1
 
 
