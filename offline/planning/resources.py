@@ -138,7 +138,9 @@ def fit_into_memory(plan: Plan, say: Callable[[str], None]) -> Plan:
     free = free_memory(plan.settings.device)
     if free is None or plan.options.sensitivity is not None or plan.settings.sensitivity != MEASURED:
         return plan
-    needed = memory_bytes(plan)
+    # The weights outside of the layers are loaded already.
+    loaded = sum(parameter.nbytes for parameter in plan.source.model.parameters() if not parameter.is_meta)
+    needed = memory_bytes(plan) - loaded
     if needed <= free:
         return plan
     say(

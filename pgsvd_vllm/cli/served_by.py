@@ -35,9 +35,10 @@ def ask_vllm(folder: str, names: Sequence[str], lm_head: str | None = None, trus
         done = subprocess.run(
             command, input=request, capture_output=True, text=True, timeout=LIMIT, env=environment, check=True
         )
-        return json.loads(done.stdout.splitlines()[-1])
+        found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     except (subprocess.SubprocessError, OSError, ValueError, IndexError) as error:
         return {"vllm": "", "reason": f"its process ended with {type(error).__name__}"}
+    return found
 
 
 def serving_lines(plan: "Plan") -> Iterator[str]:
