@@ -105,7 +105,7 @@ def naming(name: str) -> Iterator[None]:
 def overflow(what: str, dtype: torch.dtype) -> InputError:
     """The error for numbers of the dense model that are not finite; `what` names the layer or projection and them."""
     narrow = dtype == torch.float16
-    advice = "calibrate with `dtype` float32 or bfloat16" if narrow else "the model itself gives no numbers: check it"
+    advice = "calibrate with `dtype` float32 or bfloat16" if narrow else "check the weights of the model"
     return InputError(f"{what} overflows in {dtype}; {advice}")
 
 
@@ -146,6 +146,13 @@ def cross_gram(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     return (left.T @ right).double().mul_(2.0 ** (e + f))
 
 
+def _exponent_of_finite(matrix: torch.Tensor) -> int:
+    """`exponent_of` a matrix to decompose; raises torch.linalg.LinAlgError if it is not finite."""
+    if not torch.isfinite(matrix).all():
+        raise torch.linalg.LinAlgError("its Gram matrix is not finite")
+    return exponent_of(matrix)
+
+
 def eigh(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Eigenvalues and eigenvectors of a symmetric matrix.
 
@@ -154,15 +161,22 @@ def eigh(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
     Returns:
         float64 [n], ascending, and float64 [n, n], orthonormal columns; those of a zero matrix are unit vectors.
+
+    Raises:
+        torch.linalg.LinAlgError: the matrix is not finite, or LAPACK does not converge.
     """
-    exponent = exponent_of(matrix)
+    exponent = _exponent_of_finite(matrix)
     values, vectors = torch.linalg.eigh(times_power(matrix, -exponent))
     return times_power(values, exponent), vectors
 
 
 def spectrum(matrix: torch.Tensor) -> torch.Tensor:
-    """Eigenvalues of a positive semi-definite matrix, float64 [n, n]: float64 [n], descending, never negative."""
-    exponent = exponent_of(matrix)
+    """Eigenvalues of a positive semi-definite matrix, float64 [n, n]: float64 [n], descending, never negative.
+
+    Raises:
+        torch.linalg.LinAlgError: as of `eigh`.
+    """
+    exponent = _exponent_of_finite(matrix)
     values = torch.linalg.eigvalsh(times_power(matrix, -exponent)).flip(0).clamp_min(0)
     return times_power(values, exponent)
 
@@ -183,7 +197,7 @@ def cholesky(matrix: torch.Tensor, share: float) -> tuple[torch.Tensor, float]:
     Raises:
         torch.linalg.LinAlgError: the matrix is not finite or not semi-definite.
     """
-    exponent = 2 * (exponent_of(matrix) // 2)  # even: its root is a power of two as well
+    exponent = 2 * (_exponent_of_finite(matrix) // 2)  # even: its root is a power of two as well
     scaled = times_power(matrix.double(), -exponent)
     mean = float(scaled.diagonal().mean())
     if mean == 0:

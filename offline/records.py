@@ -36,8 +36,8 @@ class LMHeadCalibration:
     Attributes:
         gram: float32 [in, in], C = sum of x x^T over the tokens, divided by a power of two.
         weight: float32 [vocabulary], mean of p (1 - p) over the tokens, p being the model's probabilities.
-        energy: float64 [in], eigenvalues of S C S^T in descending order, S [vocabulary, in] being the weighted rows, and
-            C the stored `gram`.
+        energy: float64 [in], eigenvalues of S C S^T in descending order, C being `gram` and S [vocabulary, in] the
+            weighted rows.
     """
 
     gram: torch.Tensor

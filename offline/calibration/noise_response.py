@@ -35,7 +35,7 @@ def noise_responses(stream: LayerStream, index: int, projections: Sequence[Proje
         lacks MoE experts that no token of the batch reaches, and is empty if no batch runs the tower.
 
     Raises:
-        InputError: a response is not finite.
+        InputError: the layer's output or a response is not finite.
     """
     generator = torch.Generator(stream.device).manual_seed(seed)
     if not stream.flow.hidden:
@@ -46,6 +46,8 @@ def noise_responses(stream: LayerStream, index: int, projections: Sequence[Proje
     found = {}
     with stream.source.layer(index, stream.device, stream.dtype) as layer:
         clean = stream.run(layer, index, number, hidden).float()
+        if not torch.isfinite(clean).all():
+            raise overflow(f"{stream.source.paths[index]}: the layer's output", stream.dtype)
         size = _energy(clean, -1)
         counted = size > 0  # a zero token has no size that its change could be compared with
         for p in projections:

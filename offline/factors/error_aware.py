@@ -43,8 +43,8 @@ CORRECTED = 0.5
 STREAM_CORRECTED = 0.5
 # lam, as a share of the mean of the diagonal of C'; it grows where rounding makes C' indefinite.
 RIDGE = 1e-3
-# Largest energy of the stream's correction, relative to that of the projection's own output. A projection without output
-# must not become a corrector with weights as large as its inputs are small; other corrections stay far below.
+# Largest energy of the stream's correction, relative to that of the projection's own output. A projection of almost no
+# output must not become a corrector whose weights are as large as its inputs are small. Other corrections are smaller.
 LARGEST_SHIFT = 1.0
 # Largest deviation of a layer's output from its input plus its writers' outputs, relative to the change by the layer.
 ADDITIVE = 0.02
@@ -56,7 +56,7 @@ class Target:
 
     Attributes:
         change: float64 [in, in].
-        shift: float64 [out, in]; None for a projection that does not add to the residual stream, or adds next to nothing.
+        shift: float64 [out, in]; None for a projection that does not add to the residual stream, or almost nothing.
         gram: C' = sum x' x'^T, float64 [in, in].
         dense: C = sum x x^T of the same tokens, float64 [in, in]; None if the pass takes all calibration tokens.
     """

@@ -72,7 +72,7 @@ def at_ratio(
         return at_tolerance(projections, profiles, tolerance, ignored, form)
 
     best, above = _closest(at, 0.0, 1.0, ratio)
-    if abs(best.removed - ratio) > RATIO_SLACK and not best.ranks:
+    if not best.ranks:
         raise too_small(ratio, above.removed)
     return best
 

@@ -177,6 +177,60 @@ def test_failed_distillation_returns_the_initial_factors(
         assert all(torch.equal(refined.tensors[name][suffix], tensor) for suffix, tensor in row.items())
 
 
+def test_equal_predictions_have_no_divergence(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
+) -> None:
+    """Rounding gives a mean below 0 here."""
+    count_time_by_steps(monkeypatch, seconds=0.2)
+    monkeypatch.setattr(Distiller, "divergence", lambda _self, _key, _row: -1e-9)
+    refined = distiller(tiny_model, factors_of(tiny_model, "factors")).run(windows(2, 32), windows(2, 32), minutes=0.01)
+    assert (refined.before, refined.after) == (0, 0)
+
+
+def test_models_without_numbers_are_not_distilled(tiny_model: Path, one_thread: None) -> None:
+    tensors = factors_of(tiny_model, "factors")
+    for tensor in tensors["model.layers.1.mlp.down_proj"].values():
+        tensor *= 1e30
+    with pytest.raises(InputError, match=r"`refine`: the predictions of .* overflow in torch\.float32; omit it"):
+        distiller(tiny_model, tensors).run(windows(2, 32), windows(2, 32, seed=9), minutes=0.01)
+
+
+def test_a_window_that_overflows_is_skipped(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
+) -> None:
+    count_time_by_steps(monkeypatch, seconds=0.05)
+    learn = Distiller.learn
+
+    def overflowing(self: Distiller, key: int, row: torch.Tensor) -> None:
+        learn(self, key, row)
+        if key == 1:
+            gradient = self.parameters[0].grad
+            assert gradient is not None
+            gradient[0, 0] = float("inf")
+
+    monkeypatch.setattr(Distiller, "learn", overflowing)
+    refined = distiller(tiny_model, factors_of(tiny_model, "factors")).run(
+        windows(8, 32), windows(2, 32, seed=9), minutes=0.05
+    )
+    assert refined.steps > 8
+    assert refined.after < refined.before
+
+
+def test_factors_beyond_their_dtype_are_not_chosen(tiny_model: Path, one_thread: None) -> None:
+    tensors = {
+        name: {suffix: tensor.half() if suffix != "pivots" else tensor for suffix, tensor in row.items()}
+        for name, row in factors_of(tiny_model, "factors").items()
+    }
+    trained = distiller(tiny_model, tensors)
+    held_out = windows(1, 16)
+    best = trained.evaluate(held_out) + 1
+    with torch.no_grad():
+        trained.trained["model.layers.0.mlp.up_proj"].down[0] *= 1e6
+        trained.trained["model.layers.0.mlp.up_proj"].up[:, 0] *= 1e-6
+    assert trained.evaluate(held_out) < best
+    assert trained._select(held_out, best, tensors) == (best, tensors)
+
+
 def test_a_distilled_run_is_resumed(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
 ) -> None:
