@@ -83,7 +83,6 @@ class RunState:
         created = False
         try:
             if calibration is not None:
-                self._check_place(calibration)
                 self._claim(calibration, calibration, f"--calibration {calibration}")
             label = f"--output-dir {output}"
             if os.path.isfile(self.folder / RUN_FILE):  # unlike Path.is_file, also for a name that is too long
@@ -107,15 +106,6 @@ class RunState:
             if isinstance(error, OSError):
                 raise InputError(f"{error.filename or self.folder}: cannot be used ({error.strerror})") from None
             raise
-
-    def _check_place(self, calibration: Path) -> None:
-        """Refuse a calibration folder that the run deletes or replaces; raises InputError."""
-        place = calibration.resolve()
-        for taken in (self.output.resolve(), self.folder.resolve()):
-            if taken == place or taken in place.parents:
-                raise InputError(
-                    f"--calibration {calibration}: lies in {taken}, which the run writes; name another folder"
-                )
 
     def _lock(self, folder: Path, target: Path, label: str) -> None:
         """Lock a folder, which is created if it is missing; raises InputError as `RunLock`, or with `label`."""

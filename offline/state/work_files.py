@@ -5,6 +5,7 @@ import json
 import os
 import stat
 from collections.abc import Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ def save_sealed(path: Path, label: str, tensors: dict[str, torch.Tensor], conten
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {
         CONTENT: json.dumps(content),
-        DIGESTS: json.dumps({name: _digest(tensor) for name, tensor in stored.items()}, sort_keys=True),
+        DIGESTS: json.dumps(_digests(stored), sort_keys=True),
     }
     part = path.with_name(path.name + WRITING)
     try:
@@ -73,18 +74,19 @@ def read_sealed(path: Path, label: str, kinds: Collection[str]) -> tuple[dict[st
     """
     found: dict[str, dict[str, torch.Tensor]] = {kind: {} for kind in kinds}
     with _opened(path, label) as (file, digests, content):
-        for key in sorted(digests):
-            kind, _, name = key.partition(":")
-            if kind in found:
-                found[kind][name] = _verified(file, key, digests[key])
+        tensors = {key: _tensor(file, key) for key in sorted(digests) if key.partition(":")[0] in found}
+    _compare(tensors, digests)
+    for key, tensor in tensors.items():
+        kind, _, name = key.partition(":")
+        found[kind][name] = tensor
     return found, content
 
 
 def check_sealed(path: Path, label: str) -> None:
     """Compare every tensor of a file with its checksum; raises as `read_sealed`."""
     with _opened(path, label) as (file, digests, _):
-        for key, digest in digests.items():
-            _verified(file, key, digest)
+        for key in digests:
+            _compare({key: _tensor(file, key)}, digests)
 
 
 @contextmanager
@@ -108,15 +110,26 @@ def _opened(path: Path, label: str) -> Iterator[tuple[Any, dict[str, str], Any]]
         raise DamagedFileError(str(error)) from None
 
 
-def _verified(file: Any, key: str, digest: str) -> torch.Tensor:
-    """A tensor of an open file; raises DamagedFileError if its SHA-256 differs."""
+def _tensor(file: Any, key: str) -> torch.Tensor:
+    """A tensor of an open file; raises DamagedFileError if torch refuses its shape or dtype."""
     try:
         tensor: torch.Tensor = file.get_tensor(key)
-    except (RuntimeError, AttributeError) as error:  # a shape or dtype that torch refuses
+    except (RuntimeError, AttributeError) as error:
         raise DamagedFileError(f"{key}: {error}") from None
-    if _digest(tensor) != digest:
-        raise DamagedFileError(f"{key} differs from its checksum")
     return tensor
+
+
+def _compare(tensors: dict[str, torch.Tensor], digests: dict[str, str]) -> None:
+    """Raise DamagedFileError for a tensor whose SHA-256 differs."""
+    for key, digest in _digests(tensors).items():
+        if digest != digests[key]:
+            raise DamagedFileError(f"{key} differs from its checksum")
+
+
+def _digests(tensors: dict[str, torch.Tensor]) -> dict[str, str]:
+    """The SHA-256 of every tensor, on all cores."""
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+        return dict(zip(tensors, threads.map(_digest, tensors.values()), strict=True))
 
 
 def _digest(tensor: torch.Tensor) -> str:
