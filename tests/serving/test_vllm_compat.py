@@ -213,8 +213,9 @@ def test_copied_sources_are_those_that_were_read(path: str, sources: Sources) ->
     assert source_hash(ast.unparse(definition(sources, path))) == COPIED[path]
 
 
-def overrides(sources: Sources) -> Iterator[tuple[str, ast.FunctionDef, ast.FunctionDef]]:
-    """Our method and vLLM's of every method that a class of ours overrides."""
+def derived() -> Iterator[tuple[ast.ClassDef, str, str]]:
+    """Our classes, and module and name of each base that is vLLM's, directly or through another class of ours."""
+    classes = []
     for path in sorted((PACKAGE / "serving").rglob("*.py")):
         origin = {
             alias.name: node.module or ""
@@ -224,15 +225,25 @@ def overrides(sources: Sources) -> Iterator[tuple[str, ast.FunctionDef, ast.Func
         }
         for ours in parsed(path).body:
             for base in ours.bases if isinstance(ours, ast.ClassDef) else []:
-                if not isinstance(base, ast.Name) or base.id not in origin:
-                    continue
-                parent = sources.find(origin[base.id], base.id)
-                assert isinstance(parent, Found), f"{path.name}: {base.id}"
-                assert isinstance(ours, ast.ClassDef)
-                for method in ours.body:
-                    theirs = sources.method(parent, method.name) if isinstance(method, ast.FunctionDef) else None
-                    if theirs is not None and isinstance(method, ast.FunctionDef):
-                        yield f"{ours.name}.{method.name}", method, theirs
+                if isinstance(base, ast.Name) and isinstance(ours, ast.ClassDef):
+                    classes.append((ours, base.id, origin.get(base.id)))
+    direct = {ours.name: (module, base) for ours, base, module in classes if module is not None}
+    for ours, base, module in classes:
+        if module is not None:
+            yield ours, module, base
+        elif base in direct:
+            yield ours, *direct[base]
+
+
+def overrides(sources: Sources) -> Iterator[tuple[str, ast.FunctionDef, ast.FunctionDef]]:
+    """Our method and vLLM's of every method that a class of ours overrides."""
+    for ours, module, base in derived():
+        parent = sources.find(module, base)
+        assert isinstance(parent, Found), f"{ours.name}: {base}"
+        for method in ours.body:
+            theirs = sources.method(parent, method.name) if isinstance(method, ast.FunctionDef) else None
+            if theirs is not None and isinstance(method, ast.FunctionDef):
+                yield f"{ours.name}.{method.name}", method, theirs
 
 
 def test_overrides_take_the_arguments_of_vllm(sources: Sources) -> None:
@@ -247,6 +258,7 @@ def test_overrides_take_the_arguments_of_vllm(sources: Sources) -> None:
             wrong.append(f"{name}{mine}, vLLM's {wanted}")
     assert wrong == []
     known = ("PgsvdLinearMethod.apply", "PgsvdConfig.get_quant_method", "PgsvdModelLoader.load_weights")
+    known += ("IndexedLoader._prepare_weights", "PgsvdConfig.maybe_update_config")
     assert {*known, "FactoredMoEMethod.create_weights", "InnerReduceRowParallelLinear.forward"} <= names
 
 
