@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from pgsvd_vllm.errors import InputError
 from pgsvd_vllm.offline.calibration.gram import LayerGrams, advance, robust_rows
@@ -136,8 +137,6 @@ def test_inputs_of_finished_batches_are_freed(tiny_model: Path) -> None:
 
 
 def test_layers_are_freed_after_an_error(tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
     folder = save_tiny_model(tmp_path / "model", layers=2)
     file = folder / "model.safetensors"
     tensors = load_file(file)
@@ -146,7 +145,8 @@ def test_layers_are_freed_after_an_error(tmp_path: Path) -> None:
     save_file(tensors, file, metadata={"format": "pt"})
     source = ModelSource(folder)
     stream = LayerStream(source, text_batches(windows(2, 16)), CPU, torch.float32)
-    with pytest.raises(InputError, match=r"model\.layers\.0: .*overflows in torch\.float32"):
+    expected = r"model\.layers\.0: the layer's output \(first the output of .*down_proj\) overflows in torch\.float32"
+    with pytest.raises(InputError, match=expected):
         list(advance(stream, 0, find_projections(source).layers[0], collect=True))
     assert all(p.is_meta for layer in source.layers for p in layer.parameters())
     assert not any(m._forward_pre_hooks for layer in source.layers for m in layer.modules())
@@ -183,8 +183,40 @@ def test_each_window_is_clipped_by_its_own_median() -> None:
     assert torch.equal(robust_rows(x), x.flatten(0, 1))
 
 
-def test_zero_rows_stay_finite() -> None:
-    x = torch.zeros(2, 5, 4)
+def test_zero_tokens_count_neither_up_nor_down() -> None:
+    """Otherwise a window with one nonzero token would have no energy at all."""
+    x = torch.zeros(3, 5, 4)
     x[0, 0] = 1
-    assert torch.isfinite(robust_rows(x)).all()
-    assert torch.isfinite(robust_rows(x.bfloat16())).all()
+    x[1, :2] = torch.tensor([[1.0], [100.0]])
+    for rows in (robust_rows(x), robust_rows(x.bfloat16())):
+        rows = rows.view(3, 5, 4)
+        assert torch.equal(rows[0], x[0])
+        assert torch.equal(rows[1, 0], x[1, 0])
+        assert float(rows[1, 1].square().sum()) == pytest.approx(40)
+        assert not rows[2].any()
+
+
+@pytest.mark.parametrize("exponent", [-130, -60, 60, 120])
+def test_clipping_works_at_any_magnitude(exponent: int) -> None:
+    x = torch.randn(2, 15, 8, generator=torch.Generator().manual_seed(2))
+    x[:, 3] *= 50
+    x = (x * 2**12).round() / 2**12  # few digits, which denormal numbers keep
+    scaled = (x.double() * 2.0**exponent).float()
+    torch.testing.assert_close(
+        robust_rows(scaled).double() * 2.0**-exponent, robust_rows(x).double(), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_overflowing_inputs_name_the_projection(tmp_path: Path) -> None:
+    folder = save_tiny_model(tmp_path / "model", layers=1)
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.0.mlp.up_proj.weight"].fill_(3e38)
+    save_file(tensors, file, metadata={"format": "pt"})
+    source = ModelSource(folder)
+    stream = LayerStream(source, text_batches(windows(2, 16)), CPU, torch.float32)
+    expected = (
+        r"mlp\.down_proj: its input \(first the output of model\.layers\.0\.mlp\.up_proj\) overflows in torch\.float32"
+    )
+    with pytest.raises(InputError, match=expected):
+        list(advance(stream, 0, find_projections(source).layers[0], collect=True))

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from pgsvd_vllm.errors import InputError
@@ -130,6 +131,49 @@ def test_scaled_outputs_get_no_stream_correction(tmp_path: Path, monkeypatch: py
     assert all(target.shift is None for target in targets)
 
 
+@pytest.mark.parametrize("factor", [0.0, 1e-30])
+def test_a_projection_of_no_output_corrects_nothing(tmp_path: Path, factor: float) -> None:
+    """Else its weights would grow until its tiny inputs explain the residual stream's error."""
+    folder = save_tiny_model(tmp_path / "model", layers=1)
+    tensors = load_file(folder / "model.safetensors")
+    changed = "up_proj" if factor else "down_proj"
+    tensors[f"model.layers.0.mlp.{changed}.weight"] *= factor
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    source = ModelSource(folder)
+    fit_pass = ErrorAwarePass(LayerStream(source, text_batches(windows(12, 40)), CPU, torch.float32))
+    targets: dict[str, tuple[Target, torch.Tensor]] = {}
+
+    def fit(p: Projection, target: Target) -> torch.Tensor:
+        weight = source.weights.read(f"{p.name}.weight").double()
+        targets[p.path.rpartition(".")[2]] = target, weight
+        return truncated(weight)
+
+    row = find_projections(source).layers[0]
+    list(fit_pass.advance(0, groups_of(row), {p.name for p in row}, fit, {}))
+    target, weight = targets["down_proj"]
+    assert target.shift is None
+    assert target.of(weight).norm() <= 10 * weight.norm()
+    assert targets["o_proj"][0].shift is not None
+
+
+def test_inputs_of_zero_give_no_target(tmp_path: Path) -> None:
+    folder = save_tiny_model(tmp_path / "model", layers=1)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"].zero_()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    source = ModelSource(folder)
+    fit_pass = ErrorAwarePass(LayerStream(source, text_batches(windows(12, 40)), CPU, torch.float32))
+    seen: dict[str, Target | None] = {}
+
+    def fit(p: Projection, target: Target | None) -> torch.Tensor:
+        seen[p.path.rpartition(".")[2]] = target
+        return truncated(source.weights.read(f"{p.name}.weight"))
+
+    row = find_projections(source).layers[0]
+    list(fit_pass.advance(0, groups_of(row), {p.name for p in row}, fit, {}))
+    assert [name for name, target in seen.items() if target is None] == ["down_proj"]
+
+
 def test_no_dense_gram_if_all_calibration_tokens_take_part(tmp_path: Path) -> None:
     source = ModelSource(save_tiny_model(tmp_path / "model", layers=1))
     row = find_projections(source).layers[0]
@@ -180,9 +224,9 @@ def test_a_projection_that_is_not_called_is_named(
             return plain(x)
         return x if skipped == "mlp" else mlp.gate_proj(x)[..., : x.shape[-1]]
 
-    monkeypatch.setattr(mlp, "forward", forward)
-    fit_pass = ErrorAwarePass(LayerStream(source, text_batches(windows(8, 40)), CPU, torch.float32))
     row = find_projections(source).layers[0]
+    fit_pass = ErrorAwarePass(LayerStream(source, text_batches(windows(8, 40)), CPU, torch.float32))
+    monkeypatch.setattr(mlp, "forward", forward)
     name = "down_proj" if skipped == "down_proj" else "gate_proj"
     with pytest.raises(InputError, match=rf"mlp\.{name}: its tokens depend on the weights before it \(a router\)"):
         list(
