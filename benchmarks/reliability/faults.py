@@ -11,6 +11,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+from tqdm.auto import tqdm
 
 from pgsvd_vllm.cli import main as command
 
@@ -70,6 +72,8 @@ class Process:
                 sys.argv = ["pgsvd-vllm", *(shown or arguments)]
                 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
                     signal.signal(number, signal.default_int_handler)
+                # The lock of progress bars is shared with all forks: one that was killed may hold it for ever.
+                tqdm.set_lock(threading.RLock())
                 before()
                 status = command(arguments)
             except SystemExit as error:
