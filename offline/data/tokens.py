@@ -13,8 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from pgsvd_vllm.errors import InputError
 
-# Characters that are tokenized at once; a tokenizer's working memory is about 150 times as many bytes.
-PIECE = 1 << 18
+# Characters that are tokenized at once; a tokenizer's working memory is 50 to 300 times as many bytes.
+PIECE = 1 << 17
 # Characters that two pieces of one document share.
 OVERLAP = 4096
 
@@ -107,24 +107,26 @@ def _tokens_of_pieces(tokenizer: PreTrainedTokenizerBase, document: str) -> "arr
     alone, so both pieces have the same tokens there, those of the whole document.
     """
 
-    def encode(start: int) -> Encoding:
+    ids = array("i")
+    starts = range(0, max(1, len(document) - OVERLAP), PIECE)
+    for start in starts:
         piece = document[start : start + PIECE + OVERLAP]
-        return tokenizer(piece, add_special_tokens=False, verbose=False).encodings[0]
-
-    def first_token(piece: Encoding, position: int) -> int:
-        def start(token: int) -> int:
-            span = piece.token_to_chars(token)
-            return span[0] if span else 0
-
-        return bisect_left(range(len(piece.ids)), position, key=start)
-
-    ids, piece, first = array("i"), encode(0), 0
-    for start in range(PIECE, len(document) - OVERLAP, PIECE):
-        following = encode(start)
-        ids.extend(piece.ids[first : first_token(piece, PIECE + OVERLAP // 2)])
-        piece, first = following, first_token(following, OVERLAP // 2)
-    ids.extend(piece.ids[first:])
+        encoded = tokenizer(piece, add_special_tokens=False, verbose=False).encodings[0]
+        first = 0 if start == starts[0] else _first_token(encoded, OVERLAP // 2)
+        end = len(encoded) if start == starts[-1] else _first_token(encoded, PIECE + OVERLAP // 2)
+        ids.extend(encoded.ids[first:end])
+        del encoded  # before the next one is made
     return ids
+
+
+def _first_token(encoded: Encoding, position: int) -> int:
+    """The index of the first token that starts at or after a character."""
+
+    def start(token: int) -> int:
+        span = encoded.token_to_chars(token)
+        return span[0] if span else 0
+
+    return bisect_left(range(len(encoded)), position, key=start)
 
 
 def cut_windows(text: TokenizedText, count: int, length: int, seed: int, spare: int = 0) -> Windows:

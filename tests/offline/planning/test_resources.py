@@ -1,4 +1,4 @@
-"""Free memory within a container's limits, from files of proc and sys; the memory of an untied LM head."""
+"""Free memory within a container's limits, from files of proc and sys; the memory of an untied LM head and of texts."""
 
 from pathlib import Path
 
@@ -81,3 +81,18 @@ def test_an_untied_lm_head_is_counted(tmp_path: Path) -> None:
         model = save_tiny_model(tmp_path / f"tied-{tie}", tie=tie)
         needed[tie] = memory_bytes(make_plan(CompressOptions(str(model), tmp_path / "out", **small)))
     assert needed[False] - needed[True] == 258 * 128 * 4
+
+
+def test_memory_counts_the_text_that_is_kept(tiny_model: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    options = CompressOptions(
+        str(tiny_model), tmp_path / "out", dataset=(str(text),), num_calibration_samples=8, max_seq_length=64
+    )
+
+    def needed(lines: int) -> int:
+        text.write_text("".join(f"{i} towns lie on the {i * 7919 % 1000}th river.\n" for i in range(lines)))
+        return memory_bytes(make_plan(options))
+
+    small = needed(1000)
+    tokens = text.stat().st_size  # one a byte
+    assert needed(4000) - small == pytest.approx(4 * (text.stat().st_size - tokens), abs=64 * 4)
