@@ -135,7 +135,7 @@ def _digests(tensors: dict[str, torch.Tensor]) -> dict[str, str]:
 def _digest(tensor: torch.Tensor) -> str:
     """SHA-256 of the dtype, the shape and the bytes of a contiguous tensor on the CPU."""
     digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}\n".encode())
-    digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
