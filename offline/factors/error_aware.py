@@ -44,8 +44,8 @@ STREAM_CORRECTED = 0.5
 # lam, as a share of the mean of the diagonal of C'; it grows where rounding makes C' indefinite.
 RIDGE = 1e-3
 # Largest energy of the stream's correction, relative to that of the projection's own output. A projection of almost no
-# output must not become a corrector whose weights are as large as its inputs are small. Other corrections are smaller.
-LARGEST_SHIFT = 1.0
+# output must not become a corrector whose weights are as large as its inputs are small. Others are far smaller.
+LARGEST_SHIFT = 100.0
 # Largest deviation of a layer's output from its input plus its writers' outputs, relative to the change by the layer.
 ADDITIVE = 0.02
 
