@@ -171,10 +171,12 @@ def sharing(plan: Plan, state: RunState) -> list[Row]:
             group = [p for p in row if data.leader[p.name] == leader]
             if len(group) > 1:
                 # One second moment of the shared inputs, for both sides of the comparison.
-                inputs = sum(weighted_gram(gram, tokens, sensitivity.grams[p.name]) for p in group) / len(group)
+                inputs = sum(
+                    weighted_gram(gram.double(), tokens, sensitivity.grams[p.name].double()) for p in group
+                ) / len(group)
                 root = gram_root(inputs)
                 targets = {
-                    p.name: metric_root(sensitivity.moments[p.name]).T
+                    p.name: metric_root(sensitivity.moments[p.name].double()).T
                     @ plan.source.weights.read(f"{p.name}.weight").double()
                     for p in group
                 }
