@@ -29,17 +29,24 @@ their answers, or their embeddings, match those of transformers.
 """
 TAIL = """
 Other architectures: `compress` finds the module list that holds most linear weights of a causal language model and
-compresses every `nn.Linear` (or transposed `Conv1D`) in it, whatever its name. In vision-language models it does so
-for each part of the configuration, and for the projector between the two towers (0.3 % of LLaVA 1.5 7B's parameters),
-which is a tower of its own. A projector stays dense where vLLM does not build it from its own linear layers (PaliGemma,
-Gemma 3) or where no test covers it (`SERVED_PROJECTORS` in `pgsvd_vllm/families.py`). Linear layers outside of these
-lists stay dense, such as CLIP's two projections, and so do stacked MoE experts. `--include experts` compresses the
-experts of checkpoints that store one tensor per expert, each on the tokens that reach it. Experts and projectors that
-fewer tokens reach than they have inputs stay dense, with a warning. `--include lm_head` compresses the LM head, unless
-it is tied to the input embeddings. Layers whose output the model ignores stay dense: the last layer of LLaVA's vision
-tower. `compress` refuses models that change activations between two layers of the list. With `--load-format pgsvd`, a
-factored module that is a plain matrix in vLLM's model gets dense weights, reconstructed at load, with a warning that
-names it; if vLLM's model has no module of that name, loading stops with an error that names the `--ignore` pattern.
+compresses the `nn.Linear` (or transposed `Conv1D`) modules in it, whatever their names. One layer of each kind runs on
+a short text first. A module is a projection if its layer calls it once with one tensor, it returns that tensor times
+its whole weight, nothing else reads the weight, and its output is more than a choice between experts or tokens.
+Routers, indexers and parts of state-space layers thus stay dense, and `--dry-run` lists them. In vision-language models
+this happens for each part of the configuration, and for the projector between the two towers (0.3 % of LLaVA 1.5 7B's
+parameters), which is a tower of its own. A projector stays dense where vLLM does not build it from its own linear
+layers (PaliGemma, Gemma 3) or where no test covers it (`SERVED_PROJECTORS` in `pgsvd_vllm/families.py`). Linear layers
+outside of these lists stay dense, such as CLIP's two projections, and so do stacked MoE experts. `--include experts`
+compresses the experts of checkpoints that store one tensor per expert, each on the tokens that reach it. Experts and
+projectors that fewer tokens reach than they have inputs stay dense, with a warning. `--include lm_head` compresses the
+LM head, unless it is tied to the input embeddings. Layers whose output the model ignores stay dense: the last layer of
+LLaVA's vision tower. `compress` refuses models that change activations between two layers of the list, whose layers
+depend on more than the hidden states of the layer before (such as keys and values shared between layers), or that
+change their weights while they run. It warns of an architecture that has no row above and, where vLLM is installed,
+says whether vLLM's model has a layer for every projection. [reliability.md](reliability.md) has the outcomes for other
+language models of transformers. With `--load-format pgsvd`, a factored module that is a plain matrix in vLLM's model
+gets dense weights, reconstructed at load, with a warning that names it; if vLLM's model has no module of that name,
+loading stops with an error that names the `--ignore` pattern.
 
 vLLM excludes SigLIP's MLPs from every quantization when 64 does not divide their sizes. `--load-format pgsvd` serves
 their factors nevertheless; without it such a checkpoint does not load.

@@ -14,6 +14,7 @@ HEADS = GQA | {"head_dim": 32}
 GEMMA = HEADS | {"query_pre_attn_scalar": 32, "sliding_window": 16}
 GPT2 = COMMON | {"n_embd": 128, "n_layer": 3, "n_head": 4, "n_positions": 512}
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 64}
+STATES = {"mamba_n_heads": 8, "mamba_d_head": 32, "mamba_d_state": 16, "mamba_n_groups": 1, "mamba_chunk_size": 16}
 
 
 @dataclass(frozen=True)
@@ -134,6 +135,26 @@ ARCHITECTURES = (
         like_transformers=False,
         # On processors with AMX vLLM's default backend takes no float32.
         engine={"attention_backend": "CPU_MLA"},
+    ),
+    Architecture("Ministral 3", "Ministral3Config", HEADS),
+    Architecture("OLMo 3", "Olmo3Config", GQA | {"sliding_window": 16}, "sliding and global attention layers"),
+    Architecture("EXAONE 4", "Exaone4Config", GQA | {"sliding_window": 16}, "sliding and global attention layers"),
+    Architecture("Seed-OSS", "SeedOssConfig", HEADS, "biases"),
+    Architecture("ERNIE 4.5", "Ernie4_5Config", HEADS, core=True),
+    Architecture("Hunyuan, dense", "HunYuanDenseV1Config", HEADS, "query and key norms"),
+    Architecture(
+        "gpt-oss",
+        "GptOssConfig",
+        HEADS | {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 16},
+        "attention; its experts stay dense",
+    ),
+    Architecture(
+        "Gemma 4, text",
+        "Gemma4TextConfig",
+        HEADS
+        | {"global_head_dim": 32, "sliding_window": 16, "vocab_size_per_layer_input": VOCABULARY}
+        | {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0},
+        "without layers that share keys and values",
     ),
 )
 

@@ -7,10 +7,12 @@ import pytest
 import torch
 
 from pgsvd_vllm.cli import main
+from pgsvd_vllm.families import TESTED
 from pgsvd_vllm.format.reader import open_checkpoint
 from tests.e2e.architectures import ARCHITECTURES, Architecture, save_model
 from tests.e2e.checkpoints import reconstruct_dense, transformers_logprobs
 from tests.e2e.engine import greedy, run_engine, tokens
+from tests.e2e.vision_models import VISION_MODELS
 from tests.models import DOCUMENT, rows
 
 NEW_TOKENS = 24
@@ -75,3 +77,11 @@ def test_models_md_lists_every_architecture() -> None:
     text = DOCUMENT.read_text(encoding="utf-8")
     missing = [row for row in rows() if row not in text]
     assert not missing, "run: python tests/models.py"
+
+
+def test_tested_architectures_are_those_of_the_document() -> None:
+    """`compress` warns of an architecture exactly where docs/models.md has no row for it."""
+    import transformers
+
+    configs = [getattr(transformers, row.config) for row in (*ARCHITECTURES, *VISION_MODELS)]
+    assert set(TESTED) == {config.model_type for config in configs}
