@@ -352,7 +352,9 @@ class RunState:
     def discard(self) -> None:
         """Delete DIR.partial as far as possible and end the locks."""
         if self.folder in self._locks:
-            delete_run(self.folder, self._locks[self.folder])
+            line = delete_run(self.folder, self._locks[self.folder])
+            if line is not None:
+                self._say(line)
         self.close()
 
     def close(self) -> None:

@@ -120,7 +120,8 @@ class Bench:
         is_complete = outcome.is_refusal and "nothing is left to resume" in outcome.last
         ended = outcome.status == status or is_complete
         wrong = differing(self.output, self.reference(*options)) if ended else WRONG
-        wrong += self.partial.exists() + ("Traceback" in outcome.text)
+        wrong += self.partial.exists() and "cannot be deleted" not in outcome.text
+        wrong += "Traceback" in outcome.text
         return self._row(f"{case}: files that differ from an uninterrupted run", wrong, outcome)
 
     def refused(self, case: str, outcome: Outcome, *words: str) -> Row:

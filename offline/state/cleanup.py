@@ -1,26 +1,31 @@
 """Deletes the folder of a run."""
 
 import shutil
-from contextlib import suppress
 from pathlib import Path
 
 from pgsvd_vllm.offline.state.manifest import RUN_FILE
 from pgsvd_vllm.offline.state.run_lock import LOCK_FILE, RunLock
 
 
-def delete_run(folder: Path, lock: RunLock) -> None:
-    """Delete DIR.partial as far as possible; its manifest goes last, so that an interrupted deletion is recognized.
+def delete_run(folder: Path, lock: RunLock) -> str | None:
+    """Delete DIR.partial; its manifest goes last, so that an interrupted deletion is recognized.
 
     Args:
         folder: DIR.partial.
         lock: that this process holds on it.
+
+    Returns:
+        A line for the user if something cannot be deleted.
     """
-    with suppress(OSError):
+    try:
         for path in folder.iterdir():
             if path.name not in (RUN_FILE, LOCK_FILE):
                 remove(path)
         (folder / RUN_FILE).unlink(missing_ok=True)
         lock.delete()
+    except OSError as error:
+        return f"WARNING: {folder}: cannot be deleted ({error.strerror}); delete it"
+    return None
 
 
 def remove(path: Path) -> None:
