@@ -180,7 +180,7 @@ def summary(rows: list[Row]) -> list[Row]:
     refused = [row for row in rows if row["ok"] and str(row["value"]).startswith(REFUSED)]
     failed = [row for row in rows if not row["ok"]]
     return [
-        figure("model types", len(rows)),
+        figure(f"model types tried, of {len(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)}", len(rows)),
         figure("written, and run by transformers", len(rows) - len(refused) - len(failed)),
         figure("refused with a reason", len(refused)),
         at_most("internal errors and wrong results", len(failed), 0),
