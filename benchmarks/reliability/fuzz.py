@@ -34,6 +34,8 @@ from benchmarks.reliability.targets import Outcome, Target
 CASES, QUICK_CASES = 1_000_000, 12_000
 # Seconds that one case may take on a busy machine, and MiB by which it may raise the peak memory of the process.
 TIME_BAR, MEMORY_BAR = 5.0, 256
+# Bytes that a run may allocate beside what its imports take.
+LIMIT = 4 * 2**30
 # Parts of a run; each has a part of every target's cases.
 STEPS = 50
 # Failures shown per target.
@@ -86,6 +88,12 @@ def limited(seconds: float) -> Iterator[None]:
 def peak_memory() -> float:
     """Peak resident memory of this process in MiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def limit_memory() -> None:
+    """Let this process allocate LIMIT more at most: an input that takes all memory fails instead of the machine."""
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + LIMIT, resource.RLIM_INFINITY))
 
 
 def run_case(target: Target, seed: int, number: int, tally: Tally) -> None:
@@ -183,6 +191,7 @@ def main() -> int:
             print(data)
             print(targets[0].read(data).value)
             return 0
+        limit_memory()
         begin = time.monotonic()
         tallies = run(targets, QUICK_CASES if arguments.quick else arguments.cases, arguments.seed)
         for target in targets:

@@ -3,8 +3,8 @@
     python benchmarks/reliability/serving_faults.py [--tiny] [--quick] [--json FILE]
 
 The model is SmolLM2-135M with every third layer factored; --tiny takes a random one of three small layers, --quick that
-and fewer requests. Figures of the dense model are references without a bar. The exit status is 1 where a bar is missed.
-The servers listen on 127.0.0.1 alone.
+and fewer requests. Two ranks serve the random one in any case: SmolLM2 has nine attention heads. Figures of the dense
+model are references without a bar. The exit status is 1 where a bar is missed. The servers listen on 127.0.0.1 alone.
 """
 
 import argparse
@@ -237,6 +237,7 @@ def make_models(folder: Path, tiny: bool) -> dict[str, Path]:
     from pgsvd_vllm.cli import main as command
     from tests.conftest import save_tiny_model
 
+    folder.mkdir()
     dense = save_tiny_model(folder / "dense") if tiny else reference_model.smollm2()
     compressed = folder / "compressed"
     options = ["--sensitivity", "uniform", "--num-calibration-samples", "8", "--max-seq-length", "256", "--ratio"]
@@ -247,8 +248,15 @@ def make_models(folder: Path, tiny: bool) -> dict[str, Path]:
     return {"dense": dense, "compressed": compressed}
 
 
-def measure(models: dict[str, Path], logs: Path, size: Size) -> list[Row]:
-    """Every row; the dense model's have no bar, since they are references."""
+def measure(models: dict[str, Path], sharded: dict[str, Path], logs: Path, size: Size) -> list[Row]:
+    """Every row; the dense model's have no bar, since they are references.
+
+    Args:
+        models: name -> folder of the dense model and of the compressed one.
+        sharded: the same of models whose attention heads two ranks can share.
+        logs: an existing folder for logs and copies.
+        size: of the run.
+    """
     config = json.loads((models["dense"] / "config.json").read_text(encoding="utf-8"))
     rows: list[Row] = [figure("layers of the model", config["num_hidden_layers"])]
     growth = {}
@@ -263,7 +271,7 @@ def measure(models: dict[str, Path], logs: Path, size: Size) -> list[Row]:
             found += lost_files(name, served, other, target)
             known = int(target.key in log.read_text(encoding="utf-8", errors="replace"))
         found.append(at_most(f"{name}: server logs that show the API key", known, 0))
-        found += killed_worker(name, folder, logs / f"{name}-two-ranks.log", size)
+        found += killed_worker(name, sharded[name], logs / f"{name}-two-ranks.log", size)
         rows += found if name == "compressed" else [figure(row["case"], row["value"]) for row in found]
         record.show(rows[-len(found) :])
     rows.append(figure("dense: growth of memory, MiB", round(growth["dense"], 1)))
@@ -282,7 +290,10 @@ def main() -> int:
     arguments = parser.parse_args()
     tiny = arguments.tiny or arguments.quick
     with tempfile.TemporaryDirectory() as name:
-        rows = measure(make_models(Path(name), tiny), Path(name), QUICK if arguments.quick else TINY if tiny else FULL)
+        folder = Path(name)
+        small = make_models(folder / "tiny", tiny=True)
+        models = small if tiny else make_models(folder / "smollm2", tiny=False)
+        rows = measure(models, small, folder, QUICK if arguments.quick else TINY if tiny else FULL)
     if arguments.json:
         size = " --quick" if arguments.quick else " --tiny" if tiny else ""
         record.write(arguments.json, f"python benchmarks/reliability/serving_faults.py{size}", rows)

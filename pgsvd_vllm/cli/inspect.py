@@ -8,6 +8,9 @@ from pgsvd_vllm.errors import CheckpointError, InputError, bytes_text
 from pgsvd_vllm.format.reader import Checkpoint, open_checkpoint, read_json
 from pgsvd_vllm.format.schema import REPORT_NAME
 
+# Widest column of names; longer names stick out.
+MAX_WIDTH = 100
+
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
@@ -47,8 +50,7 @@ def _report_rows(checkpoint: Checkpoint) -> list[dict[str, Any]]:
     path = checkpoint.folder / REPORT_NAME
     if path.is_file():
         rows = read_json(path).get("modules")
-        known = {"name", "rank", "out_features", "in_features", "error"}
-        if not isinstance(rows, list) or not all(isinstance(row, dict) and known <= row.keys() for row in rows):
+        if not isinstance(rows, list) or not all(map(_is_report_row, rows)):
             raise CheckpointError(f"{path}: malformed report; delete it to see the table without errors")
         return rows
     shapes = {name: checkpoint.shape(name) for name in checkpoint.modules}
@@ -58,6 +60,24 @@ def _report_rows(checkpoint: Checkpoint) -> list[dict[str, Any]]:
     ]
 
 
+def _is_report_row(row: Any) -> bool:
+    """Whether a row of the report has every field, each of its type."""
+
+    def is_size(value: Any) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+    return (
+        isinstance(row, dict)
+        and isinstance(row.get("name"), str)
+        and is_size(row.get("out_features"))
+        and is_size(row.get("in_features"))
+        and "rank" in row
+        and (row["rank"] is None or is_size(row["rank"]))
+        and "error" in row
+        and (row["error"] is None or isinstance(row["error"], int | float))
+    )
+
+
 def table(checkpoint: Checkpoint, rows: list[dict[str, Any]]) -> list[str]:
     """One line per projection: shape, rank, kept share of parameters, MB and relative output error.
 
@@ -65,7 +85,7 @@ def table(checkpoint: Checkpoint, rows: list[dict[str, Any]]) -> list[str]:
         checkpoint: to show.
         rows: of the per-module report.
     """
-    width = max([len(row["name"]) for row in rows] + [10])
+    width = min(max([len(row["name"]) for row in rows] + [10]), MAX_WIDTH)
     lines = [f"{'projection':{width}}  {'out':>6} {'in':>6} {'rank':>6} {'kept':>6} {'MB':>8} {'error':>7}"]
     for row in rows:
         dense = row["out_features"] * row["in_features"]

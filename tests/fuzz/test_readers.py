@@ -1,7 +1,10 @@
 """Readers refuse a damaged file with one line or find the content it had before; `make fuzz` goes on for longer."""
 
+import json
+import tracemalloc
 from collections.abc import Callable
 from random import Random
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -35,6 +38,21 @@ def target_of(tmp_path_factory: pytest.TempPathFactory) -> Targets:
 @pytest.mark.parametrize("name", NAMES)
 def test_every_target_accepts_its_sample(target_of: Targets, name: str) -> None:
     assert target_of(name).read(target_of(name).sample) in (Outcome.EQUAL, Outcome.READ)
+
+
+# Fields of a report with which `inspect` once filled the memory: a list as long as a size, and a wide column.
+@pytest.mark.parametrize("change", [{"out_features": 2**23, "in_features": [None]}, {"name": "x" * 500_000}])
+def test_a_report_of_any_values_takes_little_memory(target_of: Targets, change: dict[str, Any]) -> None:
+    report = json.loads(target_of("report").sample)
+    rows = [row | change for row in report["modules"] * 8]
+    data = json.dumps({"modules": [rows[0], *report["modules"] * 50]} if "name" in change else {"modules": rows})
+    tracemalloc.start()
+    try:
+        target_of("report").read(data.encode())
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 16 * 2**20
 
 
 @pytest.mark.parametrize("name", NAMES)
