@@ -271,7 +271,7 @@ def measure(models: dict[str, Path], sharded: dict[str, Path], logs: Path, size:
             found += lost_files(name, served, other, target)
             known = int(target.key in log.read_text(encoding="utf-8", errors="replace"))
         found.append(at_most(f"{name}: server logs that show the API key", known, 0))
-        found += killed_worker(name, sharded[name], logs / f"{name}-two-ranks.log", size)
+        found += killed_worker(name, sharded[name], logs / f"{name}-two-ranks.log", QUICK)
         rows += found if name == "compressed" else [figure(row["case"], row["value"]) for row in found]
         record.show(rows[-len(found) :])
     rows.append(figure("dense: growth of memory, MiB", round(growth["dense"], 1)))
