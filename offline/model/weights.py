@@ -179,11 +179,11 @@ class StoredWeights:
                         f"{str(dtype).removeprefix('torch.')} ends at {torch.finfo(dtype).max:.3g}; choose `dtype` "
                         "bfloat16"
                     )
-        for original, (info, kept) in self._named.duplicates.items():
+        for original, (info, first) in self._named.duplicates.items():
             ((_, tensor),) = _read(info.file, [original])
-            if not torch.equal(tensor, self.read(kept).to(tensor.dtype)):
+            if not torch.equal(tensor, self.read(first).to(tensor.dtype)):
                 raise InputError(
-                    f"{info.file}: tensor {original} differs from {kept}, to which config.json ties it; delete the "
+                    f"{info.file}: tensor {original} differs from {first}, to which config.json ties it; delete the "
                     "wrong one, or set tie_word_embeddings to false"
                 )
 
