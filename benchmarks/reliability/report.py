@@ -52,13 +52,23 @@ SECTIONS = {
 }
 # Name of a record -> what stands before ": " in cases that share a line of a table.
 COLUMNS = {"serving_faults": ("compressed", "dense"), "fuzz": ("inputs", "refused")}
+# Name of a record -> (end of `case: value`, what it says): cases that differ in their name alone are counted and named.
+ALIKE = {
+    "crash_matrix": (
+        (": files that differ from an uninterrupted run: 0", "resumed to the bytes of an uninterrupted run"),
+        (": refused in one line; deviations: 0", "ended in one line that says what to do"),
+    ),
+    "architectures": ((" projections factored", "written, verified, and run by transformers"),),
+}
 WIDTH = 120
+# Characters of an outcome in words; the record has all of it.
+LONGEST_OUTCOME = 160
 
 
 def number(value: float | str) -> str:
     """A figure, or an outcome in words, as the page shows it."""
     if isinstance(value, str):
-        return value
+        return textwrap.shorten(value, LONGEST_OUTCOME, placeholder=" ...")
     return f"{value:,.0f}" if float(value).is_integer() else f"{value:,.4g}"
 
 
@@ -98,6 +108,25 @@ def table(rows: Sequence[Row], columns: Sequence[str] = ()) -> list[str]:
     return lines
 
 
+def alike(rows: Sequence[Row], ends: Sequence[tuple[str, str]]) -> tuple[list[str], list[Row]]:
+    """Paragraphs that count and name the cases of equal outcomes, and the other rows.
+
+    Args:
+        rows: of a record.
+        ends: as in `ALIKE`.
+    """
+    lines: list[str] = []
+    rest = list(rows)
+    for end, meaning in ends:
+        found = [row for row in rest if row["ok"] and f"{row['case']}: {number(row['value'])}".endswith(end)]
+        rest = [row for row in rest if row not in found]
+        # The outcome is part of the case or of the value.
+        names = [row["case"].removesuffix(end.rpartition(": ")[0]) for row in found]
+        summary = f"<details><summary>{len(found)} {meaning}</summary>"
+        lines += [summary, "", textwrap.fill("; ".join(names), WIDTH), "", "</details>", ""]
+    return lines, rest
+
+
 def total(record: Record, case: str) -> float | str:
     """The value of the row with this case.
 
@@ -134,13 +163,15 @@ def section(name: str, record: Record) -> list[str]:
     versions = ", ".join(f"{package} {version}" for package, version in record["versions"].items())
     place = textwrap.fill(f"{record['date']}, {record['machine']}; {versions}.", WIDTH)
     where = [f"    {record['command']}", "", place, ""]
+    paragraphs, rest = alike(record["rows"], ALIKE.get(name, ()))
     return [
         f"## {title}",
         "",
         *([textwrap.fill(" ".join(text.split()), WIDTH), ""] if text else []),
         *where,
-        *table(record["rows"], COLUMNS.get(name, ())),
+        *table(rest, COLUMNS.get(name, ())),
         "",
+        *paragraphs,
     ]
 
 

@@ -64,6 +64,14 @@ def test_outcomes_in_words_are_shown() -> None:
     assert report.table([row])[-1] == "| llama | written | written or refused |"
 
 
+def test_equal_outcomes_are_counted_and_misses_shown() -> None:
+    end = "files that differ from an uninterrupted run"
+    rows = [at_most(f"kill {n}: {end}", int(n == 1), 0) for n in range(3)]
+    page = report.page({"crash_matrix": made(*rows, figure("cases", 3))})
+    assert "2 resumed to the bytes of an uninterrupted run</summary>\n\nkill 0; kill 2\n" in page
+    assert f"| kill 1: {end} | 1 **MISSED** | 0 |" in page
+
+
 def test_a_summary_needs_its_figures() -> None:
     with pytest.raises(LookupError):
         report.page({"fuzz": made(figure("others", 1))})
