@@ -284,6 +284,7 @@ def main() -> int:
             print(f"{method} {ratio}: factored in {time.monotonic() - begun:.0f} s", flush=True)
             evaluate(model, f"{method} {ratio}")
             shutil.rmtree(state.checkpoint, ignore_errors=True)
+        state.close()  # the next method may use the same folder
 
     barred = arguments.model == "smollm2" and arguments.calibration_windows == WINDOWS
     table = list(rows_of(found, ratios, list(windows), BARS if barred else {}))
