@@ -2,7 +2,7 @@
 
 import torch
 
-from pgsvd_vllm.errors import InputError
+from pgsvd_vllm.errors import InputError, reason_of
 
 
 def pick_device(name: str) -> torch.device:
@@ -17,8 +17,7 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.ones(1, device=device, dtype=torch.float64).item()
     except (RuntimeError, AssertionError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"`device` {name}: cannot be used ({reason})") from None
+        raise InputError(f"`device` {name}: cannot be used ({reason_of(error)})") from None
     return device
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import textwrap
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,6 +36,8 @@ from pgsvd_vllm.offline.model.towers import LANGUAGE, Tower, find_towers
 from pgsvd_vllm.offline.model.weights import StoredWeights, find_tensors
 from pgsvd_vllm.offline.options import DTYPES
 
+# Characters of an error of transformers that are shown.
+MOST_SHOWN = 300
 # Class names of supported models -> the auto class that loads them: language models, vision-language models, and the
 # dual encoders that vLLM serves.
 KINDS = (
@@ -163,7 +166,9 @@ class ModelSource:
             )
         if not self.config_json.get("model_type"):
             return InputError(f"{path}: model_type is missing or empty; transformers cannot build the model without it")
-        return InputError(f"{path}: transformers cannot build this model: {error}")
+        # For an unknown class transformers lists all that it knows.
+        reason = textwrap.shorten(str(error), MOST_SHOWN, placeholder=" ...")
+        return InputError(f"{path}: transformers cannot build this model: {reason}")
 
     @property
     def vocabulary(self) -> int:
