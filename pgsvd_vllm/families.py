@@ -23,7 +23,8 @@ TESTED = (
     *("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi", "phi3", "olmo2", "granite", "stablelm"),
     *("cohere", "starcoder2", "smollm3", "glm4", "opt", "gpt2", "gpt_bigcode", "gpt_neox", "falcon", "bloom"),
     *("mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "ministral3", "olmo3", "exaone4", "seed_oss"),
-    *("ernie4_5", "hunyuan_v1_dense", "gpt_oss", "gemma4_text"),
+    *("ernie4_5", "hunyuan_v1_dense", "gpt_oss", "gemma4_text", "deepseek_v3", "apertus", "glm4_moe", "lfm2"),
+    *("nemotron_h",),
     *("clip", "siglip", "llava", "llava_next", "llava_onevision", "internvl", "mistral3", "qwen2_vl", "qwen2_5_vl"),
     *("idefics3", "smolvlm", "gemma3"),
 )

@@ -1,5 +1,6 @@
 """The output of inspect, verify, tune, env, --help and --version, compared with the files."""
 
+import hashlib
 import importlib.metadata
 import json
 import re
@@ -214,6 +215,12 @@ def test_verify_finds_one_value_that_is_not_finite(
     name = sorted(n for n in tensors if n.endswith("weight_c"))[3]
     tensors[name][-1, -1] = value
     save_file(tensors, path, metadata={"format": "pt"})
+    assert "SHA-256" in error_of(capsys, "verify", checkpoint)
+    # As a faulty writer leaves it.
+    index = checkpoint / "pgsvd.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["metadata"]["sha256"][path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    index.write_text(json.dumps(content))
     line = error_of(capsys, "verify", checkpoint)
     assert name in line
     assert path.name in line

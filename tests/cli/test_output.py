@@ -35,7 +35,8 @@ open_missing_streams()
 print("to nowhere", file=sys.stderr)
 os._exit(open(os.devnull).fileno())
 """
-    assert subprocess.run([sys.executable, "-c", code], cwd="/", check=False).returncode == 3
+    # A failure ends with 1; other open files may have the first free numbers.
+    assert subprocess.run([sys.executable, "-c", code], cwd="/", check=False).returncode > 2
 
 
 def test_output_on_a_full_disk_is_an_error(tiny_compressed: Path) -> None:

@@ -14,7 +14,12 @@ HEADS = GQA | {"head_dim": 32}
 GEMMA = HEADS | {"query_pre_attn_scalar": 32, "sliding_window": 16}
 GPT2 = COMMON | {"n_embd": 128, "n_layer": 3, "n_head": 4, "n_positions": 512}
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 64}
-STATES = {"mamba_n_heads": 8, "mamba_d_head": 32, "mamba_d_state": 16, "mamba_n_groups": 1, "mamba_chunk_size": 16}
+
+LATENT = {
+    **{"num_key_value_heads": 4, "n_shared_experts": 1, "n_routed_experts": 4, "first_k_dense_replace": 1},
+    **{"kv_lora_rank": 512, "qk_nope_head_dim": 32, "qk_rope_head_dim": 64, "v_head_dim": 32},
+    **{"n_group": 1, "topk_group": 1, "topk_method": "noaux_tc", "scoring_func": "sigmoid"},
+}
 
 
 @dataclass(frozen=True)
@@ -155,6 +160,44 @@ ARCHITECTURES = (
         | {"global_head_dim": 32, "sliding_window": 16, "vocab_size_per_layer_input": VOCABULARY}
         | {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0},
         "without layers that share keys and values",
+    ),
+    Architecture(
+        "DeepSeek-V3",
+        "DeepseekV3Config",
+        GQA | EXPERTS | LATENT | {"q_lora_rank": 64},
+        "latent attention; vLLM gets a dense kv_b_proj; experts with `--include experts`",
+        experts=True,
+        like_transformers=False,
+        engine={"attention_backend": "CPU_MLA"},
+    ),
+    Architecture("Apertus", "ApertusConfig", GQA, "MLP without a gate"),
+    Architecture(
+        "GLM-4.5 MoE",
+        "Glm4MoeConfig",
+        HEADS
+        | EXPERTS
+        | {"n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1},
+        "experts with `--include experts`, the shared one without",
+        experts=True,
+    ),
+    Architecture(
+        "LFM2",
+        "Lfm2Config",
+        GQA
+        | {"layer_types": ["conv", "full_attention", "conv"], "conv_L_cache": 3, "block_auto_adjust_ff_dim": False}
+        # vLLM reads these; published configurations have them.
+        | {"conv_dim": 128, "block_dim": 128, "block_ff_dim": 320, "block_multiple_of": 64}
+        | {"block_ffn_dim_multiplier": 1.0},
+        "short convolutions",
+        like_transformers=False,
+    ),
+    Architecture(
+        "Nemotron-H",
+        "NemotronHConfig",
+        HEADS
+        | {"num_hidden_layers": 4, "layers_block_type": ["mamba", "attention", "mlp", "mamba"], "expand": 2}
+        | {"mamba_num_heads": 8, "mamba_head_dim": 32, "ssm_state_size": 16, "n_groups": 1, "chunk_size": 16},
+        "state-space layers",
     ),
 )
 
