@@ -51,7 +51,8 @@ def interrupt(process: subprocess.Popen[str], when: Callable[[], bool], number: 
     assert "Traceback" not in errors
     last = errors.strip().splitlines()[-1]
     assert last.startswith("pgsvd-vllm: interrupted; ")
-    assert last.endswith("continue with --resume")
+    # "repeat" where compiled code turned the interrupt into another error.
+    assert last.endswith(("continue with --resume", "repeat with --resume"))
 
 
 def test_an_interrupted_and_resumed_run_gives_equal_bytes(tmp_path: Path) -> None:

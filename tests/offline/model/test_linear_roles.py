@@ -19,10 +19,11 @@ from pgsvd_vllm.offline.model.linear_roles import other_roles
 from pgsvd_vllm.offline.model.source import ModelSource
 from pgsvd_vllm.offline.options import CompressOptions
 from tests.conftest import save_tiny_model
-from tests.e2e.architectures import EXPERTS, HEADS, SIZES, STATES, Architecture, save_model
+from tests.e2e.architectures import EXPERTS, HEADS, SIZES, Architecture, save_model
 
 CPU = torch.device("cpu")
 HYBRID = {"num_hidden_layers": 2, "num_key_value_heads": 2, "intermediate_size": 320}
+STATES = {"mamba_n_heads": 8, "mamba_d_head": 32, "mamba_d_state": 16, "mamba_n_groups": 1, "mamba_chunk_size": 16}
 
 
 def stream_of(source: ModelSource) -> LayerStream:
