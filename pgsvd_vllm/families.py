@@ -24,7 +24,7 @@ TESTED = (
     *("cohere", "starcoder2", "smollm3", "glm4", "opt", "gpt2", "gpt_bigcode", "gpt_neox", "falcon", "bloom"),
     *("mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "ministral3", "olmo3", "exaone4", "seed_oss"),
     *("ernie4_5", "hunyuan_v1_dense", "gpt_oss", "gemma4_text", "deepseek_v3", "apertus", "glm4_moe", "lfm2"),
-    *("nemotron_h",),
+    *("nemotron_h", "granitemoehybrid", "falcon_h1", "qwen3_next", "qwen3_5_text"),
     *("clip", "siglip", "llava", "llava_next", "llava_onevision", "internvl", "mistral3", "qwen2_vl", "qwen2_5_vl"),
     *("idefics3", "smolvlm", "gemma3"),
 )
@@ -45,6 +45,8 @@ SILU_MLPS = {
 }
 # The parts of merged layers by their usual names.
 PACKED_MODULES = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], GATE_UP: ["gate_proj", "up_proj"]}
+# Checkpoint modules that stand for several partitions of vLLM's merged layer -> how many: Qwen3.5's gated delta nets.
+PARTITIONS = {"in_proj_qkv": 3}
 # Model types whose fused QKV interleaves queries, key and value by key/value head; vLLM reorders the rows of tensors
 # with an `output_dim` while it loads them.
 INTERLEAVED_QKV = ("falcon",)
@@ -54,6 +56,8 @@ MERGED_GROUPS = (
     ("gate_proj", "up_proj"),
     ("w1", "w3"),
     ("c_fc_0", "c_fc_1"),
+    ("in_proj_qkv", "in_proj_z"),
+    ("in_proj_b", "in_proj_a"),
 )
 # Endings of the names of row-parallel layers and of replicated ones; all others are column-parallel.
 ROW_PARALLEL = (

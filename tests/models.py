@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tests.e2e.architectures import ARCHITECTURES  # noqa: E402
+from tests.e2e.architectures import ARCHITECTURES, BF16  # noqa: E402
 from tests.e2e.vision_models import VISION_MODELS, VisionModel  # noqa: E402
 
 DOCUMENT = ROOT / "docs" / "models.md"
@@ -20,9 +20,10 @@ HEAD = """# Models
 Written by `python tests/models.py` after a run of `tests/e2e/test_architectures.py` and `test_vision.py`, on vLLM
 {vllm} (CPU) and transformers {transformers}. A tiny random model of every architecture is compressed by 25 %,
 verified, and served by vLLM with every projection factored. In float32 it matches transformers' greedy tokens for the
-same checkpoint, or, where noted, the tokens of the reconstructed dense model in vLLM. Vision-language models have both
-towers compressed, and the projector where noted, with calibration on image-text pairs; vLLM's log-probabilities of
-their answers, or their embeddings, match those of transformers.
+same checkpoint, or, where noted, the tokens of the reconstructed dense model in vLLM. Where vLLM's CPU kernels take
+bf16 alone, its greedy tokens are at most 0.03 nats less likely on average than transformers' in float32.
+Vision-language models have both towers compressed, and the projector where noted, with calibration on image-text pairs;
+vLLM's log-probabilities of their answers, or their embeddings, match those of transformers.
 
 | models | configuration class | notes | test |
 |---|---|---|---|
@@ -62,6 +63,7 @@ def rows() -> list[str]:
     found = []
     for row in (*ARCHITECTURES, *VISION_MODELS):
         compared = "" if row.like_transformers else "; compared with the reconstructed dense model"
+        compared += "; in bf16" if getattr(row, "engine", {}) == BF16 else ""
         projector = "; with its projector" if isinstance(row, VisionModel) and row.projector else ""
         note = f"{row.note}{projector}{compared}".removeprefix("; ")
         found.append(f"| {row.name} | `{row.config}` | {note} | passed |")

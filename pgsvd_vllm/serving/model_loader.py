@@ -30,6 +30,7 @@ from pgsvd_vllm.serving.vllm_compat.internals import (
     expert_weight_names,
     keep_names_of_factors,
     mark_compiled_graphs,
+    path_prefix,
     replace_linear_method,
     replace_lm_head_method,
 )
@@ -57,10 +58,12 @@ def _log_cuts(model: nn.Module) -> None:
     )
 
 
-def claim_left_out(model: nn.Module, config: PgsvdConfig) -> None:
+def claim_left_out(model: nn.Module, config: PgsvdConfig, vllm_config: VllmConfig) -> None:
     """Give the factored method to layers whose model did not ask for one.
 
-    These are MLPs of SigLIP whose sizes are not multiples of 64, and the LM heads of some models.
+    These are MLPs of SigLIP whose sizes are not multiples of 64, the LM heads of some models, and layers that were made
+    under another name than their path in the model, which is where the checkpoint's tensors go: Granite 4's `mixer` is
+    `mamba`, and Falcon-H1's attention leaves `self_attn` out.
     """
     for _, module in disabled_modules(model):
         if isinstance(module, LinearBase):
@@ -70,12 +73,16 @@ def claim_left_out(model: nn.Module, config: PgsvdConfig) -> None:
         if isinstance(module, ParallelLMHead) and isinstance(module.quant_method, UnquantizedEmbeddingMethod):
             head = config.get_quant_method(module, name)
             if isinstance(head, PgsvdLMHeadMethod):
-                replace_lm_head_method(module, head)
-    for layer in model.modules():
+                with set_current_vllm_config(vllm_config):
+                    replace_lm_head_method(module, head)
+    for path, layer in model.named_modules():
         if isinstance(layer, LinearBase) and isinstance(layer.quant_method, UnquantizedLinearMethod):
-            method = config.get_quant_method(layer, layer.prefix)
-            if isinstance(method, PgsvdLinearMethod):
-                replace_linear_method(layer, method)
+            for prefix in dict.fromkeys((layer.prefix, path_prefix(layer, path))):
+                method = config.get_quant_method(layer, prefix)
+                if isinstance(method, PgsvdLinearMethod):
+                    with set_current_vllm_config(vllm_config):
+                        replace_linear_method(layer, method, prefix)
+                    break
 
 
 @register_model_loader(QUANT_METHOD)
@@ -154,8 +161,7 @@ class PgsvdModelLoader(IndexedLoader):
             mark_compiled_graphs(self.vllm_config, load_format=QUANT_METHOD)
             config = self.vllm_config.quant_config
             if isinstance(config, PgsvdConfig):
-                with set_current_vllm_config(self.vllm_config):
-                    claim_left_out(model, config)
+                claim_left_out(model, config, self.vllm_config)
             share_graphs(model, self.vllm_config)
             fuse_silu(model, self.vllm_config)
             if isinstance(config, PgsvdConfig):

@@ -51,13 +51,13 @@ def check_names(folder: str, names: Sequence[str], lm_head: str | None = None, t
     section = {"quant_method": QUANT_METHOD, "version": FORMAT_VERSION, "modules": modules, "head": lm_head}
     config = PgsvdConfig(parse_modules(section, "config.json"))
     try:
-        name, model = meta_model(folder, config, trust)
-        claim_left_out(model, config)
+        model, vllm_config = meta_model(folder, config, trust)
+        claim_left_out(model, config, vllm_config)
     except Exception as error:  # vLLM's classes refuse sizes, devices and options in many ways
         lines = str(error).strip().splitlines() or [""]
         return NameCheck(vllm.__version__, reason=f"{type(error).__name__}: {lines[0][:300]}")
     dense = patterns(config.dense_fallbacks(model))
-    return NameCheck(vllm.__version__, name, "", dense, patterns(config.unclaimed()))
+    return NameCheck(vllm.__version__, type(model).__name__, "", dense, patterns(config.unclaimed()))
 
 
 def main() -> int:

@@ -11,7 +11,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
 from pgsvd_vllm.errors import CheckpointError
-from pgsvd_vllm.families import PACKED_MODULES
+from pgsvd_vllm.families import PACKED_MODULES, PARTITIONS
 from pgsvd_vllm.format.reader import check_every_file, open_checkpoint
 from pgsvd_vllm.format.schema import INDEX_NAME, QUANT_METHOD, FactoredModule, parse_modules
 from pgsvd_vllm.parallel.comm_plan import CommPlan, collective_bytes
@@ -117,8 +117,8 @@ class PgsvdConfig(QuantizationConfig):
         # matrix; then the usual parts of that name, since not every model has a mapping.
         mapped = self.packed_modules_mapping.get(leaf, [leaf])
         for leaves in (mapped, [leaf], PACKED_MODULES.get(leaf, [])):
-            names = [f"{parent}.{part}" if parent else part for part in leaves]
-            shards = [LayerShard(name, self.modules.get(name)) for name in names]
+            names = {part: f"{parent}.{part}" if parent else part for part in leaves}
+            shards = [LayerShard(name, self.modules.get(name), PARTITIONS.get(part, 1)) for part, name in names.items()]
             if any(shard.module is not None for shard in shards):
                 self.claimed |= {id(shard.module) for shard in shards}
                 return PgsvdLinearMethod(shards, self.comm_plan)

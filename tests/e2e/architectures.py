@@ -20,6 +20,16 @@ LATENT = {
     **{"kv_lora_rank": 512, "qk_nope_head_dim": 32, "qk_rope_head_dim": 64, "v_head_dim": 32},
     **{"n_group": 1, "topk_group": 1, "topk_method": "noaux_tc", "scoring_func": "sigmoid"},
 }
+STATES = {
+    **{"mamba_n_heads": 8, "mamba_d_head": 32, "mamba_n_groups": 1, "mamba_d_state": 16, "mamba_d_conv": 4},
+    **{"mamba_chunk_size": 16},
+}
+LINEAR_ATTENTION = {
+    **{"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_conv_kernel_dim": 4},
+    **{"linear_key_head_dim": 128, "linear_value_head_dim": 128},
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+}
+BF16 = {"dtype": "bfloat16"}  # vLLM's CPU kernel for gated delta nets takes nothing else
 
 
 @dataclass(frozen=True)
@@ -36,7 +46,7 @@ class Architecture:
         like_transformers: whether vLLM's tokens of the dense model are those of transformers; where they are not,
             factored models are compared with the reconstructed dense model in vLLM.
         experts: whether it is an MoE model, whose experts are compressed as well.
-        engine: options of vLLM's engine that its float32 needs.
+        engine: options of vLLM's engine: those that its float32 needs, or another dtype.
     """
 
     name: str
@@ -198,6 +208,27 @@ ARCHITECTURES = (
         | {"num_hidden_layers": 4, "layers_block_type": ["mamba", "attention", "mlp", "mamba"], "expand": 2}
         | {"mamba_num_heads": 8, "mamba_head_dim": 32, "ssm_state_size": 16, "n_groups": 1, "chunk_size": 16},
         "state-space layers",
+    ),
+    Architecture(
+        "Granite 4, hybrid",
+        "GraniteMoeHybridConfig",
+        GQA
+        | STATES
+        | {"layer_types": ["mamba", "attention", "mamba"], "shared_intermediate_size": 320, "num_local_experts": 0}
+        | {"mamba_expand": 2, "position_embedding_type": "nope"},
+        "state-space layers",
+    ),
+    Architecture("Falcon-H1", "FalconH1Config", GQA | STATES | {"mamba_d_ssm": 256}, "attention beside state spaces"),
+    Architecture(
+        "Qwen3-Next",
+        "Qwen3NextConfig",
+        HEADS | EXPERTS | LINEAR_ATTENTION | {"num_experts": 4, "shared_expert_intermediate_size": 64},
+        "linear and full attention layers; experts with `--include experts`",
+        experts=True,
+        engine=BF16,
+    ),
+    Architecture(
+        "Qwen3.5, text", "Qwen3_5TextConfig", HEADS | LINEAR_ATTENTION, "linear and full attention layers", engine=BF16
     ),
 )
 

@@ -9,7 +9,7 @@ import torch
 from pgsvd_vllm.cli import main
 from pgsvd_vllm.families import TESTED
 from pgsvd_vllm.format.reader import open_checkpoint
-from tests.e2e.architectures import ARCHITECTURES, Architecture, save_model
+from tests.e2e.architectures import ARCHITECTURES, BF16, Architecture, save_model
 from tests.e2e.checkpoints import reconstruct_dense, transformers_logprobs
 from tests.e2e.engine import greedy, run_engine, tokens
 from tests.e2e.vision_models import VISION_MODELS
@@ -18,6 +18,9 @@ from tests.models import DOCUMENT, rows
 NEW_TOKENS = 24
 # Nats: logits of these models are below 20, where float32 numbers are 2e-6 apart, and sum some hundred terms.
 FP32_TIE = 1e-4
+# Nats that the tokens of a bf16 engine are behind transformers' float32 ones, on average. Two modules of one shape in
+# each other's place give 0.25.
+BF16_LOSS = 0.03
 FEW = ("--num-calibration-samples", "32", "--max-seq-length", "64")
 
 
@@ -53,7 +56,11 @@ def test_compressed_model_matches_transformers(
     job = (prompts, greedy(NEW_TOKENS))
     found = tokens(run_engine(tmp_path / "all", [job], **architecture.engine)[0])
     if architecture.like_transformers:
-        check_greedy(transformers_logprobs(tmp_path / "all", prompts, found), found)
+        exact = transformers_logprobs(tmp_path / "all", prompts, found)
+        if architecture.engine == BF16:
+            assert behind(exact, found).mean() <= BF16_LOSS
+        else:
+            check_greedy(exact, found)
     else:
         dense = reconstruct_dense(tmp_path / "all", tmp_path / "back")
         assert found == tokens(run_engine(dense, [job], load_format="auto", **architecture.engine)[0])
@@ -68,9 +75,14 @@ def check_greedy(exact: torch.Tensor, answers: list[list[int]]) -> None:
     Args:
         exact: log probabilities after each token of `answers` [prompts, steps, vocabulary].
     """
-    behind = exact.max(-1).values - exact.gather(-1, torch.tensor(answers)[..., None])[..., 0]
-    assert behind.max() <= FP32_TIE
-    assert (behind > 0).sum() <= 2
+    nats = behind(exact, answers)
+    assert nats.max() <= FP32_TIE
+    assert (nats > 0).sum() <= 2
+
+
+def behind(exact: torch.Tensor, answers: list[list[int]]) -> torch.Tensor:
+    """How many nats every token is less likely than the most likely one [prompts, steps]."""
+    return exact.max(-1).values - exact.gather(-1, torch.tensor(answers)[..., None])[..., 0]
 
 
 def test_models_md_lists_every_architecture() -> None:

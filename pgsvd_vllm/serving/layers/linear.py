@@ -8,8 +8,10 @@ They exist until the weights are loaded and packed for the GEMMs.
 """
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate, islice
 from typing import Any
 
 import torch
@@ -62,10 +64,12 @@ class LayerShard:
     Attributes:
         name: module name in the checkpoint, for messages.
         module: its rank and form; None if it is dense.
+        partitions: of the layer's outputs that it stands for, where the layer has several shards.
     """
 
     name: str
     module: FactoredModule | None
+    partitions: int = 1
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -111,12 +115,14 @@ class PgsvdLinearMethod(LinearMethodBase):
             InputError: tensor-parallel ranks differ in PGSVD_COLLECTIVE_BYTES.
         """
         fused = len(self.shards) == 1
-        if not fused and len(self.shards) != len(output_partition_sizes):
+        counts = [len(output_partition_sizes)] if fused else [shard.partitions for shard in self.shards]
+        if sum(counts) != len(output_partition_sizes):
             raise CheckpointError(
                 f"layer {layer.prefix}: {len(output_partition_sizes)} partitions, but the checkpoint has "
                 f"the modules {', '.join(shard.name for shard in self.shards)}"
             )
-        self.partitions = [list(output_partition_sizes)] if fused else [[n] for n in output_partition_sizes]
+        sizes = iter(output_partition_sizes)
+        self.partitions = [list(islice(sizes, count)) for count in counts]
         self.sizes = [sum(partition) for partition in self.partitions]
         self.in_features = input_size
         self.in_columns = input_columns(input_size, input_size_per_partition, layer.tp_rank)
@@ -222,8 +228,10 @@ class PgsvdLinearMethod(LinearMethodBase):
     def _make_loader(self, layer: Any, kind: str) -> Callable[..., None]:
         """The function that vLLM calls with each tensor of the checkpoint that belongs to a parameter."""
 
-        def load(param: torch.Tensor, loaded_weight: torch.Tensor, shard_id: str | int | None = None) -> None:
-            index = QKV_SHARDS[shard_id] if isinstance(shard_id, str) else (shard_id or 0)
+        def load(
+            param: torch.Tensor, loaded_weight: torch.Tensor, shard_id: str | int | tuple[int, ...] | None = None
+        ) -> None:
+            index = self._shard_index(shard_id)
             shard = self.shards[index]
             name = f"{shard.name}.{kind}"
             if kind not in shard.kinds:
@@ -258,6 +266,14 @@ class PgsvdLinearMethod(LinearMethodBase):
             self.loaded.add(name)
 
         return load
+
+    def _shard_index(self, shard_id: str | int | tuple[int, ...] | None) -> int:
+        """The shard that vLLM's loader means: by letter, by partition, or by all partitions that it stands for."""
+        if isinstance(shard_id, str):
+            return QKV_SHARDS[shard_id]
+        first = shard_id[0] if isinstance(shard_id, tuple) else shard_id or 0
+        ends = list(accumulate(len(partition) for partition in self.partitions))
+        return bisect_right(ends, first)
 
     def _view(self, layer: Any, index: int, kind: str) -> torch.Tensor:
         """A shard's part of a parameter, in its own shape."""

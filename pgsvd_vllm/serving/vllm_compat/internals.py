@@ -170,9 +170,21 @@ def disabled_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield from module.module.named_modules(prefix=name)
 
 
-def replace_linear_method(layer: LinearBase, method: LinearMethodBase) -> None:
-    """Give a layer another method before its weights are loaded, as if it had been made with that one."""
+def path_prefix(layer: LinearBase, path: str) -> str:
+    """The prefix of a layer that is named after its path in the model, with the mark of a draft model."""
+    return f"{DRAFT_PREFIX}{path}" if layer.prefix.startswith(DRAFT_PREFIX) else path
+
+
+def replace_linear_method(layer: LinearBase, method: LinearMethodBase, prefix: str) -> None:
+    """Give a layer another method before its weights are loaded, as if it had been made with that one.
+
+    Args:
+        layer: without weights.
+        method: the new one.
+        prefix: the layer's name from now on, under which compiled graphs find it.
+    """
     made: Any = layer
+    made.prefix = prefix
     device = made.weight.device
     del made.weight
     made.quant_method = method
