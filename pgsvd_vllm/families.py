@@ -26,7 +26,7 @@ TESTED = (
     *("ernie4_5", "hunyuan_v1_dense", "gpt_oss", "gemma4_text", "deepseek_v3", "apertus", "glm4_moe", "lfm2"),
     *("nemotron_h", "granitemoehybrid", "falcon_h1", "qwen3_next", "qwen3_5_text"),
     *("clip", "siglip", "llava", "llava_next", "llava_onevision", "internvl", "mistral3", "qwen2_vl", "qwen2_5_vl"),
-    *("idefics3", "smolvlm", "gemma3"),
+    *("qwen3_vl", "qwen3_5", "idefics3", "smolvlm", "gemma3"),
 )
 # The merged gate and up layer and the activation in the MLPs of vLLM's models.
 GATE_UP, ACTIVATION = "gate_up_proj", "act_fn"

@@ -76,6 +76,8 @@ class GradientPass:
         self.batches = sum(before < GRADIENT_TOKENS for before in itertools.accumulate(tokens[:-1], initial=0))
         # Batch -> layer index -> the gradient at the layer's output, summed so far.
         self._gradients: dict[int, dict[int, torch.Tensor]] = {number: {} for number in range(self.batches)}
+        # The same at outputs to which the model adds something before the next layer.
+        self._additions: dict[int, dict[int, torch.Tensor]] = {number: {} for number in range(self.batches)}
 
     def remember(self, index: int) -> None:
         """Store the inputs of layer `index`, which its forward pass will overwrite."""
@@ -146,6 +148,8 @@ class GradientPass:
                         raise overflow(f"{prefix[:-1]}: the loss gradient{hooks.origin}", self.stream.dtype)
                     if index > first:
                         self._add(number, index - 1, leaf.grad)
+                        if index - 1 in self.stream.flow.added.get(number, {}):
+                            self._additions[number][index - 1] = leaf.grad
                     elif first > 0:
                         self._cross_towers(number, first, leaf.grad)
                     tokens += leaf.shape[:-1].numel()
@@ -165,9 +169,14 @@ class GradientPass:
         kept = self.stream.flow.kept[number]
         outputs = {index: hidden.detach().requires_grad_() for index, hidden in kept.items() if index < start}
         entry = self.stream.before(start, number, outputs)
-        if entry is None or not entry.requires_grad:
+        if entry is None:
             return
-        entry.backward(gradient)
+        ends = [(entry.hidden, gradient)]
+        ends += [(entry.added[index], gradient) for index, gradient in self._additions[number].items()]
+        ends = [(value, gradient) for value, gradient in ends if value.requires_grad]
+        if not ends:
+            return
+        torch.autograd.backward([value for value, _ in ends], [gradient for _, gradient in ends])
         for index, leaf in outputs.items():
             if leaf.grad is not None:
                 self._add(number, index, leaf.grad)

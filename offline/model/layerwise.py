@@ -5,7 +5,7 @@ outside their tower, such as those of a vision encoder's last layer, are kept as
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,8 @@ from pgsvd_vllm.offline.model.layer_calls import (
     StopForward,
     hidden_of,
     in_format,
+    logits_after,
+    output_after,
     own_copies,
     pass_options,
     replaced_forward,
@@ -29,73 +31,17 @@ from pgsvd_vllm.offline.model.towers import PROJECTOR
 
 # Tokens of the batch of text that shows how the model runs; a prime, which is no layer's width.
 PROBE_TOKENS = 29
+# Relative error up to which a change between layers is an addition, from the rounding of the sum alone.
+ADDITIVE = {torch.float32: 1e-5, torch.bfloat16: 0.02, torch.float16: 2e-3}
+# A layer's other arguments: positional ones after the hidden states, and those by name.
+LayerCall = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-def hidden_after(model: Any, layers: Sequence[nn.Module], ids: torch.Tensor) -> torch.Tensor:
-    """Hidden states [windows, length, hidden] after a model's last layer; the LM head does not run.
-
-    Args:
-        model: a causal language model.
-        layers: its decoder layers.
-        ids: int64 [windows, length].
-    """
-
-    def stop(_module: nn.Module, _args: Any, output: Any) -> None:
-        raise StopForward(output[0] if isinstance(output, tuple | list) else output)
-
-    handle = layers[-1].register_forward_hook(stop)
-    try:
-        model(input_ids=ids, use_cache=False)
-    except StopForward as stopped:
-        return stopped.value
-    finally:
-        handle.remove()
-    raise AssertionError("the model ended without its last layer")
-
-
-def output_after(
-    model: Any,
-    layers: Sequence[nn.Module],
-    batch: Batch,
-    outputs: dict[int, torch.Tensor],
-    returned: Mapping[int, int],
-) -> Any:
-    """The output of a model's forward pass in which given outputs replace its layers.
-
-    Args:
-        model: of transformers.
-        layers: all of its layers.
-        batch: the arguments of the forward pass.
-        outputs: layer index -> its output [..., hidden]; outputs of other layers do not affect the result.
-        returned: index of a tower's first layer -> `ModelSource.returned`, for the towers that the batch runs.
-
-    Returns:
-        The model's output object.
-    """
-    entries: dict[int, torch.Tensor] = {}
-
-    def skip(index: int, *args: Any, **kwargs: Any) -> Any:
-        start = max(start for start in returned if start <= index)
-        first = entries.setdefault(start, hidden_of(args, kwargs))
-        return in_format(outputs.get(index, first), returned[start])
-
-    with replaced_forward(layers, skip):
-        return model(**batch, **pass_options(model))
-
-
-def logits_after(
-    model: Any, layers: Sequence[nn.Module], ids: torch.Tensor, hidden: torch.Tensor, returned: int
-) -> torch.Tensor:
-    """Logits [windows, length, vocabulary] of text from the hidden states after a model's last layer.
-
-    Args:
-        model: of transformers.
-        layers: all of its layers.
-        ids: int64 [windows, length].
-        hidden: [windows, length, hidden].
-        returned: `ModelSource.returned` of the language model.
-    """
-    return output_after(model, layers, {"input_ids": ids}, {len(layers) - 1: hidden}, {0: returned}).logits
+def _depends(value: torch.Tensor, leaf: torch.Tensor) -> bool:
+    """Whether a tensor is computed from a leaf of the autograd graph."""
+    if not value.requires_grad:
+        return False
+    return torch.autograd.grad(value.float().sum(), leaf, retain_graph=True, allow_unused=True)[0] is not None
 
 
 @dataclass
@@ -107,12 +53,28 @@ class Flow:
         members: numbers of the batches that run the current tower.
         hidden: their hidden states [..., hidden] before the next layer.
         kept: batch -> layer index -> its output, for layers whose outputs are used outside their tower.
+        added: batch -> layer index -> what the model adds to its output before the next layer.
     """
 
     tower: int = -1
     members: list[int] = field(default_factory=list)
     hidden: list[torch.Tensor] = field(default_factory=list)
     kept: dict[int, dict[int, torch.Tensor]] = field(default_factory=dict)
+    added: dict[int, dict[int, torch.Tensor]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a batch brings to a tower.
+
+    Attributes:
+        hidden: the hidden states [..., hidden] before the first layer.
+        added: layer index -> what the model adds to its output before the next layer, such as the features of earlier
+            vision layers in Qwen3-VL's language model.
+    """
+
+    hidden: torch.Tensor
+    added: dict[int, torch.Tensor]
 
 
 class LayerStream:
@@ -134,7 +96,8 @@ class LayerStream:
 
     def __init__(self, source: ModelSource, batches: Sequence[Batch], device: torch.device, dtype: torch.dtype) -> None:
         self.source, self.device, self.dtype = source, device, dtype
-        self._calls: dict[tuple[int, Any], list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
+        self._calls: dict[tuple[int, Any], list[LayerCall]] = {}
+        self._additive: set[int] = set()  # towers in which the model was seen to add between its layers, not more
         source.load_outer(device, dtype)
         self.batches = list(batches)
         self.read = self._find_read()
@@ -159,19 +122,25 @@ class LayerStream:
         flow.tower, flow.members, flow.hidden = index, [], []
         for number in range(len(self.batches)):
             with torch.no_grad():
-                first = self.before(index, number, flow.kept.get(number, {}))
-            if first is not None:
+                entry = self.before(index, number, flow.kept.get(number, {}))
+            if entry is not None:
                 flow.members.append(number)
-                flow.hidden.append(first)
+                flow.hidden.append(entry.hidden)
+                flow.added.setdefault(number, {}).update(entry.added)
 
     def leave(self, index: int, flow: Flow) -> None:
-        """Keep the outputs of layer `index`, which `flow.hidden` holds, if they are used outside its tower."""
-        if index in self.read:
-            for number, hidden in zip(flow.members, flow.hidden, strict=True):
-                flow.kept.setdefault(number, {})[index] = hidden
+        """Turn the outputs of layer `index`, which `flow.hidden` holds, into the next layer's hidden states.
 
-    def before(self, start: int, number: int, outputs: dict[int, torch.Tensor]) -> torch.Tensor | None:
-        """Hidden states before a tower; the other arguments of each of its layers are kept for `run`.
+        The outputs are kept if they are used outside their tower.
+        """
+        for i, number in enumerate(flow.members):
+            if index in self.read:
+                flow.kept.setdefault(number, {})[index] = flow.hidden[i]
+            if index in flow.added.get(number, {}):
+                flow.hidden[i] = flow.hidden[i] + flow.added[number][index]
+
+    def before(self, start: int, number: int, outputs: dict[int, torch.Tensor]) -> Entry | None:
+        """What a batch brings to a tower; the other arguments of each of its layers are kept for `run`.
 
         Args:
             start: index of the tower's first layer.
@@ -179,43 +148,88 @@ class LayerStream:
             outputs: layer index -> its output, for the layers in `read` of earlier towers.
 
         Returns:
-            [..., hidden]; None if the batch does not run this tower, such as text and a vision encoder.
+            None if the batch does not run this tower, such as text and a vision encoder.
 
         Raises:
             InputError: the architecture is not supported.
         """
         span = self.source.span(start)
-        seen: list[tuple[torch.Tensor, int]] = []
-        calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-        entries: dict[int, torch.Tensor] = {}
-
-        def record(index: int, *args: Any, **kwargs: Any) -> Any:
-            hidden = hidden_of(args, kwargs)
-            if index >= span.stop:
-                raise StopForward(hidden)
-            tower = self.source.span(index).start
-            first = entries.setdefault(tower, hidden)
-            if index < start:
-                return in_format(outputs.get(index, first), self.source.returned[tower])
-            # A change in place keeps the address and increments the version.
-            if seen and (hidden.data_ptr() != seen[0][0].data_ptr() or hidden._version != seen[0][1]):
-                raise self.unsupported("between its layers the model changes the hidden states")
-            seen.append((hidden, hidden._version))
-            kwargs.pop("hidden_states", None)
-            calls.append((args[1:], kwargs))
-            if index == span.stop - 1:
-                raise StopForward(hidden)
-            return in_format(first, self.source.returned[tower])
-
-        with replaced_forward(self.source.layers, record), contextlib.suppress(StopForward):
-            self.source.model(**self.batch(number), **pass_options(self.source.model))
+        entry, calls = self._enter(span, number, outputs, torch.zeros_like)
         if not calls and self.source.reads_images:
             return None
         if len(calls) != len(span):
             path = self.source.tower(start).path
             raise self.unsupported(f"the model runs {len(calls)} of its {len(span)} layers in {path}")
+        assert entry is not None
+        if entry.added and start not in self._additive:
+            self._check_additions(span, number, outputs, entry)
         self._calls[start, self._call_key(number)] = calls
-        return seen[0][0]
+        return entry
+
+    def _enter(
+        self,
+        span: range,
+        number: int,
+        outputs: dict[int, torch.Tensor],
+        output_like: Callable[[torch.Tensor], torch.Tensor],
+    ) -> tuple[Entry | None, list[LayerCall]]:
+        """Run a batch up to the last layer of a tower.
+
+        Args:
+            span: the tower's layers.
+            number: of the batch.
+            outputs: as in `before`.
+            output_like: makes the output of each of the tower's layers from the hidden states before the first one.
+
+        Returns:
+            What the batch brings, with the sum of additions and outputs in place of additions, and the layers' calls.
+        """
+        first: list[torch.Tensor] = []
+        added: dict[int, torch.Tensor] = {}
+        calls: list[LayerCall] = []
+        entries: dict[int, torch.Tensor] = {}
+        handed = torch.empty(0)
+
+        def record(index: int, *args: Any, **kwargs: Any) -> Any:
+            nonlocal handed
+            hidden = hidden_of(args, kwargs)
+            if index >= span.stop:
+                raise StopForward(hidden)
+            tower = self.source.span(index).start
+            entry = entries.setdefault(tower, hidden)
+            if index < span.start:
+                return in_format(outputs.get(index, entry), self.source.returned[tower])
+            # A change in place keeps the address and increments the version.
+            if not first:
+                first.append(hidden)
+            elif hidden.data_ptr() != handed.data_ptr() or hidden._version:
+                added[index - 1] = hidden
+            kwargs.pop("hidden_states", None)
+            calls.append((args[1:], kwargs))
+            if index == span.stop - 1:
+                raise StopForward(hidden)
+            handed = output_like(first[0].detach())
+            return in_format(handed, self.source.returned[tower])
+
+        with replaced_forward(self.source.layers, record), contextlib.suppress(StopForward):
+            self.source.model(**self.batch(number), **pass_options(self.source.model))
+        return (Entry(first[0], added) if first else None), calls
+
+    @torch.no_grad()
+    def _check_additions(self, span: range, number: int, outputs: dict[int, torch.Tensor], entry: Entry) -> None:
+        """Refuse a model whose changes between its layers depend on the layers' outputs.
+
+        The layers return the hidden states before the first one here, and returned zeros before.
+        """
+        with_outputs, _ = self._enter(span, number, outputs, torch.clone)
+        assert with_outputs is not None
+        for index, addition in entry.added.items():
+            expected = (entry.hidden + addition).float()
+            found = with_outputs.added.get(index, entry.hidden).float()
+            error, size = (torch.linalg.vector_norm(x) for x in (found - expected, expected))
+            if not error <= ADDITIVE[self.dtype] * size:
+                raise self.unsupported("between its layers the model changes the hidden states")
+        self._additive.add(span.start)
 
     def unsupported(self, reason: str) -> InputError:
         """The error for an architecture that cannot run layer by layer."""
@@ -301,6 +315,7 @@ class LayerStream:
         entries: list[torch.Tensor] = []
         copies: dict[int, torch.Tensor] = {}
         others: dict[int, tuple[Any, ...]] = {}
+        added_from: set[int] = set()
 
         def cut(index: int, *args: Any, **kwargs: Any) -> Any:
             hidden = hidden_of(args, kwargs)
@@ -316,6 +331,9 @@ class LayerStream:
                 entries.append(hidden)
                 if start not in source.returned or source.tower(index).name == PROJECTOR:
                     like, others[start] = self._first_outputs(index, args, kwargs)
+            elif hidden is not copies[index - 1] or hidden._version:
+                before_tower = {i: leaf for i, leaf in leaves.items() if i < start}
+                added_from.update(i for i, leaf in before_tower.items() if _depends(hidden, leaf))
             leaves[index] = torch.zeros_like(like).requires_grad_()
             # A copy, since the model may change hidden states in place, which a leaf refuses.
             copies[index] = leaves[index].clone()
@@ -350,12 +368,9 @@ class LayerStream:
         changed = next((name for name, weight, version in weights if weight._version != version), None)
         if changed is not None:
             raise self.unsupported(f"the model changes {changed} while it runs")
-        ends = {span.stop - 1 for span in source.spans}
-        if any(copy._version for index, copy in copies.items() if index not in ends):
-            raise self.unsupported("between its layers the model changes the hidden states")
         sums = [value.float().sum() for value in (*results, *entries) if value.requires_grad]
         torch.autograd.backward(sums)
-        return {index for index, leaf in leaves.items() if leaf.grad is not None}
+        return added_from | {index for index, leaf in leaves.items() if leaf.grad is not None}
 
     def _first_outputs(
         self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from pgsvd_vllm.errors import InputError
 from pgsvd_vllm.format.lowrank import other_rows
 from pgsvd_vllm.format.schema import FORMS
-from pgsvd_vllm.offline.model.layerwise import hidden_after, logits_after
+from pgsvd_vllm.offline.model.layer_calls import hidden_after, logits_after
 
 # Adam's learning rate for one step per window is this times the root of the initial divergence (in nats, at most 1).
 # The loss from gradient noise grows with the rate and must stay small against the possible gain. 4e-5 works at 0.40

@@ -23,6 +23,8 @@ NEW_TOKENS = 16
 ASKED = 6
 # Bound on differences of float32 log-probabilities, and of unit embeddings, from another order of sums.
 CLOSE = 2e-3
+# The same for a bf16 engine and float32 transformers: 0.16 was seen, and 1.7 with two modules in each other's place.
+BF16_CLOSE = 0.3
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +54,7 @@ def test_compressed_model_matches_transformers(row: VisionModel, pairs: Path, tm
     if row.compares:
         check_embeddings(tmp_path / "all", pairs)
     else:
-        check_answers(tmp_path / "all", pairs, row.like_transformers)
+        check_answers(tmp_path / "all", pairs, row.like_transformers, **row.engine)
 
 
 @torch.inference_mode()
@@ -130,12 +132,13 @@ def check_answers(folder: Path, pairs: Path, like_transformers: bool, **engine: 
             torch.testing.assert_close(logprobs(one), logprobs(other), atol=CLOSE, rtol=0)
         return
     model = KINDS[1][1].from_pretrained(folder, dtype=torch.float32).eval()
+    close = BF16_CLOSE if engine.get("dtype") == "bfloat16" else CLOSE
     for prompt, answer in zip(prompts, found, strict=True):
         opened = Image.open(prompt["image"]).convert("RGB")
         inputs = processor(text=[prompt["prompt"]], images=[opened], return_tensors="pt")
         given, best = forced(model, inputs, answer.tokens)
-        torch.testing.assert_close(given, best, atol=CLOSE, rtol=0)
-        torch.testing.assert_close(logprobs(answer), given, atol=CLOSE, rtol=0)
+        torch.testing.assert_close(given, best, atol=close, rtol=0)
+        torch.testing.assert_close(logprobs(answer), given, atol=close, rtol=0)
 
 
 def logprobs(answer: Answer) -> torch.Tensor:

@@ -11,6 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from tests.e2e import vision_parts as parts
+from tests.e2e.architectures import BF16
 
 COLOURS = ("red", "green", "blue", "yellow", "white", "grey")
 RGB = {
@@ -39,6 +40,7 @@ class VisionModel:
             not, factored models are compared with the reconstructed dense model in vLLM.
         core: whether `make test` tests it; `make test-all` tests them all.
         projector: whether the projector between its towers may be factored.
+        engine: options of vLLM's engine.
     """
 
     name: str
@@ -51,6 +53,7 @@ class VisionModel:
     like_transformers: bool = True
     core: bool = False
     projector: bool = False
+    engine: dict[str, Any] = field(default_factory=dict)
 
 
 VISION_MODEL = {"vision_tower.": "vision_tower.vision_model."}
@@ -123,6 +126,22 @@ VISION_MODELS = (
         parts.qwen_processor,
         note="images of any size, in windows",
         projector=True,
+    ),
+    VisionModel(
+        "Qwen3-VL",
+        "Qwen3VLConfig",
+        parts.qwen3_options,
+        parts.qwen3_processor,
+        note="adds features of earlier vision layers between its language layers",
+        like_transformers=False,
+    ),
+    VisionModel(
+        "Qwen3.5",
+        "Qwen3_5Config",
+        parts.qwen35_options,
+        parts.qwen3_processor,
+        note="linear and full attention layers",
+        engine=BF16,
     ),
     VisionModel("Idefics 3, SmolVLM", "Idefics3Config", parts.idefics_options, parts.idefics_processor, projector=True),
     VisionModel("SmolVLM 2", "SmolVLMConfig", parts.idefics_options, parts.smolvlm_processor, projector=True),

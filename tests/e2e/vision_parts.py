@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from tests.e2e.architectures import HEADS
+from tests.e2e.architectures import HEADS, LINEAR_ATTENTION
 
 SIDE = 56
 PIECES = [[SIDE, 2 * SIDE], [2 * SIDE, SIDE]]
@@ -291,6 +291,34 @@ def qwen25_options(ids: dict[str, int]) -> dict[str, Any]:
     """Of Qwen2.5-VL, some of whose layers attend within windows of the image."""
     vision = {"hidden_size": 96, "out_hidden_size": 128, "intermediate_size": 224, "window_size": 28}
     return qwen_options(ids, "qwen2_5_vl", vision | {"fullatt_block_indexes": [2]})
+
+
+def qwen3_processor(tokenizer: Any) -> Any:
+    """Of Qwen3-VL and Qwen3.5."""
+    from transformers import Qwen2VLImageProcessor, Qwen3VLProcessor, Qwen3VLVideoProcessor
+
+    sizes = {"size": {"shortest_edge": SIDE * SIDE, "longest_edge": SIDE * SIDE}}
+    return Qwen3VLProcessor(
+        Qwen2VLImageProcessor(**sizes, patch_size=14),
+        tokenizer,
+        Qwen3VLVideoProcessor(**sizes, patch_size=14),
+        chat_template=QWEN_TEMPLATE,
+    )
+
+
+def qwen3_options(ids: dict[str, int]) -> dict[str, Any]:
+    """Of Qwen3-VL, which adds outputs of earlier vision layers after its first language layers."""
+    vision = {"hidden_size": 96, "out_hidden_size": 128, "intermediate_size": 448, "num_position_embeddings": 16}
+    return qwen_options(ids, "qwen3_vl", vision | {"depth": 4, "deepstack_visual_indexes": [0, 2]})
+
+
+def qwen35_options(ids: dict[str, int]) -> dict[str, Any]:
+    """Of Qwen3.5, whose attention layers rotate a quarter of their queries and keys."""
+    vision = {"hidden_size": 96, "out_hidden_size": 128, "intermediate_size": 448, "num_position_embeddings": 16}
+    options = qwen_options(ids, "qwen3_5", vision)
+    sections = {"mrope_section": [2, 1, 1], "mrope_interleaved": True, "partial_rotary_factor": 0.25}
+    text = options["text_config"]
+    return options | {"text_config": text | LINEAR_ATTENTION | {"rope_parameters": text["rope_parameters"] | sections}}
 
 
 def siglip_processor(tokenizer: Any) -> Any:

@@ -12,6 +12,7 @@ from pgsvd_vllm.offline.compress import compress
 from pgsvd_vllm.offline.data.image_text import load_processor, read_pairs
 from pgsvd_vllm.offline.model.batch import text_batches
 from pgsvd_vllm.offline.model.layerwise import LayerStream
+from pgsvd_vllm.offline.model.linear_roles import other_roles
 from pgsvd_vllm.offline.model.source import ModelSource
 from pgsvd_vllm.offline.model.weights import StoredWeights
 from pgsvd_vllm.offline.options import CompressOptions
@@ -23,11 +24,11 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize(
     "change",
     [
-        pytest.param(lambda hidden: hidden + 1, id="another tensor"),
-        pytest.param(lambda hidden: hidden.add_(1), id="in place"),
+        pytest.param(lambda hidden: hidden * 2, id="another tensor"),
+        pytest.param(lambda hidden: hidden.mul_(2), id="in place"),
     ],
 )
-def test_changes_between_layers_are_refused(change: Any, tiny_model: Path) -> None:
+def test_factors_between_layers_are_refused(change: Any, tiny_model: Path) -> None:
     source = ModelSource(tiny_model)
     source.layers[1].register_forward_pre_hook(
         lambda _module, args, kwargs: ((change(args[0] if args else kwargs.pop("hidden_states")), *args[1:]), kwargs),
@@ -44,11 +45,11 @@ def test_in_place_changes_in_vision_language_models_are_refused(tmp_path: Path, 
     pairs = read_pairs(str(save_pairs(tmp_path / "pairs", 2)), 2, 0, processor, None)
 
     def change(_module: Any, args: Any, kwargs: Any) -> None:
-        (args[0] if args else kwargs["hidden_states"]).add_(1)
+        (args[0] if args else kwargs["hidden_states"]).mul_(2)
 
     source.layers[-1].register_forward_pre_hook(change, with_kwargs=True)
     with pytest.raises(InputError, match="changes the hidden states: this architecture is not supported"):
-        LayerStream(source, pairs.batches, CPU, torch.float32)
+        other_roles(LayerStream(source, pairs.batches[:1], CPU, torch.float32))
 
 
 def test_weights_outside_of_the_layers_are_loaded_once(

@@ -27,9 +27,9 @@ from tests.offline.calibration.test_gram import CPU, clipped
 from tests.offline.test_compress import section_of
 
 SEED = 7
-# A dual encoder, a model that uses a layer before the last one, a model whose images have no batch dimension, and one
-# more whose projector, as that of Qwen2-VL, merges four tokens into one.
-TESTED = ("CLIP", "LLaVA 1.5", "Qwen2-VL", "Idefics 3, SmolVLM")
+# A dual encoder, a model that uses a layer before the last one, a model whose images have no batch dimension, one more
+# whose projector, as that of Qwen2-VL, merges four tokens into one, and one that adds between its language layers.
+TESTED = ("CLIP", "LLaVA 1.5", "Qwen2-VL", "Idefics 3, SmolVLM", "Qwen3-VL")
 
 
 @pytest.fixture(scope="module", params=TESTED)
