@@ -21,7 +21,8 @@ def run(arguments):
 cli.COMMANDS["env"].run = run
 sys.exit(cli.main(["env"]))
 """
-PYTHON = "time.sleep(60)"
+# Short waits: one long one would not end if the signal came just before it.
+PYTHON = "[time.sleep(0.01) for _ in range(6000)]"
 COMPILED = "import hashlib; hashlib.pbkdf2_hmac('sha256', b'x', b'y', 10**8)"
 
 
