@@ -80,6 +80,17 @@ STATE_SPACE = {
     **{"mamba_n_groups": 1, "n_groups": 1, "mamba_ngroups": 1, "mamba_expand": 2, "expand": 2, "mamba_chunk_size": 16},
     **{"chunk_size": 16, "mamba_d_conv": 4, "mamba_d_ssm": 128, "mamba_dt_rank": 8, "time_step_rank": 8},
 }
+# Sizes of one type; None leaves one out.
+CONV = {"layer_types": ["conv", "full_attention", "conv", "full_attention"], "conv_L_cache": 3, "num_dense_layers": 1}
+OWN: dict[str, dict[str, Any]] = {
+    "falcon": {"head_dim": None},
+    "gptj": {"rotary_dim": 16},
+    "codegen": {"rotary_dim": 8, "n_head": 4, "num_attention_heads": 4},
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
+    "lfm2_moe": CONV,
+    "zamba2": {"layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"], "layer_types": None},
+    "gemma3n_text": {"layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 0},
+}
 HEADS = {"num_key_value_heads": 2, "num_attention_heads": 2}
 STEPS = (
     *(SIZES | NAMES | EXPERTS | ATTENTION | STATE_SPACE, SIZES | NAMES | EXPERTS | ATTENTION),
@@ -93,7 +104,7 @@ def build(kind: str) -> PreTrainedModel | None:
     """A tiny random model of a type in float32; None if no set of sizes builds one whose forward pass runs."""
     parts = getattr(CONFIG_MAPPING[kind], "sub_configs", {})
     for step in STEPS:
-        sizes = {name: value for name, value in step.items() if value is not None}
+        sizes = {name: value for name, value in (step | OWN.get(kind, {})).items() if value is not None}
         try:
             nested: dict[str, Any] = {"text_config": sizes} if "text_config" in parts else {}
             config = AutoConfig.for_model(kind, **sizes, **nested)

@@ -105,8 +105,9 @@ def read_calibration_set(options: CompressOptions, source: ModelSource) -> Calib
         InputError: a data set, the tokenizer or the processor cannot be read; the model takes no images, or it needs
             pairs and gets text; or a text has too few tokens for one window and the held-out ones, or is worthless.
     """
-    limit = getattr(source.config.get_text_config(), "max_position_embeddings", None) or options.max_seq_length
-    length = min(options.max_seq_length, limit)
+    limit = getattr(source.config.get_text_config(), "max_position_embeddings", None)
+    # XLNet's -1 means any length.
+    length = min(options.max_seq_length, limit) if limit and limit > 0 else options.max_seq_length
     texts, folders = _kinds(options, source)
     samples = options.num_calibration_samples or (PAIRS if source.is_dual_encoder else WINDOWS)
     counts = {dataset: len(range(i, samples, len(options.dataset))) for i, dataset in enumerate(options.dataset)}

@@ -27,7 +27,7 @@ from pgsvd_vllm.offline.model.layer_calls import (
     replaced_forward,
 )
 from pgsvd_vllm.offline.model.source import ModelSource
-from pgsvd_vllm.offline.model.towers import PROJECTOR
+from pgsvd_vllm.offline.model.towers import LANGUAGE, PROJECTOR
 
 # Tokens of the batch of text that shows how the model runs; a prime, which is no layer's width.
 PROBE_TOKENS = 29
@@ -161,6 +161,9 @@ class LayerStream:
             path = self.source.tower(start).path
             raise self.unsupported(f"the model runs {len(calls)} of its {len(span)} layers in {path}")
         assert entry is not None
+        tokens, shape = self.batches[number]["input_ids"].shape, entry.hidden.shape
+        if self.source.tower(start).name == LANGUAGE and shape[:2] != tokens:
+            raise self.unsupported(f"its hidden states of {tuple(tokens)} tokens are {tuple(shape)}")
         if entry.added and start not in self._additive:
             self._check_additions(span, number, outputs, entry)
         self._calls[start, self._call_key(number)] = calls

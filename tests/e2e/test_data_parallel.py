@@ -16,6 +16,7 @@ from tests.support.server import serve
 NEW_TOKENS = 24
 
 
+@pytest.mark.slow
 @pytest.mark.feature("Data parallelism")
 def test_data_parallel_engines_match_transformers(
     tiny_compressed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

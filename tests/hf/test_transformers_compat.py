@@ -1,8 +1,12 @@
 """Private names of transformers stay in one file, and do what that file says."""
 
 import ast
+import os
+import subprocess
+import sys
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -48,3 +52,28 @@ def test_tied_heads_are_known(tiny_model: Path, tmp_path: Path) -> None:
     found = [tied_weights(AutoModelForCausalLM.from_pretrained(folder)) for folder in (tiny_model, untied)]
     assert dict(found[0]) == {"lm_head.weight": "model.embed_tokens.weight"}
     assert dict(found[1]) == {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "packages", [("transformers==5.16.1", "huggingface-hub==1.31.0"), ("transformers==5.20.2",)], ids=" ".join
+)
+def test_the_ends_of_the_range_of_transformers(packages: tuple[str, ...], tmp_path: Path) -> None:
+    """The oldest version, and the newest that vLLM 0.33 accepts, compress, load and run."""
+    install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(tmp_path), *packages]
+    done = subprocess.run(install, capture_output=True, text=True, timeout=900, check=False)
+    if done.returncode != 0:
+        pytest.skip(f"{' '.join(packages)} cannot be downloaded: {done.stderr[-300:]}")
+    code = "import sys, pytest, transformers; print(transformers.__version__); sys.exit(pytest.main(sys.argv[1:]))"
+    files = [str(ROOT / "tests" / "hf"), str(ROOT / "tests" / "offline" / "test_compress.py")]
+    done = subprocess.run(
+        [sys.executable, "-c", code, "-q", "-n", "0", "-p", "no:cacheprovider", "-m", "not slow", *files],
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=900,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert done.stdout.startswith(packages[0].partition("==")[2])

@@ -51,7 +51,7 @@ def interpreted(seed: int, cases: int, *folder: Path, **environment: str) -> Run
     return script("tests/kernels/interpreted.py", seed, cases, *folder, **INTERPRETER, **environment)
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_random_layers_match_float64(seed: int) -> None:
     done = interpreted(seed, 100)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -76,7 +76,9 @@ def test_cublas_path_matches_float64(dtype: torch.dtype) -> None:
                 assert one.difference(x, added, run_library(x, packed, added)) == ""
 
 
-@pytest.mark.parametrize("part", ["bfloat16", "float16", "reload", "cuts", "activation"])
+@pytest.mark.parametrize(
+    "part", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow), "reload", "cuts", "activation"]
+)
 def test_vllm_layers_run_the_kernels(part: str) -> None:
     """All mixes of tests/serving/layers/test_linear.py, loaded and called as on a GPU, interpreted."""
     pytest.importorskip("vllm", reason="vLLM is not installed")

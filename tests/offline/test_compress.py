@@ -256,6 +256,14 @@ def test_dry_run_writes_nothing(tiny_model: Path, tmp_path: Path, capsys: pytest
     assert digest(tiny_model) == model_before
 
 
+def test_a_model_without_a_limit_of_tokens_takes_any_length(tmp_path: Path) -> None:
+    model = save_tiny_model(tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"max_position_embeddings": -1}))
+    plan = make_plan(CompressOptions(str(model), tmp_path / "out", ratio=0.2, **SMALL))
+    assert plan.data.windows.ids.shape[1] == SMALL["max_seq_length"]
+
+
 def test_the_model_folder_is_only_read(tmp_path: Path) -> None:
     model = save_tiny_model(tmp_path / "model", layers=1)
     before = digest(model)

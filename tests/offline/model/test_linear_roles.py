@@ -162,6 +162,14 @@ def test_layers_that_share_keys_are_refused_by_name(tmp_path: Path, one_thread: 
         other_roles(stream_of(source))
 
 
+def test_several_hidden_states_a_token_are_refused(tmp_path: Path, one_thread: None) -> None:
+    """Gemma 3n hands on four predictions of every token's hidden states, stacked before the batch."""
+    shared = {"num_kv_shared_layers": 0, "layer_types": ["full_attention"] * 3, "hidden_size_per_layer_input": 16}
+    source = save(tmp_path / "model", "Gemma3nTextConfig", HEADS | shared | {"vocab_size_per_layer_input": 258})
+    with pytest.raises(InputError, match=r"its hidden states of \(1, \d+\) tokens are \(4, 1, \d+, \d+\): this archi"):
+        stream_of(source)
+
+
 def test_values_passed_on_beside_hidden_states_are_refused(tiny_model: Path, one_thread: None) -> None:
     source = ModelSource(tiny_model)
     body: Any = source.model.model
