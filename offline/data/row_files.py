@@ -11,6 +11,7 @@ from pgsvd_vllm.offline.data.rows import TAKEN, known_fields, read_row
 from pgsvd_vllm.offline.data.text_file import (
     COMPRESSED_SUFFIXES,
     check_text,
+    is_compressed,
     named_errors,
     read_head,
     read_text,
@@ -66,6 +67,9 @@ def _table_rows(path: Path) -> Iterator[PlacedRow]:
     reader = csv.reader(text_lines(path, newline=""), delimiter=delimiter, strict=True)
     try:
         names = next(reader)
+        for name in known_fields(names):
+            if names.count(name) > 1:
+                raise InputError(f"--dataset {path}: line 1 names the column {name!r} twice; rename one of them")
         for cells in reader:
             if cells and len(cells) != len(names):
                 raise InputError(
@@ -165,6 +169,8 @@ def read_rows(path: Path, kind: str) -> Iterator[PlacedRow]:
         with named_errors(path):
             if kind in BINARY.values():
                 check_text(path, read_head(path))
+                if is_compressed(path):
+                    raise InputError(f"--dataset {path}: is a compressed {kind} file; decompress it")
             yield from ROW_FILES[kind](path)
     except ImportError:
         raise InputError(f"--dataset {path}: reading {kind} files needs pyarrow; pip install pyarrow") from None

@@ -9,7 +9,8 @@ Row = dict[str, Any]
 
 CHATS = ("messages", "conversations", "conversation")
 QUESTIONS = ("instruction", "prompt", "question", "query", "problem", "input")
-ANSWERS = ("output", "completion", "response", "answer", "solution", "chosen")
+# A solution ends with the answer that stands beside it.
+ANSWERS = ("output", "completion", "response", "solution", "answer", "chosen")
 INPUTS, SYSTEMS = ("input", "context"), ("system", "system_prompt")
 # Names of roles in ShareGPT rows and elsewhere, and the roles of chat templates.
 ROLES = {name: name for name in ("system", "user", "assistant", "tool", "developer", "function", "ipython")} | {
@@ -41,6 +42,8 @@ Document = str | Conversation
 def read_row(row: Any) -> Document:
     """The text or the conversation of a row; see `FORMATS`.
 
+    A blank or empty field counts only if the row has nothing else: tables have every column in every row.
+
     Args:
         row: any JSON value; upper and lower case of its keys are alike, and null is the same as no value.
 
@@ -55,10 +58,15 @@ def read_row(row: Any) -> Document:
     for key, value in row.items():
         if value is not None:
             values.setdefault(str(key).strip().lower(), value)
-    for _, read in FORMATS:
-        document = read(values)
-        if document is not None:
-            return document
+    filled = {key: value for key, value in values.items() if not _is_blank(value)}
+    for fields in (filled, values) if len(filled) < len(values) else (values,):
+        for _, read in FORMATS:
+            document = read(fields)
+            if document is not None:
+                return document
+    for key, value in row.items():
+        if str(key).strip().lower() in ("text", "content", "chosen"):
+            raise RowError(f"has {json.dumps(str(key))} as {_kind(value)}, not a string; {TAKEN}")
     names = ", ".join(json.dumps(str(key)) for key in list(row)[:12]) or "no fields"
     raise RowError(f"has {names}; {TAKEN}")
 
@@ -229,9 +237,14 @@ def _first(row: Row, names: Iterable[str]) -> str | None:
     return next((name for name in names if name in row), None)
 
 
+def _is_blank(value: Any) -> bool:
+    """Whether a field holds nothing: white space, or a list or an object without entries."""
+    return not value.strip() if isinstance(value, str) else value in ([], {})
+
+
 def _kind(value: Any) -> str:
     """The type of a JSON value, in words."""
     if value is None or isinstance(value, bool):
         return "null" if value is None else "true or false"
-    kinds = {str: "a string", int: "a number", float: "a number", list: "a list", dict: "an object"}
+    kinds = {str: "a string", int: "a number", float: "a number", list: "a list", dict: "an object", bytes: "bytes"}
     return kinds.get(type(value), f"a {type(value).__name__}")

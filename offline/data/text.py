@@ -26,8 +26,12 @@ TAKEN = (
     f"give a text file, a {', '.join(ROW_FILES)} file, a folder of such files, OWNER/NAME or OWNER/NAME:CONFIGURATION "
     f"of a hub data set, {', '.join(HUB_SETS)} or {BUILTIN} (offline)"
 )
-# No white space, control character, zero-width character or replacement character.
-VISIBLE = re.compile("[^\\s\x00-\x1f\x7f-\x9f\u200b-\u200f\u2060\ufeff\ufffd]")
+# No white space, control character, replacement character or character that Unicode calls ignorable, such as
+# zero-width characters, soft hyphens, direction marks, variation selectors and tags.
+VISIBLE = re.compile(
+    "[^\\s\x00-\x1f\x7f-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e"
+    "\u2060-\u206f\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\uffff\U000e0000-\U000e0fff]"
+)
 # A file or subfolder of the split `train`.
 TRAIN = re.compile(r"(?:^|[/\\_.-])train(?:[/\\_.-])", re.IGNORECASE)
 SURROGATE = re.compile("[\ud800-\udfff]")
@@ -102,6 +106,8 @@ def _documents(dataset: str, tokens: int, tokenizer: PreTrainedTokenizerBase, pl
                 yield from plain([read_text(path)])
             else:
                 yield from _of_rows(str(path), read_rows(path, kind), tokenizer, plain)
+    elif os.path.exists(dataset):
+        raise InputError(f"--dataset {dataset}: is no file or folder, but a pipe or a device; save its text in a file")
     else:
         raise InputError(f"--dataset {dataset}: no such file; {TAKEN}")
 

@@ -27,10 +27,13 @@ MARKS = (
 NO_TEXT = (
     (re.compile(rb"version https://git-lfs"), "is a Git LFS pointer, not the file itself; run git lfs pull"),
     (re.compile(rb"%PDF-"), "is a PDF document; extract its text, for example with pdftotext"),
-    (re.compile(rb"PK\x03\x04"), "is a ZIP archive or an office document; give the text in it"),
+    (re.compile(rb"PK(?:\x03\x04|\x05\x06)"), "is a ZIP archive or an office document; give the text in it"),
+    (re.compile(rb"7z\xbc\xaf\x27\x1c|Rar!"), "is a 7z or RAR archive; give the files in it"),
     (re.compile(rb".{257}ustar", re.DOTALL), "is a tar archive; give the files in it"),
 )
 HTML = re.compile(rb"(?:\xef\xbb\xbf)?\s*<(?:!doctype\s+html|html)\b", re.IGNORECASE)
+# Control characters that text does not hold; it holds tabs, line ends, form feeds and terminal sequences.
+CONTROLS = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f]")
 # What the bytes of an invalid UTF-8 sequence become, see `errors="surrogateescape"`.
 NOT_UTF8 = re.compile("[\udc80-\udcff]")
 
@@ -66,9 +69,20 @@ def named_errors(path: Path) -> Iterator[None]:
 
 def open_bytes(path: Path) -> IO[bytes]:
     """Open a file, decompressed if its first bytes are those of gzip, bzip2, xz or Zstandard."""
+    opener = _opener(path)
+    return path.open("rb") if opener is None else opener(path)
+
+
+def is_compressed(path: Path) -> bool:
+    """Whether the first bytes of a file are those of gzip, bzip2, xz or Zstandard."""
+    return _opener(path) is not None
+
+
+def _opener(path: Path) -> Callable[[Path], Any] | None:
+    """The function that opens a compressed file; None for another file."""
     with path.open("rb") as file:
         head = file.read(16)
-    return next((opener(path) for magic, opener in COMPRESSED if magic.match(head)), None) or path.open("rb")
+    return next((opener for magic, opener in COMPRESSED if magic.match(head)), None)
 
 
 def read_head(path: Path) -> bytes:
@@ -108,9 +122,11 @@ def text_lines(path: Path, newline: str | None = None) -> Iterator[str]:
     head = read_head(path)
     check_text(path, head, html=path.suffix.lower() in (".html", ".htm"))
     encoding = next((name for mark, name in MARKS if head.startswith(mark)), "utf-8")
-    if encoding == "utf-8" and head.count(0) * 10 > len(head):
+    controls = len(CONTROLS.findall(head)) if encoding == "utf-8" else 0
+    if controls * 10 > len(head):
         raise InputError(
-            f"--dataset {path}: holds NUL bytes, so it is binary or UTF-16 without a byte-order mark; give UTF-8 text"
+            f"--dataset {path}: holds NUL bytes or control characters, so it is binary or UTF-16 without a byte-order "
+            "mark; give UTF-8 text"
         )
     with (
         named_errors(path),
@@ -120,9 +136,13 @@ def text_lines(path: Path, newline: str | None = None) -> Iterator[str]:
         for number, line in enumerate(stream, 1):
             bad = None if line.isascii() else NOT_UTF8.search(line)
             if bad:
+                advice = (
+                    "the file holds control characters as well, so it is binary; give text"
+                    if controls
+                    else "convert the file, for example with iconv -f latin1 -t utf-8"
+                )
                 raise InputError(
-                    f"--dataset {path}: line {number} is not UTF-8 text (byte 0x{ord(bad[0]) - 0xDC00:02x}); convert "
-                    "the file, for example with iconv -f latin1 -t utf-8"
+                    f"--dataset {path}: line {number} is not UTF-8 text (byte 0x{ord(bad[0]) - 0xDC00:02x}); {advice}"
                 )
             yield line
 

@@ -11,7 +11,7 @@ import torch
 from tokenizers import Encoding
 from transformers import PreTrainedTokenizerBase
 
-from pgsvd_vllm.errors import InputError
+from pgsvd_vllm.errors import InputError, reason_of
 
 # Characters that are tokenized at once; a tokenizer's working memory is 50 to 300 times as many bytes.
 PIECE = 1 << 17
@@ -68,22 +68,40 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, documents: Iterable[str], name:
         tokenizer: of the model; without an end-of-text token nothing separates the documents.
         documents: may be empty; only `PIECE` characters of them are in work at a time.
         name: of the data set.
+
+    Raises:
+        InputError: the tokenizer fails.
     """
     ids, count = array("i"), 0
     separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     for batch in _batches(documents):
         long = len(batch) == 1 and len(batch[0]) > PIECE and tokenizer.is_fast
-        encoded = (
-            [_tokens_of_pieces(tokenizer, batch[0])]
-            if long
-            else tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
-        )
+        try:
+            encoded = (
+                [_tokens_of_pieces(tokenizer, batch[0])]
+                if long
+                else tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
+            )
+        except Exception as error:  # tokenizers raise exceptions of many types
+            raise _cannot_encode(name, error) from None
         for tokens in encoded:
             ids.extend(separator if count else [])
             ids.extend(tokens)
             count += 1
     ids.extend(separator if count > 1 else [])
-    return TokenizedText(torch.from_numpy(np.array(ids, dtype=np.int32)), leading_tokens(tokenizer), name)
+    try:
+        prefix = leading_tokens(tokenizer)
+    except Exception as error:
+        raise _cannot_encode(name, error) from None
+    return TokenizedText(torch.from_numpy(np.array(ids, dtype=np.int32)), prefix, name)
+
+
+def _cannot_encode(name: str, error: Exception) -> InputError:
+    """The error of a tokenizer that was loaded but does not work."""
+    return InputError(
+        f"--dataset {name}: the model's tokenizer cannot encode it ({reason_of(error)}); check tokenizer.json and "
+        "tokenizer_config.json of the model"
+    )
 
 
 def _batches(documents: Iterable[str]) -> Iterator[list[str]]:

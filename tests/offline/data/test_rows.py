@@ -83,6 +83,25 @@ def test_common_formats_are_read(row: Any, document: Any) -> None:
     assert read_row(row) == document
 
 
+@pytest.mark.parametrize(
+    ("row", "document"),
+    [
+        ({"text": "", "messages": [ASKED]}, chat(ASKED)),
+        ({"messages": [], "text": "a"}, "a"),
+        ({"conversations": [], "prompt": "Q", "completion": "A"}, chat(ASKED, ANSWERED)),
+        ({"instruction": " ", "input": "Q", "output": "A"}, chat(ASKED, ANSWERED)),
+        ({"prompt": "", "question": "Q", "completion": "", "answer": "A"}, chat(ASKED, ANSWERED)),
+        ({"text": "", "content": " "}, ""),
+    ],
+)
+def test_blank_fields_give_way_to_filled_ones(row: Any, document: Any) -> None:
+    assert read_row(row) == document
+
+
+def test_a_whole_solution_is_preferred_to_its_answer() -> None:
+    assert read_row({"problem": "Q", "answer": "3", "solution": "A"}) == chat(ASKED, ANSWERED)
+
+
 def messages(*found: Any) -> dict[str, Any]:
     return {"messages": list(found)}
 
@@ -94,8 +113,10 @@ def messages(*found: Any) -> dict[str, Any]:
         (None, "is null, not an object"),
         (["text"], "is a list, not an object"),
         ({}, "has no fields; a row needs"),
-        ({"text": 3}, 'has "text"; a row needs "text", "messages"'),
-        ({"text": None}, 'has "text"; a row needs'),
+        ({"text": 3}, 'has "text" as a number, not a string; a row needs "text", "messages"'),
+        ({"text": None}, 'has "text" as null, not a string; a row needs'),
+        ({"Text": b"a", "id": 1}, 'has "Text" as bytes, not a string; a row needs'),
+        ({"content": [1]}, 'has "content" as a list, not a string'),
         ({"body": "b"}, 'has "body"; a row needs'),
         ({"instruction": "Q", "output": None}, 'has "instruction", "output"; a row needs'),
         (messages(), "empty conversation"),

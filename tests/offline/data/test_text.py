@@ -1,6 +1,7 @@
 """Calibration text: the documents of every kind of data set."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -83,10 +84,12 @@ def test_bad_text_is_named(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -
     refused("bad.jsonl", b'{"text": "a"}\n{"text": \n', "line 2 is not JSON")
     refused("deep.jsonl", b"[" * 100_000, "line 1 is not JSON")
     refused("none.jsonl", b'{"text": "a"}\n\n{"body": "b"}\n', 'line 3: has "body"; a row needs "text", "messages"')
-    refused("number.jsonl", b'{"text": 3}', 'line 1: has "text"; a row needs "text", "messages"')
+    refused("number.jsonl", b'{"text": 3}', 'line 1: has "text" as a number, not a string; a row needs')
     refused("list.jsonl", b'["text"]', 'line 1: is a list, not an object; a row needs "text", "messages"')
-    for content in (b"", b" \n\t " * 9000, "\u200b\ufeff\n".encode(), b"\x01\x02\x03"):
+    ignorable = "\xad \u202e\u202c \u3164 \ufe0f \uffff \U000e0041 \u2066"
+    for content in (b"", b" \n\t " * 9000, "\u200b\ufeff\n".encode(), ignorable.encode(), b"\x01" + b" " * 20):
         refused("blank.txt", content, "holds no text, only white space")
+    refused("binary.txt", b"\x01\x02\x03", "holds NUL bytes or control characters")
     refused("blank.jsonl", b'{"text": " "}\n{"text": "\\u0000"}', "holds no text, only white space")
     (tmp_path / "empty").mkdir()
     empty = str(tmp_path / "empty")
@@ -95,6 +98,9 @@ def test_bad_text_is_named(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -
             list(read_documents(name, 0, tokenizer))
     with pytest.raises(InputError, match="no such file"):
         list(read_documents("a\0b", 0, tokenizer))
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match="pipe: is no file or folder, but a pipe or a device"):
+        list(read_documents(str(tmp_path / "pipe"), 0, tokenizer))
 
 
 def test_an_unavailable_hub_set_names_the_builtin_text(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -1,6 +1,7 @@
 """Tokens and windows of calibration text."""
 
 import json
+import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -65,6 +66,15 @@ def test_documents_are_joined_in_order_with_separators(tokenizer: PreTrainedToke
     assert ids == [a, b, eos, eos, c, eos]
     assert tokenize(tokenizer, ["ab"], "t").ids.tolist() == [a, b]
     assert tokenize(tokenizer, [], "t").ids.tolist() == []
+
+
+@pytest.mark.parametrize("text", ["a", "a" * 200_000])
+def test_a_tokenizer_that_fails_is_named(tiny_model: Path, tmp_path: Path, text: str) -> None:
+    shutil.copytree(tiny_model, tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "tokenizer_config.json").read_text())
+    (tmp_path / "model" / "tokenizer_config.json").write_text(json.dumps({**config, "model_max_length": "long"}))
+    with pytest.raises(InputError, match=r"--dataset t: the model's tokenizer cannot encode it \('>' not supported"):
+        tokenize(load_tokenizer(tmp_path / "model"), [text], "t")
 
 
 def test_windows_are_disjoint_and_depend_on_the_seed() -> None:
