@@ -29,6 +29,12 @@ from pgsvd_vllm.hf.transformers_compat import (
     skeleton,
     tied_weights,
 )
+from pgsvd_vllm.offline.model.config_check import (
+    refuse_more_layers,
+    refuse_other_class,
+    refuse_unused_biases,
+    unknown_name,
+)
 from pgsvd_vllm.offline.model.model_folder import read_model_config
 from pgsvd_vllm.offline.model.quantized import refuse_other_tensors, refuse_quantized_config
 from pgsvd_vllm.offline.model.tensor_names import name_tensors
@@ -69,7 +75,8 @@ class ModelSource:
             return a tensor; known once a `LayerStream` has run the tower.
 
     Raises:
-        InputError: the architecture is not supported, or the model is already quantized.
+        InputError: the architecture is not supported, the model is already quantized, or config.json describes another
+            model than the weights.
         CheckpointError: a file is missing or damaged.
     """
 
@@ -80,11 +87,13 @@ class ModelSource:
         self.auto_class: Any = self._kind()
         self.weight_dtype = _weight_dtype(self.config_json, folder)
         tensors = find_tensors(folder)
+        refuse_more_layers(self.config_json, len(tensors), folder)
         try:
             self.config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
             self.model: PreTrainedModel = skeleton(self.auto_class, self.config, self.weight_dtype, trust_remote_code)
         except Exception as error:  # transformers raises many kinds for a config it cannot use
             raise self._cannot_build(error) from None
+        refuse_other_class(self.model, self.config_json, folder)
         self.model.eval()
         transposed = _use_linear(self.model)
         named = name_tensors(self.model, tensors, folder)
@@ -98,6 +107,7 @@ class ModelSource:
         self.weights = StoredWeights(folder, named, self.model, transposed)
         refuse_other_tensors(self.model, self.weights)
         self.weights.check_headers()
+        refuse_unused_biases(self.model, self.weights)
         self.towers: list[Tower] = find_towers(self.model)
         if LANGUAGE not in [tower.name for tower in self.towers]:
             raise InputError(f"{folder}: no list of decoder layers with nn.Linear projections was found")
@@ -166,8 +176,10 @@ class ModelSource:
             )
         if not self.config_json.get("model_type"):
             return InputError(f"{path}: model_type is missing or empty; transformers cannot build the model without it")
+        if not isinstance(self.config_json["model_type"], str):
+            return InputError(f'{path}: model_type is {self.config_json["model_type"]!r}, not a name such as "llama"')
         # For an unknown class transformers lists all that it knows.
-        reason = textwrap.shorten(str(error), MOST_SHOWN, placeholder=" ...")
+        reason = unknown_name(self.config_json, error) or textwrap.shorten(str(error), MOST_SHOWN, placeholder=" ...")
         return InputError(f"{path}: transformers cannot build this model: {reason}")
 
     @property
