@@ -163,7 +163,7 @@ def test_layers_that_share_keys_are_refused_by_name(tmp_path: Path, one_thread: 
 
 
 def test_several_hidden_states_a_token_are_refused(tmp_path: Path, one_thread: None) -> None:
-    """Gemma 3n hands on four predictions of every token's hidden states, stacked before the batch."""
+    """Gemma 3n has four versions of the hidden states of every token, stacked before the batch."""
     shared = {"num_kv_shared_layers": 0, "layer_types": ["full_attention"] * 3, "hidden_size_per_layer_input": 16}
     source = save(tmp_path / "model", "Gemma3nTextConfig", HEADS | shared | {"vocab_size_per_layer_input": 258})
     with pytest.raises(InputError, match=r"its hidden states of \(1, \d+\) tokens are \(4, 1, \d+, \d+\): this archi"):
