@@ -42,8 +42,8 @@ def find_companions(folder: Path, remote_code: bool) -> list[Path]:
         remote_code: include modelling code.
 
     Raises:
-        InputError: a companion cannot be read, is a git-lfs pointer, or is a link that leaves the folder although the
-            checkpoint needs it; names the file.
+        InputError: a companion cannot be read, is a git-lfs pointer, is a `.json` file that is not JSON, or is a link
+            that leaves the folder although the checkpoint needs it; names the file.
     """
     root = folder.resolve()
     # snapshots/COMMIT/FILE links to blobs/HASH.
@@ -57,24 +57,31 @@ def find_companions(folder: Path, remote_code: bool) -> list[Path]:
             continue
         if path.is_file() and path.stat().st_size <= MAX_BYTES:
             refuse_pointer(path)
+            _refuse_broken_json(path)
             found.append(path.relative_to(folder))
     return found
+
+
+def _refuse_broken_json(path: Path) -> None:
+    """Refuse a `.json` file that is not JSON, such as one that is cut off: vLLM and transformers may pass it over."""
+    try:
+        if path.suffix.lower() == ".json":
+            json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not valid JSON ({error}); repair or delete it") from None
 
 
 def companion_data(path: Path, remote_code: bool) -> bytes:
     """The bytes of a companion's copy.
 
     Args:
-        path: of the companion.
+        path: of the companion, one that `find_companions` found.
         remote_code: whether modelling code is copied as well; else configurations lose their references to it.
     """
     data = path.read_bytes()
     if remote_code or path.suffix != ".json" or b'"auto_map"' not in data:
         return data
-    try:
-        config = json.loads(data)
-    except ValueError:  # its reader ignores it or says so
-        return data
+    config = json.loads(data)
     if not isinstance(config, dict):
         return data
     return (json.dumps(without_local_code(config), indent=2, ensure_ascii=False) + "\n").encode()

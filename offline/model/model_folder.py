@@ -122,6 +122,8 @@ def missing_weights(folder: Path) -> InputError:
 
 def refuse_pointer(path: Path) -> bytes:
     """The first bytes of a file; raises InputError if it cannot be read or git-lfs has not downloaded it."""
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+        raise InputError(f"{path}: cannot be read (it is a pipe or a device)")  # reading might never end
     try:
         with path.open("rb") as file:
             start = file.read(len(LFS_POINTER))

@@ -48,12 +48,20 @@ def run(arguments: argparse.Namespace) -> int:
 def _report_rows(checkpoint: Checkpoint) -> list[dict[str, Any]]:
     """The rows of the per-module report, or of the module table if the checkpoint has no report."""
     path = checkpoint.folder / REPORT_NAME
+    shapes = {name: checkpoint.shape(name) for name in checkpoint.modules}
     if path.is_file():
         rows = read_json(path).get("modules")
         if not isinstance(rows, list) or not all(map(_is_report_row, rows)):
             raise CheckpointError(f"{path}: malformed report; delete it to see the table without errors")
+        reported = {row["name"]: (row["out_features"], row["in_features"], row["rank"]) for row in rows}
+        factored = {name: shape for name, shape in reported.items() if shape[2] is not None}
+        if factored != shapes or len(reported) < len(rows):
+            differing = next((name for name in [*shapes, *factored] if shapes.get(name) != factored.get(name)), "a row")
+            raise CheckpointError(
+                f"{path}: does not describe this checkpoint, {differing} differs; delete it to see the table without "
+                "errors"
+            )
         return rows
-    shapes = {name: checkpoint.shape(name) for name in checkpoint.modules}
     return [
         {"name": name, "out_features": out, "in_features": width, "rank": rank, "error": None}
         for name, (out, width, rank) in shapes.items()

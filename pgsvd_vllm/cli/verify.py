@@ -1,4 +1,4 @@
-"""Check a checkpoint completely: module table, files, shapes, checksums, and every value for NaN.
+"""Check a checkpoint completely: module table, files, shapes, checksums, JSON files, and every value for NaN.
 
 `inspect` and `verify` work without vLLM.
 """
@@ -6,7 +6,7 @@
 import argparse
 from pathlib import Path
 
-from pgsvd_vllm.format.reader import check_data, open_checkpoint
+from pgsvd_vllm.format.reader import check_data, check_json_files, open_checkpoint
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -17,6 +17,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Check the checkpoint and print a summary; returns the exit status, and raises CheckpointError at a fault."""
     checkpoint = open_checkpoint(arguments.dir)
+    check_json_files(checkpoint.folder)
     has_sums = check_data(checkpoint)
     files = {info.file for info in checkpoint.tensors.values()}
     print(

@@ -20,6 +20,7 @@ from pgsvd_vllm.format.schema import (
     FLOAT_DTYPES,
     INDEX_NAME,
     QUANT_METHOD,
+    REPORT_NAME,
     FactoredModule,
     parse_modules,
 )
@@ -90,6 +91,8 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: the file is missing or cannot be read, or is not a JSON object.
     """
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+        raise CheckpointError(f"{path}: cannot be read (it is a pipe or a device)")  # reading might never end
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -340,6 +343,23 @@ def check_data(checkpoint: Checkpoint) -> bool:
         lambda path: check_file(path, rows, None if sums is None else sums[path.name]),
     )
     return sums is not None
+
+
+def check_json_files(folder: Path) -> None:
+    """Check that the JSON files beside the weights, such as the tokenizer, are not cut off; the report is left out.
+
+    Raises:
+        CheckpointError: a file is not JSON; names it.
+    """
+    for path in sorted(folder.glob("*.json")):
+        if path.name == REPORT_NAME or not os.path.isfile(path):
+            continue
+        try:
+            json.loads(path.read_bytes())
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(f"{path}: not valid JSON ({error}); copy the file again") from None
 
 
 def check_sums(folder: Path) -> int:

@@ -33,6 +33,7 @@ from pgsvd_vllm.format.reader import (
 )
 from pgsvd_vllm.format.schema import (
     DENSE_INDEX_NAME,
+    FLOAT_DTYPES,
     INDEX_NAME,
     LOAD_GUARD,
     QUANT_METHOD,
@@ -145,11 +146,15 @@ class PgsvdQuantizer(HfQuantizer):
         """Set the checkpoint's index as the weight file; transformers calls this before it looks for weights.
 
         Raises:
-            CheckpointError: the index of a local folder names files elsewhere, or none; transformers would follow it.
+            CheckpointError: the index of a local folder is malformed, or names files elsewhere, or none; transformers
+                would follow it.
         """
         index = Path(config.name_or_path or "") / INDEX_NAME
         if index.is_file():
-            index_files(read_json(index), index)
+            found = read_json(index)
+            index_files(found, index)
+            if not isinstance(found.get("metadata"), dict):
+                raise CheckpointError(f"{index}: metadata is missing or no object; copy the file again")
         config.transformers_weights = INDEX_NAME
         return config
 
@@ -234,9 +239,9 @@ def _read_tensors(files: list[Path]) -> dict[str, TensorInfo]:
 
 
 def _check_shapes(model: PreTrainedModel, tensors: Mapping[str, TensorInfo]) -> None:
-    """Raise CheckpointError naming a tensor that the model lacks or has in another shape.
+    """Raise CheckpointError naming a tensor that the model lacks or has in another shape or kind of dtype.
 
-    transformers accepts any shape for quantized models.
+    transformers accepts any shape and dtype for quantized models.
 
     Args:
         model: on the meta device, with the factored projections in place.
@@ -258,6 +263,12 @@ def _check_shapes(model: PreTrainedModel, tensors: Mapping[str, TensorInfo]) -> 
             shape = stored.load(name, meta, model).shape
         except (KeyError, RuntimeError, ValueError, IndexError) as error:
             raise CheckpointError(f"tensors {', '.join(stored.names[:3])}: do not form {name} ({error})") from None
+        for part in stored.names if wanted.is_floating_point() else ():
+            if tensors[part].dtype not in (*FLOAT_DTYPES, "F64"):
+                needed = " or ".join(FLOAT_DTYPES)
+                raise CheckpointError(
+                    f"tensor {part}: dtype {tensors[part].dtype}, {type(model).__name__} needs {needed}"
+                )
         if shape != wanted.shape:
             raise CheckpointError(
                 f"tensor {stored.names[0]}: shape {tuple(shape)}, {type(model).__name__} needs {tuple(wanted.shape)}"

@@ -5,7 +5,9 @@ import importlib.metadata
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -182,6 +184,36 @@ def test_a_damaged_report_is_named(capsys: pytest.CaptureFixture[str], checkpoin
     assert "pgsvd_report.json" in error_of(capsys, "inspect", checkpoint)
     # The report is not part of the checkpoint.
     assert main(["verify", str(checkpoint)]) == 0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda rows: rows[0].update(rank=3),
+        lambda rows: rows[0].update(rank=None),
+        lambda rows: rows[0].update(out_features=3),
+        lambda rows: rows[0].update(name=rows[1]["name"]),
+        lambda rows: rows.pop(0),
+    ],
+    ids=["rank", "dense", "shape", "name", "missing"],
+)
+def test_a_report_of_another_checkpoint_is_named(
+    capsys: pytest.CaptureFixture[str], checkpoint: Path, change: Callable[[list[dict[str, Any]]], object]
+) -> None:
+    path = checkpoint / "pgsvd_report.json"
+    report = json.loads(path.read_text())
+    change(report["modules"])
+    path.write_text(json.dumps(report))
+    line = error_of(capsys, "inspect", checkpoint)
+    assert "pgsvd_report.json: does not describe this checkpoint, model.layers.0" in line
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "generation_config.json", "special_tokens_map.json"])
+def test_verify_finds_a_json_file_that_is_cut_off(
+    capsys: pytest.CaptureFixture[str], checkpoint: Path, name: str
+) -> None:
+    (checkpoint / name).write_text('{"model": {"vocab')
+    assert f"{name}: not valid JSON" in error_of(capsys, "verify", checkpoint)
 
 
 @pytest.mark.parametrize(

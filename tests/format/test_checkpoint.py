@@ -1,6 +1,7 @@
 """Damaged and hostile checkpoints are refused with an error that names the fault, before any tensor is loaded."""
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -357,6 +358,14 @@ def test_json_that_is_not_an_object_is_refused(tmp_path: Path, name: str, text: 
     (folder / name).write_text(text)
     message = refused(folder, str(folder / name))
     assert len(message) < 500
+
+
+@pytest.mark.parametrize("name", ["config.json", INDEX_NAME])
+def test_a_pipe_in_place_of_a_file_is_refused(tmp_path: Path, name: str) -> None:
+    folder = write(tmp_path / "c")
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    assert "it is a pipe or a device" in refused(folder, str(folder / name))
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe{}", b"\x80", b"{\x00}"])

@@ -92,6 +92,18 @@ def test_a_dense_tensor_of_another_shape_is_refused(folder: Path, shape: tuple[i
     refused(folder, rf"tensor {NORM}: shape \({', '.join(map(str, shape))},?\), LlamaForCausalLM needs \(128,\)")
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.bool, torch.float8_e4m3fn], ids=str)
+def test_a_dense_tensor_of_another_dtype_is_refused(folder: Path, dtype: torch.dtype) -> None:
+    rewrite(folder, lambda tensors: tensors.update({NORM: torch.ones(128).to(dtype)}))
+    refused(folder, f"tensor {NORM}: dtype .*, LlamaForCausalLM needs F32 or F16 or BF16")
+
+
+@pytest.mark.parametrize("metadata", [None, "x", [1]])
+def test_malformed_metadata_of_an_index_is_refused(folder: Path, metadata: object) -> None:
+    edit_index(folder, lambda index: index.update(metadata=metadata))
+    refused(folder, f"{INDEX_NAME}: metadata is missing or no object")
+
+
 def test_a_tensor_in_two_files_is_refused(folder: Path) -> None:
     save_file({NORM: torch.full((128,), 7.0), "extra": torch.ones(1)}, folder / "pgsvd-2.safetensors")
     edit_index(folder, lambda index: index["weight_map"].update(extra="pgsvd-2.safetensors"))

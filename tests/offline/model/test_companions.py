@@ -98,6 +98,15 @@ def test_a_pointer_in_place_of_a_tokenizer_is_refused(tmp_path: Path) -> None:
         find_companions(tmp_path, False)
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "generation_config.json", "1_Pooling/config.json", "vocab.JSON"])
+@pytest.mark.parametrize("text", ["", '{"a": ', "[" * 100_000], ids=["empty", "cut off", "deep"])
+def test_a_companion_that_is_not_json_is_refused(tmp_path: Path, name: str, text: str) -> None:
+    make(tmp_path, [name])
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    with pytest.raises(InputError, match=f"{name}: not valid JSON .*; repair or delete it"):
+        find_companions(tmp_path, False)
+
+
 def test_references_to_code_go_where_the_code_is_not_copied(tmp_path: Path) -> None:
     path = tmp_path / "tokenizer_config.json"
     local = {"AutoTokenizer": ["tokenization_my.MyTokenizer", None], "AutoConfig": "configuration_my.MyConfig"}
@@ -107,6 +116,6 @@ def test_references_to_code_go_where_the_code_is_not_copied(tmp_path: Path) -> N
     assert companion_data(path, True) == path.read_bytes()
     path.write_text(json.dumps({"auto_map": local}), encoding="utf-8")
     assert json.loads(companion_data(path, False)) == {}
-    for text in ('{"auto_map": ', '["auto_map"]', "{}"):
+    for text in ('["auto_map"]', "{}"):
         path.write_text(text, encoding="utf-8")
         assert companion_data(path, False) == text.encode()

@@ -118,6 +118,12 @@ def test_a_malformed_config_is_named(tmp_path: Path, tiny_model: Path, config: s
     assert [word for word in culprits if word not in text] == []
 
 
+def test_a_pipe_in_place_of_a_config_is_named(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "config.json")
+    with pytest.raises(InputError, match=r"config\.json: cannot be read \(it is a pipe or a device\)"):
+        ModelSource(tmp_path)
+
+
 def test_a_utf16_config_is_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(LLAMA, encoding="utf-16")
     assert "UTF-16" in message(tmp_path, {})
