@@ -48,11 +48,16 @@ def test_errors_show_control_characters_escaped(
     assert r"\x1b[2J" in message
 
 
+def _dense_row(row: dict[str, Any]) -> dict[str, Any]:
+    return row | {"name": HOSTILE, "rank": None}
+
+
 def test_inspect_shows_control_characters_escaped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "c"
     write_checkpoint(folder)
     changed(folder / "config.json", lambda config: config["quantization_config"].update(base_model=HOSTILE))
-    changed(folder / REPORT_NAME, lambda report: report["modules"][0].update(name=HOSTILE))
+    # A row of a dense projection: those of the factored ones must be in the module table.
+    changed(folder / REPORT_NAME, lambda report: report["modules"].append(_dense_row(report["modules"][0])))
     assert main(["inspect", str(folder)]) == 0
     table = capsys.readouterr().out
     assert table.translate({9: None, 10: None}).isprintable()

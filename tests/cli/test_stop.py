@@ -12,7 +12,7 @@ from pgsvd_vllm.cli.stop import SIGNALS
 # A command that waits in Python, and one inside compiled code that runs no signal handlers.
 WAIT = """
 import sys, time, signal
-for number in (signal.SIGINT, signal.SIGHUP): signal.signal(number, signal.default_int_handler)
+for number in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT): signal.signal(number, signal.default_int_handler)
 import pgsvd_vllm.cli as cli
 def run(arguments):
     print("ready", flush=True)
