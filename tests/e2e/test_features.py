@@ -126,6 +126,7 @@ def test_sleep_mode_is_refused_by_vllm_on_cpu(tiny_compressed: Path) -> None:
     assert "Sleep mode is not supported on current platform" in done.log
 
 
+@pytest.mark.slow
 @pytest.mark.feature("pipeline parallelism, 2 stages")
 def test_two_pipeline_stages_keep_greedy_tokens(
     tiny_compressed: Path, prompts: list[list[int]], plain: list[list[int]], tmp_path: Path

@@ -59,6 +59,7 @@ def test_factored_experts_match_transformers(moe_model: Path, prompts: list[list
     assert len({token for answer in found for token in answer}) > 7
 
 
+@pytest.mark.slow
 @pytest.mark.feature("Factored MoE experts, compiled")
 def test_compiled_factored_experts_match_transformers(moe_model: Path, prompts: list[list[int]]) -> None:
     found = tokens(run_engine(moe_model, [(prompts, greedy(NEW_TOKENS))], enforce_eager=False)[0])
