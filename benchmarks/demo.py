@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from openai import OpenAI
 
 import pgsvd_vllm
+from benchmarks.questions import NEW_TOKENS, Question, kept, questions, side_by_side
 from tests.support import reference_model
 from tests.support.server import Server, serve
 
@@ -86,6 +87,20 @@ def ask(server: Server) -> None:
     print()
 
 
+def answers(server: Server) -> list[str]:
+    """Greedy answers to the ten questions of `benchmarks/questions.py --quick`."""
+    client = OpenAI(base_url=f"{server.url}/v1", api_key="none")
+    model = client.models.list().data[0].id
+
+    def one(question: Question) -> str:
+        messages = [{"role": "user", "content": question.text}]
+        chat = client.chat.completions.create(model=model, messages=messages, max_tokens=NEW_TOKENS, temperature=0)
+        return chat.choices[0].message.content or ""
+
+    with ThreadPoolExecutor(CONCURRENT) as pool:
+        return list(pool.map(one, questions(quick=True)))
+
+
 def tokens_per_second(server: Server, requests: int) -> float:
     """Generated tokens per second over `requests` concurrent completions; best of three rounds."""
     client = OpenAI(base_url=f"{server.url}/v1", api_key="none")
@@ -133,6 +148,7 @@ def main() -> int:
 
     step("perplexity on text that was not used for calibration")
     columns: dict[str, dict[str, float]] = {}
+    found: dict[str, list[str]] = {}
     for name, folder in (("dense", dense), ("compressed", compressed)):
         columns[name] = {
             "parameters (M)": parameters(folder) / 1e6,
@@ -150,10 +166,22 @@ def main() -> int:
             print(f"up at {server.url}, log in {log}", flush=True)
             if name == "compressed":
                 ask(server)
+            found[name] = answers(server)
             columns[name]["tokens/s, 1 request"] = tokens_per_second(server, 1)
             columns[name][f"tokens/s, {CONCURRENT} requests"] = tokens_per_second(server, CONCURRENT)
             columns[name]["peak memory (MB)"] = server.peak_bytes() / 1e6
         print("stopped")
+
+    step("ten questions, dense beside compressed")
+    asked = questions(quick=True)
+    for question, old, new in zip(asked, found["dense"], found["compressed"], strict=True):
+        print(side_by_side(question, {"dense": old, "compressed": new}))
+    same, known = kept(asked, found["dense"], found["compressed"])
+    print(f"\nof the {known} that the dense model answers right, the compressed one keeps {same}")
+    columns["dense"]["right answers of ten"] = sum(q.is_right(a) for q, a in zip(asked, found["dense"], strict=True))
+    columns["compressed"]["right answers of ten"] = sum(
+        q.is_right(a) for q, a in zip(asked, found["compressed"], strict=True)
+    )
 
     step("dense vs compressed, measured in this run")
     print(f"{'':24}{'dense':>12}{'compressed':>12}{'ratio':>8}")

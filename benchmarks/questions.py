@@ -95,10 +95,7 @@ def main() -> int:
     for folder in arguments.compressed:
         found = answers(folder, asked)
         for question, old, new in zip(asked, dense, found, strict=True):
-            marks = " ".join("right" if question.is_right(answer) else "wrong" for answer in (old, new))
-            print(
-                f"\n{question.kind}: {question.text}  [{marks}]\n  dense: {_line(old)}\n  {folder.name}: {_line(new)}"
-            )
+            print(side_by_side(question, {"dense": old, folder.name: new}))
         same, known = kept(asked, dense, found)
         share = 100 * same / known if known else 0.0
         rows.append({"case": f"{folder.name}, kept in %", "value": share, "bar": KEPT, "ok": share >= KEPT})
@@ -109,6 +106,14 @@ def main() -> int:
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     return 0 if all(row["ok"] for row in rows) else 1
+
+
+def side_by_side(question: Question, given: dict[str, str]) -> str:
+    """A question with the answers of some models, and whether they are right."""
+    lines = [f"\n{question.kind}: {question.text}"]
+    for name, answer in given.items():
+        lines.append(f"  {name} ({'right' if question.is_right(answer) else 'wrong'}): {_line(answer)}")
+    return "\n".join(lines)
 
 
 def _line(text: str) -> str:

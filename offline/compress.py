@@ -13,9 +13,10 @@ from safetensors import SafetensorError
 from pgsvd_vllm.errors import ChoiceError, InputError, PgsvdError, reason_of
 from pgsvd_vllm.offline.calibration.collect import Calibration, loss_energies, output_energies
 from pgsvd_vllm.offline.calibration.token_coverage import find_coverage
+from pgsvd_vllm.offline.data.sampled.generate import SampleError
 from pgsvd_vllm.offline.factors.factorize import factor_layers
 from pgsvd_vllm.offline.factors.lm_head import factor_lm_head
-from pgsvd_vllm.offline.options import CompressOptions
+from pgsvd_vllm.offline.options import BUILTIN, CompressOptions
 from pgsvd_vllm.offline.output.checkpoint import write_checkpoint
 from pgsvd_vllm.offline.output.messages import describe, front_line, lm_head_line, ranks_line
 from pgsvd_vllm.offline.output.outcome import Choice, CompressResult
@@ -24,7 +25,7 @@ from pgsvd_vllm.offline.planning.prepare import open_state, prepare
 from pgsvd_vllm.offline.planning.resources import check_disk, disk_bytes
 from pgsvd_vllm.offline.ranks.select import Spectra, choose_ranks, measured_front
 from pgsvd_vllm.offline.refine.run import refine_layers
-from pgsvd_vllm.offline.run_state import RunState
+from pgsvd_vllm.offline.run_state import RunState, refuse_begun
 from pgsvd_vllm.offline.state.published import finish_published
 from pgsvd_vllm.offline.state.work_files import WorkFileError
 
@@ -56,6 +57,9 @@ def compress(
     plan = prepare(options, say)
     say(describe(plan))
     look(plan)
+    if not options.resume:
+        refuse_begun(options.output)
+    plan = _with_text(plan, options, say)
     state = open_state(plan, say)
     keep = state.has_any_layer  # a resumed run keeps its finished layers
     try:
@@ -87,6 +91,17 @@ def compress(
         raise KeyboardInterrupt(_kept(state).removeprefix("; ")) from None
     finally:
         state.close()
+
+
+def _with_text(plan: Plan, options: CompressOptions, say: Say) -> Plan:
+    """The plan with its text sampled; where the default cannot be sampled, with Python's documentation instead."""
+    try:
+        return plan.with_text()
+    except SampleError as error:
+        if options.dataset is not None:
+            raise
+        say(f"WARNING: {error}; {BUILTIN} takes its place")
+        return prepare(replace(options, dataset=(BUILTIN,)), say)
 
 
 def finish(options: CompressOptions) -> bool:

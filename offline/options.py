@@ -10,7 +10,7 @@ import torch
 from pgsvd_vllm.errors import InputError
 
 BASELINES = ("svd", "asvd", "svd-llm", "pifa")
-BUILTIN = "python-docs"
+BUILTIN, SELF = "python-docs", "self"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT_RATIO = 0.2
 HEAD_TOLERANCE = 0.02
@@ -38,7 +38,8 @@ class CompressOptions:
             `factors.error_aware`); None is yes if sensitivities are measured.
         refine: minutes of knowledge distillation (see `refine.distill`); None for no distillation.
         costs: JSON file with GEMM latencies (see `format.latency_table`) that the ranks minimize; None for size.
-        dataset: names, files or folders of the calibration data; each gives an equal share of the samples.
+        dataset: names, files or folders of the calibration data; each gives an equal share of the samples. None is text
+            that the model samples from itself, or `python-docs` if it cannot.
         num_calibration_samples: windows of text, or image-text pairs; None for `WINDOWS` or `PAIRS`.
         max_seq_length: tokens per window.
         chat_template: whether plain text is formatted as user and assistant turns with the model's chat template.
@@ -64,7 +65,7 @@ class CompressOptions:
     sequential: bool | None = None
     refine: float | None = None
     costs: Path | None = None
-    dataset: tuple[str, ...] = (BUILTIN,)
+    dataset: tuple[str, ...] | None = None
     num_calibration_samples: int | None = None
     max_seq_length: int = 1024
     chat_template: bool = False

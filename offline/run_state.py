@@ -46,6 +46,27 @@ TEMPORARY = (CHECKPOINT, "inputs")
 _WORK_FILE = re.compile(r"(\d{5,}(\.(measured|forward))?|head)\.safetensors")
 
 
+def has_begun(output: Path) -> bool:
+    """Whether DIR.partial holds a run."""
+    return os.path.isfile(partial_folder(output) / RUN_FILE)  # unlike Path.is_file, also for a name that is too long
+
+
+def refuse_begun(output: Path) -> None:
+    """Refuse to begin where DIR.partial holds a run.
+
+    Raises:
+        InputError: DIR.partial holds a run, which another process may be writing, or cannot be read.
+    """
+    folder = partial_folder(output)
+    if not has_begun(output):
+        return
+    try:
+        RunLock(folder, output).release()
+    except OSError as error:
+        raise InputError(f"--output-dir {output}: cannot be written ({error.strerror})") from None
+    raise InputError(f"{folder}: left by an interrupted run; continue it with --resume, or delete it")
+
+
 class RunState:
     """Creates or reopens DIR.partial and locks it until `close`, `discard` or `publish`.
 
@@ -85,12 +106,9 @@ class RunState:
             if calibration is not None:
                 self._claim(calibration, calibration, f"--calibration {calibration}")
             label = f"--output-dir {output}"
-            if os.path.isfile(self.folder / RUN_FILE):  # unlike Path.is_file, also for a name that is too long
-                if not resume:
-                    self._lock(self.folder, output, label)
-                    raise InputError(
-                        f"{self.folder}: left by an interrupted run; continue it with --resume, or delete it"
-                    )
+            if not resume:
+                refuse_begun(output)
+            elif has_begun(output):
                 label = f"--resume: {self.folder}"
             created = self._claim(self.folder, output, label)
             if os.path.lexists(output):

@@ -165,6 +165,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_compressed(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model with a quarter of its projections' parameters removed."""
     options = ("--ratio", "0.25", "--num-calibration-samples", "32", "--max-seq-length", "64")
+    options += ("--dataset", "python-docs")
     return made_once(tmp_path_factory, "tiny-compressed", lambda output: compress_to(output, tiny_model, *options))
 
 

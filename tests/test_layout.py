@@ -16,7 +16,7 @@ FORMAT = (*GROUND, "format")
 # Rooms of offline/ stand on the rooms before them.
 OFFLINE_GROUND = ("offline.options", "offline.settings", "offline.records", "offline.linalg")
 OFFLINE_ROOMS = (
-    *("offline.model", "offline.data", "offline.state", "offline.run_state", "offline.calibration", "offline.ranks"),
+    *("offline.model", "offline.state", "offline.data", "offline.run_state", "offline.calibration", "offline.ranks"),
     *("offline.factors", "offline.refine", "offline.planning", "offline.output", "offline.compress"),
 )
 RULES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {

@@ -2,17 +2,20 @@
 
 import itertools
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from transformers import PreTrainedTokenizerBase
 
 from pgsvd_vllm.errors import InputError
 from pgsvd_vllm.offline.data.image_text import Pairs, has_pairs, load_processor, mix_pairs, read_pairs
+from pgsvd_vllm.offline.data.sampled.self_text import Machine, Sampling, SelfText, rows_in_memory
 from pgsvd_vllm.offline.data.text import load_tokenizer, read_documents
 from pgsvd_vllm.offline.data.text_worth import check_worth
-from pgsvd_vllm.offline.data.tokens import Windows, cut_windows, mix_windows, no_windows, tokenize
+from pgsvd_vllm.offline.data.tokens import Windows, as_windows, cut_windows, mix_windows, no_windows, tokenize
 from pgsvd_vllm.offline.model.batch import Batch, text_batches
 from pgsvd_vllm.offline.model.source import ModelSource
 from pgsvd_vllm.offline.model.towers import LANGUAGE
-from pgsvd_vllm.offline.options import BUILTIN, HELD_OUT, PAIRS, WINDOWS, CompressOptions
+from pgsvd_vllm.offline.options import BUILTIN, HELD_OUT, PAIRS, SELF, WINDOWS, CompressOptions
 
 
 @dataclass(frozen=True)
@@ -24,12 +27,14 @@ class CalibrationSet:
         pairs: images with texts, or None.
         tokens_per_pixel: tokens of the vision encoder per element of `pixel_values`.
         warnings: why the text may be worth little; empty if nothing speaks against it.
+        to_sample: what it takes to sample the windows for which `windows` holds stand-ins; None without any.
     """
 
     windows: Windows
     pairs: Pairs | None = None
     tokens_per_pixel: float = 0.0
     warnings: tuple[str, ...] = ()
+    to_sample: Sampling | None = None
 
     @property
     def samples(self) -> int:
@@ -91,72 +96,127 @@ class CalibrationSet:
         return [batch for turn in turns for batch in turn if batch is not None]
 
 
-def read_calibration_set(options: CompressOptions, source: ModelSource) -> CalibrationSet:
-    """Read the data sets that the options name, an equal share of samples from each.
+def with_dataset(options: CompressOptions, source: ModelSource, machine: Machine) -> CompressOptions:
+    """The options with the default data set filled in: `self` for a model that generates text and fits into memory.
 
     Args:
-        options: checked by `check_options`.
-        source: the model; its folder holds the tokenizer and the processor.
-
-    Returns:
-        The set, with `tokens_per_pixel` still 0.
-
-    Raises:
-        InputError: a data set, the tokenizer or the processor cannot be read; the model takes no images, or it needs
-            pairs and gets text; or a text has too few tokens for one window and the held-out ones, or is worthless.
+        options: of the run.
+        source: the model.
+        machine: that would sample.
     """
-    limit = getattr(source.config.get_text_config(), "max_position_embeddings", None)
-    # XLNet's -1 means any length.
-    length = min(options.max_seq_length, limit) if limit and limit > 0 else options.max_seq_length
-    texts, folders = _kinds(options, source)
-    samples = options.num_calibration_samples or (PAIRS if source.is_dual_encoder else WINDOWS)
-    counts = {dataset: len(range(i, samples, len(options.dataset))) for i, dataset in enumerate(options.dataset)}
-    windows, warnings = _windows(options, source, length, [(d, max(1, counts[d])) for d in texts])
-    if not folders:
-        return CalibrationSet(windows, warnings=warnings)
-    processor = load_processor(source.folder, options.trust_remote_code)
-    longest = source.config.get_text_config().max_position_embeddings if source.is_dual_encoder else None
-    parts = [read_pairs(f, max(1, counts[f]), options.seed, processor, longest) for f in folders]
-    return CalibrationSet(windows, mix_pairs(parts), warnings=warnings)
+    if options.dataset is not None:
+        return options
+    can = source.model.can_generate() and rows_in_memory(source, machine, options.max_seq_length) > 0
+    return replace(options, dataset=(SELF if can else BUILTIN,))
 
 
-def _kinds(options: CompressOptions, source: ModelSource) -> tuple[list[str], list[str]]:
-    """The data sets of text, and those of images with texts; raises InputError for a kind that the model cannot use."""
-    texts: list[str] = []
-    folders: list[str] = []
-    for dataset in options.dataset:
-        if options.dataset.count(dataset) > 1:
-            raise InputError(f"--dataset {dataset}: given twice; name every data set once")
-        # A language model takes the texts of any hub data set.
-        paired = (source.reads_images or os.path.isdir(dataset)) and has_pairs(dataset)
-        if paired and not source.reads_images:
-            raise InputError(
-                f"--dataset {dataset}: holds images with texts, and {options.model} reads no images; give a text "
-                f"file, wikitext2, c4 or {BUILTIN} (offline)"
-            )
-        if not paired and source.is_dual_encoder:
-            raise InputError(
-                f"--dataset {dataset}: {options.model} compares images with texts and needs both; give a folder with "
-                "images and captions.jsonl, which has one row with image and text per image"
-            )
-        (folders if paired else texts).append(dataset)
-    return texts, folders
+class DataReader:
+    """Reads the data sets that the options of a run name, an equal share of samples from each.
 
+    Args:
+        options: checked by `check_options`, with `dataset` set.
+        source: the model; its folder holds the tokenizer and the processor.
+        machine: that samples text from the model itself.
+    """
 
-def _windows(
-    options: CompressOptions, source: ModelSource, length: int, requests: list[tuple[str, int]]
-) -> tuple[Windows, tuple[str, ...]]:
-    """The windows of texts, and warnings; `requests` holds data sets with their numbers of windows."""
-    if not requests:
-        return no_windows(length), ()
-    tokenizer = load_tokenizer(source.folder, options.trust_remote_code)
-    spare = 0 if options.refine is None else HELD_OUT
-    parts, warnings = [], []
-    for dataset, count in requests:
+    def __init__(self, options: CompressOptions, source: ModelSource, machine: Machine) -> None:
+        assert options.dataset is not None
+        self._options, self._source, self._machine, self._datasets = options, source, machine, options.dataset
+        limit = getattr(source.config.get_text_config(), "max_position_embeddings", None)
+        # XLNet's -1 means any length.
+        self._length = min(options.max_seq_length, limit) if limit and limit > 0 else options.max_seq_length
+
+    def read(self, sample: bool) -> CalibrationSet:
+        """The calibration set, with `tokens_per_pixel` still 0.
+
+        Args:
+            sample: whether to sample windows that are not in the cache; otherwise stand-ins take their place.
+
+        Raises:
+            InputError: a data set, the tokenizer or the processor cannot be read; the model takes no images, or it
+                needs pairs and gets text; a text has too few tokens for one window and the held-out ones, or is
+                worthless; or the model cannot generate text.
+        """
+        options, source = self._options, self._source
+        texts, folders = self._kinds()
+        samples = options.num_calibration_samples or (PAIRS if source.is_dual_encoder else WINDOWS)
+        counts = {dataset: len(range(i, samples, len(self._datasets))) for i, dataset in enumerate(self._datasets)}
+        found = self._windows([(d, max(1, counts[d])) for d in texts], sample)
+        if not folders:
+            return found
+        processor = load_processor(source.folder, options.trust_remote_code)
+        longest = source.config.get_text_config().max_position_embeddings if source.is_dual_encoder else None
+        parts = [read_pairs(f, max(1, counts[f]), options.seed, processor, longest) for f in folders]
+        return replace(found, pairs=mix_pairs(parts))
+
+    def _kinds(self) -> tuple[list[str], list[str]]:
+        """The data sets of text, and those of images with texts; raises InputError for a kind the model cannot use."""
+        options, source = self._options, self._source
+        texts: list[str] = []
+        folders: list[str] = []
+        for dataset in self._datasets:
+            if self._datasets.count(dataset) > 1:
+                raise InputError(f"--dataset {dataset}: given twice; name every data set once")
+            # A language model takes the texts of any hub data set.
+            paired = (source.reads_images or os.path.isdir(dataset)) and has_pairs(dataset)
+            if paired and not source.reads_images:
+                raise InputError(
+                    f"--dataset {dataset}: holds images with texts, and {options.model} reads no images; give a text "
+                    f"file, wikitext2, c4, {SELF} or {BUILTIN} (offline)"
+                )
+            if not paired and source.is_dual_encoder:
+                raise InputError(
+                    f"--dataset {dataset}: {options.model} compares images with texts and needs both; give a folder "
+                    "with images and captions.jsonl, which has one row with image and text per image"
+                )
+            (folders if paired else texts).append(dataset)
+        return texts, folders
+
+    def _windows(self, requests: list[tuple[str, int]], sample: bool) -> CalibrationSet:
+        """The texts of the calibration set.
+
+        Args:
+            requests: data sets with their numbers of windows.
+            sample: as of `read`.
+        """
+        if not requests:
+            return CalibrationSet(no_windows(self._length))
+        tokenizer = load_tokenizer(self._source.folder, self._options.trust_remote_code)
+        spare = 0 if self._options.refine is None else HELD_OUT
         left_over = -(-spare // len(requests))
-        documents = read_documents(dataset, (count + left_over) * length, tokenizer, options.chat_template)
+        parts, warnings, to_sample = [], [], None
+        for dataset, count in requests:
+            if dataset != SELF:
+                windows, warned = self._text(tokenizer, dataset, count, left_over)
+                parts.append(windows)
+                warnings += warned
+                continue
+            text = SelfText(self._source, tokenizer, self._machine, self._length, self._options.seed)
+            own = min(count, text.most)
+            parts.append(_sampled(text, own, left_over, sample))
+            to_sample = text.to_sample(own + left_over)
+            if own < count:
+                parts.append(self._text(tokenizer, BUILTIN, count - own, 0)[0])
+                warnings.append(
+                    f"{SELF}: on a CPU this model samples {own} of {count} windows in reasonable time; {BUILTIN} gives "
+                    "the others. Text like the model's future input, or a GPU, is better"
+                )
+        return CalibrationSet(mix_windows(parts), warnings=tuple(warnings), to_sample=to_sample)
+
+    def _text(
+        self, tokenizer: PreTrainedTokenizerBase, dataset: str, count: int, left_over: int
+    ) -> tuple[Windows, list[str]]:
+        """Windows of a text, of which at least `left_over` are spare, and warnings."""
+        options = self._options
+        documents = read_documents(dataset, (count + left_over) * self._length, tokenizer, options.chat_template)
         text = tokenize(tokenizer, documents, dataset)
-        windows = cut_windows(text, count, length, options.seed, left_over)
-        warnings += check_worth(windows, len(text.prefix))
-        parts.append(windows)
-    return mix_windows(parts), tuple(warnings)
+        windows = cut_windows(text, count, self._length, options.seed, left_over)
+        return windows, check_worth(windows, len(text.prefix))
+
+
+def _sampled(text: SelfText, count: int, left_over: int, sample: bool) -> Windows:
+    """Windows that the model samples, `left_over` more of them spare; stand-ins unless `sample` or all are known."""
+    total = count + left_over
+    known = sample or len(text.cached(total)) == total
+    ids = text.sample(total) if known else text.stand_in(total)
+    return as_windows(ids[:count], SELF, ids[count:])

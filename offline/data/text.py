@@ -14,7 +14,7 @@ from pgsvd_vllm.offline.data.hub_rows import HUB_SETS, hub_rows, is_hub_id
 from pgsvd_vllm.offline.data.row_files import ROW_FILES, PlacedRow, read_rows, row_format
 from pgsvd_vllm.offline.data.rows import Conversation, RowError, read_row
 from pgsvd_vllm.offline.data.text_file import COMPRESSED_SUFFIXES, read_text
-from pgsvd_vllm.offline.options import BUILTIN
+from pgsvd_vllm.offline.options import BUILTIN, SELF
 
 # Characters read from a hub data set per requested token; English has about 4.5.
 CHARS_PER_TOKEN = 8
@@ -24,7 +24,7 @@ FOLDER_KINDS = (*ROW_FILES, ".txt", ".md")
 DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "readme.md")
 TAKEN = (
     f"give a text file, a {', '.join(ROW_FILES)} file, a folder of such files, OWNER/NAME or OWNER/NAME:CONFIGURATION "
-    f"of a hub data set, {', '.join(HUB_SETS)} or {BUILTIN} (offline)"
+    f"of a hub data set, {', '.join(HUB_SETS)}, {SELF} or {BUILTIN} (offline)"
 )
 # No white space, control character, replacement character or character that Unicode calls ignorable, such as
 # zero-width characters, soft hyphens, direction marks, variation selectors and tags.

@@ -175,12 +175,13 @@ def cut_windows(text: TokenizedText, count: int, length: int, seed: int, spare: 
     def windows(chosen: torch.Tensor) -> torch.Tensor:
         return torch.cat([prefix.expand(len(chosen), -1), bodies[chosen]], dim=1)
 
-    return _windows(windows(order[:count]).long(), windows(order[count:]), text.name)
+    return as_windows(windows(order[:count]), text.name, windows(order[count:]))
 
 
 def no_windows(length: int) -> Windows:
     """The empty windows [0, length] of a calibration set that has only pairs."""
-    return _windows(torch.empty(0, length, dtype=torch.int64), torch.empty(0, length, dtype=torch.int32), "")
+    none = torch.empty(0, length, dtype=torch.int32)
+    return as_windows(none, "", none)
 
 
 def mix_windows(parts: Sequence[Windows]) -> Windows:
@@ -194,8 +195,10 @@ def mix_windows(parts: Sequence[Windows]) -> Windows:
         return torch.stack(rows) if rows else parts[0]
 
     name = " + ".join(part.name for part in parts)
-    return _windows(interleaved([p.ids for p in parts]), interleaved([p.others for p in parts]), name)
+    return as_windows(interleaved([p.ids for p in parts]), name, interleaved([p.others for p in parts]))
 
 
-def _windows(ids: torch.Tensor, others: torch.Tensor, name: str) -> Windows:
-    return Windows(ids, name, hashlib.sha256(ids.numpy().tobytes()).hexdigest(), others)
+def as_windows(ids: torch.Tensor, name: str, others: torch.Tensor) -> Windows:
+    """Windows [count, length] of a data set, and its remaining ones [any, length]."""
+    ids = ids.long()
+    return Windows(ids, name, hashlib.sha256(ids.numpy().tobytes()).hexdigest(), others.int())

@@ -1,5 +1,7 @@
 """Chooses the device that computes and the dtype of its GEMMs."""
 
+import time
+
 import torch
 
 from pgsvd_vllm.errors import InputError, reason_of
@@ -38,3 +40,14 @@ def gemm_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
     capabilities = torch.cpu.get_capabilities()
     is_native = dtype == torch.bfloat16 and any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
     return dtype if is_native else torch.float32
+
+
+def gemm_rate(dtype: torch.dtype, device: torch.device, size: int = 1024) -> float:
+    """The measured rate of square GEMMs, in floating-point operations per second."""
+    a = torch.randn(size, size, device=device).to(dtype)
+    a @ a
+    start = time.perf_counter()
+    for _ in range(3):
+        result = a @ a
+    result.sum().item()
+    return 3 * 2 * size**3 / (time.perf_counter() - start)

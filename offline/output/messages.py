@@ -4,7 +4,7 @@ import math
 import re
 
 from pgsvd_vllm.offline.data.calibration_set import CalibrationSet
-from pgsvd_vllm.offline.options import WINDOWS
+from pgsvd_vllm.offline.options import SELF, WINDOWS
 from pgsvd_vllm.offline.planning.plan import Plan
 from pgsvd_vllm.offline.ranks.allocation import Allocation
 from pgsvd_vllm.offline.ranks.pareto import LossFront
@@ -90,8 +90,22 @@ def _data_line(data: CalibrationSet, requested: int | None) -> str:
     if len(ids):
         count = requested or WINDOWS
         short = f" (the text has no more; {count} requested)" if not parts and len(ids) < count else ""
-        parts.append(f"{len(ids)} windows{short} of {ids.shape[1]} tokens from {data.windows.name}")
+        parts.append(f"{len(ids)} windows{short} of {ids.shape[1]} tokens from {_text_name(data)}")
     return " and ".join(parts)
+
+
+def _text_name(data: CalibrationSet) -> str:
+    """The names of the texts; says what `self` is and how long it takes."""
+    own = "the model itself (self)"
+    if data.to_sample is not None:
+        own = f"the model itself (self, sampled in about {duration(data.to_sample.seconds)})"
+    return " + ".join(own if name == SELF else name for name in data.windows.name.split(" + "))
+
+
+def duration(seconds: float) -> str:
+    """A duration in minutes and seconds."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def ranks_line(plan: Plan, allocation: Allocation) -> str:

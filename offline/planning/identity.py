@@ -2,23 +2,19 @@
 
 import hashlib
 import json
-import os
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from collections.abc import Sequence
 
 import torch
 import transformers
 
 import pgsvd_vllm
-from pgsvd_vllm.errors import InputError
+from pgsvd_vllm.offline.model.content import content_digest
 from pgsvd_vllm.offline.model.projection import LM_HEAD, Projection
 from pgsvd_vllm.offline.planning.plan import Plan
 from pgsvd_vllm.offline.state.manifest import Manifest
 
 # Version of the stored calibration; a run of another version cannot be resumed. Increment it with every change.
 CALIBRATION_VERSION = "5"
-_CHUNK = 1 << 20
 
 
 def manifest(plan: Plan) -> Manifest:
@@ -33,9 +29,9 @@ def manifest(plan: Plan) -> Manifest:
     weights = {info.file for info in source.weights.tensors.values()}
     code = source.folder.glob("*.py") if plan.options.trust_remote_code else ()
     identity = {
-        "weights": _content(weights),
+        "weights": content_digest(weights),
         "config.json": hashlib.sha256(json.dumps(source.config_json, sort_keys=True).encode()).hexdigest(),
-        "model code": _content(code),
+        "model code": content_digest(code),
         "calibration text": f"{plan.data.sha256} {plan.data.samples} {tuple(windows.shape)}",
         "seed": str(plan.options.seed),
         "dtype": str(plan.settings.compute_dtype),
@@ -65,22 +61,3 @@ def _environment(device: torch.device) -> dict[str, str]:
         "transformers": transformers.__version__,
         "processor": processor,
     }
-
-
-def _content(files: Iterable[Path]) -> str:
-    """SHA-256 over the names and the bytes of files; raises InputError for a file that cannot be read."""
-    ordered = sorted(files)
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
-        digests = list(threads.map(_file_digest, ordered))
-    return hashlib.sha256(json.dumps([[p.name, d] for p, d in zip(ordered, digests, strict=True)]).encode()).hexdigest()
-
-
-def _file_digest(path: Path) -> str:
-    digest, chunk = hashlib.sha256(), memoryview(bytearray(_CHUNK))
-    try:
-        with path.open("rb", buffering=0) as file:
-            while count := file.readinto(chunk):
-                digest.update(chunk[:count])
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    return digest.hexdigest()

@@ -5,11 +5,13 @@ from dataclasses import dataclass, replace
 from pgsvd_vllm.errors import InputError
 from pgsvd_vllm.format.latency_table import LatencyTable, read_latencies
 from pgsvd_vllm.format.schema import FLOAT_DTYPES
-from pgsvd_vllm.offline.data.calibration_set import CalibrationSet, read_calibration_set
+from pgsvd_vllm.offline.data.calibration_set import CalibrationSet, DataReader, with_dataset
 from pgsvd_vllm.offline.data.reached_layers import reached_layers, reached_projections
+from pgsvd_vllm.offline.data.sampled.self_text import Machine
 from pgsvd_vllm.offline.model.companions import find_companions
 from pgsvd_vllm.offline.model.device import gemm_dtype, pick_device
 from pgsvd_vllm.offline.model.find_projections import find_lm_head, find_projections
+from pgsvd_vllm.offline.model.free_memory import free_memory
 from pgsvd_vllm.offline.model.hub import resolve_folder
 from pgsvd_vllm.offline.model.projection import ProjectionSet, widest
 from pgsvd_vllm.offline.model.source import ModelSource
@@ -52,6 +54,20 @@ class Plan:
         """The same plan with other projections."""
         return replace(self, projections=projections)
 
+    def with_text(self) -> "Plan":
+        """The same plan with its text sampled from the model, where the plan has only stand-ins for it.
+
+        Raises:
+            InputError: the text cannot be sampled.
+        """
+        if self.data.to_sample is None:
+            return self
+        settings = self.settings
+        machine = Machine(settings.device, settings.compute_dtype, free_memory(settings.device))
+        data = DataReader(self.options, self.source, machine).read(sample=True)
+        _check_ids(self.source, data)
+        return replace(self, data=replace(data, tokens_per_pixel=self.data.tokens_per_pixel))
+
     def with_sensitivity(self, sensitivity: str) -> "Plan":
         """The same plan with another sensitivity, `measured`, `forward` or `uniform`."""
         return replace(self, settings=replace(self.settings, sensitivity=sensitivity))
@@ -76,7 +92,9 @@ def make_plan(options: CompressOptions) -> Plan:
     if source.unstacks_experts and options.refine is not None:
         raise InputError("--refine: does not train MoE experts; omit it or --include experts")
     compute_dtype = gemm_dtype(device, store_dtype(options) or source.weight_dtype)
-    data = read_calibration_set(options, source)
+    machine = Machine(device, compute_dtype, free_memory(device))
+    options = with_dataset(options, source, machine)
+    data = DataReader(options, source, machine).read(sample=False)
     _check_ids(source, data)
     reach = reached_layers(source, data, device, compute_dtype)
     projections = _projections(options, source, reach.others)

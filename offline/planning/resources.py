@@ -11,10 +11,12 @@ import torch
 from pgsvd_vllm.errors import InputError, bytes_text
 from pgsvd_vllm.offline.calibration.gradients import GRADIENT_TOKENS
 from pgsvd_vllm.offline.calibration.lm_head import HEAD_ROWS
+from pgsvd_vllm.offline.data.sampled.self_text import Sampling
 from pgsvd_vllm.offline.factors.error_aware import SEQUENTIAL_TOKENS
 from pgsvd_vllm.offline.model.batch import TOKENS_PER_BATCH
+from pgsvd_vllm.offline.model.device import gemm_rate
+from pgsvd_vllm.offline.model.free_memory import free_memory
 from pgsvd_vllm.offline.model.projection import Projection
-from pgsvd_vllm.offline.planning.free_memory import free_memory
 from pgsvd_vllm.offline.planning.plan import Plan
 from pgsvd_vllm.offline.settings import FORWARD, MEASURED
 
@@ -85,7 +87,7 @@ def estimate(plan: Plan) -> Estimate:
     tokens = _most_tokens(plan)
     fitted = min(tokens, SEQUENTIAL_TOKENS) if settings.sequential else 0
     dtypes = {settings.compute_dtype, torch.float32, torch.float64}
-    rates = {dtype: _flops_per_second(dtype, settings.device) for dtype in dtypes}
+    rates = {dtype: gemm_rate(dtype, settings.device) for dtype in dtypes}
     # Parameters that a token runs through; only some MoE experts are among them.
     active = sum(p.reach * p.numel for p in flat)
     squares = sum(p.reach * n * n for row in rows for p, n in _inputs(row))
@@ -106,7 +108,8 @@ def estimate(plan: Plan) -> Estimate:
         small = min(p.out_features, p.in_features)
         seconds += (2 * p.in_features * p.numel + TYPICAL_SWEEPS * 4 * small**3) / rates[torch.float64]
         seconds += small**3 / eigen
-    return Estimate(memory_bytes(plan), disk_bytes(plan), seconds)
+    sampling = plan.data.to_sample or Sampling(0.0, 0)
+    return Estimate(max(memory_bytes(plan), sampling.memory), disk_bytes(plan), seconds + sampling.seconds)
 
 
 def disk_bytes(plan: Plan) -> int:
@@ -173,17 +176,6 @@ def _inputs(row: list[Projection]) -> list[tuple[Projection, int]]:
 def _gram_sizes(row: list[Projection]) -> list[int]:
     """The sizes of a layer's Gram matrices."""
     return [size for _, size in _inputs(row)]
-
-
-def _flops_per_second(dtype: torch.dtype, device: torch.device, size: int = 1024) -> float:
-    """The measured rate of square GEMMs, in floating-point operations per second."""
-    a = torch.randn(size, size, device=device).to(dtype)
-    a @ a
-    start = time.perf_counter()
-    for _ in range(3):
-        result = a @ a
-    result.sum().item()
-    return 3 * 2 * size**3 / (time.perf_counter() - start)
 
 
 def _eigenvector_rate(device: torch.device, size: int = 512) -> float:

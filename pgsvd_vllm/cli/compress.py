@@ -92,10 +92,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="NAME|FILE|FOLDER",
         help="a text file; a .jsonl, .json, .csv, .tsv, .parquet or .arrow file whose rows have a text, messages, "
         "conversations, prompt and completion, instruction and output, or question and answer; a folder of such files; "
-        "OWNER/NAME or OWNER/NAME:CONFIGURATION of a hub dataset of such rows; wikitext2 or c4 (from the hub); or "
-        "python-docs: English prose that comes with Python and needs no network (default); for vision-language models "
-        "a folder with captions.jsonl, whose rows have an image and a text, or a hub dataset with such columns; repeat "
-        "the option to mix several",
+        "OWNER/NAME or OWNER/NAME:CONFIGURATION of a hub dataset of such rows; wikitext2 or c4 (from the hub); self: "
+        "text that the model samples from itself (default; kept in the user's cache); python-docs: English prose that "
+        "comes with Python (default where the model cannot sample); for vision-language models a folder with "
+        "captions.jsonl, whose rows have an image and a text, or a hub dataset with such columns; repeat the option to "
+        "mix several",
     )
     data.add_argument(
         "--num-calibration-samples",
@@ -169,7 +170,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Compress the model, or show the plan; returns the exit status and raises PgsvdError."""
     from pgsvd_vllm.offline.compress import compress, finish
     from pgsvd_vllm.offline.options import HEAD_TOLERANCE, CompressOptions
-    from pgsvd_vllm.offline.output.messages import describe
+    from pgsvd_vllm.offline.output.messages import describe, duration
     from pgsvd_vllm.offline.planning.prepare import prepare
     from pgsvd_vllm.offline.planning.resources import estimate
 
@@ -191,7 +192,7 @@ def run(arguments: argparse.Namespace) -> int:
         sequential=arguments.sequential,
         refine=arguments.refine,
         costs=arguments.costs,
-        dataset=tuple(arguments.dataset or ["python-docs"]),
+        dataset=None if arguments.dataset is None else tuple(arguments.dataset),
         num_calibration_samples=arguments.num_calibration_samples,
         max_seq_length=arguments.max_seq_length,
         chat_template=arguments.chat_template,
@@ -212,7 +213,7 @@ def run(arguments: argparse.Namespace) -> int:
         _say_serving(plan)
         need = estimate(plan)
         print(f"needs about: {bytes_text(need.memory)} memory, {bytes_text(need.disk)} disk space, "
-              f"{_duration(need.seconds)}")  # fmt: skip
+              f"{duration(need.seconds)}")  # fmt: skip
         print(f"would write: {options.output} (dry run: nothing was written)")
         return 0
     if finish(options):
@@ -225,7 +226,7 @@ def run(arguments: argparse.Namespace) -> int:
     print(
         f"wrote {result.output}: {bytes_text(size)}, {result.parameters_after / 1e6:.1f} M parameters "
         f"({total:.1%} of the model and {linear:.1%} of its projections removed; {1 - total:.1%} kept) "
-        f"in {_duration(time.monotonic() - start)}"
+        f"in {duration(time.monotonic() - start)}"
     )
     pooling = " --runner pooling" if result.is_dual_encoder else ""
     print(f"serve it:  vllm serve {shlex.quote(str(result.output))} --load-format pgsvd{pooling}")
@@ -241,8 +242,3 @@ def _say_serving(plan: "Plan") -> None:
 def _say(line: str) -> None:
     """Print a progress line with the flags of its options."""
     print(with_flags(line), flush=True)
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

@@ -9,6 +9,9 @@ from accelerate import init_empty_weights
 from torch import nn
 from transformers import PreTrainedModel
 
+# The KV cache whose layers decoding replaces by ones that are not copied in every step.
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
 # The rules by which transformers renames and stacks a checkpoint's tensors; no public function returns them.
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -22,6 +25,10 @@ from transformers.core_model_loading import (
 
 # Random initialisation of a large model takes minutes, and its parameters are replaced.
 from transformers.initialization import no_init_weights
+
+# What the attention of a single query leaves to transformers: everything else, and the masks.
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 # The classes that an auto class can load.
 from transformers.models.auto.modeling_auto import (
@@ -41,6 +48,8 @@ __all__ = [
     "IMAGE_TEXT_TO_TEXT_CLASSES",
     "Concatenate",
     "Conv1D",
+    "DynamicCache",
+    "DynamicLayer",
     "MergeModulelist",
     "WeightConverter",
     "WeightRenaming",
@@ -49,6 +58,8 @@ __all__ = [
     "loaded_dtype",
     "mark_initialized",
     "rename_source_key",
+    "sdpa_attention_forward",
+    "sdpa_mask",
     "skeleton",
     "tied_weights",
 ]

@@ -160,7 +160,7 @@ def test_report_errors_equal_those_of_the_written_factors(
     half_model: Path, tmp_path: Path, dtype: str, expected: torch.dtype
 ) -> None:
     output = tmp_path / "out"
-    options = CompressOptions(str(half_model), output, ratio=0.4, dtype=dtype, **SMALL)
+    options = CompressOptions(str(half_model), output, ratio=0.4, dtype=dtype, dataset=("python-docs",), **SMALL)
     plan = make_plan(options)
     compress(options)
     check_output(half_model, output)
@@ -249,7 +249,7 @@ def test_dry_run_writes_nothing(tiny_model: Path, tmp_path: Path, capsys: pytest
     assert main(["compress", str(tiny_model), "-o", str(output), "--dry-run", "--max-seq-length", "64"]) == 0
     text = capsys.readouterr().out
     assert "21 projections of 3 layers" in text
-    assert "128 windows of 64 tokens from python-docs" in text
+    assert "128 windows of 64 tokens from the model itself (self, sampled in about" in text
     assert f"would write: {output}" in text
     assert digest(tmp_path) == before
     assert [p.name for p in tmp_path.iterdir()] == ["neighbour"]

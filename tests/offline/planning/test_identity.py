@@ -13,7 +13,7 @@ from pgsvd_vllm.offline.options import CompressOptions
 from pgsvd_vllm.offline.planning.identity import manifest
 from pgsvd_vllm.offline.planning.plan import make_plan
 
-SMALL: dict[str, Any] = {"num_calibration_samples": 20, "max_seq_length": 48, "ratio": 0.3}
+SMALL: dict[str, Any] = {"dataset": ("python-docs",), "num_calibration_samples": 20, "max_seq_length": 48, "ratio": 0.3}
 
 
 @pytest.fixture

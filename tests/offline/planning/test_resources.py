@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from pgsvd_vllm.offline.model.free_memory import free_memory
 from pgsvd_vllm.offline.options import CompressOptions
-from pgsvd_vllm.offline.planning.free_memory import free_memory
 from pgsvd_vllm.offline.planning.plan import make_plan
 from pgsvd_vllm.offline.planning.resources import memory_bytes
 from tests.conftest import save_tiny_model

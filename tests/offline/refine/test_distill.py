@@ -151,7 +151,7 @@ def test_training_starts_with_unseen_text_without_held_out(
         return run(self, text, held_out, *rest)
 
     monkeypatch.setattr(Distiller, "run", recorded)
-    options = CompressOptions(str(tiny_model), tmp_path / "out", refine=0.02, **OPTIONS)
+    options = CompressOptions(str(tiny_model), tmp_path / "out", refine=0.02, dataset=("python-docs",), **OPTIONS)
     fitted = make_plan(options).data.windows.ids
     compress(options)
     text, held_out = (set(map(tuple, part.tolist())) for part in passed)
