@@ -44,7 +44,7 @@ def compressed_folder(dense: Path, ratio: str) -> Path:
         print(f"{folder} is there from an earlier run")
         return folder
     command = [str(Path(sys.executable).with_name("pgsvd-vllm")), "compress", str(dense), "-o", str(folder)]
-    command += ["--ratio", ratio, "--num-calibration-samples", "64", "--max-seq-length", "512"]
+    command += ["--ratio", ratio]
     if folder.with_name(folder.name + ".partial").exists():
         command.append("--resume")
     print("$", " ".join(command), flush=True)

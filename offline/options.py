@@ -16,6 +16,9 @@ DEFAULT_RATIO = 0.2
 HEAD_TOLERANCE = 0.02
 # Default number of calibration samples: windows of text or images with descriptions, and pairs for dual encoders.
 WINDOWS, PAIRS = 128, 1024
+# The same where a CPU samples the text, which takes as long as calibrating on it: SmolLM2-135M then takes a quarter of
+# an hour on two cores.
+CPU_WINDOWS = 48
 # Held-out windows of the text: knowledge distillation never trains on them and selects its result by them.
 HELD_OUT = 8
 
@@ -40,7 +43,8 @@ class CompressOptions:
         costs: JSON file with GEMM latencies (see `format.latency_table`) that the ranks minimize; None for size.
         dataset: names, files or folders of the calibration data; each gives an equal share of the samples. None is text
             that the model samples from itself, or `python-docs` if it cannot.
-        num_calibration_samples: windows of text, or image-text pairs; None for `WINDOWS` or `PAIRS`.
+        num_calibration_samples: windows of text, or image-text pairs; None for `WINDOWS` or `PAIRS`, and `CPU_WINDOWS`
+            of the model's own text on a CPU.
         max_seq_length: tokens per window.
         chat_template: whether plain text is formatted as user and assistant turns with the model's chat template.
         seed: of the draws of windows, pairs and labels.

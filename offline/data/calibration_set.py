@@ -15,7 +15,7 @@ from pgsvd_vllm.offline.data.tokens import Windows, as_windows, cut_windows, mix
 from pgsvd_vllm.offline.model.batch import Batch, text_batches
 from pgsvd_vllm.offline.model.source import ModelSource
 from pgsvd_vllm.offline.model.towers import LANGUAGE
-from pgsvd_vllm.offline.options import BUILTIN, HELD_OUT, PAIRS, SELF, WINDOWS, CompressOptions
+from pgsvd_vllm.offline.options import BUILTIN, CPU_WINDOWS, HELD_OUT, PAIRS, SELF, WINDOWS, CompressOptions
 
 
 @dataclass(frozen=True)
@@ -96,18 +96,23 @@ class CalibrationSet:
         return [batch for turn in turns for batch in turn if batch is not None]
 
 
-def with_dataset(options: CompressOptions, source: ModelSource, machine: Machine) -> CompressOptions:
-    """The options with the default data set filled in: `self` for a model that generates text and fits into memory.
+def with_data_defaults(options: CompressOptions, source: ModelSource, machine: Machine) -> CompressOptions:
+    """The options with the default data set and, if it is the model's own text on a CPU, the number of windows.
 
     Args:
         options: of the run.
         source: the model.
         machine: that would sample.
+
+    Returns:
+        Options whose `dataset` is set: `self` for a model that generates text and fits into memory as a whole.
     """
-    if options.dataset is not None:
-        return options
-    can = source.model.can_generate() and rows_in_memory(source, machine, options.max_seq_length) > 0
-    return replace(options, dataset=(SELF if can else BUILTIN,))
+    if options.dataset is None:
+        can = source.model.can_generate() and rows_in_memory(source, machine, options.max_seq_length) > 0
+        options = replace(options, dataset=(SELF if can else BUILTIN,))
+    if options.dataset == (SELF,) and options.num_calibration_samples is None and machine.device.type == "cpu":
+        options = replace(options, num_calibration_samples=CPU_WINDOWS)
+    return options
 
 
 class DataReader:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pgsvd_vllm.errors import InputError
 from pgsvd_vllm.format.latency_table import LatencyTable, read_latencies
 from pgsvd_vllm.format.schema import FLOAT_DTYPES
-from pgsvd_vllm.offline.data.calibration_set import CalibrationSet, DataReader, with_dataset
+from pgsvd_vllm.offline.data.calibration_set import CalibrationSet, DataReader, with_data_defaults
 from pgsvd_vllm.offline.data.reached_layers import reached_layers, reached_projections
 from pgsvd_vllm.offline.data.sampled.self_text import Machine
 from pgsvd_vllm.offline.model.companions import find_companions
@@ -93,7 +93,7 @@ def make_plan(options: CompressOptions) -> Plan:
         raise InputError("--refine: does not train MoE experts; omit it or --include experts")
     compute_dtype = gemm_dtype(device, store_dtype(options) or source.weight_dtype)
     machine = Machine(device, compute_dtype, free_memory(device))
-    options = with_dataset(options, source, machine)
+    options = with_data_defaults(options, source, machine)
     data = DataReader(options, source, machine).read(sample=False)
     _check_ids(source, data)
     reach = reached_layers(source, data, device, compute_dtype)
