@@ -6,7 +6,7 @@ import torch
 from tqdm.auto import tqdm
 
 from pgsvd_vllm.format.lowrank import reconstruct
-from pgsvd_vllm.offline.calibration.loss_metric import metric_root, weighted_gram
+from pgsvd_vllm.offline.calibration.loss_metric import FIT_DAMPING, FIT_INPUT_DAMPING, metric_root, weighted_gram
 from pgsvd_vllm.offline.data.calibration_set import CalibrationSet
 from pgsvd_vllm.offline.factors.baselines import norm_of
 from pgsvd_vllm.offline.factors.error_aware import SEQUENTIAL_TOKENS, ErrorAwarePass, Target
@@ -143,12 +143,13 @@ class _Layer:
             # The Gram matrix of all calibration tokens plus the shift C' - C of those in the error-aware pass.
             gram = error_aware.gram if error_aware.dense is None else gram + (error_aware.gram - error_aware.dense)
         if p.name in self.weighted:
-            gram = weighted_gram(gram, self.data.tokens, self.weighted[p.name].double(settings.device))
+            weighted = self.weighted[p.name].double(settings.device)
+            gram = weighted_gram(gram, self.data.tokens, weighted, FIT_INPUT_DAMPING)
         optimum = float(error_profile(self.data.energy[p.name])[min(rank, len(self.data.energy[p.name]))])
         moment = self.moments.get(p.name)
         dtype = settings.store_dtype or stored.dtype
         with naming(p.name):
-            metric = None if moment is None else metric_root(moment.double(settings.device))
+            metric = None if moment is None else metric_root(moment.double(settings.device), FIT_DAMPING)
             if settings.baseline is not None:
                 gram = norm_of(settings.baseline, gram)
                 factors = closed_form(target, gram, rank)

@@ -114,6 +114,7 @@ def test_weighted_gram_averages_plain_and_weighted_moments() -> None:
     a, b = (torch.diag(torch.tensor([2.0, 4.0], dtype=torch.float64)) * f for f in (10, 1))
     assert torch.equal(weighted_gram(a, 10, b), b)
     assert torch.equal(weighted_gram(a, 5, 0 * b), b)
+    assert torch.equal(weighted_gram(a, 10, b, 0.5), b + 0.5 * 3 * torch.eye(2, dtype=torch.float64))
 
 
 @pytest.mark.parametrize(("m", "n"), [(23, 31), (31, 23), (17, 17)])

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from pgsvd_vllm.offline.calibration.loss_metric import FIT_INPUT_DAMPING
 from pgsvd_vllm.offline.compress import calibrate, measured_spectra
 from pgsvd_vllm.offline.factors import factorize
 from pgsvd_vllm.offline.factors.error_aware import Target
@@ -57,6 +58,7 @@ def test_the_norm_is_that_of_all_tokens_plus_the_shift(
         weighted_gram = state.load_sensitivity(index, "measured").grams[name].double().numpy()
         change = target.gram.numpy() - fitted.T @ fitted
         expected = ((x.T @ x + change) / plan.data.windows.ids.numel() + weighted_gram) / 2
+        expected += FIT_INPUT_DAMPING * np.trace(expected) / len(expected) * np.eye(len(expected))
         np.testing.assert_allclose(norm.numpy(), expected, atol=1e-4 * np.abs(expected).max())
         shifted += bool(np.abs(change).max() > 1e-2 * np.abs(x.T @ x).max())
     assert shifted > 5, "no Gram matrix was shifted: nothing was tested"
