@@ -102,6 +102,8 @@ def _with_text(plan: Plan, options: CompressOptions, say: Say) -> Plan:
             raise
         say(f"WARNING: {error}; {BUILTIN} takes its place")
         return prepare(replace(options, dataset=(BUILTIN,)), say)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("text that is sampled already is kept, repeat the command") from None
 
 
 def finish(options: CompressOptions) -> bool:

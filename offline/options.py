@@ -18,7 +18,7 @@ HEAD_TOLERANCE = 0.02
 WINDOWS, PAIRS = 128, 1024
 # The same where a CPU samples the text, which takes as long as calibrating on it: SmolLM2-135M then takes a quarter of
 # an hour on two cores.
-CPU_WINDOWS = 48
+CPU_WINDOWS = 40
 # Held-out windows of the text: knowledge distillation never trains on them and selects its result by them.
 HELD_OUT = 8
 

@@ -102,7 +102,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--num-calibration-samples",
         type=int,
         metavar="N",
-        help="windows of text, or image-text pairs (default 128; 48 of the model's own text on a CPU; 1024 for "
+        help="windows of text, or image-text pairs (default 128; 40 of the model's own text on a CPU; 1024 for "
         "contrastive models such as CLIP)",
     )
     data.add_argument("--max-seq-length", type=int, default=1024, metavar="L", help="tokens per window (default 1024)")

@@ -249,7 +249,7 @@ def test_dry_run_writes_nothing(tiny_model: Path, tmp_path: Path, capsys: pytest
     assert main(["compress", str(tiny_model), "-o", str(output), "--dry-run", "--max-seq-length", "64"]) == 0
     text = capsys.readouterr().out
     assert "21 projections of 3 layers" in text
-    assert "48 windows of 64 tokens from the model itself (self, sampled in about" in text
+    assert "40 windows of 64 tokens from the model itself (self, sampled in about" in text
     assert f"would write: {output}" in text
     assert digest(tmp_path) == before
     assert [p.name for p in tmp_path.iterdir()] == ["neighbour"]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
@@ -30,8 +31,10 @@ ROWS = 64
 CPU_FLOPS = 1.35e14
 # Seconds that one step takes at least for each layer: the calls of its kernels.
 STEP_SECONDS = 0.5e-3
-# Time of sampling as a multiple of the GEMMs' at full speed: decoding has small ones, and attention.
-GEMM_SHARE = 2.0
+# Time of the GEMMs of decoding, which are small, as a multiple of that at full speed.
+GEMM_SLOWDOWN = 1.5
+# Bytes of the KV cache that attention reads in a second.
+ATTENTION_RATE = {"cpu": 5e9, "cuda": 1e12}
 # Version of the stored text; increment it with every change of what is sampled.
 VERSION = 1
 
@@ -144,10 +147,12 @@ class SelfText:
         source, machine = self._source, self._machine
         rows = max(1, min(self._rows, missing))
         rate = gemm_rate(machine.dtype, machine.device)
-        compute = GEMM_SHARE * 2 * missing * self.length * source.weights.numel / rate
+        compute = GEMM_SLOWDOWN * 2 * missing * self.length * source.weights.numel / rate
+        read = missing * self.length**2 / 2 * _cache_features(source) * machine.dtype.itemsize
+        attention = read / ATTENTION_RATE.get(machine.device.type, ATTENTION_RATE["cuda"])
         calls = -(-missing // rows) * self.length * len(source.layers) * STEP_SECONDS
         memory = source.weights.numel * machine.dtype.itemsize + rows * _row_bytes(source, machine, self.length)
-        return Sampling(compute + calls, memory)
+        return Sampling(compute + attention + calls, memory)
 
     def stand_in(self, count: int) -> torch.Tensor:
         """Random tokens in the place of windows that have not been sampled yet, int64 [count, length]."""
@@ -159,7 +164,7 @@ class SelfText:
 
         Raises:
             InputError: the cache cannot be written.
-            SampleError: the model cannot generate, or does not fit into memory.
+            SampleError: the model cannot be loaded or generate, or does not fit into memory.
         """
         known = self.cached(count)
         if len(known) == count:
@@ -181,16 +186,30 @@ class SelfText:
         steps = range(total, count, rows)
         with tqdm(total=len(steps) * (self.length - 1), unit="step", desc="sample") as bar:
             for first in steps:
-                ids = self._generate(model, range(first, min(first + rows, count)), bar.update)
-                save_sealed(self.folder / f"{first:06d}.safetensors", self._label(first), {"text:ids": ids.int()})
-                parts.append(ids)
+                parts.append(self._generate(model, range(first, min(first + rows, count)), bar.update))
+                self._keep(first, parts[-1])
         return torch.cat(parts)
+
+    def _keep(self, first: int, ids: torch.Tensor) -> None:
+        """Write windows into the cache; raises InputError if that fails.
+
+        Two processes may sample the same windows at the same time: each writes a file of its own name first.
+        """
+        path = self.folder / f"{first:06d}.safetensors"
+        own = path.with_suffix(f".{os.getpid()}")
+        try:
+            save_sealed(own, self._label(first), {"text:ids": ids.int()})
+            own.replace(path)
+        except (OSError, SafetensorError) as error:
+            raise InputError(
+                f"{path}: cannot be written ({reason_of(error)}); make room, or set XDG_CACHE_HOME to another folder"
+            ) from None
 
     def _generate(self, model: Any, rows: range, tick: Callable[[], Any]) -> torch.Tensor:
         try:
             scripts = [self._script(row) for row in rows]
             return generate(model, scripts, len(self._tokenizer), self.length, TEMPERATURE, tick)
-        except (InputError, MemoryError, torch.OutOfMemoryError):
+        except InputError:
             raise
         except Exception as error:  # generation fails in many ways for models that transformers cannot generate with
             reason = reason_of(error)
@@ -204,12 +223,17 @@ class SelfText:
         return Chat(self.form, chance) if self.form.turns is not None and row % 2 else FreeText(self.form, chance)
 
     def _model(self) -> Any:
-        """The whole dense model on the machine's device."""
+        """The whole dense model on the machine's device; raises SampleError if transformers cannot load it."""
         source = self._source
-        model: Any = source.auto_class.from_pretrained(
-            source.folder, dtype=self._machine.dtype, trust_remote_code=source.trust_remote_code
-        )
-        return model.eval().to(self._machine.device)
+        try:
+            model: Any = source.auto_class.from_pretrained(
+                source.folder, dtype=self._machine.dtype, trust_remote_code=source.trust_remote_code
+            )
+            return model.eval().to(self._machine.device)
+        except Exception as error:  # damaged weights, lack of memory, and what else transformers meets
+            raise SampleError(
+                f"`dataset` self: transformers cannot load {source.folder} as a whole ({reason_of(error)})"
+            ) from None
 
 
 def rows_in_memory(source: ModelSource, machine: Machine, length: int) -> int:

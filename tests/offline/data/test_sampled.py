@@ -177,17 +177,43 @@ def test_attention_of_one_query_matches_float64() -> None:
     assert (outputs[0] - outputs[1]).abs().max() < 1e-4 * outputs[0].abs().max()
 
 
-def test_a_large_model_on_a_cpu_gets_python_docs_for_the_rest(model: Path, tmp_path: Path) -> None:
+def patched(patch: str, model: Path, output: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    """Compress in a process in which `self_text` was changed."""
     code = (
-        "import sys; from pgsvd_vllm.offline.data.sampled import self_text; self_text.CPU_FLOPS = 3 * 64 * 2 * 7e5; "
+        f"import sys; from pgsvd_vllm.offline.data.sampled import self_text; {patch}; "
         "from pgsvd_vllm.cli import main; sys.exit(main())"
     )
-    command = [sys.executable, "-c", code, "compress", str(model), "-o", str(tmp_path / "out"), *COMMON]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", code, "compress", str(model), "-o", str(output), *COMMON, *options]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_a_large_model_on_a_cpu_gets_python_docs_for_the_rest(model: Path, tmp_path: Path) -> None:
+    done = patched("self_text.CPU_FLOPS = 3 * 64 * 2 * 7e5", model, tmp_path / "out")
     assert done.returncode == 0, done.stderr
     assert "windows of 64 tokens from the model itself (self, sampled in about" in done.stdout
     assert " + python-docs" in done.stdout
     assert "of 8 windows in reasonable time; python-docs gives the others" in done.stdout
+
+
+def test_python_docs_takes_the_place_of_a_default_that_fails(model: Path, tmp_path: Path) -> None:
+    failure = "self_text.generate = lambda *_: 1 / 0"
+    done = patched(failure, model, tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    line = next(line for line in done.stdout.splitlines() if line.startswith("WARNING"))
+    assert "cannot generate text in transformers (division by zero)" in line
+    assert line.endswith("python-docs takes its place")
+    assert '"name": "python-docs"' in (tmp_path / "out" / "config.json").read_text(encoding="utf-8")
+    refused = patched(failure, model, tmp_path / "other", "--dataset", "self")
+    assert refused.returncode == 2
+    assert "--dataset self: " in refused.stderr
+    assert "give a text" in refused.stderr
+
+
+def test_an_interruption_says_that_the_text_is_kept(model: Path, tmp_path: Path) -> None:
+    stop = "self_text.generate = lambda *_: __import__('os').kill(__import__('os').getpid(), 2)"
+    done = patched(stop, model, tmp_path / "out")
+    assert done.returncode == 130
+    assert done.stderr.splitlines()[-1].endswith("text that is sampled already is kept, repeat the command")
 
 
 def test_the_default_is_the_models_own_text(model: Path, tmp_path: Path) -> None:
@@ -224,7 +250,7 @@ def test_memory_decides_whether_a_model_can_sample(model: Path, tmp_path: Path) 
     assert text._rows == 0
     with pytest.raises(InputError, match="does not fit into memory as a whole"):
         text.sample(2)
-    blocked = tmp_path / "cache"
+    blocked = tmp_path / "cache"  # a file in the place of the folder
     blocked.write_text("", encoding="utf-8")
     with pytest.raises(InputError, match="set XDG_CACHE_HOME to another folder"):
         text_of(model).sample(2)
