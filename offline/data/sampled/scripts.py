@@ -14,8 +14,9 @@ from transformers import PreTrainedTokenizerBase
 from pgsvd_vllm.offline.data.chat import DATE
 from pgsvd_vllm.offline.data.tokens import leading_tokens
 
-# Longest turns, in tokens; the form then goes on as if the model had ended the turn.
-LONGEST_USER, LONGEST_ASSISTANT = 200, 500
+# Longest turns and documents, in tokens; the form then goes on as if the model had ended them. Chat models hardly end
+# free text, and drift.
+LONGEST_USER, LONGEST_ASSISTANT, LONGEST_DOCUMENT = 200, 500, 200
 # Texts that no template contains, to find the places of the messages.
 MARKS = ("XQZA1", "XQZB2", "XQZC3")
 
@@ -77,15 +78,18 @@ class FreeText:
 
     def __init__(self, form: Form, chance: random.Random) -> None:
         self._form, self.chance = form, chance
-        self._queue = self._start()
+        self._queue, self._length = self._start(), 0
 
     def _start(self) -> list[int]:
         return [*self._form.leading, self.chance.choice(self._form.plain)]
 
     def next(self, drawn: int) -> int:
-        """The next token: a special one ends the document and begins another one."""
-        if not self._queue and drawn in self._form.special:
-            self._queue = [*self._form.separator, *self._start()]
+        """The next token: a special one, or too many tokens, end the document and begin another one."""
+        if not self._queue:
+            self._length += 1
+            if drawn in self._form.special or self._length > LONGEST_DOCUMENT:
+                self._queue = [*self._form.separator, *self._start()]
+                self._length = 0
         return self._queue.pop(0) if self._queue else drawn
 
 

@@ -14,7 +14,15 @@ from pgsvd_vllm.errors import InputError
 from pgsvd_vllm.offline.data.sampled import self_text
 from pgsvd_vllm.offline.data.sampled.decode import ATTENTION
 from pgsvd_vllm.offline.data.sampled.generate import generate
-from pgsvd_vllm.offline.data.sampled.scripts import LONGEST_USER, Chat, Form, FreeText, Turns, read_form
+from pgsvd_vllm.offline.data.sampled.scripts import (
+    LONGEST_DOCUMENT,
+    LONGEST_USER,
+    Chat,
+    Form,
+    FreeText,
+    Turns,
+    read_form,
+)
 from pgsvd_vllm.offline.data.sampled.self_text import Machine, SelfText
 from pgsvd_vllm.offline.data.text import load_tokenizer
 from pgsvd_vllm.offline.model.source import ModelSource
@@ -117,6 +125,8 @@ def test_a_long_message_ends_and_an_answer_is_followed_by_a_user() -> None:
 def test_a_document_ends_at_a_special_token_and_another_begins() -> None:
     text = FreeText(Form([7], [1], frozenset({1, 7}), [5], None), random.Random(0))
     assert [text.next(token) for token in (-1, -1, 9, 7, 0, 0, 8)] == [7, 5, 9, 1, 7, 5, 8]
+    rest = [text.next(9) for _ in range(LONGEST_DOCUMENT + 2)]
+    assert rest == [*[9] * (LONGEST_DOCUMENT - 1), 1, 7, 5]
 
 
 @pytest.mark.parametrize("template", [None, "{{ raise_exception('no') }}", "{{ messages[0]['content'] }}"])
