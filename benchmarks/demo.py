@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from openai import OpenAI
 
 import pgsvd_vllm
-from benchmarks.questions import NEW_TOKENS, Question, kept, questions, side_by_side
+from benchmarks.questions import NEW_TOKENS, Question, kept, questions, right, side_by_side
 from tests.support import reference_model
 from tests.support.server import Server, serve
 
@@ -178,10 +178,8 @@ def main() -> int:
         print(side_by_side(question, {"dense": old, "compressed": new}))
     same, known = kept(asked, found["dense"], found["compressed"])
     print(f"\nof the {known} that the dense model answers right, the compressed one keeps {same}")
-    columns["dense"]["right answers of ten"] = sum(q.is_right(a) for q, a in zip(asked, found["dense"], strict=True))
-    columns["compressed"]["right answers of ten"] = sum(
-        q.is_right(a) for q, a in zip(asked, found["compressed"], strict=True)
-    )
+    for name, given in found.items():
+        columns[name]["right answers of ten"] = right(asked, given)
 
     step("dense vs compressed, measured in this run")
     print(f"{'':24}{'dense':>12}{'compressed':>12}{'ratio':>8}")

@@ -72,6 +72,11 @@ def answers(folder: Path, asked: list[Question]) -> list[str]:
     return [text.strip() for text in texts]
 
 
+def right(asked: list[Question], given: list[str]) -> int:
+    """The number of right answers."""
+    return sum(question.is_right(answer) for question, answer in zip(asked, given, strict=True))
+
+
 def kept(asked: list[Question], dense: list[str], compressed: list[str]) -> tuple[int, int]:
     """(right answers that the compressed model keeps, right answers of the dense one)."""
     known = [(q, new) for q, old, new in zip(asked, dense, compressed, strict=True) if q.is_right(old)]
@@ -88,9 +93,8 @@ def main() -> int:
     arguments = parser.parse_args()
     asked = questions(arguments.quick)
     dense = answers(arguments.dense, asked)
-    right = sum(question.is_right(answer) for question, answer in zip(asked, dense, strict=True))
     rows: list[dict[str, Any]] = [
-        {"case": f"dense, right of {len(asked)}", "value": right, "bar": None, "ok": True},
+        {"case": f"dense, right of {len(asked)}", "value": right(asked, dense), "bar": None, "ok": True},
     ]
     for folder in arguments.compressed:
         found = answers(folder, asked)

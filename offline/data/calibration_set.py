@@ -198,8 +198,9 @@ class DataReader:
                 continue
             text = SelfText(self._source, tokenizer, self._machine, self._length, self._options.seed)
             own = min(count, text.most)
-            parts.append(_sampled(text, own, left_over, sample))
-            to_sample = text.to_sample(own + left_over)
+            to_sample = None if sample else text.to_sample(own + left_over)
+            ids = text.sample(own + left_over) if to_sample is None else text.stand_in(own + left_over)
+            parts.append(as_windows(ids[:own], SELF, ids[own:]))
             if own < count:
                 parts.append(self._text(tokenizer, BUILTIN, count - own, 0)[0])
                 warnings.append(
@@ -217,11 +218,3 @@ class DataReader:
         text = tokenize(tokenizer, documents, dataset)
         windows = cut_windows(text, count, self._length, options.seed, left_over)
         return windows, check_worth(windows, len(text.prefix))
-
-
-def _sampled(text: SelfText, count: int, left_over: int, sample: bool) -> Windows:
-    """Windows that the model samples, `left_over` more of them spare; stand-ins unless `sample` or all are known."""
-    total = count + left_over
-    known = sample or len(text.cached(total)) == total
-    ids = text.sample(total) if known else text.stand_in(total)
-    return as_windows(ids[:count], SELF, ids[count:])

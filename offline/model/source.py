@@ -258,6 +258,11 @@ class ModelSource:
             else:
                 _set(head, name, self.model.get_parameter(origin).data)
 
+    def whole(self, device: torch.device, dtype: torch.dtype) -> Any:
+        """A copy of the whole model, for work that cannot go layer by layer; raises as transformers does."""
+        model: Any = self.auto_class.from_pretrained(self.folder, dtype=dtype, trust_remote_code=self.trust_remote_code)
+        return model.eval().to(device)
+
     @contextmanager
     def layer(self, index: int, device: torch.device, dtype: torch.dtype) -> Iterator[nn.Module]:
         """Layer `index` with its weights on `device` in `dtype`; they are freed at the end of the context.

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, replace
 
+import torch
+
 from pgsvd_vllm.errors import InputError
 from pgsvd_vllm.format.latency_table import LatencyTable, read_latencies
 from pgsvd_vllm.format.schema import FLOAT_DTYPES
@@ -62,8 +64,7 @@ class Plan:
         """
         if self.data.to_sample is None:
             return self
-        settings = self.settings
-        machine = Machine(settings.device, settings.compute_dtype, free_memory(settings.device))
+        machine = _machine(self.settings.device, self.settings.compute_dtype)
         data = DataReader(self.options, self.source, machine).read(sample=True)
         _check_ids(self.source, data)
         return replace(self, data=replace(data, tokens_per_pixel=self.data.tokens_per_pixel))
@@ -71,6 +72,11 @@ class Plan:
     def with_sensitivity(self, sensitivity: str) -> "Plan":
         """The same plan with another sensitivity, `measured`, `forward` or `uniform`."""
         return replace(self, settings=replace(self.settings, sensitivity=sensitivity))
+
+
+def _machine(device: torch.device, dtype: torch.dtype) -> Machine:
+    """The machine that samples text, with the memory that is free now."""
+    return Machine(device, dtype, free_memory(device))
 
 
 def make_plan(options: CompressOptions) -> Plan:
@@ -92,7 +98,7 @@ def make_plan(options: CompressOptions) -> Plan:
     if source.unstacks_experts and options.refine is not None:
         raise InputError("--refine: does not train MoE experts; omit it or --include experts")
     compute_dtype = gemm_dtype(device, store_dtype(options) or source.weight_dtype)
-    machine = Machine(device, compute_dtype, free_memory(device))
+    machine = _machine(device, compute_dtype)
     options = with_data_defaults(options, source, machine)
     data = DataReader(options, source, machine).read(sample=False)
     _check_ids(source, data)

@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import torch
 
@@ -51,7 +50,7 @@ def refine_layers(
     paths = {p.name: p.path for p in projections.flat}
     tensors: Tensors = {paths[name]: row for layer in layers for name, row in layer.tensors.items()}
     windows = data.windows
-    dense, student = (_model(source, settings) for _ in range(2))
+    dense, student = (source.whole(settings.device, settings.compute_dtype) for _ in range(2))
     distiller = Distiller(dense, student, source.towers[0].path, tensors, source.returned[0])
     # The factors overfit the windows they were fitted to, so training starts with the remaining ones.
     text = torch.cat([windows.others[HELD_OUT:], windows.ids])
@@ -65,11 +64,3 @@ def refine_layers(
             error = relative_error(weight, gram, reconstruct(refined.tensors[paths[name]]))
             reports[name] = replace(reports[name], error=error)
         state.save_factors(index, LayerFactors({n: refined.tensors[paths[n]] for n in layer.tensors}, reports))
-
-
-def _model(source: ModelSource, settings: RunSettings) -> Any:
-    """The whole dense model, on the device and in the dtype of calibration."""
-    model: Any = source.auto_class.from_pretrained(
-        source.folder, dtype=settings.compute_dtype, trust_remote_code=source.trust_remote_code
-    )
-    return model.to(settings.device)

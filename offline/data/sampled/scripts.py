@@ -6,8 +6,9 @@ of a conversation. So no window is padded, and every token of it is worth calibr
 """
 
 import random
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -55,67 +56,68 @@ class Turns:
     to_user: list[int]
 
 
-class Script(Protocol):
+class Script(ABC):
     """The form of one window.
-
-    Attributes:
-        chance: of the window; its tokens are drawn with it as well.
-    """
-
-    chance: random.Random
-
-    def next(self, drawn: int) -> int:
-        """The next token of the window, given the model's draw; the first call ignores it."""
-
-
-class FreeText:
-    """Documents, each of which begins with a random token.
 
     Args:
         form: of the model.
-        chance: of the window.
+        chance: of the window; its tokens are drawn with it as well.
+        opening: the tokens that the window begins with.
     """
 
-    def __init__(self, form: Form, chance: random.Random) -> None:
+    def __init__(self, form: Form, chance: random.Random, opening: list[int]) -> None:
         self._form, self.chance = form, chance
-        self._queue, self._length = self._start(), 0
-
-    def _start(self) -> list[int]:
-        return [*self._form.leading, self.chance.choice(self._form.plain)]
+        self._queue, self._length = opening, 0
 
     def next(self, drawn: int) -> int:
-        """The next token: a special one, or too many tokens, end the document and begin another one."""
+        """The next token of the window, given the model's draw; the first call ignores it.
+
+        A special token, or too many tokens, end the document or message and begin the next one.
+        """
         if not self._queue:
             self._length += 1
-            if drawn in self._form.special or self._length > LONGEST_DOCUMENT:
-                self._queue = [*self._form.separator, *self._start()]
-                self._length = 0
+            if drawn in self._form.special or self._length > self._longest:
+                self._queue, self._length = self._between(), 0
         return self._queue.pop(0) if self._queue else drawn
 
+    @property
+    @abstractmethod
+    def _longest(self) -> int:
+        """Tokens of the current document or message at most."""
 
-class Chat:
-    """Conversations of one or more turns, the user's messages sampled as well.
+    @abstractmethod
+    def _between(self) -> list[int]:
+        """The tokens before the next document or message."""
 
-    Args:
-        form: of the model, with turns.
-        chance: of the window.
-    """
+
+class FreeText(Script):
+    """Documents, each of which begins with a random token."""
+
+    _longest = LONGEST_DOCUMENT
+
+    def __init__(self, form: Form, chance: random.Random) -> None:
+        super().__init__(form, chance, _beginning(form, chance))
+
+    def _between(self) -> list[int]:
+        return [*self._form.separator, *_beginning(self._form, self.chance)]
+
+
+def _beginning(form: Form, chance: random.Random) -> list[int]:
+    """The tokens that begin a document."""
+    return [*form.leading, chance.choice(form.plain)]
+
+
+class Chat(Script):
+    """Conversations of one or more turns, the user's messages sampled as well; `form` has turns."""
 
     def __init__(self, form: Form, chance: random.Random) -> None:
         assert form.turns is not None
-        self._form, self._turns, self.chance = form, form.turns, chance
-        self._queue = list(self._turns.opening)
-        self._by_user, self._length = True, 0
+        super().__init__(form, chance, list(form.turns.opening))
+        self._turns, self._by_user = form.turns, True
 
-    def next(self, drawn: int) -> int:
-        """The next token: a special one, or too many tokens, end the message and begin the next one."""
-        if not self._queue:
-            self._length += 1
-            longest = LONGEST_USER if self._by_user else LONGEST_ASSISTANT
-            if drawn in self._form.special or self._length > longest:
-                self._queue = self._between()
-                self._length = 0
-        return self._queue.pop(0) if self._queue else drawn
+    @property
+    def _longest(self) -> int:
+        return LONGEST_USER if self._by_user else LONGEST_ASSISTANT
 
     def _between(self) -> list[int]:
         """The tokens before the next message; after an answer half of the conversations end."""

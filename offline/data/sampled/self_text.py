@@ -226,10 +226,7 @@ class SelfText:
         """The whole dense model on the machine's device; raises SampleError if transformers cannot load it."""
         source = self._source
         try:
-            model: Any = source.auto_class.from_pretrained(
-                source.folder, dtype=self._machine.dtype, trust_remote_code=source.trust_remote_code
-            )
-            return model.eval().to(self._machine.device)
+            return source.whole(self._machine.device, self._machine.dtype)
         except Exception as error:  # damaged weights, lack of memory, and what else transformers meets
             raise SampleError(
                 f"`dataset` self: transformers cannot load {source.folder} as a whole ({reason_of(error)})"
