@@ -22,8 +22,8 @@ import pgsvd_vllm.hf  # noqa: F401  (registers the format)
 from pgsvd_vllm.offline.data.text import load_tokenizer
 
 TASKS = ("arc_easy", "boolq", "winogrande")
-# Points of mean accuracy that a compressed model may lose.
-ALLOWED = 1.5
+# Points of accuracy that a compressed model may lose: in one task, and in the mean, where gains hide losses.
+ALLOWED = {"arc_easy": 2.0, "mean": 1.5}
 QUICK_ROWS = 200
 
 DEFINITION = """task: local_{name}
@@ -72,7 +72,7 @@ def main() -> int:
         parser.error(f"--tasks: no {', '.join(missing)}")
 
     rows: list[dict[str, object]] = []
-    base: float | None = None
+    base: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as name:
         definitions = Path(name)
         for task in TASKS:
@@ -80,12 +80,13 @@ def main() -> int:
             (definitions / f"{task}.yaml").write_text(DEFINITION.format(name=task, file=file), encoding="utf-8")
         for folder in (arguments.dense, *arguments.compressed):
             found = accuracies(folder, definitions, QUICK_ROWS if arguments.quick else None)
-            mean = sum(found.values()) / len(found)
-            bar = None if base is None else base - ALLOWED
-            base = mean if base is None else base
-            print(f"{folder.name}: " + ", ".join(f"{k} {v:.1f}" for k, v in found.items()) + f", mean {mean:.2f}")
-            rows += [{"case": f"{folder.name} {k}", "value": v, "bar": None, "ok": True} for k, v in found.items()]
-            rows.append({"case": f"{folder.name} mean", "value": mean, "bar": bar, "ok": bar is None or mean >= bar})
+            found["mean"] = sum(found.values()) / len(found)
+            print(f"{folder.name}: " + ", ".join(f"{k} {v:.2f}" for k, v in found.items()))
+            for case, value in found.items():
+                bar = base[case] - ALLOWED[case] if base and case in ALLOWED else None
+                row = {"case": f"{folder.name} {case}", "value": value, "bar": bar, "ok": bar is None or value >= bar}
+                rows.append(row)
+            base = base or found
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     return 0 if all(row["ok"] for row in rows) else 1

@@ -21,6 +21,9 @@ WINDOWS, PAIRS = 128, 1024
 CPU_WINDOWS = 40
 # Held-out windows of the text: knowledge distillation never trains on them and selects its result by them.
 HELD_OUT = 8
+# Windows of the model's own text that are sampled for each minute of knowledge distillation, beside the calibration
+# windows: two cores train on SmolLM2-135M with 25 windows a minute, and sampling one takes as long as training on one.
+FRESH_WINDOWS = 5
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The calibration set of one run: windows of text, images with texts, or both."""
 
 import itertools
+import math
 import os
 from dataclasses import dataclass, replace
 
@@ -8,14 +9,23 @@ from transformers import PreTrainedTokenizerBase
 
 from pgsvd_vllm.errors import InputError
 from pgsvd_vllm.offline.data.image_text import Pairs, has_pairs, load_processor, mix_pairs, read_pairs
-from pgsvd_vllm.offline.data.sampled.self_text import Machine, Sampling, SelfText, rows_in_memory
+from pgsvd_vllm.offline.data.sampled.self_text import Machine, Sampling, SelfText, piece_length, rows_in_memory
 from pgsvd_vllm.offline.data.text import load_tokenizer, read_documents
 from pgsvd_vllm.offline.data.text_worth import check_worth
 from pgsvd_vllm.offline.data.tokens import Windows, as_windows, cut_windows, mix_windows, no_windows, tokenize
 from pgsvd_vllm.offline.model.batch import Batch, text_batches
 from pgsvd_vllm.offline.model.source import ModelSource
 from pgsvd_vllm.offline.model.towers import LANGUAGE
-from pgsvd_vllm.offline.options import BUILTIN, CPU_WINDOWS, HELD_OUT, PAIRS, SELF, WINDOWS, CompressOptions
+from pgsvd_vllm.offline.options import (
+    BUILTIN,
+    CPU_WINDOWS,
+    FRESH_WINDOWS,
+    HELD_OUT,
+    PAIRS,
+    SELF,
+    WINDOWS,
+    CompressOptions,
+)
 
 
 @dataclass(frozen=True)
@@ -108,7 +118,8 @@ def with_data_defaults(options: CompressOptions, source: ModelSource, machine: M
         Options whose `dataset` is set: `self` for a model that generates text and fits into memory as a whole.
     """
     if options.dataset is None:
-        can = source.model.can_generate() and rows_in_memory(source, machine, options.max_seq_length) > 0
+        rows = rows_in_memory(source, machine, piece_length(options.max_seq_length))
+        can = source.model.can_generate() and rows > 0
         options = replace(options, dataset=(SELF if can else BUILTIN,))
     if options.dataset == (SELF,) and options.num_calibration_samples is None and machine.device.type == "cpu":
         options = replace(options, num_calibration_samples=CPU_WINDOWS)
@@ -198,8 +209,11 @@ class DataReader:
                 continue
             text = SelfText(self._source, tokenizer, self._machine, self._length, self._options.seed)
             own = min(count, text.most)
-            to_sample = None if sample else text.to_sample(own + left_over)
-            ids = text.sample(own + left_over) if to_sample is None else text.stand_in(own + left_over)
+            # Distillation learns little more from windows that it has seen several times.
+            fresh = min(math.ceil(FRESH_WINDOWS * (self._options.refine or 0)), text.most - own)
+            total = own + left_over + fresh
+            to_sample = None if sample else text.to_sample(total)
+            ids = text.sample(total) if to_sample is None else text.stand_in(total)
             parts.append(as_windows(ids[:own], SELF, ids[own:]))
             if own < count:
                 parts.append(self._text(tokenizer, BUILTIN, count - own, 0)[0])

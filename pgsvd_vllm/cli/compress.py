@@ -82,8 +82,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         const=20.0,
         metavar="MINUTES",
-        help="afterwards train all factors by knowledge distillation from the dense model on the calibration set alone "
-        "(20 minutes if no number is given); keeps the whole model in memory",
+        help="afterwards train all factors by knowledge distillation from the dense model on the calibration text and "
+        "more text of its kind (20 minutes if no number is given); keeps the whole model in memory",
     )
     data = parser.add_argument_group("calibration")
     data.add_argument(

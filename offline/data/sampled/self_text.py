@@ -25,8 +25,11 @@ from pgsvd_vllm.offline.state.work_files import DamagedFileError, WorkFileError,
 
 # Temperature of the draws; see docs/dev/log.md.
 TEMPERATURE = 1.0
-# Windows that are sampled together, if memory allows.
-ROWS = 64
+# Pieces of windows that are sampled together, if memory allows.
+ROWS = 128
+# Longest piece of a window: attention reads the KV cache of every earlier token of the piece, so that shorter ones are
+# sampled faster (on a CPU 342 tokens/s at 1024 and 645 at 512, docs/dev/log.md).
+PIECE = 512
 # FLOPs of sampling on a CPU: 15 minutes of two ordinary cores. More windows are not sampled there.
 CPU_FLOPS = 1.35e14
 # Seconds that one step takes at least for each layer: the calls of its kernels.
@@ -36,7 +39,7 @@ GEMM_SLOWDOWN = 1.5
 # Bytes of the KV cache that attention reads in a second.
 ATTENTION_RATE = {"cpu": 5e9, "cuda": 1e12}
 # Version of the stored text; increment it with every change of what is sampled.
-VERSION = 2
+VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,8 @@ class Sampling:
 class SelfText:
     """Windows that a model samples from itself: half free text, half conversations if it has a chat template.
 
+    Long windows are put together from pieces that are sampled on their own.
+
     Args:
         source: the model, which generates text.
         tokenizer: of the model.
@@ -85,7 +90,7 @@ class SelfText:
         self, source: ModelSource, tokenizer: PreTrainedTokenizerBase, machine: Machine, length: int, seed: int
     ) -> None:
         self._source, self._tokenizer, self._machine = source, tokenizer, machine
-        self.length, self._seed = length, seed
+        self.length, self._piece, self._seed = length, piece_length(length), seed
         self.form: Form = read_form(tokenizer, _end_tokens(source.folder))
         self._identity = self._identify()
         self.folder = cache_folder() / "sampled" / self._identity[:32]
@@ -99,6 +104,7 @@ class SelfText:
             "config": source.config_json,
             "tokens": hashlib.sha256(repr(tokens).encode()).hexdigest(),
             "length": self.length,
+            "piece": self._piece,
             "seed": self._seed,
             "dtype": str(self._machine.dtype),
             "temperature": TEMPERATURE,
@@ -115,7 +121,12 @@ class SelfText:
 
     @property
     def _rows(self) -> int:
-        return rows_in_memory(self._source, self._machine, self.length)
+        return rows_in_memory(self._source, self._machine, self._piece)
+
+    @property
+    def _pieces(self) -> int:
+        """Pieces of a window."""
+        return self.length // self._piece
 
     def cached(self, count: int) -> torch.Tensor:
         """The first windows, int64 [count or fewer, length], as far as they have been sampled."""
@@ -145,13 +156,14 @@ class SelfText:
         if missing <= 0:
             return None
         source, machine = self._source, self._machine
-        rows = max(1, min(self._rows, missing))
+        pieces = missing * self._pieces
+        rows = max(1, min(self._rows, pieces))
         rate = gemm_rate(machine.dtype, machine.device)
         compute = GEMM_SLOWDOWN * 2 * missing * self.length * source.weights.numel / rate
-        read = missing * self.length**2 / 2 * _cache_features(source) * machine.dtype.itemsize
+        read = pieces * self._piece**2 / 2 * _cache_features(source) * machine.dtype.itemsize
         attention = read / ATTENTION_RATE.get(machine.device.type, ATTENTION_RATE["cuda"])
-        calls = -(-missing // rows) * self.length * len(source.layers) * STEP_SECONDS
-        memory = source.weights.numel * machine.dtype.itemsize + rows * _row_bytes(source, machine, self.length)
+        calls = -(-pieces // rows) * self._piece * len(source.layers) * STEP_SECONDS
+        memory = source.weights.numel * machine.dtype.itemsize + rows * _row_bytes(source, machine, self._piece)
         return Sampling(compute + attention + calls, memory)
 
     def stand_in(self, count: int) -> torch.Tensor:
@@ -183,10 +195,10 @@ class SelfText:
             ) from None
         model = self._model()
         parts, total = [known], len(known)
-        steps = range(total, count, rows)
-        with tqdm(total=len(steps) * (self.length - 1), unit="step", desc="sample") as bar:
+        steps = range(total, count, max(1, rows // self._pieces))
+        with tqdm(total=len(steps) * (self._piece - 1), unit="step", desc="sample") as bar:
             for first in steps:
-                parts.append(self._generate(model, range(first, min(first + rows, count)), bar.update))
+                parts.append(self._generate(model, range(first, min(first + steps.step, count)), bar.update))
                 self._keep(first, parts[-1])
         return torch.cat(parts)
 
@@ -205,10 +217,12 @@ class SelfText:
                 f"{path}: cannot be written ({reason_of(error)}); make room, or set XDG_CACHE_HOME to another folder"
             ) from None
 
-    def _generate(self, model: Any, rows: range, tick: Callable[[], Any]) -> torch.Tensor:
+    def _generate(self, model: Any, windows: range, tick: Callable[[], Any]) -> torch.Tensor:
+        pieces = range(windows.start * self._pieces, windows.stop * self._pieces)
         try:
-            scripts = [self._script(row) for row in rows]
-            return generate(model, scripts, len(self._tokenizer), self.length, TEMPERATURE, tick)
+            scripts = [self._script(piece) for piece in pieces]
+            ids = generate(model, scripts, len(self._tokenizer), self._piece, TEMPERATURE, tick)
+            return ids.view(len(windows), self.length)
         except InputError:
             raise
         except Exception as error:  # generation fails in many ways for models that transformers cannot generate with
@@ -217,10 +231,10 @@ class SelfText:
                 f"`dataset` self: {self._source.folder} cannot generate text in transformers ({reason}); give a text"
             ) from None
 
-    def _script(self, row: int) -> Script:
-        """The form of window `row`; its draws depend on the seed and its number alone."""
-        chance = random.Random(f"{self._seed} {row}")
-        return Chat(self.form, chance) if self.form.turns is not None and row % 2 else FreeText(self.form, chance)
+    def _script(self, piece: int) -> Script:
+        """The form of a piece; its draws depend on the seed and its number alone."""
+        chance = random.Random(f"{self._seed} {piece}")
+        return Chat(self.form, chance) if self.form.turns is not None and piece % 2 else FreeText(self.form, chance)
 
     def _model(self) -> Any:
         """The whole dense model on the machine's device; raises SampleError if transformers cannot load it."""
@@ -233,8 +247,17 @@ class SelfText:
             ) from None
 
 
+def piece_length(length: int) -> int:
+    """Tokens of the pieces of a window: the window's length divided by the least number that gives PIECE or less.
+
+    A length without such a divisor above PIECE / 2, such as a prime, is one piece.
+    """
+    numbers = range(-(-length // PIECE), 2 * length // PIECE + 1)
+    return next((length // number for number in numbers if length % number == 0), length)
+
+
 def rows_in_memory(source: ModelSource, machine: Machine, length: int) -> int:
-    """Windows of `length` tokens that are sampled together; 0 if the model itself does not fit into memory."""
+    """Pieces of `length` tokens that are sampled together; 0 if the model itself does not fit into memory."""
     if machine.free is None:
         return ROWS
     left = 0.8 * machine.free - source.weights.numel * machine.dtype.itemsize
@@ -242,7 +265,7 @@ def rows_in_memory(source: ModelSource, machine: Machine, length: int) -> int:
 
 
 def _row_bytes(source: ModelSource, machine: Machine, length: int) -> int:
-    """Bytes of a window's KV cache and of its predictions."""
+    """Bytes of a piece's KV cache and of its predictions."""
     return length * _cache_features(source) * machine.dtype.itemsize + 4 * source.vocabulary * 4
 
 

@@ -23,9 +23,11 @@ from pgsvd_vllm.offline.data.sampled.scripts import (
     Turns,
     read_form,
 )
-from pgsvd_vllm.offline.data.sampled.self_text import Machine, SelfText
+from pgsvd_vllm.offline.data.sampled.self_text import Machine, SelfText, piece_length
 from pgsvd_vllm.offline.data.text import load_tokenizer
 from pgsvd_vllm.offline.model.source import ModelSource
+from pgsvd_vllm.offline.options import HELD_OUT, CompressOptions
+from pgsvd_vllm.offline.planning.plan import make_plan
 from tests.conftest import run_cli, save_tiny_model
 from tests.e2e.architectures import ARCHITECTURES, Architecture, save_model
 
@@ -88,6 +90,40 @@ def test_every_kind_of_kv_cache_and_state(
     dense = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     for row in range(2):
         assert redrawn(dense, text, ids, row)[0] == ids[row].tolist()
+
+
+def test_a_long_window_consists_of_pieces_that_are_sampled_on_their_own(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(self_text, "PIECE", LENGTH // 3)
+    monkeypatch.setattr(self_text, "ROWS", 4)  # one window at a time, and not four thirds
+    text = text_of(model)
+    ids = text.sample(2)
+    assert ids.shape == (2, LENGTH)
+    pieces = ids.view(6, LENGTH // 3)
+    dense = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64, attn_implementation="eager")
+    for piece in range(6):
+        assert redrawn(dense, text, pieces, piece)[0] == pieces[piece].tolist()
+    assert text_of(model).cached(2).equal(ids)
+
+
+@pytest.mark.parametrize(
+    ("length", "piece"),
+    [(8, 8), (512, 512), (513, 513), (1000, 500), (1021, 1021), (1023, 341), (1024, 512), (4096, 512)],
+)
+def test_pieces_divide_a_window(length: int, piece: int) -> None:
+    assert piece_length(length) == piece
+
+
+def test_distillation_gets_windows_of_its_own(model: Path, tmp_path: Path) -> None:
+    options = CompressOptions(
+        str(model), tmp_path / "out", refine=2.5, num_calibration_samples=8, max_seq_length=64, device="cpu"
+    )
+    windows = make_plan(options).with_text().data.windows
+    assert len(windows.ids) == 8
+    assert len(windows.others) == HELD_OUT + 13
+    every = torch.cat([windows.ids, windows.others])
+    assert len(every.unique(dim=0)) == len(every)
 
 
 def test_windows_do_not_depend_on_the_batch_they_are_in(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

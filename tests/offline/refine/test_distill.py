@@ -92,6 +92,22 @@ def test_a_trained_projection_matches_the_dense_gradients(with_bias: bool) -> No
         torch.testing.assert_close(found.grad.double(), expected.grad, atol=1e-4, rtol=1e-5)
 
 
+def test_gradients_of_a_window_are_those_of_its_pieces(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
+) -> None:
+    monkeypatch.setattr(refine, "PIECE", 16)
+    monkeypatch.setattr(refine, "TOKENS_PER_CHUNK", 6)
+    row = windows(1, 32)[0]
+    trained, exact = (distiller(tiny_model, factors_of(tiny_model, "pivot")) for _ in range(2))
+    trained.learn(0, row)
+    p, q = (model.double()(input_ids=row.view(2, 16)).logits.log_softmax(-1) for model in (exact.dense, exact.student))
+    (p.exp() * (p - q)).sum(-1).mean().backward()
+    for found, expected in zip(trained.parameters, exact.parameters, strict=True):
+        assert found.grad is not None
+        assert expected.grad is not None
+        assert (found.grad - expected.grad).abs().max() < 1e-4 * expected.grad.abs().max()
+
+
 @pytest.mark.parametrize("form", ["factors", "pivot"])
 def test_distillation_lowers_the_divergence(
     tiny_model: Path, form: str, monkeypatch: pytest.MonkeyPatch, one_thread: None
