@@ -149,8 +149,8 @@ class Distiller:
             student: [1, length, hidden], the student's.
         """
         for target, logits in self._logits(ids, dense, student):
-            parts = [x.float().log_softmax(-1) for x in (logits, target)]
-            yield F.kl_div(*parts, reduction="sum", log_target=True) / ids.shape[1]
+            found, expected = (x.float().log_softmax(-1) for x in (logits, target))
+            yield F.kl_div(found, expected, reduction="sum", log_target=True) / ids.shape[1]
 
     def _logits(
         self, ids: torch.Tensor, dense: torch.Tensor, student: torch.Tensor
