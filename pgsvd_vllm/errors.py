@@ -3,6 +3,10 @@
 # Characters of a longer message that are shown, of its begin and of its end: a file may hold a name of any length.
 BEGIN_SHOWN, END_SHOWN = 1200, 400
 
+# Signals that have asked this process to end. Compiled code that is interrupted inside a callback may lose the
+# KeyboardInterrupt and raise an error of its own, which must not be taken for one of the user's.
+signals: list[int] = []
+
 
 def reason_of(error: Exception) -> str:
     """The first line of an error's message, or its class where the message is empty."""

@@ -11,7 +11,7 @@ from pgsvd_vllm.cli import compress, env, inspect, profile, tune, verify
 from pgsvd_vllm.cli.flags import refuse_empty, with_flags
 from pgsvd_vllm.cli.output import Output, open_missing_streams
 from pgsvd_vllm.cli.stop import Stop
-from pgsvd_vllm.errors import PgsvdError
+from pgsvd_vllm.errors import PgsvdError, signals
 
 COMMANDS = {"compress": compress, "profile": profile, "tune": tune, "inspect": inspect, "verify": verify, "env": env}
 INTERNAL_ERROR, USER_ERROR = 1, 2
@@ -68,16 +68,17 @@ def _run(arguments: argparse.Namespace, given: Sequence[str], stop: Stop) -> int
     try:
         refuse_empty(given)
         return COMMANDS[arguments.command].run(arguments)
-    except PgsvdError as error:
-        print(f"pgsvd-vllm: error: {with_flags(' '.join(str(error).split()))}", file=sys.stderr)
-        return USER_ERROR
     except KeyboardInterrupt as error:
         print(f"pgsvd-vllm: interrupted; {error if error.args else stop.advice}", file=sys.stderr)
         return stop.status
-    except Exception:  # a bug: print what a report needs
-        if stop.number is not None:  # compiled code that is interrupted inside a callback may raise another error
+    except Exception as error:
+        if signals:  # its cause may be the interruption
             print(f"pgsvd-vllm: interrupted; {stop.advice}", file=sys.stderr)
             return stop.status
+        if isinstance(error, PgsvdError):
+            print(f"pgsvd-vllm: error: {with_flags(' '.join(str(error).split()))}", file=sys.stderr)
+            return USER_ERROR
+        # A bug: print what a report needs.
         traceback.print_exc()
         print("pgsvd-vllm: internal error; please report it with the output of: pgsvd-vllm env", file=sys.stderr)
         return INTERNAL_ERROR

@@ -6,6 +6,8 @@ import socket
 import threading
 from types import FrameType
 
+from pgsvd_vllm.errors import signals
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
@@ -43,6 +45,7 @@ class Stop:
     def _raise(self, number: int, _frame: FrameType | None) -> None:
         if self.number is None and not self.is_over:
             self.number = number
+            signals.append(number)
             raise KeyboardInterrupt
 
     def _watch(self) -> None:
@@ -59,6 +62,7 @@ class Stop:
 
     def close(self) -> None:
         """Give the signals back to the handlers that they had before."""
+        signals.clear()
         for number, handler in self._before.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._wakeup)

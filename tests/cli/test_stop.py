@@ -26,6 +26,19 @@ PYTHON = "[time.sleep(0.01) for _ in range(6000)]"
 COMPILED = "import hashlib; hashlib.pbkdf2_hmac('sha256', b'x', b'y', 10**8)"
 
 
+# An interruption that compiled code loses inside a callback, and the error that it raises instead.
+LOST = """
+    import os
+    from pgsvd_vllm.errors import InputError
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+    except KeyboardInterrupt:
+        pass
+    raise {error}("a size")
+"""
+
+
 def started(work: str) -> subprocess.Popen[str]:
     process = subprocess.Popen(
         [sys.executable, "-c", WAIT.format(work=work)],
@@ -45,6 +58,12 @@ def test_a_signal_ends_with_advice_and_its_status(number: signal.Signals) -> Non
     process.send_signal(number)
     _, errors = process.communicate(timeout=30)
     assert (process.returncode, errors) == (128 + number, "pgsvd-vllm: interrupted; repeat the command\n")
+
+
+@pytest.mark.parametrize("error", ["InputError", "TypeError"])
+def test_an_error_in_the_place_of_an_interruption_is_one(error: str) -> None:
+    _, errors = (process := started(LOST.format(error=error))).communicate(timeout=30)
+    assert (process.returncode, errors) == (128 + signal.SIGTERM, "pgsvd-vllm: interrupted; repeat the command\n")
 
 
 def test_the_second_signal_ends_compiled_code_at_once() -> None:

@@ -94,6 +94,25 @@ def test_an_interrupted_and_resumed_run_gives_equal_bytes(tmp_path: Path) -> Non
         assert tables[0][key] == tables[1][key]
 
 
+def test_an_interruption_that_compiled_code_loses_keeps_finished_layers(tmp_path: Path, tiny_model: Path) -> None:
+    """As where torch calls back into Python, drops its KeyboardInterrupt and raises an error of its own."""
+    code = (
+        "import os, signal, sys, time; from pgsvd_vllm.errors import InputError\n"
+        "from pgsvd_vllm.cli import main; import pgsvd_vllm.offline.compress as module; run = module.calibrate\n"
+        "def calibrate(*arguments):\n"
+        "    run(*arguments)\n"
+        "    try: os.kill(os.getpid(), signal.SIGTERM); time.sleep(10)\n"
+        "    except KeyboardInterrupt: raise InputError('no shape') from None\n"
+        "module.calibrate = calibrate; sys.exit(main())"
+    )
+    arguments = ["compress", str(tiny_model), "-o", str(tmp_path / "out"), "--dataset", "python-docs"]
+    arguments += ["--num-calibration-samples", "20", "--max-seq-length", "48"]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 128 + signal.SIGTERM, done.stderr
+    assert done.stderr.splitlines()[-1].startswith("pgsvd-vllm: interrupted; finished layers are kept in ")
+    assert run_cli(*arguments, "--resume").returncode == 0
+
+
 def test_an_interrupt_before_the_first_layer_leaves_nothing(tmp_path: Path, tiny_model: Path) -> None:
     output = tmp_path / "out"
 
