@@ -10,7 +10,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from pgsvd_vllm.errors import ChoiceError, InputError, PgsvdError, reason_of, signals
+from pgsvd_vllm.errors import ChoiceError, InputError, PgsvdError, as_interruption, reason_of
 from pgsvd_vllm.offline.calibration.collect import Calibration, loss_energies, output_energies
 from pgsvd_vllm.offline.calibration.token_coverage import find_coverage
 from pgsvd_vllm.offline.data.sampled.generate import SampleError
@@ -63,53 +63,49 @@ def compress(
     state = open_state(plan, say)
     keep = state.has_any_layer  # a resumed run keeps its finished layers
     try:
-        check_disk(plan, disk_bytes(plan) - state.used_bytes, state.folder)
-        plan.source.weights.check_values(plan.settings.store_dtype or plan.source.weight_dtype)
-        calibrate(plan, state)
-        keep = True
-        result = _factor_and_write(plan, state, say)
-        state.publish(_request(options))
-        return result
-    except (KeyboardInterrupt, Exception) as error:
-        if isinstance(error, KeyboardInterrupt) or signals:
-            raise _interruption(state, options) from None
+        with as_interruption():
+            check_disk(plan, disk_bytes(plan) - state.used_bytes, state.folder)
+            plan.source.weights.check_values(plan.settings.store_dtype or plan.source.weight_dtype)
+            calibrate(plan, state)
+            keep = True
+            result = _factor_and_write(plan, state, say)
+            state.publish(_request(options))
+            return result
+    except PgsvdError as error:
         if isinstance(error, ChoiceError):
             raise ChoiceError(f"{error} (calibration is kept: repeat with --resume)") from None
-        if isinstance(error, PgsvdError):
-            if keep or isinstance(error, WorkFileError):
-                raise type(error)(
-                    f"{error} (measurements are kept in {state.folder}; they fit the same options alone)"
-                ) from None
-            state.discard()
-            raise
-        by_system = isinstance(error, OSError | SafetensorError | MemoryError | RuntimeError)
-        reason = _failure(error, options) if by_system else None
+        if keep or isinstance(error, WorkFileError):
+            raise type(error)(
+                f"{error} (measurements are kept in {state.folder}; they fit the same options alone)"
+            ) from None
+        state.discard()
+        raise
+    except (OSError, SafetensorError, MemoryError, RuntimeError) as error:
+        reason = _failure(error, options)
         if reason is None:
             raise
         raise InputError(f"{reason}{_kept(state)}") from None
+    except KeyboardInterrupt:
+        if state.is_published:
+            state.discard()
+            raise KeyboardInterrupt(f"{options.output} is complete") from None
+        raise KeyboardInterrupt(_kept(state).removeprefix("; ")) from None
     finally:
         state.close()
-
-
-def _interruption(state: RunState, options: CompressOptions) -> KeyboardInterrupt:
-    """The interruption of a run, with how to continue."""
-    if state.is_published:
-        state.discard()
-        return KeyboardInterrupt(f"{options.output} is complete")
-    return KeyboardInterrupt(_kept(state).removeprefix("; "))
 
 
 def _with_text(plan: Plan, options: CompressOptions, say: Say) -> Plan:
     """The plan with its text sampled; where the default cannot be sampled, with Python's documentation instead."""
     try:
-        return plan.with_text()
-    except (KeyboardInterrupt, InputError) as error:
-        if isinstance(error, KeyboardInterrupt) or signals:
-            raise KeyboardInterrupt("text that is sampled already is kept, repeat the command") from None
-        if options.dataset is not None or not isinstance(error, SampleError):
+        with as_interruption():
+            return plan.with_text()
+    except SampleError as error:
+        if options.dataset is not None:
             raise
         say(f"WARNING: {error}; {BUILTIN} takes its place")
         return prepare(replace(options, dataset=(BUILTIN,)), say)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("text that is sampled already is kept, repeat the command") from None
 
 
 def finish(options: CompressOptions) -> bool:

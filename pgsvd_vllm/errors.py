@@ -1,11 +1,28 @@
 """The errors a user can cause, each with a message that names what to change, and parts of messages."""
 
+import contextlib
+from collections.abc import Iterator
+
 # Characters of a longer message that are shown, of its begin and of its end: a file may hold a name of any length.
 BEGIN_SHOWN, END_SHOWN = 1200, 400
 
-# Signals that have asked this process to end. Compiled code that is interrupted inside a callback may lose the
-# KeyboardInterrupt and raise an error of its own, which must not be taken for one of the user's.
+# Signals that have asked this process to end.
 signals: list[int] = []
+
+
+@contextlib.contextmanager
+def as_interruption() -> Iterator[None]:
+    """Turn an error after a signal into KeyboardInterrupt.
+
+    Compiled code that is interrupted inside a callback may lose the KeyboardInterrupt and raise an error of its own,
+    which must not be taken for one of the user's.
+    """
+    try:
+        yield
+    except Exception:
+        if signals:
+            raise KeyboardInterrupt from None
+        raise
 
 
 def reason_of(error: Exception) -> str:

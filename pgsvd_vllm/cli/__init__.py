@@ -11,7 +11,7 @@ from pgsvd_vllm.cli import compress, env, inspect, profile, tune, verify
 from pgsvd_vllm.cli.flags import refuse_empty, with_flags
 from pgsvd_vllm.cli.output import Output, open_missing_streams
 from pgsvd_vllm.cli.stop import Stop
-from pgsvd_vllm.errors import PgsvdError, signals
+from pgsvd_vllm.errors import PgsvdError, as_interruption
 
 COMMANDS = {"compress": compress, "profile": profile, "tune": tune, "inspect": inspect, "verify": verify, "env": env}
 INTERNAL_ERROR, USER_ERROR = 1, 2
@@ -66,19 +66,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(arguments: argparse.Namespace, given: Sequence[str], stop: Stop) -> int:
     """Run the command of parsed arguments and print its error; returns the exit status."""
     try:
-        refuse_empty(given)
-        return COMMANDS[arguments.command].run(arguments)
+        with as_interruption():
+            refuse_empty(given)
+            return COMMANDS[arguments.command].run(arguments)
+    except PgsvdError as error:
+        print(f"pgsvd-vllm: error: {with_flags(' '.join(str(error).split()))}", file=sys.stderr)
+        return USER_ERROR
     except KeyboardInterrupt as error:
         print(f"pgsvd-vllm: interrupted; {error if error.args else stop.advice}", file=sys.stderr)
         return stop.status
-    except Exception as error:
-        if signals:  # its cause may be the interruption
-            print(f"pgsvd-vllm: interrupted; {stop.advice}", file=sys.stderr)
-            return stop.status
-        if isinstance(error, PgsvdError):
-            print(f"pgsvd-vllm: error: {with_flags(' '.join(str(error).split()))}", file=sys.stderr)
-            return USER_ERROR
-        # A bug: print what a report needs.
+    except Exception:  # a bug: print what a report needs
         traceback.print_exc()
         print("pgsvd-vllm: internal error; please report it with the output of: pgsvd-vllm env", file=sys.stderr)
         return INTERNAL_ERROR
