@@ -35,6 +35,7 @@ from pgsvd_vllm.offline.factors.factorize import factor_layers
 from pgsvd_vllm.offline.options import CompressOptions
 from pgsvd_vllm.offline.output.checkpoint import write_checkpoint
 from pgsvd_vllm.offline.output.outcome import Choice
+from pgsvd_vllm.offline.planning.dose import dose_of
 from pgsvd_vllm.offline.planning.plan import Plan, make_plan
 from pgsvd_vllm.offline.planning.prepare import open_state
 from pgsvd_vllm.offline.ranks.select import choose_ranks, measured_front
@@ -54,8 +55,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "svd-llm": {"baseline": "svd-llm"},
     "pifa": {"baseline": "pifa"},
     "pgsvd, uniform": {"sensitivity": "uniform"},
-    "measured, factors": {"form": "factors", "sequential": False},
-    "measured, pivot": {"sequential": False},
+    "measured, factors": {"form": "factors", "sequential": False, "refine": 0},
+    "measured, pivot": {"sequential": False, "refine": 0},
+    "default, not distilled": {"refine": 0},
     "default": {},
     REFINED: {},
     MIXED: {},
@@ -140,19 +142,19 @@ def quality_plan(
 def with_options(plan: Plan, **changes: Any) -> Plan:
     """The plan for other options on the same model and calibration data."""
     options = replace(plan.options, **changes)
-    settings = resolve_settings(options, plan.settings.device, plan.settings.compute_dtype)
+    device, dtype = plan.settings.device, plan.settings.compute_dtype
+    settings = resolve_settings(options, device, dtype, dose_of(options, plan.source, device.type))
     return replace(plan, options=options, settings=settings)
 
 
 def compressed(plan: Plan, state: RunState, method: str, ratio: float, minutes: float) -> PreTrainedModel:
     """The model of one case, in the dtype it is stored in; `minutes` of distillation if the method has it."""
-    refine = minutes if method == REFINED else None
-    plan = with_options(plan, ratio=ratio, refine=refine, **METHODS[method])
+    plan = with_options(plan, ratio=ratio, **METHODS[method], **({"refine": minutes} if method == REFINED else {}))
     spectra = measured_spectra(plan, state)
     front = None if spectra.loss is None else measured_front(plan.projections, spectra.loss, plan.target)
     allocation = choose_ranks(plan.projections, spectra, plan.target, front)
     factor_layers(plan.source, plan.data, plan.settings, plan.projections, state, allocation.ranks)
-    if refine is not None:
+    if plan.settings.dose is not None:
         refine_layers(plan.source, plan.data, plan.settings, plan.projections, state, print)
     write_checkpoint(plan, state, Choice(allocation, front))
     # Weights are mapped from the files: these must stay until the model has been evaluated.

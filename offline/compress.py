@@ -173,7 +173,7 @@ def _factor_and_write(plan: Plan, state: RunState, say: Say) -> CompressResult:
     allocation = choose_ranks(plan.projections, spectra, plan.target, front)
     say(ranks_line(plan, allocation))
     factor_layers(plan.source, plan.data, plan.settings, plan.projections, state, allocation.ranks)
-    if plan.settings.refine_minutes is not None:
+    if plan.settings.dose is not None:
         refine_layers(plan.source, plan.data, plan.settings, plan.projections, state, say)
     head = None
     if plan.projections.lm_head is not None:

@@ -21,7 +21,7 @@ import torch
 from pgsvd_vllm.errors import InputError
 
 # Columns of a Gram matrix that one GEMM computes.
-GRAM_BLOCK = 512
+GRAM_BLOCK = 256
 # Largest exponent, up or down, of activations whose squares are summed in float32 as they are.
 ORDINARY_EXPONENT = 32
 # Factor between two ridges of `cholesky`.
@@ -109,27 +109,47 @@ def overflow(what: str, dtype: torch.dtype) -> InputError:
     return InputError(f"{what} overflows in {dtype}; {advice}")
 
 
-def gram_of(rows: torch.Tensor) -> torch.Tensor:
-    """rows^T rows, from float32 GEMMs; blocks below the diagonal are mirrored instead of computed.
+class GramSum:
+    """A sum of Gram matrices rows^T rows, from float32 GEMMs; blocks below the diagonal are not computed.
 
     Args:
-        rows: float32 [tokens, in].
-
-    Returns:
-        float64 [in, in], symmetric; not finite if `rows` are not.
+        width: in, of the rows.
+        device: of the rows.
     """
-    width = rows.shape[1]
-    rows, exponent = ordinary(rows)
-    gram = rows.new_empty(width, width, dtype=torch.float64)
-    for start in range(0, width, GRAM_BLOCK):
-        stop = min(start + GRAM_BLOCK, width)
-        block = rows[:, start:stop].T @ rows[:, start:]
-        # A GEMM may round x_i^T x_j and x_j^T x_i differently; the solvers need an exactly symmetric matrix.
-        corner = block[:, : stop - start]
-        corner.copy_((corner + corner.T) / 2)
-        gram[start:stop, start:] = block
-        gram[start:, start:stop] = block.T
-    return gram.mul_(2.0 ** (2 * exponent))
+
+    def __init__(self, width: int, device: torch.device | None = None) -> None:
+        self._upper = torch.zeros(width, width, dtype=torch.float64, device=device)
+
+    def add(self, rows: torch.Tensor, exponent: int = 0) -> None:
+        """Add 4^exponent rows^T rows; rows that are not finite leave a sum that is not.
+
+        Args:
+            rows: float32 [tokens, in].
+            exponent: of rows that were divided by 2^exponent.
+        """
+        width = rows.shape[1]
+        rows, own = ordinary(rows)
+        for start in range(0, width, GRAM_BLOCK):
+            stop = min(start + GRAM_BLOCK, width)
+            block = rows[:, start:stop].T @ rows[:, start:]
+            # A GEMM may round x_i^T x_j and x_j^T x_i differently; the solvers need an exactly symmetric matrix.
+            corner = block[:, : stop - start]
+            corner.copy_((corner + corner.T) / 2)
+            self._upper[start:stop, start:].add_(block, alpha=2.0 ** (2 * (own + exponent)))
+
+    def matrix(self) -> torch.Tensor:
+        """The sum, float64 [in, in], symmetric; nothing may be added to it afterwards."""
+        for start in range(0, len(self._upper), GRAM_BLOCK):
+            stop = start + GRAM_BLOCK
+            self._upper[stop:, start:stop] = self._upper[start:stop, stop:].T
+        return self._upper
+
+
+def gram_of(rows: torch.Tensor) -> torch.Tensor:
+    """rows^T rows, float64 [in, in], symmetric, of float32 [tokens, in]; not finite if `rows` are not."""
+    total = GramSum(rows.shape[1], rows.device)
+    total.add(rows)
+    return total.matrix()
 
 
 def cross_gram(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -21,9 +21,36 @@ WINDOWS, PAIRS = 128, 1024
 CPU_WINDOWS = 40
 # Held-out windows of the text: knowledge distillation never trains on them and selects its result by them.
 HELD_OUT = 8
+# Tokens of knowledge distillation that are the default: the first 100 windows bring most of what more of them bring.
+DISTILLED_TOKENS = 102400
+# Passes over the text that the default makes at most.
+DISTILLED_PASSES = 2
 # Windows of the model's own text that are sampled for each minute of knowledge distillation, beside the calibration
 # windows: two cores train on SmolLM2-135M with 25 windows a minute, and sampling one takes as long as training on one.
 FRESH_WINDOWS = 5
+# The same as a share of an amount in tokens.
+FRESH_SHARE = 0.2
+
+
+@dataclass(frozen=True)
+class Dose:
+    """An amount of knowledge distillation, in minutes or in tokens.
+
+    Attributes:
+        minutes: of training and evaluation; None if the amount is in tokens.
+        tokens: to train on; None if the amount is in minutes.
+        by_default: whether the user has not asked for it, so that it may be left out.
+    """
+
+    minutes: float | None = None
+    tokens: int | None = None
+    by_default: bool = False
+
+    def on(self, text: int) -> "Dose":
+        """The amount for a text of so many tokens: the default makes DISTILLED_PASSES passes at most."""
+        if self.tokens is None or not self.by_default:
+            return self
+        return replace(self, tokens=min(self.tokens, DISTILLED_PASSES * text))
 
 
 @dataclass(frozen=True)
@@ -42,7 +69,9 @@ class CompressOptions:
         form: `pivot` or `factors`; None is `pivot` if sensitivities are measured.
         sequential: whether each layer is fitted to activations from the already factored layers (see
             `factors.error_aware`); None is yes if sensitivities are measured.
-        refine: minutes of knowledge distillation (see `refine.distill`); None for no distillation.
+        refine: minutes of knowledge distillation (see `refine.distill`), 0 for none; None for the default (see
+            `planning.dose`) if `refine_tokens` is None as well.
+        refine_tokens: tokens of knowledge distillation, instead of minutes.
         costs: JSON file with GEMM latencies (see `format.latency_table`) that the ranks minimize; None for size.
         dataset: names, files or folders of the calibration data; each gives an equal share of the samples. None is text
             that the model samples from itself, or `python-docs` if it cannot.
@@ -71,6 +100,7 @@ class CompressOptions:
     form: str | None = None
     sequential: bool | None = None
     refine: float | None = None
+    refine_tokens: int | None = None
     costs: Path | None = None
     dataset: tuple[str, ...] | None = None
     num_calibration_samples: int | None = None
@@ -120,8 +150,12 @@ def check_options(options: CompressOptions) -> None:
         raise InputError("--objective latency: MoE experts have no measured latency; omit --include experts")
     if options.costs is not None and options.sensitivity == "uniform":
         raise InputError("--objective latency: needs measured losses, not --sensitivity uniform")
-    if options.refine is not None and not 0 < options.refine < math.inf:
-        raise InputError(f"--refine {options.refine}: must be a number of minutes above 0")
+    if options.refine is not None and not 0 <= options.refine < math.inf:
+        raise InputError(f"--refine {options.refine}: must be a number of minutes, or 0 for no distillation")
+    if options.refine_tokens is not None and options.refine_tokens < 1:
+        raise InputError(f"--refine {options.refine_tokens} tokens: must be at least 1 token")
+    if options.refine is not None and options.refine_tokens is not None:
+        raise InputError("`refine` and `refine_tokens`: give only one of them")
     if options.num_calibration_samples is not None and options.num_calibration_samples < 1:
         raise InputError(f"--num-calibration-samples {options.num_calibration_samples}: must be at least 1")
     if not 0 < options.head_tolerance < 1:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from pgsvd_vllm.offline.options import DTYPES, CompressOptions
+from pgsvd_vllm.offline.options import DTYPES, CompressOptions, Dose
 
 MEASURED, FORWARD, UNIFORM = "measured", "forward", "uniform"
 
@@ -19,7 +19,7 @@ class RunSettings:
         sequential: whether each layer is fitted to activations from the already factored layers.
         baseline: another method's name, or None.
         head_tolerance: relative error allowed in the LM head's weighted logits, between 0 and 1.
-        refine_minutes: minutes of knowledge distillation, or None.
+        dose: of knowledge distillation, or None.
         seed: of the draws of windows, pairs and labels.
         device: that computes.
         compute_dtype: of the calibration forward pass.
@@ -31,7 +31,7 @@ class RunSettings:
     sequential: bool
     baseline: str | None
     head_tolerance: float
-    refine_minutes: float | None
+    dose: Dose | None
     seed: int
     device: torch.device
     compute_dtype: torch.dtype
@@ -48,13 +48,16 @@ def store_dtype(options: CompressOptions) -> torch.dtype | None:
     return None if options.dtype == "auto" else DTYPES[options.dtype]
 
 
-def resolve_settings(options: CompressOptions, device: torch.device, compute_dtype: torch.dtype) -> RunSettings:
+def resolve_settings(
+    options: CompressOptions, device: torch.device, compute_dtype: torch.dtype, dose: Dose | None
+) -> RunSettings:
     """The settings that follow from the options.
 
     Args:
         options: checked by `check_options`.
         device: that computes.
         compute_dtype: of the calibration forward pass.
+        dose: of knowledge distillation.
     """
     default = MEASURED if options.tolerance is None and options.baseline is None else UNIFORM
     sensitivity = options.sensitivity or default
@@ -65,7 +68,7 @@ def resolve_settings(options: CompressOptions, device: torch.device, compute_dty
         sequential=informed if options.sequential is None else options.sequential,
         baseline=options.baseline,
         head_tolerance=options.head_tolerance,
-        refine_minutes=options.refine,
+        dose=dose,
         seed=options.seed,
         device=device,
         compute_dtype=compute_dtype,

@@ -99,7 +99,8 @@ def write_checkpoint(folder: Path) -> None:
         rows[name] = {"rank": rank, "form": form}
     section: dict[str, Any] = {"quant_method": "pgsvd", "version": 1, "modules": rows, "head": "lm_head"}
     section |= {"tensors": writer.count, "method": "pgsvd", "sensitivity": "measured", "sequential": True}
-    section |= {"baseline": None, "refine_minutes": None, "tolerance": {"language": 0.15}, "time_removed": None}
+    section |= {"baseline": None, "refine_minutes": None, "refine_tokens": None}
+    section |= {"tolerance": {"language": 0.15}, "time_removed": None}
     section |= {"ratio": {"linear": 0.2, "total": 0.158}, "base_model": "base", "base_revision": None}
     section |= {"calibration": {"name": "text", "tokens": 64, "sha256": "0" * 64}, "tool_version": "0.1.0"}
     section |= {"command": "pgsvd-vllm compress base -o out"}

@@ -27,7 +27,7 @@ from torch import nn
 from pgsvd_vllm.errors import InputError
 from pgsvd_vllm.offline.calibration.gram import robust_rows
 from pgsvd_vllm.offline.calibration.loss import Objective
-from pgsvd_vllm.offline.linalg import gram_of, ordinary, overflow
+from pgsvd_vllm.offline.linalg import GramSum, ordinary, overflow
 from pgsvd_vllm.offline.model.layerwise import LayerStream
 from pgsvd_vllm.offline.model.projection import Projection
 
@@ -187,8 +187,8 @@ class _Sums:
     """The sums of one projection: tokens, sum of g g^T, sum of ||g||^2 x x^T."""
 
     tokens: int
-    moment: torch.Tensor
-    gram: torch.Tensor
+    moment: GramSum
+    gram: GramSum
 
 
 class _GradientHooks:
@@ -205,12 +205,13 @@ class _GradientHooks:
     def __init__(self, modules: dict[str, nn.Module], routed: Collection[str] = ()) -> None:
         self.origin = ""
         self._routed = routed
-        self._sums = {name: _Sums(0, torch.zeros(()), torch.zeros(())) for name in modules}
+        self._sums: dict[str, _Sums] = {}
+        self._names = list(modules)
         self._handles = [module.register_forward_hook(self._hook(name)) for name, module in modules.items()]
 
     def _hook(self, name: str) -> Callable[..., None]:
         def forward_hook(_module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-            x, sums = args[0].detach(), self._sums[name]
+            x = args[0].detach()
 
             def add(gradient: torch.Tensor) -> None:
                 rows = gradient.detach().flatten(0, -2).float()
@@ -219,10 +220,13 @@ class _GradientHooks:
                 # Norms of ordinary magnitude, and the exponent that they lack.
                 scaled, exponent = ordinary(rows)
                 norms = scaled.norm(dim=1, keepdim=True)
+                if name not in self._sums:
+                    moment, gram = (GramSum(width, rows.device) for width in (rows.shape[1], x.shape[-1]))
+                    self._sums[name] = _Sums(0, moment, gram)
+                sums = self._sums[name]
                 sums.tokens += len(rows)
-                sums.moment = gram_of(rows) + sums.moment.to(rows.device)
-                gram = gram_of(robust_rows(x) * norms).mul_(2.0 ** (2 * exponent))
-                sums.gram = gram + sums.gram.to(rows.device)
+                sums.moment.add(rows)
+                sums.gram.add(robust_rows(x) * norms, exponent)
 
             output.register_hook(add)
 
@@ -244,16 +248,18 @@ class _GradientHooks:
             InputError: no token reaches a projection that is not in `routed`.
         """
         moments, grams = {}, {}
-        for name, sums in self._sums.items():
-            if not sums.tokens:
+        for name in self._names:
+            sums = self._sums.pop(name, None)
+            if sums is None or not sums.tokens:
                 if name in self._routed:
                     continue
                 raise InputError(
                     f"{name}: none of the first {tokens} calibration tokens reaches it; "
                     f"leave it dense with `ignore` {name}, or use `sensitivity` forward"
                 )
-            moments[name] = sums.moment * (weight / sums.tokens)
-            energy = float(sums.moment.trace())  # sum ||g||^2
+            moment = sums.moment.matrix()
+            energy = float(moment.trace())  # sum ||g||^2
+            moments[name] = moment.mul_(weight / sums.tokens)
             # Without any gradient all token weights are 0.
-            grams[name] = sums.gram * (sums.tokens / tokens / energy if energy > 0 else 0.0)
+            grams[name] = sums.gram.matrix().mul_(sums.tokens / tokens / energy if energy > 0 else 0.0)
         return LayerGradients(moments, grams)

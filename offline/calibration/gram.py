@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from pgsvd_vllm.errors import InputError
-from pgsvd_vllm.offline.linalg import gram_of, ordinary, overflow
+from pgsvd_vllm.offline.linalg import GramSum, ordinary, overflow
 from pgsvd_vllm.offline.model.layerwise import LayerStream
 from pgsvd_vllm.offline.model.projection import Projection
 
@@ -83,7 +83,7 @@ class _GramHooks:
     """
 
     def __init__(self, layer: nn.Module, projections: Sequence[Projection], prefix: str) -> None:
-        self.grams: dict[str, torch.Tensor] = {}
+        self._sums: dict[str, GramSum] = {}
         self.leader: dict[str, str] = {}
         self.counts: Counter[str] = Counter()
         self.origin = ""
@@ -106,9 +106,10 @@ class _GramHooks:
             if not torch.isfinite(x).all():
                 raise overflow(f"{name}: its input{self.origin}", x.dtype)
             rows = robust_rows(x)
-            gram = gram_of(rows)
             self.counts[name] += len(rows)
-            self.grams[name] = self.grams[name] + gram if name in self.grams else gram
+            if name not in self._sums:
+                self._sums[name] = GramSum(rows.shape[1], rows.device)
+            self._sums[name].add(rows)
 
         return hook
 
@@ -118,6 +119,10 @@ class _GramHooks:
                 self.origin = f" (first the output of {name})"
 
         return hook
+
+    def grams(self) -> dict[str, torch.Tensor]:
+        """Leader -> sum of x x^T, float64 [in, in]; the hooks must not run afterwards."""
+        return {name: total.matrix() for name, total in self._sums.items()}
 
     def end_batch(self) -> None:
         """Release the inputs of a batch, which are kept to recognise projections with the same input."""
@@ -168,4 +173,4 @@ def advance(
         missing = [p.name for p in projections if p.name not in hooks.leader and p.reach == 1]
         if missing:
             raise InputError(f"{missing[0]}: the layer never calls it; leave it dense with `ignore` {missing[0]}")
-        yield LayerGrams(hooks.grams, hooks.leader, tokens, dict(hooks.counts))
+        yield LayerGrams(hooks.grams(), hooks.leader, tokens, dict(hooks.counts))

@@ -7,9 +7,9 @@ from torch import nn
 
 from pgsvd_vllm.errors import InputError
 from pgsvd_vllm.offline.linalg import (
+    GramSum,
     ScaledMatrix,
     exponent_of,
-    gram_of,
     gram_root,
     is_silent,
     naming,
@@ -44,7 +44,7 @@ def calibrate_lm_head(stream: LayerStream, head: Projection) -> LMHeadCalibratio
     source = stream.source
     source.load_lm_head(stream.device, stream.dtype)
     module: nn.Module = source.model.get_submodule(head.path)
-    gram = torch.zeros(head.in_features, head.in_features, dtype=torch.float64, device=stream.device)
+    total = GramSum(head.in_features, stream.device)
     weight = torch.zeros(head.out_features, device=stream.device)
     tokens = 0
     last = len(source.layers) - 1
@@ -56,10 +56,11 @@ def calibrate_lm_head(stream: LayerStream, head: Projection) -> LMHeadCalibratio
                 p = logits.flatten(0, -2).float().softmax(-1)
                 weight += (p * (1 - p)).sum(0)
                 tokens += len(p)
-            gram += sum(gram_of(x.flatten(0, -2).float()) for x in inputs)
-            inputs.clear()
-            if not (torch.isfinite(gram).all() and torch.isfinite(weight).all()):
+            if not (all(torch.isfinite(x).all() for x in inputs) and torch.isfinite(weight).all()):
                 raise overflow(f"{head.name}: its input or output", stream.dtype)
+            for x in inputs:
+                total.add(x.flatten(0, -2).float())
+            inputs.clear()
             if tokens >= HEAD_TOKENS:
                 break
     finally:
@@ -70,7 +71,7 @@ def calibrate_lm_head(stream: LayerStream, head: Projection) -> LMHeadCalibratio
             "inputs and needs at least as many"
         )
     weight /= tokens
-    unit = ScaledMatrix.of(gram).elements
+    unit = ScaledMatrix.of(total.matrix()).elements
     gram = unit.double()  # the energies belong to the stored matrix
     with naming(head.name):
         root = gram_root(gram)

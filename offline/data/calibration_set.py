@@ -19,13 +19,18 @@ from pgsvd_vllm.offline.model.towers import LANGUAGE
 from pgsvd_vllm.offline.options import (
     BUILTIN,
     CPU_WINDOWS,
+    FRESH_SHARE,
     FRESH_WINDOWS,
     HELD_OUT,
     PAIRS,
     SELF,
     WINDOWS,
     CompressOptions,
+    Dose,
 )
+
+# Largest share of a text that is held out for distillation that nobody has asked for.
+MOST_HELD_OUT = 0.2
 
 
 @dataclass(frozen=True)
@@ -133,11 +138,13 @@ class DataReader:
         options: checked by `check_options`, with `dataset` set.
         source: the model; its folder holds the tokenizer and the processor.
         machine: that samples text from the model itself.
+        dose: of knowledge distillation, which needs windows of its own.
     """
 
-    def __init__(self, options: CompressOptions, source: ModelSource, machine: Machine) -> None:
+    def __init__(self, options: CompressOptions, source: ModelSource, machine: Machine, dose: Dose | None) -> None:
         assert options.dataset is not None
         self._options, self._source, self._machine, self._datasets = options, source, machine, options.dataset
+        self._dose = dose
         limit = getattr(source.config.get_text_config(), "max_position_embeddings", None)
         # XLNet's -1 means any length.
         self._length = min(options.max_seq_length, limit) if limit and limit > 0 else options.max_seq_length
@@ -198,8 +205,7 @@ class DataReader:
         if not requests:
             return CalibrationSet(no_windows(self._length))
         tokenizer = load_tokenizer(self._source.folder, self._options.trust_remote_code)
-        spare = 0 if self._options.refine is None else HELD_OUT
-        left_over = -(-spare // len(requests))
+        left_over = -(-HELD_OUT // len(requests))
         parts, warnings, to_sample = [], [], None
         for dataset, count in requests:
             if dataset != SELF:
@@ -208,27 +214,39 @@ class DataReader:
                 warnings += warned
                 continue
             text = SelfText(self._source, tokenizer, self._machine, self._length, self._options.seed)
-            own = min(count, text.most)
-            # Distillation learns little more from windows that it has seen several times.
-            fresh = min(math.ceil(FRESH_WINDOWS * (self._options.refine or 0)), text.most - own)
-            total = own + left_over + fresh
+            own = total = min(count, text.most)
+            if self._dose is not None:
+                total += left_over + min(self._fresh(self._dose, own), text.most - own)
             to_sample = None if sample else text.to_sample(total)
             ids = text.sample(total) if to_sample is None else text.stand_in(total)
             parts.append(as_windows(ids[:own], SELF, ids[own:]))
             if own < count:
-                parts.append(self._text(tokenizer, BUILTIN, count - own, 0)[0])
+                parts.append(self._text(tokenizer, BUILTIN, count - own, left_over)[0])
                 warnings.append(
                     f"{SELF}: on a CPU this model samples {own} of {count} windows in reasonable time; {BUILTIN} gives "
                     "the others. Text like the model's future input, or a GPU, is better"
                 )
         return CalibrationSet(mix_windows(parts), warnings=tuple(warnings), to_sample=to_sample)
 
+    def _fresh(self, dose: Dose, own: int) -> int:
+        """Windows to train on beside the `own` calibration windows: those seen several times teach little more."""
+        if dose.minutes is not None:
+            return math.ceil(FRESH_WINDOWS * dose.minutes)
+        fresh = math.ceil(FRESH_SHARE * (dose.tokens or 0) / self._length)
+        return min(fresh, own // 2) if dose.by_default else fresh
+
     def _text(
         self, tokenizer: PreTrainedTokenizerBase, dataset: str, count: int, left_over: int
     ) -> tuple[Windows, list[str]]:
-        """Windows of a text, of which at least `left_over` are spare, and warnings."""
+        """Windows of a text and warnings; `left_over` of the windows are spare, if they are few or were asked for.
+
+        The calibration windows of a long text do not depend on distillation, so that runs can share a calibration.
+        """
         options = self._options
         documents = read_documents(dataset, (count + left_over) * self._length, tokenizer, options.chat_template)
         text = tokenize(tokenizer, documents, dataset)
+        required = self._dose is not None and not self._dose.by_default
+        if not required and text.count(self._length) < left_over / MOST_HELD_OUT:
+            left_over = 0
         windows = cut_windows(text, count, self._length, options.seed, left_over)
         return windows, check_worth(windows, len(text.prefix))

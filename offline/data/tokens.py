@@ -33,6 +33,11 @@ class TokenizedText:
     prefix: list[int]
     name: str
 
+    def count(self, length: int) -> int:
+        """Number of windows of `length` tokens that the text fills."""
+        body = length - len(self.prefix)
+        return len(self.ids) // body if body > 0 else 0
+
 
 @dataclass(frozen=True)
 class Windows:
@@ -161,7 +166,7 @@ def cut_windows(text: TokenizedText, count: int, length: int, seed: int, spare: 
         InputError: the text is shorter than one window and the spare ones.
     """
     body = length - len(text.prefix)
-    available = len(text.ids) // body if body > 0 else 0
+    available = text.count(length)
     if available < 1 + spare:
         raise InputError(
             f"--dataset {text.name}: {len(text.ids)} tokens are too little calibration text: {1 + spare} x "

@@ -32,7 +32,7 @@ from torch import nn
 
 from pgsvd_vllm.errors import InputError
 from pgsvd_vllm.offline.calibration.gram import by_window, token_scale
-from pgsvd_vllm.offline.linalg import cholesky, cross_gram, gram_of, naming
+from pgsvd_vllm.offline.linalg import GramSum, cholesky, cross_gram, naming
 from pgsvd_vllm.offline.model.layerwise import Flow, LayerStream
 from pgsvd_vllm.offline.model.projection import Projection
 
@@ -227,9 +227,10 @@ class ErrorAwarePass:
             InputError: the inputs are not finite, or belong to other tokens than in the dense layer.
         """
         width = module.in_features
-        gram = torch.zeros(width, width, dtype=torch.float64, device=self.stream.device)
-        cross, dense_gram = torch.zeros_like(gram), None if self.all_tokens else torch.zeros_like(gram)
-        stream = None if earlier is None else gram.new_zeros(module.out_features, width)
+        device = self.stream.device
+        grams, dense_grams = GramSum(width, device), None if self.all_tokens else GramSum(width, device)
+        cross = torch.zeros(width, width, dtype=torch.float64, device=device)
+        stream = None if earlier is None else cross.new_zeros(module.out_features, width)
         tokens, own = 0, 0.0
         for i, run in enumerate(runs):
             x = run.run_until(name)
@@ -239,10 +240,10 @@ class ErrorAwarePass:
             scale = token_scale(factored_x)
             rows = (factored_x * scale).flatten(0, 1)
             tokens += len(rows)
-            gram += gram_of(rows)
+            grams.add(rows)
             cross += cross_gram((dense_x * scale).flatten(0, 1), rows)
-            if dense_gram is not None:
-                dense_gram += gram_of((dense_x * token_scale(dense_x)).flatten(0, 1))
+            if dense_grams is not None:
+                dense_grams.add((dense_x * token_scale(dense_x)).flatten(0, 1))
             if stream is not None:
                 error = dense.hidden[i].float() - self.factored.hidden[i].float()
                 for writer in earlier or ():
@@ -250,6 +251,7 @@ class ErrorAwarePass:
                 stream += cross_gram((error * scale).flatten(0, 1), rows)
                 output = dense.outputs[name][i].to(x.device).float() * scale
                 own += float(torch.linalg.vector_norm(output, dtype=torch.float64)) ** 2
+        gram = grams.matrix()
         if not torch.isfinite(gram).all():
             raise self._overflow(name)
         if tokens < width or not gram.any():
@@ -264,7 +266,7 @@ class ErrorAwarePass:
             shift = STREAM_CORRECTED * torch.cholesky_solve(stream.T, root).T
             if float((shift * stream).sum()) * STREAM_CORRECTED > LARGEST_SHIFT * own:
                 shift = None
-        return Target(change, shift, gram, dense_gram)
+        return Target(change, shift, gram, None if dense_grams is None else dense_grams.matrix())
 
     def _overflow(self, name: str) -> InputError:
         """The error for activations of the factored model that are not finite."""

@@ -24,8 +24,19 @@ def describe(plan: Plan) -> str:
         f"calibration: {_data_line(plan.data, plan.options.num_calibration_samples)}, "
         f"on {settings.device} in {str(settings.compute_dtype).removeprefix('torch.')}{_coverage_line(plan)}"
         + "".join(f"\nWARNING: --dataset {warning}" for warning in plan.data.warnings)
+        + _distillation_line(plan)
         + _roles_line(plan)
     )
+
+
+def _distillation_line(plan: Plan) -> str:
+    """How much distillation follows; empty without any."""
+    dose, windows = plan.settings.dose, plan.data.windows
+    if dose is None:
+        return ""
+    if dose.minutes is not None:
+        return f"\ndistillation: {dose.minutes:g} minutes"
+    return f"\ndistillation: {dose.on(windows.ids.numel() + windows.others.numel()).tokens} tokens"
 
 
 def _roles_line(plan: Plan) -> str:

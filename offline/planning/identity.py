@@ -40,7 +40,8 @@ def manifest(plan: Plan) -> Manifest:
         "set of projections": _projections(plan.projections.layers),
         "program version": CALIBRATION_VERSION,
     }
-    return Manifest(identity, {"sensitivity": plan.settings.sensitivity}, _environment(plan.settings.device))
+    kept = {"sensitivity": plan.settings.sensitivity, "distilled": str(plan.settings.dose is not None)}
+    return Manifest(identity, kept, _environment(plan.settings.device))
 
 
 def _projections(layers: Sequence[Sequence[Projection]]) -> str:

@@ -18,7 +18,8 @@ from pgsvd_vllm.offline.model.hub import resolve_folder
 from pgsvd_vllm.offline.model.projection import ProjectionSet, widest
 from pgsvd_vllm.offline.model.source import ModelSource
 from pgsvd_vllm.offline.model.towers import LANGUAGE
-from pgsvd_vllm.offline.options import DEFAULT_RATIO, CompressOptions, check_options
+from pgsvd_vllm.offline.options import DEFAULT_RATIO, HELD_OUT, CompressOptions, check_options
+from pgsvd_vllm.offline.planning.dose import dose_of
 from pgsvd_vllm.offline.ranks.target import RankTarget
 from pgsvd_vllm.offline.settings import RunSettings, resolve_settings, store_dtype
 
@@ -65,13 +66,22 @@ class Plan:
         if self.data.to_sample is None:
             return self
         machine = _machine(self.settings.device, self.settings.compute_dtype)
-        data = DataReader(self.options, self.source, machine).read(sample=True)
+        data = DataReader(self.options, self.source, machine, self.settings.dose).read(sample=True)
         _check_ids(self.source, data)
         return replace(self, data=replace(data, tokens_per_pixel=self.data.tokens_per_pixel))
 
     def with_sensitivity(self, sensitivity: str) -> "Plan":
         """The same plan with another sensitivity, `measured`, `forward` or `uniform`."""
         return replace(self, settings=replace(self.settings, sensitivity=sensitivity))
+
+    def without_distillation(self) -> "Plan":
+        """The same plan without distillation, and without the sampled text that only distillation needs."""
+        plan = replace(self, settings=replace(self.settings, dose=None))
+        if self.data.to_sample is None:
+            return plan
+        machine = _machine(self.settings.device, self.settings.compute_dtype)
+        data = DataReader(self.options, self.source, machine, None).read(sample=False)
+        return replace(plan, data=replace(data, tokens_per_pixel=self.data.tokens_per_pixel))
 
 
 def _machine(device: torch.device, dtype: torch.dtype) -> Machine:
@@ -93,15 +103,14 @@ def make_plan(options: CompressOptions) -> Plan:
     folder = resolve_folder(options.model, options.trust_remote_code)
     source = ModelSource(folder, options.trust_remote_code, "experts" in options.include)
     find_companions(folder, options.trust_remote_code)  # refuses those that cannot be copied in the end
-    if source.reads_images and options.refine is not None:
-        raise InputError(f"--refine: trains on text only, but {options.model} takes images; omit it")
-    if source.unstacks_experts and options.refine is not None:
-        raise InputError("--refine: does not train MoE experts; omit it or --include experts")
+    dose = dose_of(options, source, device.type)
     compute_dtype = gemm_dtype(device, store_dtype(options) or source.weight_dtype)
     machine = _machine(device, compute_dtype)
     options = with_data_defaults(options, source, machine)
-    data = DataReader(options, source, machine).read(sample=False)
+    data = DataReader(options, source, machine, dose).read(sample=False)
     _check_ids(source, data)
+    if dose is not None and dose.by_default and len(data.windows.others) < HELD_OUT:
+        dose = None
     reach = reached_layers(source, data, device, compute_dtype)
     projections = _projections(options, source, reach.others)
     plan = Plan(
@@ -109,7 +118,7 @@ def make_plan(options: CompressOptions) -> Plan:
         source,
         reached_projections(projections, reach),
         replace(data, tokens_per_pixel=reach.tokens_per_pixel),
-        resolve_settings(options, device, compute_dtype),
+        resolve_settings(options, device, compute_dtype, dose),
         None if options.costs is None else _latencies(options),
         reach.others,
     )

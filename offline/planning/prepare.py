@@ -27,21 +27,22 @@ def prepare(options: CompressOptions, say: Callable[[str], None]) -> Plan:
     plan = make_plan(options)
     if plan.latencies is not None:
         check_latency(plan.projections, plan.target)
+    recorded = recorded_settings(options.output) if options.resume else {}
+    if recorded.get("distilled") == "False" and plan.settings.dose is not None and plan.settings.dose.by_default:
+        plan = plan.without_distillation()
     if options.sensitivity is None and plan.settings.sensitivity == MEASURED:
-        begun = _begun(options, len(plan.projections.layers))
+        begun = _begun(options, len(plan.projections.layers), recorded)
         if begun is not None:
             return plan.with_sensitivity(begun)
     return fit_into_memory(plan, say)
 
 
-def _begun(options: CompressOptions, layers: int) -> str | None:
+def _begun(options: CompressOptions, layers: int, recorded: dict[str, str]) -> str | None:
     """The sensitivity method that earlier work of this run, or the calibration folder, has settled."""
     if options.calibration is not None and measured_layers(options.calibration, MEASURED) == layers:
         return MEASURED  # nothing is left to measure
-    if not options.resume:
-        return None
-    recorded = recorded_settings(options.output).get("sensitivity")
-    return recorded if recorded in (MEASURED, FORWARD) else None
+    found = recorded.get("sensitivity")
+    return found if found in (MEASURED, FORWARD) else None
 
 
 def open_state(plan: Plan, say: Callable[[str], None] = lambda _line: None) -> RunState:

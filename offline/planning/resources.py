@@ -17,11 +17,14 @@ from pgsvd_vllm.offline.model.batch import TOKENS_PER_BATCH
 from pgsvd_vllm.offline.model.device import gemm_rate
 from pgsvd_vllm.offline.model.free_memory import free_memory
 from pgsvd_vllm.offline.model.projection import Projection
+from pgsvd_vllm.offline.planning.dose import FLOPS_PER_PARAMETER
 from pgsvd_vllm.offline.planning.plan import Plan
 from pgsvd_vllm.offline.settings import FORWARD, MEASURED
 
 # ALS sweeps per projection at the default tolerance.
 TYPICAL_SWEEPS = 12
+# Time of a step of distillation as a multiple of that of its GEMMs at full speed.
+DISTILLATION_SLOWDOWN = 2.0
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ def memory_bytes(plan: Plan) -> int:
     if head is not None:
         # The LM head, and Gram matrices and blocks of rows in float64.
         memory += head.numel * width + 6 * head.in_features**2 * 8 + HEAD_ROWS * head.in_features * 8 * 4
-    if settings.refine_minutes is not None:
+    if settings.dose is not None:
         # Dense model, student, and float32 parameters with gradients and Adam's two moments.
         length = plan.data.length
         memory += 2 * source.weights.numel * width + 16 * sum(p.numel for p in flat)
@@ -102,7 +105,10 @@ def estimate(plan: Plan) -> Estimate:
         # symmetric C' and C is computed.
         seconds += 2 * 2 * fitted * active / rates[settings.compute_dtype]
         seconds += (3 if fitted == tokens else 4) * fitted * squares / rates[torch.float32]
-    seconds += 60 * (settings.refine_minutes or 0)
+    if settings.dose is not None:
+        trained = settings.dose.on(plan.data.windows.ids.numel() + plan.data.windows.others.numel()).tokens or 0
+        flops = FLOPS_PER_PARAMETER * trained * plan.source.weights.numel
+        seconds += 60 * (settings.dose.minutes or 0) + DISTILLATION_SLOWDOWN * flops / rates[settings.compute_dtype]
     eigen = _eigenvector_rate(settings.device)
     for p in flat:
         small = min(p.out_features, p.in_features)
@@ -121,6 +127,9 @@ def disk_bytes(plan: Plan) -> int:
         hidden = plan.source.config.get_text_config().hidden_size
         needed += sum(p.out_features**2 + p.in_features**2 for p in plan.projections.flat) * 4
         needed += tokens * hidden * plan.settings.compute_dtype.itemsize * len(rows)
+    if plan.settings.dose is not None:
+        # The factors from before distillation are kept.
+        needed += sum(plan.source.weights.header(f"{p.path}.weight").nbytes for p in plan.projections.flat)
     return needed + sum(info.nbytes for info in plan.source.weights.tensors.values())
 
 
@@ -130,21 +139,25 @@ def _most_tokens(plan: Plan) -> int:
 
 
 def fit_into_memory(plan: Plan, say: Callable[[str], None]) -> Plan:
-    """The plan, or one with sensitivities from forward passes alone if gradients do not fit in memory.
+    """The plan, or one without distillation, or with sensitivities from forward passes alone, if they do not fit.
 
-    Only the default changes; a sensitivity that the user requested is kept.
+    Only the defaults change; what the user requested is kept.
 
     Args:
         plan: to fit.
         say: called with one line if the plan changes.
     """
     free = free_memory(plan.settings.device)
-    if free is None or plan.options.sensitivity is not None or plan.settings.sensitivity != MEASURED:
+    if free is None:
         return plan
     # The weights outside of the layers are loaded already.
     loaded = sum(parameter.nbytes for parameter in plan.source.model.parameters() if not parameter.is_meta)
     needed = memory_bytes(plan) - loaded
-    if needed <= free:
+    if needed > free and plan.settings.dose is not None and plan.settings.dose.by_default:
+        say(f"distillation needs about {bytes_text(needed)} of memory, {bytes_text(free)} are free: it is left out")
+        plan = plan.without_distillation()
+        needed = memory_bytes(plan) - loaded
+    if needed <= free or plan.options.sensitivity is not None or plan.settings.sensitivity != MEASURED:
         return plan
     say(
         f"measuring loss gradients needs about {bytes_text(needed)} of memory, {bytes_text(free)} are free: "

@@ -23,6 +23,7 @@ from pgsvd_vllm.errors import InputError
 from pgsvd_vllm.format.lowrank import other_rows
 from pgsvd_vllm.format.schema import FORMS
 from pgsvd_vllm.offline.model.layer_calls import hidden_after, logits_after
+from pgsvd_vllm.offline.options import Dose
 
 # Adam's learning rate for one step per window is this times the root of the initial divergence (in nats, at most 1).
 # The loss from gradient noise grows with the rate and must stay small against the possible gain. 4e-5 works at 0.40
@@ -207,23 +208,29 @@ class Distiller:
         self,
         windows: torch.Tensor,
         held_out: torch.Tensor,
-        minutes: float,
+        dose: Dose,
         seed: int = 0,
         say: Callable[[str], None] = lambda _line: None,
     ) -> Refined:
-        """Train for some minutes.
+        """Train on an amount of text.
 
         Args:
             windows: int64 [count, length], to train on: once in this order, then in random orders while time is left.
             held_out: int64 [any, length], never trained on.
-            minutes: of training, evaluations included; the learning rate follows the clock.
+            dose: minutes, evaluations included, or tokens; the learning rate falls with what is left.
             seed: of the random orders.
             say: called with one line at the end.
 
         Raises:
             InputError: the divergence before training is not finite.
         """
-        start, budget = time.monotonic(), minutes * 60
+        start, trained = time.monotonic(), 0
+        total, unit = (round(60 * dose.minutes, 3), "s") if dose.minutes is not None else (dose.tokens or 1, "tok")
+
+        def done() -> float:
+            """Seconds or tokens."""
+            return time.monotonic() - start if dose.minutes is not None else trained
+
         generator = torch.Generator().manual_seed(seed)
         before = best = self.evaluate(held_out)
         if not math.isfinite(before):
@@ -235,8 +242,9 @@ class Distiller:
         optimiser = torch.optim.Adam(self.parameters, lr=rate, betas=BETAS)
         kept, steps, evaluations = self.tensors, 0, 0
         order = list(reversed(range(len(windows))))
-        with tqdm(total=round(budget), unit="s", desc="refine", bar_format="{l_bar}{bar}| {elapsed}{postfix}") as bar:
-            while (share := (time.monotonic() - start) / budget) < 1:
+        layout = "{l_bar}{bar}| {elapsed}<{remaining}{postfix}"
+        with tqdm(total=total, unit=unit, desc="refine", bar_format=layout) as bar:
+            while (share := done() / total) < 1:
                 optimiser.param_groups[0]["lr"] = rate * min(1.0, (share + 0.01) / WARM_UP, 1 - share)
                 order = order or torch.randperm(len(windows), generator=generator).tolist()
                 key = order.pop()
@@ -246,7 +254,8 @@ class Distiller:
                     optimiser.step()
                 optimiser.zero_grad()
                 steps += 1
-                bar.update(min(round(budget), round(time.monotonic() - start)) - bar.n)
+                trained += windows.shape[1]
+                bar.update(min(total, done()) - bar.n)
                 if share >= EVALUATED[evaluations]:
                     evaluations += 1
                     best, kept = self._select(held_out, best, kept)

@@ -78,12 +78,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--refine",
-        type=float,
+        type=amount,
         nargs="?",
-        const=20.0,
-        metavar="MINUTES",
-        help="afterwards train all factors by knowledge distillation from the dense model on the calibration text and "
-        "more text of its kind (20 minutes if no number is given); keeps the whole model in memory",
+        const=(20.0, None),
+        default=(None, None),
+        metavar="MINUTES|TOKENS",
+        help="train all factors by knowledge distillation from the dense model, on the calibration text and more text "
+        "of its kind: for so many minutes (20 if no number is given), or on so many tokens with k or M, such as 500k; "
+        "0 leaves it out. Default: 102k tokens, fewer or none for large models on a CPU; none for models that take "
+        "images, --include experts, or without measured sensitivities. Keeps the whole model in memory, twice",
     )
     data = parser.add_argument_group("calibration")
     data.add_argument(
@@ -167,6 +170,12 @@ def shares(text: str) -> float | dict[str, float]:
     return found
 
 
+def amount(text: str) -> tuple[float | None, int | None]:
+    """Parse `15` as minutes, and `500k` or `2M` as tokens; the other element is None."""
+    unit = {"k": 1000, "M": 1000_000}.get(text[-1:])
+    return (float(text), None) if unit is None else (None, round(float(text[:-1]) * unit))
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Compress the model, or show the plan; returns the exit status and raises PgsvdError."""
     from pgsvd_vllm.offline.compress import compress, finish
@@ -191,7 +200,8 @@ def run(arguments: argparse.Namespace) -> int:
         baseline=arguments.baseline,
         form=arguments.form,
         sequential=arguments.sequential,
-        refine=arguments.refine,
+        refine=arguments.refine[0],
+        refine_tokens=arguments.refine[1],
         costs=arguments.costs,
         dataset=None if arguments.dataset is None else tuple(arguments.dataset),
         num_calibration_samples=arguments.num_calibration_samples,

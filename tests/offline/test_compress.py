@@ -192,7 +192,7 @@ def test_forward_sensitivity_if_gradients_exceed_memory(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines: list[str] = []
-    plan = make_plan(CompressOptions(str(tiny_model), tmp_path / "out", **SMALL))
+    plan = make_plan(CompressOptions(str(tiny_model), tmp_path / "out", refine=0, **SMALL))
     assert fit_into_memory(plan, lines.append) is plan
     free = free_memory(torch.device("cpu"))
     assert free is not None
@@ -209,7 +209,7 @@ def test_forward_sensitivity_if_gradients_exceed_memory(
     needed, least = (bytes_text(memory_bytes(plan) - loaded - less) for less in (0, 1))
     assert lines[0].startswith(f"measuring loss gradients needs about {needed} of memory, {least} are free: ")
     for options in ({"sensitivity": "measured"}, {"sensitivity": "uniform"}, {"tolerance": 0.3}, {"baseline": "svd"}):
-        requested = make_plan(CompressOptions(str(tiny_model), tmp_path / "out", **SMALL, **options))
+        requested = make_plan(CompressOptions(str(tiny_model), tmp_path / "out", refine=0, **SMALL, **options))
         assert fit_into_memory(requested, lines.append) is requested
     assert len(lines) == 1
 

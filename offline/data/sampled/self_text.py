@@ -195,7 +195,9 @@ class SelfText:
             ) from None
         model = self._model()
         parts, total = [known], len(known)
-        steps = range(total, count, max(1, rows // self._pieces))
+        # Equal batches, so that the last one is not small.
+        batches = -(-(count - total) // max(1, rows // self._pieces))
+        steps = range(total, count, -(-(count - total) // batches))
         with tqdm(total=len(steps) * (self._piece - 1), unit="step", desc="sample") as bar:
             for first in steps:
                 parts.append(self._generate(model, range(first, min(first + steps.step, count)), bar.update))

@@ -1,6 +1,7 @@
 """Free memory within a container's limits, from files of proc and sys; the memory of an untied LM head and of texts."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -75,7 +76,7 @@ def test_this_machine_says_what_is_free() -> None:
 
 
 def test_an_untied_lm_head_is_counted(tmp_path: Path) -> None:
-    small = {"num_calibration_samples": 20, "max_seq_length": 48}
+    small: dict[str, Any] = {"num_calibration_samples": 20, "max_seq_length": 48, "refine": 0}
     needed = {}
     for tie in (True, False):
         model = save_tiny_model(tmp_path / f"tied-{tie}", tie=tie)

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from pgsvd_vllm.errors import InputError
 from pgsvd_vllm.format.lowrank import pivot_weight, reconstruct
 from pgsvd_vllm.offline.compress import compress
-from pgsvd_vllm.offline.options import HELD_OUT, CompressOptions
+from pgsvd_vllm.offline.options import HELD_OUT, CompressOptions, Dose
 from pgsvd_vllm.offline.planning.plan import make_plan
 from pgsvd_vllm.offline.planning.resources import estimate
 from pgsvd_vllm.offline.refine import distill as refine
@@ -117,7 +117,7 @@ def test_distillation_lowers_the_divergence(
     held_out = windows(4, 32, seed=9)
     before = divergence_of(tiny_model, tensors, held_out)
     lines: list[str] = []
-    refined = distiller(tiny_model, tensors).run(text, held_out, minutes=0.15, say=lines.append)
+    refined = distiller(tiny_model, tensors).run(text, held_out, Dose(minutes=0.15), say=lines.append)
     assert refined.before == pytest.approx(before, rel=1e-4)
     # The returned factors are the evaluated ones.
     assert refined.after == pytest.approx(divergence_of(tiny_model, refined.tensors, held_out), rel=1e-4)
@@ -134,6 +134,21 @@ def test_distillation_lowers_the_divergence(
             assert torch.equal(new, tensor) == (suffix == "pivots"), f"{name}.{suffix}"
 
 
+def test_an_amount_of_tokens_does_not_depend_on_the_clock(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
+) -> None:
+    tensors, text, held_out = factors_of(tiny_model, "pivot"), windows(6, 32), windows(2, 32, seed=9)
+    results = []
+    for seconds in (0.01, 1000.0):
+        count_time_by_steps(monkeypatch, seconds)
+        results.append(distiller(tiny_model, tensors).run(text, held_out, Dose(tokens=100 * 32 - 5)))
+        monkeypatch.undo()
+    assert [refined.steps for refined in results] == [100, 100]
+    assert results[0].after == results[1].after < results[0].before
+    for name, row in results[0].tensors.items():
+        assert all(torch.equal(results[1].tensors[name][suffix], tensor) for suffix, tensor in row.items())
+
+
 def test_windows_come_in_order_and_are_then_shuffled(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
 ) -> None:
@@ -148,7 +163,7 @@ def test_windows_come_in_order_and_are_then_shuffled(
 
     monkeypatch.setattr(Distiller, "learn", recorded)
     text = windows(7, 32)
-    distiller(tiny_model, factors_of(tiny_model, "factors")).run(text, windows(2, 32, seed=9), minutes=0.1)
+    distiller(tiny_model, factors_of(tiny_model, "factors")).run(text, windows(2, 32, seed=9), Dose(minutes=0.1))
     assert len(keys) > 21
     assert keys[:7] == list(range(7))
     epochs = [keys[i : i + 7] for i in range(7, len(keys) - 6, 7)]
@@ -185,7 +200,7 @@ def test_failed_distillation_returns_the_initial_factors(
     count_time_by_steps(monkeypatch, seconds=0.06)
     # The factors are close to the dense model, so diverged weights cannot be closer by chance.
     tensors = factors_of(tiny_model, "factors", share=0.9)
-    refined = distiller(tiny_model, tensors).run(windows(8, 32), windows(2, 32, seed=9), minutes=0.03)
+    refined = distiller(tiny_model, tensors).run(windows(8, 32), windows(2, 32, seed=9), Dose(minutes=0.03))
     assert refined.steps > 0
     assert refined.before < 0.1
     assert refined.after == refined.before
@@ -199,7 +214,9 @@ def test_equal_predictions_have_no_divergence(
     """Rounding gives a mean below 0 here."""
     count_time_by_steps(monkeypatch, seconds=0.2)
     monkeypatch.setattr(Distiller, "divergence", lambda _self, _key, _row: -1e-9)
-    refined = distiller(tiny_model, factors_of(tiny_model, "factors")).run(windows(2, 32), windows(2, 32), minutes=0.01)
+    refined = distiller(tiny_model, factors_of(tiny_model, "factors")).run(
+        windows(2, 32), windows(2, 32), Dose(minutes=0.01)
+    )
     assert (refined.before, refined.after) == (0, 0)
 
 
@@ -208,7 +225,7 @@ def test_models_without_numbers_are_not_distilled(tiny_model: Path, one_thread: 
     for tensor in tensors["model.layers.1.mlp.down_proj"].values():
         tensor *= 1e30
     with pytest.raises(InputError, match=r"`refine`: the predictions of .* overflow in torch\.float32; omit it"):
-        distiller(tiny_model, tensors).run(windows(2, 32), windows(2, 32, seed=9), minutes=0.01)
+        distiller(tiny_model, tensors).run(windows(2, 32), windows(2, 32, seed=9), Dose(minutes=0.01))
 
 
 def test_a_window_that_overflows_is_skipped(
@@ -226,7 +243,7 @@ def test_a_window_that_overflows_is_skipped(
 
     monkeypatch.setattr(Distiller, "learn", overflowing)
     refined = distiller(tiny_model, factors_of(tiny_model, "factors")).run(
-        windows(8, 32), windows(2, 32, seed=9), minutes=0.05
+        windows(8, 32), windows(2, 32, seed=9), Dose(minutes=0.05)
     )
     assert refined.steps > 8
     assert refined.after < refined.before
@@ -273,12 +290,15 @@ def test_distillation_needs_held_out_windows(tiny_model: Path, tmp_path: Path) -
     options = CompressOptions(str(tiny_model), tmp_path / "out", refine=1, dataset=(str(text),), **OPTIONS)
     with pytest.raises(InputError, match=f"too little calibration text: {1 + HELD_OUT} x --max-seq-length 64"):
         make_plan(options)
-    with pytest.raises(InputError, match=r"--refine -1: must be a number of minutes above 0"):
+    with pytest.raises(InputError, match="--refine -1: must be a number of minutes, or 0"):
         make_plan(CompressOptions(str(tiny_model), tmp_path / "out", refine=-1))
 
 
 def test_the_estimate_includes_distillation(tiny_model: Path, tmp_path: Path) -> None:
-    plain = estimate(make_plan(CompressOptions(str(tiny_model), tmp_path / "out", **OPTIONS)))
-    refined = estimate(make_plan(CompressOptions(str(tiny_model), tmp_path / "out", refine=5, **OPTIONS)))
-    assert refined.memory > plain.memory
-    assert refined.seconds > plain.seconds + 250
+    plain, default, minutes = (
+        estimate(make_plan(CompressOptions(str(tiny_model), tmp_path / "out", refine=refine, **OPTIONS)))
+        for refine in (0, None, 5)
+    )
+    assert plain.memory < default.memory
+    assert plain.memory < minutes.memory
+    assert minutes.seconds > plain.seconds + 250

@@ -1,0 +1,50 @@
+"""Decides how much knowledge distillation a run gets."""
+
+from pgsvd_vllm.errors import InputError
+from pgsvd_vllm.offline.model.source import ModelSource
+from pgsvd_vllm.offline.options import DISTILLED_TOKENS, CompressOptions, Dose
+from pgsvd_vllm.offline.settings import MEASURED
+
+# FLOPs of training by default on a CPU: a quarter of an hour of two ordinary cores.
+CPU_FLOPS = 1.35e14
+# Products per parameter and token: a forward pass of the dense model, and three passes of the factored one.
+FLOPS_PER_PARAMETER = 8
+# Fewer tokens are not worth the memory of a second model.
+LEAST_TOKENS = 16384
+
+
+def dose_of(options: CompressOptions, source: ModelSource, device_type: str) -> Dose | None:
+    """The requested amount of distillation, or the default one.
+
+    By default a language model whose losses are measured is trained on DISTILLED_TOKENS tokens, a large one on a CPU on
+    fewer or none.
+
+    Args:
+        options: checked by `check_options`.
+        source: the model.
+        device_type: `cpu` or `cuda`.
+
+    Returns:
+        None for no distillation.
+
+    Raises:
+        InputError: distillation is requested for a model that it cannot train.
+    """
+    reason = None
+    if source.reads_images:
+        reason = f"--refine: trains on text only, but {options.model} takes images; omit it"
+    elif source.unstacks_experts:
+        reason = "--refine: does not train MoE experts; omit it or --include experts"
+    if options.refine == 0:
+        return None
+    if options.refine is not None or options.refine_tokens is not None:
+        if reason is not None:
+            raise InputError(reason)
+        return Dose(options.refine, options.refine_tokens)
+    measured = options.sensitivity in (None, MEASURED) and options.tolerance is None and options.baseline is None
+    if reason is not None or not measured:
+        return None
+    tokens = DISTILLED_TOKENS
+    if device_type == "cpu":
+        tokens = min(tokens, int(CPU_FLOPS / (FLOPS_PER_PARAMETER * source.weights.numel)))
+    return Dose(tokens=tokens, by_default=True) if tokens >= LEAST_TOKENS else None
