@@ -14,7 +14,7 @@ from pgsvd_vllm.offline.planning.plan import Plan
 from pgsvd_vllm.offline.state.manifest import Manifest
 
 # Version of the stored calibration; a run of another version cannot be resumed. Increment it with every change.
-CALIBRATION_VERSION = "5"
+CALIBRATION_VERSION = "6"
 
 
 def manifest(plan: Plan) -> Manifest:

@@ -19,6 +19,7 @@ from pgsvd_vllm.offline.factors.solvers import closed_form
 from pgsvd_vllm.offline.factors.stored_form import stored_form
 from pgsvd_vllm.offline.linalg import gram_root, output_energy
 from pgsvd_vllm.offline.model.batch import text_batches
+from pgsvd_vllm.offline.model.draw import draw
 from pgsvd_vllm.offline.model.find_projections import find_projections
 from pgsvd_vllm.offline.model.layerwise import LayerStream
 from pgsvd_vllm.offline.model.projection import Projection
@@ -64,7 +65,8 @@ def test_layerwise_gradients_equal_those_of_the_whole_model(tmp_path: Path, tie:
     gradient: dict[str, list[np.ndarray]] = {p.name: [] for row in rows for p in row}
     for window in ids:
         logits = model(input_ids=window[None]).logits[0].float()
-        labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
+        shares = logits.detach().softmax(-1)
+        labels = draw(shares, torch.rand(len(shares), generator=generator))
         F.cross_entropy(logits, labels, reduction="sum").backward()
         for name, output in outputs.items():
             assert output.grad is not None

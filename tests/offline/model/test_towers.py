@@ -17,6 +17,7 @@ from pgsvd_vllm.offline.compress import compress
 from pgsvd_vllm.offline.data.image_text import load_processor, read_pairs
 from pgsvd_vllm.offline.factors.error_aware import ErrorAwarePass
 from pgsvd_vllm.offline.model.batch import Batch
+from pgsvd_vllm.offline.model.draw import draw
 from pgsvd_vllm.offline.model.find_projections import find_projections
 from pgsvd_vllm.offline.model.layerwise import LayerStream
 from pgsvd_vllm.offline.model.source import ModelSource
@@ -71,7 +72,8 @@ def whole_model(source: ModelSource, batches: list[Batch]) -> dict[str, dict[str
         parts = [one.logits[0][after != given] for one, after in zip(found, following, strict=True)]
     losses, terms = [], 0
     for part in parts:
-        labels = torch.multinomial(part.detach().softmax(-1), 1, generator=generator)[:, 0]
+        shares = part.detach().softmax(-1)
+        labels = draw(shares, torch.rand(len(shares), generator=generator))
         losses.append(F.cross_entropy(part, labels, reduction="sum"))
         terms += len(part)
     torch.stack(losses).sum().backward()
