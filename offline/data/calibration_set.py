@@ -9,7 +9,8 @@ from transformers import PreTrainedTokenizerBase
 
 from pgsvd_vllm.errors import InputError
 from pgsvd_vllm.offline.data.image_text import Pairs, has_pairs, load_processor, mix_pairs, read_pairs
-from pgsvd_vllm.offline.data.sampled.self_text import Machine, Sampling, SelfText, piece_length, rows_in_memory
+from pgsvd_vllm.offline.data.sampled.captions import Captions
+from pgsvd_vllm.offline.data.sampled.self_text import Machine, Sampling, SelfText, piece_length, rows_in_memory, sum_of
 from pgsvd_vllm.offline.data.text import load_tokenizer, read_documents
 from pgsvd_vllm.offline.data.text_worth import check_worth
 from pgsvd_vllm.offline.data.tokens import Windows, as_windows, cut_windows, mix_windows, no_windows, tokenize
@@ -169,8 +170,11 @@ class DataReader:
             return found
         processor = load_processor(source.folder, options.trust_remote_code)
         longest = source.config.get_text_config().max_position_embeddings if source.is_dual_encoder else None
-        parts = [read_pairs(f, max(1, counts[f]), options.seed, processor, longest) for f in folders]
-        return replace(found, pairs=mix_pairs(parts))
+        captions = Captions(source, processor, self._machine, options.seed, sample) if longest is None else None
+        describe = None if captions is None else captions.of
+        parts = [read_pairs(f, max(1, counts[f]), options.seed, processor, longest, describe) for f in folders]
+        to_sample = [one for one in (found.to_sample, captions and captions.to_sample) if one is not None]
+        return replace(found, pairs=mix_pairs(parts), to_sample=sum_of(to_sample))
 
     def _kinds(self) -> tuple[list[str], list[str]]:
         """The data sets of text, and those of images with texts; raises InputError for a kind the model cannot use."""

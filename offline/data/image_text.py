@@ -4,7 +4,7 @@ import hashlib
 import itertools
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,9 @@ PROMPT = "Describe this image."
 PAIRS_PER_BATCH = 16
 # Image formats that Pillow decodes itself; for others it may start programs.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+# Writes one text for each RGB image of a data set, which is named for errors.
+Describe = Callable[[str, list[Image.Image]], list[str]]
 
 
 @dataclass(frozen=True)
@@ -53,13 +56,13 @@ class Pairs:
 
 
 def has_pairs(dataset: str) -> bool:
-    """Whether a data set holds images with texts: a folder with a file of captions, or a hub data set of such rows.
+    """Whether a data set holds images: a folder with a file of captions or of images alone, or a hub data set of pairs.
 
     Raises:
         InputError: neither the hub nor its cache has the data set.
     """
     if os.path.isdir(dataset):
-        return any(os.path.isfile(os.path.join(dataset, name)) for name in CAPTION_FILES)
+        return _captions_in(Path(dataset)) is not None or bool(_lone_images(Path(dataset)))
     if not is_hub_id(dataset):
         return False
     return any(isinstance(_field(row, IMAGE_FIELDS), Image.Image) for _, row in _hub_rows(dataset, 1))
@@ -75,26 +78,33 @@ def load_processor(folder: Path, trust_remote_code: bool = False) -> Any:
         ) from None
 
 
-def read_pairs(dataset: str, count: int, seed: int, processor: Any, longest: int | None) -> Pairs:
+def read_pairs(
+    dataset: str, count: int, seed: int, processor: Any, longest: int | None, describe: Describe | None = None
+) -> Pairs:
     """Read the pairs of a data set; fewer than `count` if it has no more.
 
     Args:
         dataset: a folder with captions.jsonl or metadata.jsonl, whose rows have an `image`, relative to the folder, and
             a `text`; or a hub id of the datasets library with columns of these names. `file_name` and `caption` are
-            accepted as well.
+            accepted as well. Or a folder of images alone, whose texts `describe` writes.
         count: number of pairs; drawn at random from a folder, the first ones of a hub data set.
         seed: of the draw.
         processor: of the model.
         longest: maximum tokens of a text for a dual encoder; None for a vision-language model.
+        describe: None if images without texts are refused.
 
     Raises:
         InputError: the data set, one of its rows or an image cannot be used; names it.
     """
     samples: list[Batch] = []
     folder = Path(dataset) if os.path.isdir(dataset) else None
-    rows = _hub_rows(dataset, count) if folder is None else _drawn_rows(folder, count, seed)
-    for label, row in rows:
-        image, text = _pair(label, row, folder, getattr(processor, "image_token", None))
+    placeholder = getattr(processor, "image_token", None)
+    if folder is not None and _captions_in(folder) is None:
+        pairs = _described_images(folder, count, seed, describe)
+    else:
+        rows = _hub_rows(dataset, count) if folder is None else _drawn_rows(folder, count, seed)
+        pairs = ((label, *_pair(label, row, folder, placeholder)) for label, row in rows)
+    for label, image, text in pairs:
         try:
             samples.append(
                 _description(processor, image, text)
@@ -123,10 +133,45 @@ def mix_pairs(parts: Sequence[Pairs]) -> Pairs:
 
 def _drawn_rows(folder: Path, count: int, seed: int) -> Iterator[PlacedRow]:
     """Draw rows of a folder's captions."""
-    path = next((folder / name for name in CAPTION_FILES if os.path.isfile(folder / name)), folder / CAPTIONS)
+    path = _captions_in(folder) or folder / CAPTIONS
     rows = [(f"--dataset {path}: {place}", row) for place, row in read_rows(path, ".jsonl")]
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
-    return (rows[i] for i in order[:count])
+    return iter(_drawn(rows, count, seed))
+
+
+def _drawn(values: Sequence[Any], count: int, seed: int) -> list[Any]:
+    """At most `count` of some values in random order."""
+    order = torch.randperm(len(values), generator=torch.Generator().manual_seed(seed)).tolist()
+    return [values[i] for i in order[:count]]
+
+
+def _captions_in(folder: Path) -> Path | None:
+    """The folder's file of captions, if it has one."""
+    return next((folder / name for name in CAPTION_FILES if os.path.isfile(folder / name)), None)
+
+
+def _lone_images(folder: Path) -> list[str]:
+    """The names of a folder's files if all of them are images; else none. Hidden files do not count."""
+    names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
+    return names if all(name.lower().endswith(SUFFIXES) for name in names) else []
+
+
+def _described_images(
+    folder: Path, count: int, seed: int, describe: Describe | None
+) -> Iterator[tuple[str, Image.Image, str]]:
+    """Draw images of a folder; yields their labels, the images and the texts that are written for them.
+
+    Raises:
+        InputError: an image cannot be used, or no texts can be written.
+    """
+    if describe is None:
+        raise InputError(
+            f"--dataset {folder}: holds images without texts; put {CAPTIONS} there, with one row with image and text "
+            "per image"
+        )
+    names = _drawn(_lone_images(folder), count, seed)
+    labels = [f"--dataset {folder}: {name if name.isprintable() else ascii(name)}" for name in names]
+    images = [_read_image(label, folder, name) for label, name in zip(labels, names, strict=True)]
+    return zip(labels, images, describe(str(folder), images), strict=True)
 
 
 def _hub_rows(dataset: str, count: int) -> Iterator[PlacedRow]:
@@ -154,9 +199,13 @@ def _pair(label: str, row: Any, folder: Path | None, placeholder: str | None) ->
         raise InputError(f"{label}: its text holds {placeholder}, which stands for an image in prompts; remove it")
     # JSON may hold halves of surrogate pairs, which no tokenizer takes.
     text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return _read_image(label, folder or Path(), image), text
+
+
+def _read_image(label: str, folder: Path, image: Image.Image | str) -> Image.Image:
+    """An image, or the image of that name in a folder, as RGB; raises InputError if it cannot be read."""
     try:
-        pixels = _rgb(image) if isinstance(image, Image.Image) else _open_image(label, folder or Path(), image)
-        return pixels, text
+        return _rgb(image) if isinstance(image, Image.Image) else _open_image(label, folder, image)
     except InputError:
         raise
     except Exception as error:  # decoders raise exceptions of many types
@@ -207,11 +256,23 @@ def _dual_encoder_sample(processor: Any, image: Image.Image, text: str, longest:
 def _description(processor: Any, image: Image.Image, text: str) -> Batch:
     """An image and its description for a vision-language model, as a user and an assistant turn."""
     if processor.chat_template:
-        question = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": PROMPT}]}
         answer = {"role": "assistant", "content": [{"type": "text", "text": text}]}
-        prompt = processor.apply_chat_template([question, answer], tokenize=False)
-    else:
-        prompt = f"{processor.image_token}\n{text}"
+        return prompted(processor, image, processor.apply_chat_template([_QUESTION, answer], tokenize=False))
+    return prompted(processor, image, question(processor) + text)
+
+
+_QUESTION = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": PROMPT}]}
+
+
+def question(processor: Any) -> str:
+    """The prompt that a vision-language model continues with a description of an image."""
+    if processor.chat_template:
+        return str(processor.apply_chat_template([_QUESTION], tokenize=False, add_generation_prompt=True))
+    return f"{processor.image_token}\n"
+
+
+def prompted(processor: Any, image: Image.Image, prompt: str) -> Batch:
+    """An image and a prompt that holds its place, as the model's inputs."""
     # Some chat templates write BOS themselves; the tokenizer must not add a second one.
     has_bos = bool(processor.tokenizer.bos_token) and prompt.startswith(processor.tokenizer.bos_token)
     return _tensors(processor(text=[prompt], images=[image], return_tensors="pt", add_special_tokens=not has_bos))

@@ -97,7 +97,10 @@ def _data_line(data: CalibrationSet, requested: int | None) -> str:
     """The amount of calibration data and the names of its data sets."""
     ids, parts = data.windows.ids, []
     if data.pairs is not None:
-        parts.append(f"{data.pairs.count} images with texts from {data.pairs.name}")
+        written = ""
+        if data.to_sample is not None and SELF not in data.windows.name.split(" + "):
+            written = f" (by the model itself in about {duration(data.to_sample.seconds)})"
+        parts.append(f"{data.pairs.count} images with texts{written} from {data.pairs.name}")
     if len(ids):
         count = requested or WINDOWS
         short = f" (the text has no more; {count} requested)" if not parts and len(ids) < count else ""

@@ -98,8 +98,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "OWNER/NAME or OWNER/NAME:CONFIGURATION of a hub dataset of such rows; wikitext2 or c4 (from the hub); self: "
         "text that the model samples from itself (default; kept in the user's cache); python-docs: English prose that "
         "comes with Python (default where the model cannot sample); for vision-language models a folder with "
-        "captions.jsonl, whose rows have an image and a text, or a hub dataset with such columns; repeat the option to "
-        "mix several",
+        "captions.jsonl, whose rows have an image and a text, a folder of images alone, for which the model writes the "
+        "texts, or a hub dataset with such columns; repeat the option to mix several",
     )
     data.add_argument(
         "--num-calibration-samples",

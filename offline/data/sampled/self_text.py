@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -247,6 +247,11 @@ class SelfText:
             raise SampleError(
                 f"`dataset` self: transformers cannot load {source.folder} as a whole ({reason_of(error)})"
             ) from None
+
+
+def sum_of(parts: Sequence[Sampling]) -> Sampling | None:
+    """What it takes to sample one part after the other; None for nothing."""
+    return Sampling(sum(p.seconds for p in parts), max(p.memory for p in parts)) if parts else None
 
 
 def piece_length(length: int) -> int:
