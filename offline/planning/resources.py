@@ -77,9 +77,12 @@ def memory_bytes(plan: Plan) -> int:
         # The LM head, and Gram matrices and blocks of rows in float64.
         memory += head.numel * width + 6 * head.in_features**2 * 8 + HEAD_ROWS * head.in_features * 8 * 4
     if settings.dose is not None:
-        # Dense model, student, and float32 parameters with gradients and Adam's two moments.
+        # The model, and float32 parameters with Adam's two moments and the gradient of one of them.
         length = plan.data.length
-        memory += 2 * source.weights.numel * width + 16 * sum(p.numel for p in flat)
+        ratio = plan.target.ratio
+        removed = ratio if isinstance(ratio, float) and plan.latencies is None else 0.0
+        kept = round((1 - removed) * sum(p.numel for p in flat))
+        memory += source.weights.numel * width + 12 * kept + 4 * max(p.numel for p in flat)
         memory += 2 * len(rows) * length * _features(plan) * width + 4 * length * source.vocabulary * 4
     return memory
 

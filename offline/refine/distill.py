@@ -4,13 +4,15 @@ The loss is KL(dense || student), the mean over the tokens of the calibration te
 used. The result is the state with the least divergence on held-out windows of the same text, or the factors from before
 training if none is better.
 
-Unlike the rest of the pipeline, distillation keeps the whole model in memory twice, dense and factored.
+Unlike the rest of the pipeline, distillation keeps the whole model in memory, and the factors in float32 with Adam's
+two moments. The gradient of each parameter is applied and freed as soon as the backward pass has computed it.
 """
 
 import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -107,7 +109,8 @@ class Distiller:
 
     Args:
         dense: the dense model on its device; it is not changed.
-        student: another copy of it on the same device, whose projections are replaced by factored ones.
+        student: another copy of it on the same device, whose projections are replaced by factored ones; both may share
+            parameters.
         layers_name: module path of the list of decoder layers, such as `model.layers`.
         tensors: module path of a projection -> suffix -> tensor, the initial factors.
         returned: number of values in the tuple that a layer returns, 0 if it returns a tensor.
@@ -164,7 +167,7 @@ class Distiller:
             yield target, logits_after(self.student, self.layers, ids[:, part], student[:, part], self.returned)
 
     def learn(self, key: int, row: torch.Tensor) -> None:
-        """Add the gradients of one window's divergence to the parameters.
+        """Backward of one window's divergence; nothing happens if its gradient at the last layer is not finite.
 
         Args:
             key: number of the window, under which the dense hidden states are kept.
@@ -182,7 +185,9 @@ class Distiller:
                 with torch.no_grad():
                     error = logits.softmax(-1, dtype=torch.float32).sub_(target.softmax(-1, dtype=torch.float32))
                 logits.backward(error.div_(ids.numel()).to(logits.dtype))
-        student.backward(leaf.grad)
+        assert leaf.grad is not None
+        if torch.isfinite(leaf.grad).all():
+            student.backward(leaf.grad)
 
     @torch.no_grad()
     def divergence(self, key: int, row: torch.Tensor) -> float:
@@ -239,20 +244,17 @@ class Distiller:
                 f"`refine`: the predictions of the dense or the factored model overflow in {dtype}; omit it"
             )
         rate = LEARNING_RATE * min(before, 1.0) ** 0.5
-        optimiser = torch.optim.Adam(self.parameters, lr=rate, betas=BETAS)
+        optimisers = self._optimisers()
         kept, steps, evaluations = self.tensors, 0, 0
         order = list(reversed(range(len(windows))))
         layout = "{l_bar}{bar}| {elapsed}<{remaining}{postfix}"
         with tqdm(total=total, unit=unit, desc="refine", bar_format=layout) as bar:
             while (share := done() / total) < 1:
-                optimiser.param_groups[0]["lr"] = rate * min(1.0, (share + 0.01) / WARM_UP, 1 - share)
+                for optimiser in optimisers:
+                    optimiser.param_groups[0]["lr"] = rate * min(1.0, (share + 0.01) / WARM_UP, 1 - share)
                 order = order or torch.randperm(len(windows), generator=generator).tolist()
                 key = order.pop()
                 self.learn(key, windows[key])
-                # One window whose gradients overflow must not end in the optimiser's averages.
-                if all(p.grad is None or bool(torch.isfinite(p.grad).all()) for p in self.parameters):
-                    optimiser.step()
-                optimiser.zero_grad()
                 steps += 1
                 trained += windows.shape[1]
                 bar.update(min(total, done()) - bar.n)
@@ -264,6 +266,15 @@ class Distiller:
         say(f"distilled: {steps} steps, held-out KL to the dense model {before:.4f} -> {best:.4f} nats per token")
         return Refined(kept, before, best, steps)
 
+    def _optimisers(self) -> list[torch.optim.Adam]:
+        """One optimiser for each parameter, which steps during the backward pass."""
+        found = []
+        for parameter in self.parameters:
+            optimiser = torch.optim.Adam([parameter], betas=BETAS)
+            parameter.register_post_accumulate_grad_hook(partial(_step, optimiser))
+            found.append(optimiser)
+        return found
+
     def _select(self, held_out: torch.Tensor, best: float, kept: Tensors) -> tuple[float, Tensors]:
         """The current factors in their stored dtypes with their divergence; `kept` if they are worse or overflow."""
         divergence = self.evaluate(held_out)
@@ -272,3 +283,11 @@ class Distiller:
         stored = {name: module.stored() for name, module in self.trained.items()}
         finite = all(bool(torch.isfinite(tensor).all()) for row in stored.values() for tensor in row.values())
         return (divergence, stored) if finite else (best, kept)
+
+
+def _step(optimiser: torch.optim.Optimizer, parameter: torch.Tensor) -> None:
+    """Apply and free a parameter's gradient; one that overflows must not end in the optimiser's averages."""
+    assert parameter.grad is not None
+    if torch.isfinite(parameter.grad).all():
+        optimiser.step()
+    parameter.grad = None

@@ -1,5 +1,6 @@
 """Runs knowledge distillation on the factors in the run's state and saves the result there."""
 
+import copy
 import hashlib
 from collections.abc import Callable
 from dataclasses import replace
@@ -81,7 +82,9 @@ def _distilled(
 ) -> Tensors:
     """The factors after distillation."""
     windows = data.windows
-    dense, student = (source.whole(settings.device, settings.compute_dtype) for _ in range(2))
+    dense = source.whole(settings.device, settings.compute_dtype)
+    # What is not trained is shared.
+    student = copy.deepcopy(dense, {id(parameter): parameter for parameter in dense.parameters()})
     distiller = Distiller(dense, student, source.towers[0].path, tensors, source.returned[0])
     # The factors overfit the windows they were fitted to, so training starts with the remaining ones.
     text = torch.cat([windows.others[HELD_OUT:], windows.ids])

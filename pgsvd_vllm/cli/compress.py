@@ -86,7 +86,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="train all factors by knowledge distillation from the dense model, on the calibration text and more text "
         "of its kind: for so many minutes (20 if no number is given), or on so many tokens with k or M, such as 500k; "
         "0 leaves it out. Default: 102k tokens, fewer or none for large models on a CPU; none for models that take "
-        "images, --include experts, or without measured sensitivities. Keeps the whole model in memory, twice",
+        "images, --include experts, or without measured sensitivities. Keeps the whole model in memory",
     )
     data = parser.add_argument_group("calibration")
     data.add_argument(

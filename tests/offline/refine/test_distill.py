@@ -1,5 +1,6 @@
 """Knowledge distillation on a tiny model: gradients, selection by held-out windows, never a worse result."""
 
+import copy
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -228,25 +229,53 @@ def test_models_without_numbers_are_not_distilled(tiny_model: Path, one_thread: 
         distiller(tiny_model, tensors).run(windows(2, 32), windows(2, 32, seed=9), Dose(minutes=0.01))
 
 
-def test_a_window_that_overflows_is_skipped(
+def test_a_gradient_that_overflows_is_skipped(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
 ) -> None:
-    count_time_by_steps(monkeypatch, seconds=0.05)
-    learn = Distiller.learn
+    """One parameter's, and that at the last layer, of which all others consist."""
+    learn, keys = Distiller.learn, []
 
-    def overflowing(self: Distiller, key: int, row: torch.Tensor) -> None:
+    def recorded(self: Distiller, key: int, row: torch.Tensor) -> None:
+        keys.append(key)
         learn(self, key, row)
-        if key == 1:
-            gradient = self.parameters[0].grad
-            assert gradient is not None
-            gradient[0, 0] = float("inf")
 
-    monkeypatch.setattr(Distiller, "learn", overflowing)
-    refined = distiller(tiny_model, factors_of(tiny_model, "factors")).run(
-        windows(8, 32), windows(2, 32, seed=9), Dose(minutes=0.05)
-    )
-    assert refined.steps > 8
+    def overflowing(gradient: torch.Tensor) -> torch.Tensor:
+        return gradient.index_fill(0, torch.tensor([0]), float("inf")) if keys[-1] == 1 else gradient
+
+    monkeypatch.setattr(Distiller, "learn", recorded)
+    trained = distiller(tiny_model, factors_of(tiny_model, "factors"))
+    trained.parameters[0].register_hook(overflowing)
+    calls = 0
+
+    def infinite(gradient: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        calls += keys[-1] == 2
+        return gradient * float("inf") if keys[-1] == 2 else gradient
+
+    def hooked(_module: torch.nn.Module, _inputs: Any, output: torch.Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(infinite)
+
+    trained.student.get_submodule("model.norm").register_forward_hook(hooked)
+    refined = trained.run(windows(8, 32), windows(2, 32, seed=9), Dose(tokens=60 * 32))
+    assert calls
+    assert refined.steps == 60
     assert refined.after < refined.before
+
+
+def test_models_that_share_parameters_are_trained_alike(tiny_model: Path, one_thread: None) -> None:
+    tensors = factors_of(tiny_model, "pivot")
+    dense = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    before = {name: parameter.clone() for name, parameter in dense.named_parameters()}
+    student = copy.deepcopy(dense, {id(parameter): parameter for parameter in dense.parameters()})
+    assert next(student.parameters()) is next(dense.parameters())
+    given = windows(8, 32), windows(2, 32, seed=9), Dose(tokens=20 * 32)
+    shared = Distiller(dense, student, "model.layers", tensors).run(*given)
+    apart = distiller(tiny_model, tensors).run(*given)
+    assert (shared.before, shared.after) == (apart.before, apart.after)
+    for name, row in shared.tensors.items():
+        assert all(torch.equal(apart.tensors[name][suffix], tensor) for suffix, tensor in row.items())
+    assert all(torch.equal(parameter, before[name]) for name, parameter in dense.named_parameters())
 
 
 def test_factors_beyond_their_dtype_are_not_chosen(tiny_model: Path, one_thread: None) -> None:
