@@ -36,6 +36,7 @@ from pgsvd_vllm.offline.options import CompressOptions
 from pgsvd_vllm.offline.output.checkpoint import write_checkpoint
 from pgsvd_vllm.offline.output.outcome import Choice
 from pgsvd_vllm.offline.planning.dose import dose_of
+from pgsvd_vllm.offline.planning.identity import CALIBRATION_VERSION
 from pgsvd_vllm.offline.planning.plan import Plan, make_plan
 from pgsvd_vllm.offline.planning.prepare import open_state
 from pgsvd_vllm.offline.ranks.select import choose_ranks, measured_front
@@ -143,7 +144,8 @@ def with_options(plan: Plan, **changes: Any) -> Plan:
     """The plan for other options on the same model and calibration data."""
     options = replace(plan.options, **changes)
     device, dtype = plan.settings.device, plan.settings.compute_dtype
-    settings = resolve_settings(options, device, dtype, dose_of(options, plan.source, device.type))
+    dose = dose_of(options, plan.source, device.type)
+    settings = resolve_settings(options, device, dtype, None if dose is None else dose.on(plan.data.windows.trained))
     return replace(plan, options=options, settings=settings)
 
 
@@ -259,7 +261,8 @@ def main() -> int:
     windows = {name: spread_windows(folder, documents, count) for name, documents in texts.items()}
 
     dtype = str(plan.settings.compute_dtype).removeprefix("torch.")  # that of `perplexity`
-    results = plan.options.output.with_name(f"results-{plan.options.output.name}-{count}-{dtype}.json")
+    name = f"results-{plan.options.output.name}-{count}-{dtype}-{CALIBRATION_VERSION}.json"
+    results = plan.options.output.with_name(name)
     found: dict[str, float] = json.loads(results.read_text(encoding="utf-8")) if results.is_file() else {}
 
     def evaluate(model: PreTrainedModel, case: str) -> None:

@@ -174,7 +174,8 @@ def _factor_and_write(plan: Plan, state: RunState, say: Say) -> CompressResult:
     say(ranks_line(plan, allocation))
     factor_layers(plan.source, plan.data, plan.settings, plan.projections, state, allocation.ranks)
     if plan.settings.dose is not None:
-        refine_layers(plan.source, plan.data, plan.settings, plan.projections, state, say)
+        trained = refine_layers(plan.source, plan.data, plan.settings, plan.projections, state, say)
+        plan = plan if trained else replace(plan, settings=replace(plan.settings, dose=None))
     head = None
     if plan.projections.lm_head is not None:
         head = factor_lm_head(plan.source, plan.settings, plan.projections.lm_head, state.load_lm_head())

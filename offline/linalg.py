@@ -145,13 +145,6 @@ class GramSum:
         return self._upper
 
 
-def gram_of(rows: torch.Tensor) -> torch.Tensor:
-    """rows^T rows, float64 [in, in], symmetric, of float32 [tokens, in]; not finite if `rows` are not."""
-    total = GramSum(rows.shape[1], rows.device)
-    total.add(rows)
-    return total.matrix()
-
-
 def cross_gram(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """left^T right, from one float32 GEMM.
 

@@ -46,8 +46,12 @@ class Dose:
     tokens: int | None = None
     by_default: bool = False
 
+    def more_than(self, text: int) -> bool:
+        """Whether the amount may exceed so many tokens."""
+        return self.tokens is None or self.tokens > text
+
     def on(self, text: int) -> "Dose":
-        """The amount for a text of so many tokens: the default makes DISTILLED_PASSES passes at most."""
+        """The amount for so many tokens to train on: the default makes DISTILLED_PASSES passes at most."""
         if self.tokens is None or not self.by_default:
             return self
         return replace(self, tokens=min(self.tokens, DISTILLED_PASSES * text))

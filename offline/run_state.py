@@ -306,6 +306,11 @@ class RunState:
         """
         self._open(f"{self._factors.name}-{_digest(choice)}")
 
+    def leave_refined(self) -> None:
+        """Return to the factors from before `open_refined`; the distilled ones are deleted."""
+        remove(self._factors)
+        self._factors = self._factors.with_name(self._factors.name.rpartition("-")[0])
+
     def _open(self, name: str) -> None:
         """Select a folder of factors and delete those that neither extend its name nor are extended by it."""
         for folder in self.folder.glob("factors-*"):

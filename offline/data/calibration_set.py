@@ -30,9 +30,6 @@ from pgsvd_vllm.offline.options import (
     Dose,
 )
 
-# Largest share of a text that is held out for distillation that nobody has asked for.
-MOST_HELD_OUT = 0.2
-
 
 @dataclass(frozen=True)
 class CalibrationSet:
@@ -242,15 +239,14 @@ class DataReader:
     def _text(
         self, tokenizer: PreTrainedTokenizerBase, dataset: str, count: int, left_over: int
     ) -> tuple[Windows, list[str]]:
-        """Windows of a text and warnings; `left_over` of the windows are spare, if they are few or were asked for.
+        """Windows of a text and warnings.
 
-        The calibration windows of a long text do not depend on distillation, so that runs can share a calibration.
+        At least `left_over` windows are spare if distillation was asked for. Otherwise they are only if the text is
+        long enough: the default takes no calibration windows away.
         """
         options = self._options
         documents = read_documents(dataset, (count + left_over) * self._length, tokenizer, options.chat_template)
         text = tokenize(tokenizer, documents, dataset)
         required = self._dose is not None and not self._dose.by_default
-        if not required and text.count(self._length) < left_over / MOST_HELD_OUT:
-            left_over = 0
-        windows = cut_windows(text, count, self._length, options.seed, left_over)
+        windows = cut_windows(text, count, self._length, options.seed, left_over if required else 0)
         return windows, check_worth(windows, len(text.prefix))

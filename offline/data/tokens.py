@@ -12,6 +12,7 @@ from tokenizers import Encoding
 from transformers import PreTrainedTokenizerBase
 
 from pgsvd_vllm.errors import InputError, reason_of
+from pgsvd_vllm.offline.options import HELD_OUT
 
 # Characters that are tokenized at once; a tokenizer's working memory is 50 to 300 times as many bytes.
 PIECE = 1 << 17
@@ -33,11 +34,6 @@ class TokenizedText:
     prefix: list[int]
     name: str
 
-    def count(self, length: int) -> int:
-        """Number of windows of `length` tokens that the text fills."""
-        body = length - len(self.prefix)
-        return len(self.ids) // body if body > 0 else 0
-
 
 @dataclass(frozen=True)
 class Windows:
@@ -54,6 +50,11 @@ class Windows:
     name: str
     sha256: str
     others: torch.Tensor
+
+    @property
+    def trained(self) -> int:
+        """Tokens of a pass of knowledge distillation: all windows but HELD_OUT of the remaining ones."""
+        return self.ids.numel() + self.others[HELD_OUT:].numel()
 
 
 def leading_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -166,7 +167,7 @@ def cut_windows(text: TokenizedText, count: int, length: int, seed: int, spare: 
         InputError: the text is shorter than one window and the spare ones.
     """
     body = length - len(text.prefix)
-    available = text.count(length)
+    available = len(text.ids) // body if body > 0 else 0
     if available < 1 + spare:
         raise InputError(
             f"--dataset {text.name}: {len(text.ids)} tokens are too little calibration text: {1 + spare} x "

@@ -4,7 +4,8 @@ import math
 import re
 
 from pgsvd_vllm.offline.data.calibration_set import CalibrationSet
-from pgsvd_vllm.offline.options import SELF, WINDOWS
+from pgsvd_vllm.offline.options import HELD_OUT, SELF, WINDOWS
+from pgsvd_vllm.offline.planning.dose import dose_of
 from pgsvd_vllm.offline.planning.plan import Plan
 from pgsvd_vllm.offline.ranks.allocation import Allocation
 from pgsvd_vllm.offline.ranks.pareto import LossFront
@@ -30,13 +31,16 @@ def describe(plan: Plan) -> str:
 
 
 def _distillation_line(plan: Plan) -> str:
-    """How much distillation follows; empty without any."""
+    """How much distillation follows, or that the text is too short for the default."""
     dose, windows = plan.settings.dose, plan.data.windows
-    if dose is None:
-        return ""
-    if dose.minutes is not None:
-        return f"\ndistillation: {dose.minutes:g} minutes"
-    return f"\ndistillation: {dose.on(windows.ids.numel() + windows.others.numel()).tokens} tokens"
+    if dose is not None:
+        return (
+            f"\ndistillation: {dose.tokens} tokens" if dose.minutes is None else f"\ndistillation: {dose.minutes:g} min"
+        )
+    default = dose_of(plan.options, plan.source, plan.settings.device.type) is not None
+    if default and len(windows.others) < HELD_OUT and SELF not in windows.name.split(" + "):
+        return f"\nno distillation: the text has fewer than {HELD_OUT} windows beside the calibration windows"
+    return ""
 
 
 def _roles_line(plan: Plan) -> str:

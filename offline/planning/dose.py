@@ -7,9 +7,9 @@ from pgsvd_vllm.offline.settings import MEASURED
 
 # FLOPs of training by default on a CPU: a quarter of an hour of two ordinary cores.
 CPU_FLOPS = 1.35e14
-# Products per parameter and token: a forward pass of the dense model, and three passes of the factored one.
+# FLOPs per parameter and token: a forward pass of the dense model, and three passes of the factored one.
 FLOPS_PER_PARAMETER = 8
-# Fewer tokens are not worth the memory of a second model.
+# Fewer tokens are not worth the memory.
 LEAST_TOKENS = 16384
 
 

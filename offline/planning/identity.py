@@ -15,6 +15,8 @@ from pgsvd_vllm.offline.state.manifest import Manifest
 
 # Version of the stored calibration; a run of another version cannot be resumed. Increment it with every change.
 CALIBRATION_VERSION = "6"
+# Recorded for a run whose distillation does not fit into memory, so that a resumed one is the same.
+DISTILLATION, LEFT_OUT = "distillation", "left out"
 
 
 def manifest(plan: Plan) -> Manifest:
@@ -40,7 +42,9 @@ def manifest(plan: Plan) -> Manifest:
         "set of projections": _projections(plan.projections.layers),
         "program version": CALIBRATION_VERSION,
     }
-    kept = {"sensitivity": plan.settings.sensitivity, "distilled": str(plan.settings.dose is not None)}
+    kept = {"sensitivity": plan.settings.sensitivity}
+    if plan.short_of_memory:
+        kept[DISTILLATION] = LEFT_OUT
     return Manifest(identity, kept, _environment(plan.settings.device))
 
 

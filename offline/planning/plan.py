@@ -36,6 +36,7 @@ class Plan:
         settings: resolved from the options.
         latencies: GEMM latencies of the serving machine; None if ranks minimise size.
         others: module path of a linear layer -> what it is instead of a projection.
+        short_of_memory: whether distillation was left out because it does not fit.
     """
 
     options: CompressOptions
@@ -45,6 +46,7 @@ class Plan:
     settings: RunSettings
     latencies: LatencyTable | None
     others: dict[str, str]
+    short_of_memory: bool = False
 
     @property
     def target(self) -> RankTarget:
@@ -75,8 +77,8 @@ class Plan:
         return replace(self, settings=replace(self.settings, sensitivity=sensitivity))
 
     def without_distillation(self) -> "Plan":
-        """The same plan without distillation, and without the sampled text that only distillation needs."""
-        plan = replace(self, settings=replace(self.settings, dose=None))
+        """The same plan without the distillation that does not fit into memory, nor the sampled text for it."""
+        plan = replace(self, settings=replace(self.settings, dose=None), short_of_memory=True)
         if self.data.to_sample is None:
             return plan
         machine = _machine(self.settings.device, self.settings.compute_dtype)
@@ -109,8 +111,8 @@ def make_plan(options: CompressOptions) -> Plan:
     options = with_data_defaults(options, source, machine)
     data = DataReader(options, source, machine, dose).read(sample=False)
     _check_ids(source, data)
-    if dose is not None and dose.by_default and len(data.windows.others) < HELD_OUT:
-        dose = None
+    if dose is not None:
+        dose = None if dose.by_default and len(data.windows.others) < HELD_OUT else dose.on(data.windows.trained)
     reach = reached_layers(source, data, device, compute_dtype)
     projections = _projections(options, source, reach.others)
     plan = Plan(

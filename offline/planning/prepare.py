@@ -3,9 +3,9 @@
 from collections.abc import Callable
 
 from pgsvd_vllm.offline.options import CompressOptions
-from pgsvd_vllm.offline.planning.identity import manifest
+from pgsvd_vllm.offline.planning.identity import DISTILLATION, LEFT_OUT, manifest
 from pgsvd_vllm.offline.planning.plan import Plan, make_plan
-from pgsvd_vllm.offline.planning.resources import fit_into_memory
+from pgsvd_vllm.offline.planning.resources import fit_distillation, fit_into_memory
 from pgsvd_vllm.offline.ranks.pareto import check_latency
 from pgsvd_vllm.offline.run_state import RunState, measured_layers, recorded_settings
 from pgsvd_vllm.offline.settings import FORWARD, MEASURED
@@ -14,11 +14,12 @@ from pgsvd_vllm.offline.settings import FORWARD, MEASURED
 def prepare(options: CompressOptions, say: Callable[[str], None]) -> Plan:
     """The plan of a request, with every setting resolved.
 
-    A resumed run measures sensitivities as when it began, regardless of the memory that is free now.
+    A resumed run measures sensitivities as when it began, regardless of the memory that is free now, and leaves out the
+    distillation that did not fit into memory.
 
     Args:
         options: the request.
-        say: called with one line if gradients do not fit in memory.
+        say: called with one line if distillation, or gradients, do not fit in memory.
 
     Raises:
         InputError: as of `make_plan`, or no ranks reach the requested latency.
@@ -28,8 +29,9 @@ def prepare(options: CompressOptions, say: Callable[[str], None]) -> Plan:
     if plan.latencies is not None:
         check_latency(plan.projections, plan.target)
     recorded = recorded_settings(options.output) if options.resume else {}
-    if recorded.get("distilled") == "False" and plan.settings.dose is not None and plan.settings.dose.by_default:
+    if recorded.get(DISTILLATION) == LEFT_OUT and plan.settings.dose is not None and plan.settings.dose.by_default:
         plan = plan.without_distillation()
+    plan = fit_distillation(plan, say)
     if options.sensitivity is None and plan.settings.sensitivity == MEASURED:
         begun = _begun(options, len(plan.projections.layers), recorded)
         if begun is not None:

@@ -83,6 +83,8 @@ def memory_bytes(plan: Plan) -> int:
         removed = ratio if isinstance(ratio, float) and plan.latencies is None else 0.0
         kept = round((1 - removed) * sum(p.numel for p in flat))
         memory += source.weights.numel * width + 12 * kept + 4 * max(p.numel for p in flat)
+        if settings.dose.more_than(plan.data.windows.trained):
+            memory += plan.data.windows.trained * hidden * width  # the dense model's hidden states
         memory += 2 * len(rows) * length * _features(plan) * width + 4 * length * source.vocabulary * 4
     return memory
 
@@ -109,7 +111,7 @@ def estimate(plan: Plan) -> Estimate:
         seconds += 2 * 2 * fitted * active / rates[settings.compute_dtype]
         seconds += (3 if fitted == tokens else 4) * fitted * squares / rates[torch.float32]
     if settings.dose is not None:
-        trained = settings.dose.on(plan.data.windows.ids.numel() + plan.data.windows.others.numel()).tokens or 0
+        trained = settings.dose.tokens or 0
         flops = FLOPS_PER_PARAMETER * trained * plan.source.weights.numel
         seconds += 60 * (settings.dose.minutes or 0) + DISTILLATION_SLOWDOWN * flops / rates[settings.compute_dtype]
     eigen = _eigenvector_rate(settings.device)
@@ -122,7 +124,9 @@ def estimate(plan: Plan) -> Estimate:
 
 
 def disk_bytes(plan: Plan) -> int:
-    """Peak disk space in bytes: calibration results, layer inputs while gradients are measured, and the checkpoint."""
+    """Peak disk space in bytes: calibration results, layer inputs while gradients are measured, two kinds of factors
+    with distillation, and the checkpoint.
+    """
     rows = plan.projections.layers
     needed = sum(n * n for row in rows for n in _gram_sizes(row)) * 4
     if plan.settings.sensitivity == MEASURED:
@@ -141,26 +145,39 @@ def _most_tokens(plan: Plan) -> int:
     return max(plan.data.tokens_of(tower.name) for tower in plan.source.towers)
 
 
-def fit_into_memory(plan: Plan, say: Callable[[str], None]) -> Plan:
-    """The plan, or one without distillation, or with sensitivities from forward passes alone, if they do not fit.
+def _needed(plan: Plan) -> int:
+    """Bytes that the plan still has to allocate: the weights outside of the layers are loaded already."""
+    return memory_bytes(plan) - sum(p.nbytes for p in plan.source.model.parameters() if not p.is_meta)
 
-    Only the defaults change; what the user requested is kept.
+
+def fit_distillation(plan: Plan, say: Callable[[str], None]) -> Plan:
+    """The plan, or one without distillation if that does not fit into memory and nobody has asked for it.
+
+    Args:
+        plan: to fit.
+        say: called with one line if the plan changes.
+    """
+    free, needed = free_memory(plan.settings.device), _needed(plan)
+    if free is None or needed <= free or plan.settings.dose is None or not plan.settings.dose.by_default:
+        return plan
+    say(f"distillation needs about {bytes_text(needed)} of memory, {bytes_text(free)} are free: it is left out")
+    return plan.without_distillation()
+
+
+def fit_into_memory(plan: Plan, say: Callable[[str], None]) -> Plan:
+    """The plan, or one with sensitivities from forward passes alone if gradients do not fit into memory.
+
+    Only the default changes; a sensitivity that the user requested is kept.
 
     Args:
         plan: to fit.
         say: called with one line if the plan changes.
     """
     free = free_memory(plan.settings.device)
-    if free is None:
+    if free is None or plan.options.sensitivity is not None or plan.settings.sensitivity != MEASURED:
         return plan
-    # The weights outside of the layers are loaded already.
-    loaded = sum(parameter.nbytes for parameter in plan.source.model.parameters() if not parameter.is_meta)
-    needed = memory_bytes(plan) - loaded
-    if needed > free and plan.settings.dose is not None and plan.settings.dose.by_default:
-        say(f"distillation needs about {bytes_text(needed)} of memory, {bytes_text(free)} are free: it is left out")
-        plan = plan.without_distillation()
-        needed = memory_bytes(plan) - loaded
-    if needed <= free or plan.options.sensitivity is not None or plan.settings.sensitivity != MEASURED:
+    needed = _needed(plan)
+    if needed <= free:
         return plan
     say(
         f"measuring loss gradients needs about {bytes_text(needed)} of memory, {bytes_text(free)} are free: "

@@ -1,8 +1,8 @@
 """Knowledge distillation: all factors are trained together to match the dense model's predictions.
 
-The loss is KL(dense || student), the mean over the tokens of the calibration text; no other text and no labels are
-used. The result is the state with the least divergence on held-out windows of the same text, or the factors from before
-training if none is better.
+The loss is KL(dense || student), the mean over the tokens of the calibration text and of more text of its kind; no
+labels are used. The result is the state with the least divergence on held-out windows of the same text, or the factors
+from before training if none is better.
 
 Unlike the rest of the pipeline, distillation keeps the whole model in memory, and the factors in float32 with Adam's
 two moments. The gradient of each parameter is applied and freed as soon as the backward pass has computed it.
@@ -33,9 +33,9 @@ from pgsvd_vllm.offline.options import Dose
 LEARNING_RATE = 6e-5
 # Adam's betas; short averages, since a run takes about a hundred steps.
 BETAS = (0.9, 0.95)
-# Share of the time in which the learning rate rises; then it falls linearly to 0.
+# Share of the amount in which the learning rate rises; then it falls linearly to 0.
 WARM_UP = 0.05
-# Shares of the time after which the held-out windows are evaluated; the falling learning rate favours late states.
+# Shares of the amount after which the held-out windows are evaluated; the falling learning rate favours late states.
 EVALUATED = (0.5, 0.75, 1.0)
 # Tokens whose logits are in memory at a time; small buffers are also faster.
 TOKENS_PER_CHUNK = 128
@@ -131,6 +131,7 @@ class Distiller:
             student.set_submodule(name, self.trained[name])
         self.layers: list[nn.Module] = list(layers[1])
         self._hidden: dict[int, torch.Tensor] = {}
+        self._comes_again = True
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -139,10 +140,13 @@ class Distiller:
 
     @torch.no_grad()
     def _dense_hidden(self, key: int, ids: torch.Tensor) -> torch.Tensor:
-        """The dense model's last hidden states of window `key`; they are kept, since logits would be too large."""
-        if key not in self._hidden:
-            self._hidden[key] = hidden_after(self.dense, self.dense_layers, ids)
-        return self._hidden[key]
+        """The dense model's last hidden states of window `key`; kept if it comes again, since logits are too large."""
+        found = self._hidden.get(key)
+        if found is None:
+            found = hidden_after(self.dense, self.dense_layers, ids)
+            if self._comes_again or key < 0:
+                self._hidden[key] = found
+        return found
 
     def _losses(self, ids: torch.Tensor, dense: torch.Tensor, student: torch.Tensor) -> Iterator[torch.Tensor]:
         """KL(dense || student) of chunks of tokens, in nats; the sum of all chunks is the mean over the window.
@@ -220,7 +224,7 @@ class Distiller:
         """Train on an amount of text.
 
         Args:
-            windows: int64 [count, length], to train on: once in this order, then in random orders while time is left.
+            windows: int64 [count, length], to train on: once in this order, then in random orders.
             held_out: int64 [any, length], never trained on.
             dose: minutes, evaluations included, or tokens; the learning rate falls with what is left.
             seed: of the random orders.
@@ -230,7 +234,8 @@ class Distiller:
             InputError: the divergence before training is not finite.
         """
         start, trained = time.monotonic(), 0
-        total, unit = (round(60 * dose.minutes, 3), "s") if dose.minutes is not None else (dose.tokens or 1, "tok")
+        self._comes_again = dose.more_than(windows.numel())
+        total = 60 * dose.minutes if dose.minutes is not None else dose.tokens or 1
 
         def done() -> float:
             """Seconds or tokens."""
@@ -248,7 +253,7 @@ class Distiller:
         kept, steps, evaluations = self.tensors, 0, 0
         order = list(reversed(range(len(windows))))
         layout = "{l_bar}{bar}| {elapsed}<{remaining}{postfix}"
-        with tqdm(total=total, unit=unit, desc="refine", bar_format=layout) as bar:
+        with tqdm(total=total, desc="refine", bar_format=layout) as bar:
             while (share := done() / total) < 1:
                 for optimiser in optimisers:
                     optimiser.param_groups[0]["lr"] = rate * min(1.0, (share + 0.01) / WARM_UP, 1 - share)

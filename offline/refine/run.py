@@ -27,7 +27,7 @@ def refine_layers(
     projections: ProjectionSet,
     state: RunState,
     say: Callable[[str], None],
-) -> None:
+) -> bool:
     """Train all factors together by `settings.dose`; `state.load_factors` then returns the result.
 
     Args:
@@ -38,18 +38,19 @@ def refine_layers(
         state: with the factors of every layer.
         say: called with one line at the end.
 
+    Returns:
+        Whether the factors were trained. Where the default amount fails it is left out, with a warning.
+
     Raises:
-        InputError: a file of the state is damaged, or the models' predictions are not finite. The default amount is
-            left out instead where it fails, with a warning.
+        InputError: a file of the state is damaged, or the models' predictions are not finite.
     """
     dose = settings.dose
     assert dose is not None
     layers = [state.load_factors(index) for index in range(len(projections.layers))]
-    held_out = hashlib.sha256(data.windows.others.numpy().tobytes()).hexdigest()
-    choice = {"minutes": dose.minutes, "tokens": dose.tokens, "seed": settings.seed, "text": held_out}
-    state.open_refined(choice)
+    text = hashlib.sha256(data.windows.others.numpy().tobytes()).hexdigest()
+    state.open_refined({"minutes": dose.minutes, "tokens": dose.tokens, "seed": settings.seed, "text": text})
     if all(state.has_factors(index) for index in range(len(layers))):
-        return
+        return True
     # The student's modules have the model's own names, which may differ from the checkpoint's.
     paths = {p.name: p.path for p in projections.flat}
     tensors: Tensors = {paths[name]: row for layer in layers for name, row in layer.tensors.items()}
@@ -59,17 +60,19 @@ def refine_layers(
     except Exception as error:  # lack of memory, predictions that overflow, and what else transformers meets
         if not dose.by_default:
             raise
-        say(f"WARNING: distillation is left out ({reason_of(error)})")
-        trained = tensors
+        say(f"WARNING: distillation is left out ({type(error).__name__}: {reason_of(error)})")
+        state.leave_refined()
+        return False
     for index, layer in enumerate(layers):
         calibration = state.load_layer(index)
         reports = dict(layer.reports)
         for name in layer.tensors:
-            weight = source.weights.tensor(f"{paths[name]}.weight")
-            gram = calibration.grams[calibration.leader[name]].double()
-            error = relative_error(weight, gram, reconstruct(trained[paths[name]]))
+            weight = source.weights.tensor(f"{paths[name]}.weight").to(settings.device)
+            gram = calibration.grams[calibration.leader[name]].double(settings.device)
+            error = relative_error(weight, gram, reconstruct(trained[paths[name]]).to(settings.device))
             reports[name] = replace(reports[name], error=error)
         state.save_factors(index, LayerFactors({n: trained[paths[n]] for n in layer.tensors}, reports))
+    return True
 
 
 def _distilled(
@@ -88,4 +91,4 @@ def _distilled(
     distiller = Distiller(dense, student, source.towers[0].path, tensors, source.returned[0])
     # The factors overfit the windows they were fitted to, so training starts with the remaining ones.
     text = torch.cat([windows.others[HELD_OUT:], windows.ids])
-    return distiller.run(text, windows.others[:HELD_OUT], dose.on(text.numel()), settings.seed, say).tensors
+    return distiller.run(text, windows.others[:HELD_OUT], dose, settings.seed, say).tensors

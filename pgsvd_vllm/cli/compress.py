@@ -4,6 +4,7 @@ Heavy imports happen after the arguments have been checked.
 """
 
 import argparse
+import math
 import shlex
 import sys
 import time
@@ -85,8 +86,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="MINUTES|TOKENS",
         help="train all factors by knowledge distillation from the dense model, on the calibration text and more text "
         "of its kind: for so many minutes (20 if no number is given), or on so many tokens with k or M, such as 500k; "
-        "0 leaves it out. Default: 102k tokens, fewer or none for large models on a CPU; none for models that take "
-        "images, --include experts, or without measured sensitivities. Keeps the whole model in memory",
+        "0 leaves it out. Default: 102k tokens, at most two passes, fewer or none for large models on a CPU; none if "
+        "memory or text is short, for models that take images, with --include experts, or without measured "
+        "sensitivities. Keeps the whole model in memory",
     )
     data = parser.add_argument_group("calibration")
     data.add_argument(
@@ -173,7 +175,12 @@ def shares(text: str) -> float | dict[str, float]:
 def amount(text: str) -> tuple[float | None, int | None]:
     """Parse `15` as minutes, and `500k` or `2M` as tokens; the other element is None."""
     unit = {"k": 1000, "M": 1000_000}.get(text[-1:])
-    return (float(text), None) if unit is None else (None, round(float(text[:-1]) * unit))
+    if unit is None:
+        return float(text), None
+    tokens = float(text[:-1]) * unit
+    if not math.isfinite(tokens):
+        raise ValueError(text)
+    return None, round(tokens)
 
 
 def run(arguments: argparse.Namespace) -> int:

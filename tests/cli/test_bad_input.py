@@ -283,6 +283,8 @@ def test_invalid_option_values_are_refused(
         (["--ratio", "0.2", "--tolerance", "0.1"], "--tolerance"),
         (["--dtype", "int8"], "--dtype"),
         (["--refine", "long"], "--refine"),
+        (["--refine", "infk"], "--refine"),
+        (["--refine", "nanM"], "--refine"),
         (["--baseline", "gptq"], "--baseline"),
         (["--form", "cores"], "--form"),
         (["--frobnicate"], "--frobnicate"),

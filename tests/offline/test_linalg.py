@@ -9,11 +9,11 @@ import torch
 
 from pgsvd_vllm.errors import InputError
 from pgsvd_vllm.offline.linalg import (
+    GramSum,
     ScaledMatrix,
     cholesky,
     cross_gram,
     eigh,
-    gram_of,
     gram_root,
     is_silent,
     naming,
@@ -31,11 +31,13 @@ CODE = """
 import sys
 sys.path.insert(0, sys.argv[1])
 import torch
-from pgsvd_vllm.offline.linalg import gram_of
+from pgsvd_vllm.offline.linalg import GramSum
 generator = torch.Generator().manual_seed(0)
 for tokens, width in ((97, 131), (4096, 128), (600, 1023)):
     rows = torch.randn(tokens, width, generator=generator)
-    gram = gram_of(rows)
+    total = GramSum(width)
+    total.add(rows)
+    gram = total.matrix()
     assert torch.equal(gram, gram.T), (tokens, width)
     torch.testing.assert_close(gram, rows.double().T @ rows.double(), rtol=1e-4, atol=1e-2)
 """
@@ -57,10 +59,28 @@ def rows(exponent: int, tokens: int = 40, width: int = 6, seed: int = 0) -> torc
     return (whole * 2.0**exponent).float()
 
 
+def summed(*parts: torch.Tensor) -> torch.Tensor:
+    total = GramSum(parts[0].shape[1])
+    for part in parts:
+        total.add(part)
+    return total.matrix()
+
+
+def test_sums_of_gram_matrices_are_exact() -> None:
+    """Over several blocks of columns, of rows of different magnitudes, with exponents that the rows lack."""
+    parts = [rows(exponent, width=600, seed=seed) for seed, exponent in enumerate((0, -40, 3))]
+    exact = sum((part.double().T @ part.double() for part in parts), start=torch.zeros(600, 600).double())
+    assert torch.equal(summed(*parts), exact)
+    total = GramSum(600)
+    for part in parts:
+        total.add(part, exponent=-50)
+    assert torch.equal(total.matrix(), exact * 2.0**-100)
+
+
 @pytest.mark.parametrize("exponent", EXPONENTS)
 def test_gram_matrices_are_exact_at_any_magnitude(exponent: int) -> None:
     x, y = rows(exponent), rows(-exponent // 2, width=4, seed=1)
-    assert torch.equal(gram_of(x), x.double().T @ x.double())
+    assert torch.equal(summed(x), x.double().T @ x.double())
     assert torch.equal(cross_gram(x, y), x.double().T @ y.double())
 
 
@@ -68,7 +88,7 @@ def test_gram_matrices_are_exact_at_any_magnitude(exponent: int) -> None:
 def test_infinite_rows_give_an_infinite_gram_matrix(bad: float) -> None:
     x = rows(0)
     x[3, 2] = bad
-    assert not torch.isfinite(gram_of(x)).all()
+    assert not torch.isfinite(summed(x)).all()
 
 
 @pytest.mark.parametrize("exponent", [-500, -300, 0, 3, 300, 400])

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from pgsvd_vllm.errors import InputError
 from pgsvd_vllm.format.latency_table import LatencyTable, ShapeLatencies
 from pgsvd_vllm.format.lowrank import reconstruct
+from pgsvd_vllm.offline.calibration import loss
 from pgsvd_vllm.offline.calibration.gradients import GradientPass, LayerGradients, _GradientHooks
 from pgsvd_vllm.offline.calibration.gram import advance
 from pgsvd_vllm.offline.calibration.loss_metric import DAMPING, metric_root, weighted_gram
@@ -31,7 +32,10 @@ from tests.offline.calibration.test_gram import clipped, reference_inputs
 
 
 @pytest.mark.parametrize("tie", [True, False])
-def test_layerwise_gradients_equal_those_of_the_whole_model(tmp_path: Path, tie: bool) -> None:
+def test_layerwise_gradients_equal_those_of_the_whole_model(
+    tmp_path: Path, tie: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loss, "TOKENS_PER_CHUNK", 10)
     folder = save_tiny_model(tmp_path / "model", tie=tie, bias=not tie, layers=3, seed=2)
     ids = torch.randint(2, 258, (5, 33), generator=torch.Generator().manual_seed(3))
     source = ModelSource(folder)

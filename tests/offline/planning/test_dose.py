@@ -1,6 +1,8 @@
 """How much knowledge distillation a run gets, and what leaves it out."""
 
+import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pgsvd_vllm.cli.compress import amount, configure
 from pgsvd_vllm.errors import InputError, bytes_text
 from pgsvd_vllm.offline.compress import compress
 from pgsvd_vllm.offline.data.text import load_tokenizer
@@ -17,7 +20,7 @@ from pgsvd_vllm.offline.options import DISTILLED_PASSES, DISTILLED_TOKENS, HELD_
 from pgsvd_vllm.offline.output.messages import describe
 from pgsvd_vllm.offline.planning import resources
 from pgsvd_vllm.offline.planning.dose import CPU_FLOPS, FLOPS_PER_PARAMETER, LEAST_TOKENS, dose_of
-from pgsvd_vllm.offline.planning.plan import make_plan
+from pgsvd_vllm.offline.planning.plan import Plan, make_plan
 from pgsvd_vllm.offline.planning.prepare import prepare
 from pgsvd_vllm.offline.planning.resources import memory_bytes
 from pgsvd_vllm.offline.refine.distill import Distiller
@@ -87,40 +90,62 @@ def test_one_amount_alone() -> None:
         make_plan(options(refine=1, refine_tokens=1000))
 
 
-@pytest.mark.parametrize(("windows", "held_out"), [(39, 0), (41, HELD_OUT)])
-def test_a_short_text_is_not_shared_with_held_out_windows(
-    windows: int, held_out: int, tiny_model: Path, tmp_path: Path
+@pytest.mark.parametrize(("spare", "distilled"), [(HELD_OUT - 1, False), (HELD_OUT, True)])
+def test_the_default_takes_no_calibration_windows_away(
+    spare: int, distilled: bool, tiny_model: Path, tmp_path: Path
 ) -> None:
-    """Nor does a long one depend on distillation."""
     text = tmp_path / "text.txt"
     text.write_text(" ".join(map(str, range(4000))), encoding="utf-8")
     tokens = len(tokenize(load_tokenizer(tiny_model), [text.read_text(encoding="utf-8")], "t").ids)
     given: dict[str, Any] = {
         "dataset": (str(text),),
-        "max_seq_length": tokens // windows,
-        "num_calibration_samples": 99,
+        "num_calibration_samples": 30,
+        "max_seq_length": tokens // (30 + spare),
     }
-    plans = [
+    default, without = (
         make_plan(CompressOptions(str(tiny_model), tmp_path / "o", refine=refine, **given)) for refine in (None, 0)
-    ]
-    assert len(plans[0].data.windows.others) == held_out
-    assert (plans[0].settings.dose is not None) == bool(held_out)
-    assert plans[1].settings.dose is None
-    assert plans[0].data.sha256 == plans[1].data.sha256
+    )
+    assert default.data.windows.ids.equal(without.data.windows.ids)
+    assert len(default.data.windows.ids) == 30
+    assert without.settings.dose is None
+    assert (default.settings.dose is not None) == distilled
+    line = f"\nno distillation: the text has fewer than {HELD_OUT} windows beside the calibration windows"
+    assert (line in describe(default)) != distilled
+    assert "distillation" not in describe(without)
+
+
+@pytest.mark.parametrize(("samples", "fresh"), [(20, 10), (2000, 427)])
+def test_the_default_samples_few_windows_of_its_own(samples: int, fresh: int, tiny_model: Path, tmp_path: Path) -> None:
+    """A fifth of the amount, or half as many as the calibration windows; nothing is sampled here."""
+    given: dict[str, Any] = {"num_calibration_samples": samples, "max_seq_length": 48}
+    windows = make_plan(CompressOptions(str(tiny_model), tmp_path / "o", **given)).data.windows
+    assert len(windows.ids) == samples
+    assert len(windows.others) == HELD_OUT + fresh
+    mixed = CompressOptions(str(tiny_model), tmp_path / "o", dataset=("python-docs", "self"), **given)
+    windows = make_plan(mixed).data.windows
+    assert len(windows.ids) == samples
+    assert windows.name == "python-docs + self"
 
 
 def test_a_run_says_and_records_its_distillation(tiny_model: Path, tmp_path: Path) -> None:
     plan = make_plan(CompressOptions(str(tiny_model), tmp_path / "o", **SMALL))
-    text = plan.data.windows.ids.numel() + plan.data.windows.others.numel()
-    assert f"\ndistillation: {DISTILLED_PASSES * text} tokens" in describe(plan)
-    for refine, tokens in ((0, None), (None, 96)):
+    windows = plan.data.windows
+    every = DISTILLED_PASSES * 48 * (len(windows.ids) + len(windows.others) - HELD_OUT)
+    for refine, tokens, expected in ((0, None, None), (None, 96, 96), (None, None, every)):
         lines: list[str] = []
-        asked = CompressOptions(str(tiny_model), tmp_path / f"{refine}", refine=refine, refine_tokens=tokens, **SMALL)
-        compress(asked, say=lines.append)
-        assert any(line.startswith("distilled: 2 steps") for line in lines) == (tokens is not None)
-        assert ("distillation: 96 tokens" in lines[0]) == (tokens is not None)
-        section = json.loads((asked.output / "config.json").read_text(encoding="utf-8"))["quantization_config"]
-        assert (section["refine_minutes"], section["refine_tokens"]) == (None, tokens)
+        output = tmp_path / f"{expected}"
+        compress(CompressOptions(str(tiny_model), output, refine=refine, refine_tokens=tokens, **SMALL), lines.append)
+        said = [line for line in lines if line.startswith("distilled: ")]
+        assert [int(line.split()[1]) for line in said] == ([] if expected is None else [expected // 48])
+        assert (f"\ndistillation: {expected} tokens" in lines[0]) == (expected is not None)
+        assert recorded(output) == expected
+
+
+def recorded(output: Path) -> int | None:
+    """The tokens of distillation in config.json."""
+    section = json.loads((output / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+    assert section["refine_minutes"] is None
+    return section["refine_tokens"]
 
 
 def test_the_default_is_left_out_where_memory_is_short(
@@ -137,19 +162,46 @@ def test_the_default_is_left_out_where_memory_is_short(
     needed = bytes_text(memory_bytes(whole) - loaded)
     assert lines == [f"distillation needs about {needed} of memory, {bytes_text(free)} are free: it is left out"]
     assert plan.settings == without.settings
+    stopped(asked)
+    monkeypatch.undo()
+    resumed = CompressOptions(str(tiny_model), tmp_path / "out", resume=True, **SMALL)
+    assert prepare(resumed, lines.append).settings.dose is None
+    compress(resumed)
+    assert recorded(tmp_path / "out") is None
+
+
+@pytest.mark.parametrize("begun", ["calibration folder", "resumed run"])
+def test_memory_is_checked_again_where_the_sensitivities_are_settled(
+    begun: str, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that was killed for lack of memory would be killed again."""
+    folder = tmp_path / "shared" if begun == "calibration folder" else None
+    asked = CompressOptions(str(tiny_model), tmp_path / "out", calibration=folder, **SMALL)
+    assert stopped(asked).settings.dose is not None
+    monkeypatch.setattr(resources, "free_memory", lambda _device: 0)
+    lines: list[str] = []
+    plan = prepare(replace(asked, resume=folder is None), lines.append)
+    assert (plan.settings.dose, plan.settings.sensitivity) == (None, "measured")
+    assert [line.partition(" needs")[0] for line in lines] == ["distillation"]
+
+
+def test_a_choice_without_distillation_does_not_outlive_its_options(tiny_model: Path, tmp_path: Path) -> None:
+    asked = CompressOptions(str(tiny_model), tmp_path / "out", refine=0, **SMALL)
+    assert stopped(asked).settings.dose is None
+    assert prepare(replace(asked, refine=None, resume=True), lambda _line: None).settings.dose is not None
+
+
+def stopped(asked: CompressOptions) -> Plan:
+    """Interrupt a run after its calibration; returns its plan."""
+    plans: list[Plan] = []
 
     def stop(line: str) -> None:
         if line.startswith("ranks by"):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        compress(asked, say=stop)
-    monkeypatch.undo()
-    resumed = CompressOptions(str(tiny_model), tmp_path / "out", resume=True, **SMALL)
-    assert prepare(resumed, lines.append).settings.dose is None
-    compress(resumed)
-    section = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))["quantization_config"]
-    assert section["refine_tokens"] is None
+        compress(asked, stop, plans.append)
+    return plans[0]
 
 
 def test_the_default_is_left_out_where_it_fails(
@@ -166,9 +218,29 @@ def test_the_default_is_left_out_where_it_fails(
     default = CompressOptions(str(tiny_model), tmp_path / "default", **SMALL)
     lines: list[str] = []
     compress(default, say=lines.append)
-    assert "WARNING: distillation is left out (none is free)" in lines
+    assert "WARNING: distillation is left out (MemoryError: none is free)" in lines
+    assert recorded(default.output) is None
     found, expected = (load_file(next(o.output.glob("*.safetensors"))) for o in (default, plain))
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     with pytest.raises(InputError, match="not enough memory"):
         compress(CompressOptions(str(tiny_model), tmp_path / "asked", refine=1, **SMALL))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("15", (15.0, None)),
+        ("0.5", (0.5, None)),
+        ("0", (0.0, None)),
+        ("500k", (None, 500_000)),
+        ("1.5M", (None, 1_500_000)),
+    ],
+)
+def test_an_amount_is_minutes_or_tokens(text: str, expected: tuple[float | None, int | None]) -> None:
+    assert amount(text) == expected
+    parser = argparse.ArgumentParser()
+    configure(parser)
+    assert parser.parse_args(["m", "-o", "o", "--refine", text]).refine == expected
+    assert parser.parse_args(["m", "-o", "o", "--refine"]).refine == (20.0, None)
+    assert parser.parse_args(["m", "-o", "o"]).refine == (None, None)

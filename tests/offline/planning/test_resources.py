@@ -87,7 +87,7 @@ def test_an_untied_lm_head_is_counted(tmp_path: Path) -> None:
 def test_memory_counts_the_text_that_is_kept(tiny_model: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     options = CompressOptions(
-        str(tiny_model), tmp_path / "out", dataset=(str(text),), num_calibration_samples=8, max_seq_length=64
+        str(tiny_model), tmp_path / "out", dataset=(str(text),), num_calibration_samples=8, max_seq_length=64, refine=0
     )
 
     def needed(lines: int) -> int:

@@ -313,6 +313,28 @@ def test_a_distilled_run_is_resumed(
     assert (output / "config.json").is_file()
 
 
+def test_a_run_that_stops_while_it_trains_ends_in_the_same_factors(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
+) -> None:
+    compress(CompressOptions(str(tiny_model), tmp_path / "whole", **OPTIONS))
+    learn = Distiller.learn
+    calls = 0
+
+    def interrupted(self: Distiller, key: int, row: torch.Tensor) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 20:
+            raise KeyboardInterrupt
+        learn(self, key, row)
+
+    monkeypatch.setattr(Distiller, "learn", interrupted)
+    with pytest.raises(KeyboardInterrupt, match="--resume"):
+        compress(CompressOptions(str(tiny_model), tmp_path / "out", **OPTIONS))
+    compress(CompressOptions(str(tiny_model), tmp_path / "out", resume=True, **OPTIONS))
+    whole, found = (load_file(next((tmp_path / name).glob("*.safetensors"))) for name in ("whole", "out"))
+    assert all(torch.equal(found[name], tensor) for name, tensor in whole.items())
+
+
 def test_distillation_needs_held_out_windows(tiny_model: Path, tmp_path: Path) -> None:
     text = tmp_path / "short.txt"
     text.write_text("word " * (64 * HELD_OUT // 5), encoding="utf-8")
