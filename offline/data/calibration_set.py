@@ -170,7 +170,8 @@ class DataReader:
         captions = Captions(source, processor, self._machine, options.seed, sample) if longest is None else None
         describe = None if captions is None else captions.of
         parts = [read_pairs(f, max(1, counts[f]), options.seed, processor, longest, describe) for f in folders]
-        to_sample = [one for one in (found.to_sample, captions and captions.to_sample) if one is not None]
+        missing = (found.to_sample, None if captions is None else captions.to_sample)
+        to_sample = [one for one in missing if one is not None]
         return replace(found, pairs=mix_pairs(parts), to_sample=sum_of(to_sample))
 
     def _kinds(self) -> tuple[list[str], list[str]]:

@@ -69,8 +69,8 @@ def refine_layers(
         for name in layer.tensors:
             weight = source.weights.tensor(f"{paths[name]}.weight").to(settings.device)
             gram = calibration.grams[calibration.leader[name]].double(settings.device)
-            error = relative_error(weight, gram, reconstruct(trained[paths[name]]).to(settings.device))
-            reports[name] = replace(reports[name], error=error)
+            relative = relative_error(weight, gram, reconstruct(trained[paths[name]]).to(settings.device))
+            reports[name] = replace(reports[name], error=relative)
         state.save_factors(index, LayerFactors({n: trained[paths[n]] for n in layer.tensors}, reports))
     return True
 
