@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from pgsvd_vllm.errors import InputError
@@ -48,6 +49,8 @@ def rewrite(path: Path) -> None:
 def factored(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, bytes]]:
     """DIR.partial of a run that was interrupted while it wrote the checkpoint, and the weights of a whole run."""
     folder = tmp_path_factory.mktemp("factored")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in every test
     compress(CompressOptions(str(tiny_model), folder / "whole", ratio=0.3, **SMALL))
 
     def stop(*_: object) -> None:
@@ -59,6 +62,7 @@ def factored(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
             compress(CompressOptions(str(tiny_model), folder / "out", ratio=0.3, **SMALL))
     # Three layers, factored and distilled.
     assert len(list(folder.glob("out.partial/factors-*/*.safetensors"))) == 6
+    torch.set_num_threads(threads)
     return folder / "out.partial", weights_of(folder / "whole")
 
 
