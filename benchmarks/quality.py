@@ -35,7 +35,7 @@ from pgsvd_vllm.offline.factors.factorize import factor_layers
 from pgsvd_vllm.offline.options import CompressOptions
 from pgsvd_vllm.offline.output.checkpoint import write_checkpoint
 from pgsvd_vllm.offline.output.outcome import Choice
-from pgsvd_vllm.offline.planning.dose import dose_of
+from pgsvd_vllm.offline.planning.dose import dose_of, dose_on
 from pgsvd_vllm.offline.planning.identity import CALIBRATION_VERSION
 from pgsvd_vllm.offline.planning.plan import Plan, make_plan
 from pgsvd_vllm.offline.planning.prepare import open_state
@@ -144,8 +144,8 @@ def with_options(plan: Plan, **changes: Any) -> Plan:
     """The plan for other options on the same model and calibration data."""
     options = replace(plan.options, **changes)
     device, dtype = plan.settings.device, plan.settings.compute_dtype
-    dose = dose_of(options, plan.source, device.type)
-    settings = resolve_settings(options, device, dtype, None if dose is None else dose.on(plan.data.windows.trained))
+    dose = dose_on(dose_of(options, plan.source, device.type), plan.data.windows)
+    settings = resolve_settings(options, device, dtype, dose)
     return replace(plan, options=options, settings=settings)
 
 

@@ -151,7 +151,10 @@ def _captions_in(folder: Path) -> Path | None:
 
 def _lone_images(folder: Path) -> list[str]:
     """The names of a folder's files if all of them are images; else none. Hidden files do not count."""
-    names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
+    try:
+        names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
+    except OSError:  # reading its text says why
+        return []
     return names if all(name.lower().endswith(SUFFIXES) for name in names) else []
 
 

@@ -1,8 +1,9 @@
 """Decides how much knowledge distillation a run gets."""
 
 from pgsvd_vllm.errors import InputError
+from pgsvd_vllm.offline.data.tokens import Windows
 from pgsvd_vllm.offline.model.source import ModelSource
-from pgsvd_vllm.offline.options import DISTILLED_TOKENS, CompressOptions, Dose
+from pgsvd_vllm.offline.options import DISTILLED_TOKENS, HELD_OUT, CompressOptions, Dose
 from pgsvd_vllm.offline.settings import MEASURED
 
 # FLOPs of training by default on a CPU: a quarter of an hour of two ordinary cores.
@@ -11,6 +12,13 @@ CPU_FLOPS = 1.35e14
 FLOPS_PER_PARAMETER = 8
 # Fewer tokens are not worth the memory.
 LEAST_TOKENS = 16384
+
+
+def dose_on(dose: Dose | None, windows: Windows) -> Dose | None:
+    """The amount for a text; None without any, or if a default one finds no windows to hold out."""
+    if dose is None or (dose.by_default and len(windows.others) < HELD_OUT):
+        return None
+    return dose.on(windows.trained)
 
 
 def dose_of(options: CompressOptions, source: ModelSource, device_type: str) -> Dose | None:

@@ -18,8 +18,8 @@ from pgsvd_vllm.offline.model.hub import resolve_folder
 from pgsvd_vllm.offline.model.projection import ProjectionSet, widest
 from pgsvd_vllm.offline.model.source import ModelSource
 from pgsvd_vllm.offline.model.towers import LANGUAGE
-from pgsvd_vllm.offline.options import DEFAULT_RATIO, HELD_OUT, CompressOptions, check_options
-from pgsvd_vllm.offline.planning.dose import dose_of
+from pgsvd_vllm.offline.options import DEFAULT_RATIO, CompressOptions, check_options
+from pgsvd_vllm.offline.planning.dose import dose_of, dose_on
 from pgsvd_vllm.offline.ranks.target import RankTarget
 from pgsvd_vllm.offline.settings import RunSettings, resolve_settings, store_dtype
 
@@ -111,8 +111,6 @@ def make_plan(options: CompressOptions) -> Plan:
     options = with_data_defaults(options, source, machine)
     data = DataReader(options, source, machine, dose).read(sample=False)
     _check_ids(source, data)
-    if dose is not None:
-        dose = None if dose.by_default and len(data.windows.others) < HELD_OUT else dose.on(data.windows.trained)
     reach = reached_layers(source, data, device, compute_dtype)
     projections = _projections(options, source, reach.others)
     plan = Plan(
@@ -120,7 +118,7 @@ def make_plan(options: CompressOptions) -> Plan:
         source,
         reached_projections(projections, reach),
         replace(data, tokens_per_pixel=reach.tokens_per_pixel),
-        resolve_settings(options, device, compute_dtype, dose),
+        resolve_settings(options, device, compute_dtype, dose_on(dose, data.windows)),
         None if options.costs is None else _latencies(options),
         reach.others,
     )

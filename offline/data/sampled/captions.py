@@ -1,10 +1,7 @@
 """Captions that a vision-language model writes for given images, kept in the user's cache, continued after a stop."""
 
 import hashlib
-import json
-import os
-from collections.abc import Iterator
-from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +9,18 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from pgsvd_vllm.errors import InputError, reason_of
+from pgsvd_vllm.errors import reason_of
 from pgsvd_vllm.offline.data.image_text import prompted, question
 from pgsvd_vllm.offline.data.sampled.generate import SampleError
-from pgsvd_vllm.offline.data.sampled.self_text import STEP_SECONDS, TEMPERATURE, Machine, Sampling, cache_folder
-from pgsvd_vllm.offline.model.content import content_digest
+from pgsvd_vllm.offline.data.sampled.self_text import (
+    STEP_SECONDS,
+    TEMPERATURE,
+    Machine,
+    Sampling,
+    cache_folder,
+    sampled_identity,
+    write_cached,
+)
 from pgsvd_vllm.offline.model.source import ModelSource
 
 # Tokens of a caption: the model may end it between these.
@@ -44,21 +48,14 @@ class Captions:
         self._source, self._processor, self._machine, self._seed = source, processor, machine, seed
         self._sample = sample
         self._missing = 0
-        self._folder = cache_folder() / "captions" / self._identify()[:32]
 
-    def _identify(self) -> str:
-        """SHA-256 of all that a caption depends on, besides its image and rounding."""
-        source = self._source
-        parts = {
-            "weights": content_digest({info.file for info in source.weights.tensors.values()}),
-            "config": source.config_json,
-            "prompt": question(self._processor),
-            "tokens": [SHORTEST, LONGEST, TEMPERATURE],
-            "seed": self._seed,
-            "dtype": str(self._machine.dtype),
-            "version": VERSION,
-        }
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    @cached_property
+    def _folder(self) -> Path:
+        """The folder of the model's captions; data sets with texts of their own need not hash the model for it."""
+        tokens = [SHORTEST, LONGEST, TEMPERATURE]
+        parts = {"prompt": question(self._processor), "tokens": tokens, "version": VERSION}
+        identity = sampled_identity(self._source, self._machine, self._seed, parts)
+        return cache_folder() / "captions" / identity[:32]
 
     @property
     def to_sample(self) -> Sampling | None:
@@ -78,26 +75,25 @@ class Captions:
             SampleError: the model cannot be loaded or generate, or does not fit into memory.
         """
         files = [self._folder / f"{_digest(image)}.txt" for image in images]
-        found = [_read(file) for file in files]
-        missing = [i for i, caption in enumerate(found) if caption is None]
-        if not self._sample:
+        captions = {file: caption for file in files if (caption := _read(file)) is not None}
+        missing = {file: image for file, image in zip(files, images, strict=True) if file not in captions}
+        if self._sample and missing:
+            captions |= self._written(dataset, missing)
+        elif missing:
             self._missing += len(missing)
-            return [STAND_IN if caption is None else caption for caption in found]
-        written = dict(self._written(dataset, [(i, images[i], files[i]) for i in missing]))
-        return [written[i] if caption is None else caption for i, caption in enumerate(found)]
+        return [captions.get(file, STAND_IN) for file in files]
 
-    def _written(self, dataset: str, missing: list[tuple[int, Image.Image, Path]]) -> Iterator[tuple[int, str]]:
-        """Write the captions of numbered images into their files."""
-        if not missing:
-            return
+    def _written(self, dataset: str, missing: dict[Path, Image.Image]) -> dict[Path, str]:
+        """Write the captions of images into their files; returns them."""
+        captions: dict[Path, str] = {}
         try:
             model = self._model()
-            for number, image, file in tqdm(missing, unit="image", desc="captions"):
-                caption = self._caption(model, image)
-                _write(file, caption)
-                yield number, caption
+            for file, image in tqdm(missing.items(), unit="image", desc="captions"):
+                captions[file] = self._caption(model, image, int(file.stem[:8], 16))
+                _write(file, captions[file])
         except SampleError as error:
             raise SampleError(f"`dataset` {dataset}: {error}; give captions.jsonl") from None
+        return captions
 
     def _model(self) -> Any:
         source, machine = self._source, self._machine
@@ -108,8 +104,8 @@ class Captions:
         except Exception as error:  # damaged weights, lack of memory, and what else transformers meets
             raise SampleError(f"transformers cannot load {source.folder} as a whole ({reason_of(error)})") from None
 
-    def _caption(self, model: Any, image: Image.Image) -> str:
-        """A caption, drawn with a seed of its own."""
+    def _caption(self, model: Any, image: Image.Image, number: int) -> str:
+        """A caption, drawn with a seed that depends on the image's number."""
         try:
             batch = prompted(self._processor, image, question(self._processor))
             inputs = {
@@ -118,7 +114,7 @@ class Captions:
             }
             devices = [model.device] if model.device.type == "cuda" else []
             with torch.random.fork_rng(devices), torch.inference_mode():
-                torch.manual_seed(int(_digest(image)[:8], 16) ^ (self._seed & 0xFFFFFFFF))
+                torch.manual_seed(number ^ (self._seed & 0xFFFFFFFF))
                 ids = model.generate(
                     **inputs,
                     do_sample=True,
@@ -153,14 +149,9 @@ def _read(file: Path) -> str | None:
 
 def _write(file: Path, caption: str) -> None:
     """Write a caption into the cache; raises InputError if that fails."""
-    own = file.with_suffix(f".{os.getpid()}")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
+
+    def write(own: Path) -> None:
+        own.parent.mkdir(parents=True, exist_ok=True)
         own.write_bytes(caption.encode("utf-8", "replace"))
-        own.replace(file)
-    except OSError as error:
-        with suppress(OSError):
-            own.unlink(missing_ok=True)
-        raise InputError(
-            f"{file}: cannot be written ({error.strerror}); make room, or set XDG_CACHE_HOME to another folder"
-        ) from None
+
+    write_cached(file, write)

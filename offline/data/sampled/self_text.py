@@ -97,20 +97,16 @@ class SelfText:
 
     def _identify(self) -> str:
         """SHA-256 of all that the text depends on, besides rounding."""
-        source, form = self._source, self.form
+        form = self.form
         tokens = [form.leading, form.separator, sorted(form.special), len(form.plain), form.turns and vars(form.turns)]
         parts = {
-            "weights": content_digest({info.file for info in source.weights.tensors.values()}),
-            "config": source.config_json,
             "tokens": hashlib.sha256(repr(tokens).encode()).hexdigest(),
             "length": self.length,
             "piece": self._piece,
-            "seed": self._seed,
-            "dtype": str(self._machine.dtype),
             "temperature": TEMPERATURE,
             "version": VERSION,
         }
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+        return sampled_identity(self._source, self._machine, self._seed, parts)
 
     @property
     def most(self) -> int:
@@ -205,19 +201,9 @@ class SelfText:
         return torch.cat(parts)
 
     def _keep(self, first: int, ids: torch.Tensor) -> None:
-        """Write windows into the cache; raises InputError if that fails.
-
-        Two processes may sample the same windows at the same time: each writes a file of its own name first.
-        """
-        path = self.folder / f"{first:06d}.safetensors"
-        own = path.with_suffix(f".{os.getpid()}")
-        try:
-            save_sealed(own, self._label(first), {"text:ids": ids.int()})
-            own.replace(path)
-        except (OSError, SafetensorError) as error:
-            raise InputError(
-                f"{path}: cannot be written ({reason_of(error)}); make room, or set XDG_CACHE_HOME to another folder"
-            ) from None
+        """Write windows into the cache; raises InputError if that fails."""
+        path, tensors = self.folder / f"{first:06d}.safetensors", {"text:ids": ids.int()}
+        write_cached(path, lambda own: save_sealed(own, self._label(first), tensors))
 
     def _generate(self, model: Any, windows: range, tick: Callable[[], Any]) -> torch.Tensor:
         pieces = range(windows.start * self._pieces, windows.stop * self._pieces)
@@ -291,6 +277,34 @@ def _cache_features(source: ModelSource) -> int:
     heads = getattr(config, "num_attention_heads", None) or 1
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     return 2 * len(source.layers) * (getattr(config, "num_key_value_heads", None) or heads) * width
+
+
+def sampled_identity(source: ModelSource, machine: Machine, seed: int, parts: dict[str, Any]) -> str:
+    """SHA-256 of a model, a machine's dtype, a seed, and the other parts that what is sampled depends on."""
+    shared = {
+        "weights": content_digest({info.file for info in source.weights.tensors.values()}),
+        "config": source.config_json,
+        "seed": seed,
+        "dtype": str(machine.dtype),
+    }
+    return hashlib.sha256(json.dumps(shared | parts, sort_keys=True).encode()).hexdigest()
+
+
+def write_cached(path: Path, write: Callable[[Path], None]) -> None:
+    """Write a file of the cache by a function of its path; raises InputError if that fails.
+
+    Two processes may sample the same at the same time: each writes a file of its own name first.
+    """
+    own = path.with_suffix(f".{os.getpid()}")
+    try:
+        write(own)
+        own.replace(path)
+    except (OSError, SafetensorError) as error:
+        with suppress(OSError):
+            own.unlink(missing_ok=True)
+        raise InputError(
+            f"{path}: cannot be written ({reason_of(error)}); make room, or set XDG_CACHE_HOME to another folder"
+        ) from None
 
 
 def cache_folder() -> Path:

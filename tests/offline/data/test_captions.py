@@ -143,3 +143,9 @@ def test_a_folder_with_other_files_holds_no_lone_images(llava: Path, images: Pat
     (images / "notes.txt").write_text("word " * 3000, encoding="utf-8")
     plan = make_plan(CompressOptions(str(llava), tmp_path / "out", dataset=(str(images),), max_seq_length=64))
     assert plan.data.pairs is None
+
+
+def test_images_with_texts_do_not_hash_the_model(llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "sampled_identity", None)
+    pairs = save_pairs(tmp_path / "pairs", 16)
+    assert make_plan(CompressOptions(str(llava), tmp_path / "out", dataset=(str(pairs),))).data.pairs is not None
