@@ -146,19 +146,25 @@ def with_options(plan: Plan, **changes: Any) -> Plan:
     device, dtype = plan.settings.device, plan.settings.compute_dtype
     dose = dose_on(dose_of(options, plan.source, device.type), plan.data.windows)
     settings = resolve_settings(options, device, dtype, dose)
-    return replace(plan, options=options, settings=settings)
+    projections = plan.projections.with_rank_multiple(None if settings.scheme is None else settings.scheme.group_size)
+    return replace(plan, options=options, settings=settings, projections=projections)
 
 
-def compressed(plan: Plan, state: RunState, method: str, ratio: float, minutes: float) -> PreTrainedModel:
-    """The model of one case, in the dtype it is stored in; `minutes` of distillation if the method has it."""
-    plan = with_options(plan, ratio=ratio, **METHODS[method], **({"refine": minutes} if method == REFINED else {}))
+def factored(plan: Plan, state: RunState) -> Choice:
+    """Choose the ranks of a plan, factor its projections and distill them as its settings say."""
     spectra = measured_spectra(plan, state)
     front = None if spectra.loss is None else measured_front(plan.projections, spectra.loss, plan.target)
     allocation = choose_ranks(plan.projections, spectra, plan.target, front)
     factor_layers(plan.source, plan.data, plan.settings, plan.projections, state, allocation.ranks)
     if plan.settings.dose is not None:
         refine_layers(plan.source, plan.data, plan.settings, plan.projections, state, print)
-    write_checkpoint(plan, state, Choice(allocation, front))
+    return Choice(allocation, front)
+
+
+def compressed(plan: Plan, state: RunState, method: str, ratio: float, minutes: float) -> PreTrainedModel:
+    """The model of one case, in the dtype it is stored in; `minutes` of distillation if the method has it."""
+    plan = with_options(plan, ratio=ratio, **METHODS[method], **({"refine": minutes} if method == REFINED else {}))
+    write_checkpoint(plan, state, factored(plan, state))
     # Weights are mapped from the files: these must stay until the model has been evaluated.
     return AutoModelForCausalLM.from_pretrained(state.checkpoint, dtype="auto")
 
@@ -277,22 +283,24 @@ def main() -> int:
 
     if missing("dense"):
         evaluate(AutoModelForCausalLM.from_pretrained(folder, dtype="auto"), "dense")
-    for method in arguments.methods:
-        todo = [ratio for ratio in ratios if missing(f"{method} {ratio}")]
-        if not todo or (method == MIXED and not mixed_in):
+    # The cases of one share follow each other: they take over the layers that are factored already.
+    cases = [(method, ratio) for ratio in ratios for method in arguments.methods]
+    for mixed in (False, True) if mixed_in else (False,):
+        todo = [(m, r) for m, r in cases if missing(f"{m} {r}") and (m == MIXED) == mixed]
+        if not todo:
             continue
-        calibrated = planned(mixed_in) if method == MIXED else plan
+        calibrated = planned(mixed_in) if mixed else plan
         state = open_state(calibrated)
         start = time.monotonic()
         calibrate(calibrated, state)
-        print(f"{method}: calibration {time.monotonic() - start:.0f} s in this run", flush=True)
-        for ratio in todo:
+        print(f"calibration {time.monotonic() - start:.0f} s in this run", flush=True)
+        for method, ratio in todo:
             begun = time.monotonic()
             model = compressed(calibrated, state, method, ratio, arguments.refine_minutes)
             print(f"{method} {ratio}: factored in {time.monotonic() - begun:.0f} s", flush=True)
             evaluate(model, f"{method} {ratio}")
             shutil.rmtree(state.checkpoint, ignore_errors=True)
-        state.close()  # the next method may use the same folder
+        state.close()  # the next calibration may use the same folder
 
     bars = BARS[arguments.model] if arguments.calibration_windows == WINDOWS else {}
     table = list(rows_of(found, ratios, list(windows), bars))

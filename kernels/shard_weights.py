@@ -1,13 +1,18 @@
 """The weights of one shard of a layer, on one tensor-parallel rank."""
 
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 
+from pgsvd_vllm.kernels.quantized_matrix import QuantizedMatrix
+
+M_co = TypeVar("M_co", bound="torch.Tensor | QuantizedMatrix", covariant=True)
+
 
 @dataclass(frozen=True)
-class ShardWeights:
-    """The weights of one shard: a dense matrix, plain factors, or a pivot form.
+class Shard(Generic[M_co]):
+    """The weights of one shard: a dense matrix, plain factors, or a pivot form, each of them possibly quantized.
 
     A merged layer (QKV, gate and up) is a sequence of these, in the order of the layer's outputs.
 
@@ -19,8 +24,8 @@ class ShardWeights:
             component j of z. None for plain factors and for dense shards.
     """
 
-    down: torch.Tensor
-    up: torch.Tensor | None = None
+    down: M_co
+    up: M_co | None = None
     places: torch.Tensor | None = None
 
     @property
@@ -34,6 +39,10 @@ class ShardWeights:
     def nbytes(self) -> int:
         """Bytes of the matrices; `places` is not counted."""
         return self.down.nbytes + (0 if self.up is None else self.up.nbytes)
+
+
+class ShardWeights(Shard[torch.Tensor]):
+    """A shard whose matrices are not quantized, which the Triton kernels take."""
 
     def to(self, device: torch.device) -> "ShardWeights":
         """The same weights on another device."""

@@ -1,4 +1,4 @@
-"""The pipeline of a run: plan, calibrate, choose ranks, factorize, distill, write."""
+"""The pipeline of a run: plan, calibrate, choose ranks, factorize, distill, quantize, write."""
 
 import errno
 import hashlib
@@ -25,6 +25,7 @@ from pgsvd_vllm.offline.planning.prepare import open_state, prepare
 from pgsvd_vllm.offline.planning.resources import check_disk, disk_bytes
 from pgsvd_vllm.offline.ranks.select import Spectra, choose_ranks, measured_front
 from pgsvd_vllm.offline.refine.run import refine_layers
+from pgsvd_vllm.offline.rounding.run import round_layers
 from pgsvd_vllm.offline.run_state import RunState, refuse_begun
 from pgsvd_vllm.offline.state.published import finish_published
 from pgsvd_vllm.offline.state.work_files import WorkFileError
@@ -176,6 +177,8 @@ def _factor_and_write(plan: Plan, state: RunState, say: Say) -> CompressResult:
     if plan.settings.dose is not None:
         trained = refine_layers(plan.source, plan.data, plan.settings, plan.projections, state, say)
         plan = plan if trained else replace(plan, settings=replace(plan.settings, dose=None))
+    if plan.settings.scheme is not None:
+        round_layers(plan.source, plan.settings, plan.projections, state)
     head = None
     if plan.projections.lm_head is not None:
         head = factor_lm_head(plan.source, plan.settings, plan.projections.lm_head, state.load_lm_head())

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from pgsvd_vllm.errors import InputError
+from pgsvd_vllm.format.quantization import FP8, INT8, Scheme, int4
 
 BASELINES = ("svd", "asvd", "svd-llm", "pifa")
 BUILTIN, SELF = "python-docs", "self"
@@ -21,6 +22,8 @@ WINDOWS, PAIRS = 128, 1024
 CPU_WINDOWS = 40
 # Held-out windows of the text: knowledge distillation never trains on them and selects its result by them.
 HELD_OUT = 8
+# The values of `bits`, and the quantization that each stands for; None keeps the dtype.
+BITS: dict[str, Scheme | None] = {"16": None, "8": INT8, "fp8": FP8, "4": int4(32)}
 # Tokens of knowledge distillation that are the default: the first 100 windows bring most of what more of them bring.
 DISTILLED_TOKENS = 102400
 # Passes over the text that the default makes at most.
@@ -70,12 +73,13 @@ class CompressOptions:
         sensitivity: `measured`, `forward` or `uniform`. None is `uniform` with a tolerance or a baseline; otherwise it
             is `measured`, or `forward` if gradients do not fit in memory.
         baseline: one of `BASELINES`, used instead of PGSVD for comparison; None for PGSVD.
-        form: `pivot` or `factors`; None is `pivot` if sensitivities are measured.
+        form: `pivot` or `factors`; None is `pivot` if sensitivities are measured and nothing is quantized.
         sequential: whether each layer is fitted to activations from the already factored layers (see
             `factors.error_aware`); None is yes if sensitivities are measured.
         refine: minutes of knowledge distillation (see `refine.distill`), 0 for none; None for the default (see
             `planning.dose`) if `refine_tokens` is None as well.
         refine_tokens: tokens of knowledge distillation, instead of minutes.
+        bits: of the stored weights of the projections, a key of BITS.
         costs: JSON file with GEMM latencies (see `format.latency_table`) that the ranks minimize; None for size.
         dataset: names, files or folders of the calibration data; each gives an equal share of the samples. None is text
             that the model samples from itself, or `python-docs` if it cannot.
@@ -105,6 +109,7 @@ class CompressOptions:
     sequential: bool | None = None
     refine: float | None = None
     refine_tokens: int | None = None
+    bits: str = "16"
     costs: Path | None = None
     dataset: tuple[str, ...] | None = None
     num_calibration_samples: int | None = None
@@ -160,6 +165,10 @@ def check_options(options: CompressOptions) -> None:
         raise InputError(f"--refine {options.refine_tokens} tokens: must be at least 1 token")
     if options.refine is not None and options.refine_tokens is not None:
         raise InputError("`refine` and `refine_tokens`: give only one of them")
+    if options.bits not in BITS:
+        raise InputError(f"--bits {options.bits}: must be one of {', '.join(BITS)}")
+    if BITS[options.bits] is not None and "experts" in options.include:
+        raise InputError(f"--bits {options.bits}: MoE experts are not quantized; omit it or --include experts")
     if options.num_calibration_samples is not None and options.num_calibration_samples < 1:
         raise InputError(f"--num-calibration-samples {options.num_calibration_samples}: must be at least 1")
     if not 0 < options.head_tolerance < 1:

@@ -298,18 +298,25 @@ class RunState:
         """
         self._open(f"factors-{_digest(choice | {'program': pgsvd_vllm.__version__})}")
 
-    def open_refined(self, choice: dict[str, Any]) -> None:
-        """Select the folder of factors distilled from the current ones, which are kept.
+    def open_following(self, choice: dict[str, Any]) -> None:
+        """Select the folder of factors that a further stage makes of the current ones, which are kept.
 
         Args:
-            choice: JSON values that distillation depends on.
+            choice: JSON values that the stage depends on.
         """
         self._open(f"{self._factors.name}-{_digest(choice)}")
 
-    def leave_refined(self) -> None:
-        """Return to the factors from before `open_refined`; the distilled ones are deleted."""
+    def load_earlier(self, index: int) -> LayerFactors:
+        """The factors of a layer from before `open_following`; raises InputError if the file is damaged."""
+        return self._read_factors(self._earlier() / self._factors_file(index).name)
+
+    def _earlier(self) -> Path:
+        return self._factors.with_name(self._factors.name.rpartition("-")[0])
+
+    def leave_following(self) -> None:
+        """Return to the factors from before `open_following`; those of the further stage are deleted."""
         remove(self._factors)
-        self._factors = self._factors.with_name(self._factors.name.rpartition("-")[0])
+        self._factors = self._earlier()
 
     def _open(self, name: str) -> None:
         """Select a folder of factors and delete those that neither extend its name nor are extended by it."""
@@ -334,7 +341,10 @@ class RunState:
 
     def load_factors(self, index: int) -> LayerFactors:
         """Read the factors of a layer; raises InputError if the file is damaged."""
-        found, reports = self._load(self._factors_file(index), "factor")
+        return self._read_factors(self._factors_file(index))
+
+    def _read_factors(self, path: Path) -> LayerFactors:
+        found, reports = self._load(path, "factor")
         tensors: dict[str, dict[str, torch.Tensor]] = {}
         for key, tensor in found["factor"].items():
             name, _, suffix = key.rpartition(".")

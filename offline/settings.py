@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
-from pgsvd_vllm.offline.options import DTYPES, CompressOptions, Dose
+from pgsvd_vllm.format.quantization import Scheme
+from pgsvd_vllm.offline.options import BITS, DTYPES, CompressOptions, Dose
 
 MEASURED, FORWARD, UNIFORM = "measured", "forward", "uniform"
 
@@ -20,6 +21,7 @@ class RunSettings:
         baseline: another method's name, or None.
         head_tolerance: relative error allowed in the LM head's weighted logits, between 0 and 1.
         dose: of knowledge distillation, or None.
+        scheme: of the quantized projections, or None.
         seed: of the draws of windows, pairs and labels.
         device: that computes.
         compute_dtype: of the calibration forward pass.
@@ -32,6 +34,7 @@ class RunSettings:
     baseline: str | None
     head_tolerance: float
     dose: Dose | None
+    scheme: Scheme | None
     seed: int
     device: torch.device
     compute_dtype: torch.dtype
@@ -64,11 +67,12 @@ def resolve_settings(
     informed = sensitivity != UNIFORM or options.baseline == "pifa"
     return RunSettings(
         sensitivity=sensitivity,
-        form=options.form or ("pivot" if informed else "factors"),
+        form=options.form or ("pivot" if informed and BITS[options.bits] is None else "factors"),
         sequential=informed if options.sequential is None else options.sequential,
         baseline=options.baseline,
         head_tolerance=options.head_tolerance,
         dose=dose,
+        scheme=BITS[options.bits],
         seed=options.seed,
         device=device,
         compute_dtype=compute_dtype,

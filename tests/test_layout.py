@@ -17,18 +17,25 @@ FORMAT = (*GROUND, "format")
 OFFLINE_GROUND = ("offline.options", "offline.settings", "offline.records", "offline.linalg")
 OFFLINE_ROOMS = (
     *("offline.model", "offline.state", "offline.data", "offline.run_state", "offline.calibration", "offline.ranks"),
-    *("offline.factors", "offline.refine", "offline.planning", "offline.output", "offline.compress"),
+    *(
+        "offline.factors",
+        "offline.refine",
+        "offline.rounding",
+        "offline.planning",
+        "offline.output",
+        "offline.compress",
+    ),
 )
 RULES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "errors": ((), ("torch", "transformers", "vllm")),
     "families": ((), ("torch", "transformers", "vllm")),
     "format": (FORMAT, ("transformers", "vllm")),
-    "parallel": ((*FORMAT, "parallel", "kernels.layer_shape"), ("transformers", "vllm")),
+    "parallel": ((*FORMAT, "parallel", "kernels.layer_shape", "kernels.quantized_matrix"), ("transformers", "vllm")),
     "hf": ((*FORMAT, "hf"), ("vllm",)),
     "serving": ((*FORMAT, "parallel", "hf", "kernels", "serving"), ()),
     "plugin": (("serving",), ("torch", "transformers")),
     "cli": ((*FORMAT, "parallel", "hf", "kernels", "serving", "offline", "cli"), ()),
-    **dict.fromkeys(OFFLINE_GROUND, ((*GROUND, "offline.options", "offline.linalg"), ("vllm",))),
+    **dict.fromkeys(OFFLINE_GROUND, ((*GROUND, "format.quantization", "offline.options", "offline.linalg"), ("vllm",))),
     **{
         room: ((*FORMAT, "hf", *OFFLINE_GROUND, *OFFLINE_ROOMS[: number + 1]), ("vllm",))
         for number, room in enumerate(OFFLINE_ROOMS)

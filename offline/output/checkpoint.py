@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+from pgsvd_vllm.format.quantization import elements_of
 from pgsvd_vllm.format.reader import check_data, open_checkpoint
 from pgsvd_vllm.format.writer import TensorWriter
 from pgsvd_vllm.hf.transformers_compat import loaded_dtype
@@ -30,18 +31,19 @@ def write_checkpoint(plan: Plan, state: RunState, choice: Choice) -> CompressRes
     """
     folder = state.begin_checkpoint()
     writer = TensorWriter(folder)
-    ranks, weights, head = choice.allocation.ranks, plan.source.weights, choice.lm_head
+    weights, head = plan.source.weights, choice.lm_head
     modules: list[ModuleReport] = []
+    paths: list[str] = []
     for index, row in enumerate(plan.projections.layers):
         factors = state.load_factors(index)
         for p in row:
-            if p.name not in ranks:
+            if p.name not in factors.tensors:
                 modules.append(ModuleReport(p.name, p.out_features, p.in_features, None, 0.0, 0.0, 0))
                 continue
             for suffix, tensor in factors.tensors[p.name].items():
-                writer.add(f"{p.name}.{suffix}", tensor)
+                writer.add(f"{p.name}.{suffix}", tensor, elements_of(suffix, tensor))
             modules.append(factors.reports[p.name])
-    paths = [p.path for p in plan.projections.flat if p.name in ranks]
+            paths.append(p.path)
     if head is not None:
         modules.append(head.report)
         if plan.projections.lm_head is not None and head.tensors:

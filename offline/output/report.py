@@ -6,12 +6,20 @@ from pathlib import Path
 from typing import Any
 
 import pgsvd_vllm
-from pgsvd_vllm.format.schema import FORMAT_VERSION, LOAD_GUARD, QUANT_METHOD, REPORT_NAME
+from pgsvd_vllm.format.schema import (
+    FORMAT_VERSION,
+    LOAD_GUARD,
+    QUANT_METHOD,
+    QUANTIZED_VERSION,
+    REPORT_NAME,
+    row_of,
+)
 from pgsvd_vllm.offline.model.companions import without_local_code
 from pgsvd_vllm.offline.model.hub import public_name
 from pgsvd_vllm.offline.output.messages import rank_rule
 from pgsvd_vllm.offline.output.outcome import CompressResult
 from pgsvd_vllm.offline.planning.plan import Plan
+from pgsvd_vllm.offline.rounding.run import quantized_module
 from pgsvd_vllm.offline.settings import FORWARD
 
 METHOD = "pgsvd"
@@ -20,7 +28,16 @@ METHOD = "pgsvd"
 def write_config(folder: Path, plan: Plan, result: CompressResult) -> None:
     """Write config.json: that of the base model with the module table (see `format.schema`)."""
     settings, allocation, head = plan.settings, result.choice.allocation, result.choice.lm_head
-    table = {name: {"rank": rank, "form": settings.form} for name, rank in allocation.ranks.items()}
+    table: dict[str, dict[str, Any]] = {
+        name: {"rank": rank, "form": settings.form} for name, rank in allocation.ranks.items()
+    }
+    schemes: dict[str, Any] = {}
+    if settings.scheme is not None:
+        rows = {p.name: quantized_module(p, allocation.ranks.get(p.name), settings) for p in plan.projections.flat}
+        rows = {name: module for name, module in rows.items() if module.schemes or not module.is_dense}
+        table = {name: row_of(module) for name, module in rows.items()}
+        found = {scheme for module in rows.values() for scheme in module.schemes.values()}
+        schemes = {"schemes": {scheme.key: scheme.section() for scheme in sorted(found, key=lambda one: one.key)}}
     factored_head = head is not None and bool(head.tensors)
     if head is not None and factored_head:
         table[head.name] = {"rank": head.report.rank, "form": "factors"}
@@ -33,7 +50,8 @@ def write_config(folder: Path, plan: Plan, result: CompressResult) -> None:
     config["transformers_weights"] = LOAD_GUARD
     config["quantization_config"] = {
         "quant_method": QUANT_METHOD,
-        "version": FORMAT_VERSION,
+        "version": QUANTIZED_VERSION if schemes else FORMAT_VERSION,
+        **schemes,
         "modules": table,
         "head": head.name if head is not None and factored_head else None,
         "tensors": result.tensors,
@@ -112,6 +130,7 @@ With transformers, run `import pgsvd_vllm.hf` first; otherwise loading stops wit
 | | |
 |---|---|
 | ranks from | {rank_rule(plan.settings, result.choice.allocation)} |
+| quantization | {"none" if plan.settings.scheme is None else plan.settings.scheme.name} |
 | calibration | {data_name(plan)}, {plan.data.tokens} tokens, sha256 {plan.data.sha256[:16]} |
 | made by | pgsvd-vllm {pgsvd_vllm.__version__} |
 | command | `{plan.options.command}` |

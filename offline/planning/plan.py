@@ -18,7 +18,7 @@ from pgsvd_vllm.offline.model.hub import resolve_folder
 from pgsvd_vllm.offline.model.projection import ProjectionSet, widest
 from pgsvd_vllm.offline.model.source import ModelSource
 from pgsvd_vllm.offline.model.towers import LANGUAGE
-from pgsvd_vllm.offline.options import DEFAULT_RATIO, CompressOptions, check_options
+from pgsvd_vllm.offline.options import BITS, DEFAULT_RATIO, CompressOptions, check_options
 from pgsvd_vllm.offline.planning.dose import dose_of, dose_on
 from pgsvd_vllm.offline.ranks.target import RankTarget
 from pgsvd_vllm.offline.settings import RunSettings, resolve_settings, store_dtype
@@ -139,6 +139,8 @@ def _projections(options: CompressOptions, source: ModelSource, others: dict[str
         InputError: as of `find_projections`, or a stored dtype cannot be kept.
     """
     found = find_projections(source, options.ignore, others)
+    scheme = BITS[options.bits]
+    found = found.with_rank_multiple(None if scheme is None else scheme.group_size)
     for p in found.flat:
         info = source.weights.header(f"{p.path}.weight")
         if info.dtype not in FLOAT_DTYPES and options.dtype == "auto":

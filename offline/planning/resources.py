@@ -52,13 +52,15 @@ def memory_bytes(plan: Plan) -> int:
     widest = max(max(p.in_features, p.out_features) for p in flat)
     # Elements of one Gram matrix of the error-aware fit, which holds seven in float64.
     square = max((p.in_features**2 for p in flat if p.reach == 1), default=0)
+    # Copies of a Gram matrix while a matrix is rounded, its Cholesky factor and that of its inverse among them.
+    quantized = 0 if settings.scheme is None else 7
     # The outputs of earlier towers are kept, dense and, in the error-aware fit, factored.
     kept = sum(plan.data.tokens_of(tower.name) for tower in source.towers[:-1]) * (2 if settings.sequential else 1)
     memory = (
         layer + embeddings + tokens * hidden * width
         + max(sum(n * n for n in _gram_sizes(row)) for row in rows) * 8
         + min(TOKENS_PER_BATCH, tokens) * widest * 8
-        + max(4 * widest * min(widest, 4096), (7 if settings.sequential else 0) * square) * 8
+        + max(4 * widest * min(widest, 4096), (7 if settings.sequential else quantized) * square) * 8
         + kept * hidden * width
         + plan.data.nbytes
         + 400 * 1024**2  # torch and transformers themselves
@@ -119,13 +121,15 @@ def estimate(plan: Plan) -> Estimate:
         small = min(p.out_features, p.in_features)
         seconds += (2 * p.in_features * p.numel + TYPICAL_SWEEPS * 4 * small**3) / rates[torch.float64]
         seconds += small**3 / eigen
+        if settings.scheme is not None:
+            seconds += 4 * p.in_features * (p.numel + p.in_features**2) / rates[torch.float64]
     sampling = plan.data.to_sample or Sampling(0.0, 0)
     return Estimate(max(memory_bytes(plan), sampling.memory), disk_bytes(plan), seconds + sampling.seconds)
 
 
 def disk_bytes(plan: Plan) -> int:
-    """Peak disk space in bytes: calibration results, layer inputs while gradients are measured, two kinds of factors
-    with distillation, and the checkpoint.
+    """Peak disk space in bytes: calibration results, layer inputs while gradients are measured, factors from before
+    distillation and quantization, and the checkpoint.
     """
     rows = plan.projections.layers
     needed = sum(n * n for row in rows for n in _gram_sizes(row)) * 4
@@ -134,9 +138,9 @@ def disk_bytes(plan: Plan) -> int:
         hidden = plan.source.config.get_text_config().hidden_size
         needed += sum(p.out_features**2 + p.in_features**2 for p in plan.projections.flat) * 4
         needed += tokens * hidden * plan.settings.compute_dtype.itemsize * len(rows)
-    if plan.settings.dose is not None:
-        # The factors from before distillation are kept.
-        needed += sum(plan.source.weights.header(f"{p.path}.weight").nbytes for p in plan.projections.flat)
+    # The factors from before distillation, and those from before quantization, are kept.
+    stages = (plan.settings.dose is not None) + (plan.settings.scheme is not None)
+    needed += stages * sum(plan.source.weights.header(f"{p.path}.weight").nbytes for p in plan.projections.flat)
     return needed + sum(info.nbytes for info in plan.source.weights.tensors.values())
 
 

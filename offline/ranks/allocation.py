@@ -51,7 +51,12 @@ def saves(projection: Projection, rank: int, form: str) -> bool:
 
 
 def hardware_rank(projection: Projection, rank: int) -> int:
-    """The rank, rounded up to RANK_MULTIPLE if the weight has at least ROUND_FROM rows and columns."""
+    """The rank, rounded up to RANK_MULTIPLE if the weight has at least ROUND_FROM rows and columns.
+
+    It is rounded up to the projection's own multiple, if it has one.
+    """
+    if projection.rank_multiple is not None:
+        return -(-rank // projection.rank_multiple) * projection.rank_multiple
     if min(projection.out_features, projection.in_features) < ROUND_FROM:
         return rank
     return -(-rank // RANK_MULTIPLE) * RANK_MULTIPLE

@@ -111,7 +111,8 @@ def at_equal_ratio(projections: Sequence[Projection], ratio: float, form: str, i
     ranks, kept, total = {}, ignored, ignored
     for p in projections:
         limit = (1 - ratio) * p.numel
-        fitting = [r for r in range(1, min(p.out_features, p.in_features) + 1) if saves(p, r, form)]
+        step = p.rank_multiple or 1
+        fitting = [r for r in range(step, min(p.out_features, p.in_features) + 1, step) if saves(p, r, form)]
         fitting = [r for r in fitting if size(p, r, form) <= limit] or fitting[:1]
         total += p.numel
         if fitting:

@@ -48,7 +48,7 @@ def refine_layers(
     assert dose is not None
     layers = [state.load_factors(index) for index in range(len(projections.layers))]
     text = hashlib.sha256(data.windows.others.numpy().tobytes()).hexdigest()
-    state.open_refined({"minutes": dose.minutes, "tokens": dose.tokens, "seed": settings.seed, "text": text})
+    state.open_following({"minutes": dose.minutes, "tokens": dose.tokens, "seed": settings.seed, "text": text})
     if all(state.has_factors(index) for index in range(len(layers))):
         return True
     # The student's modules have the model's own names, which may differ from the checkpoint's.
@@ -61,7 +61,7 @@ def refine_layers(
         if not dose.by_default:
             raise
         say(f"WARNING: distillation is left out ({type(error).__name__}: {reason_of(error)})")
-        state.leave_refined()
+        state.leave_following()
         return False
     for index, layer in enumerate(layers):
         calibration = state.load_layer(index)

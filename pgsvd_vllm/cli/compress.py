@@ -67,8 +67,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--form",
         choices=["pivot", "factors"],
         help="how a low-rank matrix is stored: as pivot rows and the coefficients of the other rows (pivot: fewer "
-        "parameters at the same rank, the default), or as two factors (faster on GPUs; the default with --sensitivity "
-        "uniform)",
+        "parameters at the same rank, the default), or as two factors (faster on GPUs, and less sensitive to rounding; "
+        "the default with --bits and with --sensitivity uniform)",
     )
     parser.add_argument(
         "--sequential",
@@ -89,6 +89,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "0 leaves it out. Default: 102k tokens, at most two passes, fewer or none for large models on a CPU; none if "
         "memory or text is short, for models that take images, with --include experts, or without measured "
         "sensitivities. Keeps the whole model in memory",
+    )
+    parser.add_argument(
+        "--bits",
+        default="16",
+        choices=["16", "8", "fp8", "4"],
+        help="quantize the projections, factored or dense, after all else, with error compensation: 8 is INT8 and fp8 "
+        "is FP8 (e4m3), both with one scale per output and activations quantized per token; 4 is INT4 in groups of 32 "
+        "with 16-bit activations (default 16: none)",
     )
     data = parser.add_argument_group("calibration")
     data.add_argument(
@@ -209,6 +217,7 @@ def run(arguments: argparse.Namespace) -> int:
         sequential=arguments.sequential,
         refine=arguments.refine[0],
         refine_tokens=arguments.refine[1],
+        bits=arguments.bits,
         costs=arguments.costs,
         dataset=None if arguments.dataset is None else tuple(arguments.dataset),
         num_calibration_samples=arguments.num_calibration_samples,

@@ -1,6 +1,7 @@
 """Show the ranks, bytes and errors of a checkpoint, per projection and in total."""
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,8 @@ def run(arguments: argparse.Namespace) -> int:
 def _report_rows(checkpoint: Checkpoint) -> list[dict[str, Any]]:
     """The rows of the per-module report, or of the module table if the checkpoint has no report."""
     path = checkpoint.folder / REPORT_NAME
-    shapes = {name: checkpoint.shape(name) for name in checkpoint.modules}
+    known = {name: checkpoint.shape(name) for name in checkpoint.modules}
+    shapes = {name: known[name] for name in checkpoint.factored}
     if path.is_file():
         rows = read_json(path).get("modules")
         if not isinstance(rows, list) or not all(map(_is_report_row, rows)):
@@ -63,8 +65,8 @@ def _report_rows(checkpoint: Checkpoint) -> list[dict[str, Any]]:
             )
         return rows
     return [
-        {"name": name, "out_features": out, "in_features": width, "rank": rank, "error": None}
-        for name, (out, width, rank) in shapes.items()
+        {"name": name, "out_features": out, "in_features": width, "rank": rank or None, "error": None}
+        for name, (out, width, rank) in known.items()
     ]
 
 
@@ -87,26 +89,31 @@ def _is_report_row(row: Any) -> bool:
 
 
 def table(checkpoint: Checkpoint, rows: list[dict[str, Any]]) -> list[str]:
-    """One line per projection: shape, rank, kept share of parameters, MB and relative output error.
+    """One line per projection: shape, rank, kept share of parameters, bits per weight, MB and relative output error.
+
+    Bits are those of the stored tensors, scales included, for each element of the dense weight.
 
     Args:
         checkpoint: to show.
         rows: of the per-module report.
     """
     width = min(max([len(row["name"]) for row in rows] + [10]), MAX_WIDTH)
-    lines = [f"{'projection':{width}}  {'out':>6} {'in':>6} {'rank':>6} {'kept':>6} {'MB':>8} {'error':>7}"]
+    lines = [f"{'projection':{width}}  {'out':>6} {'in':>6} {'rank':>6} {'kept':>6} {'bits':>5} {'MB':>8} {'error':>7}"]
     for row in rows:
         dense = row["out_features"] * row["in_features"]
         module = checkpoint.modules.get(row["name"])
         suffixes = ("weight",) if module is None else module.suffixes
-        stored = [checkpoint.tensors.get(f"{row['name']}.{suffix}") for suffix in suffixes]
-        numel = sum(info.numel for info in stored if info is not None)
-        size = sum(info.nbytes for info in stored if info is not None)
+        stored = [info for s in suffixes if (info := checkpoint.tensors.get(f"{row['name']}.{s}")) is not None]
+        size = sum(info.nbytes for info in stored)
+        numel = sum(info.numel for info in stored)
+        if module is not None and module.schemes:
+            shapes = module.shapes(row["out_features"], row["in_features"])
+            numel = sum(math.prod(shape) for shape in shapes.values())
         rank = "dense" if row["rank"] is None else str(row["rank"])
         error = "-" if row["error"] is None else f"{row['error']:.4f}"
         lines.append(
             f"{row['name']:{width}}  {row['out_features']:6} {row['in_features']:6} {rank:>6} "
-            f"{numel / dense:6.1%} {size / 1e6:8.2f} {error:>7}"
+            f"{numel / dense:6.1%} {8 * size / dense:5.1f} {size / 1e6:8.2f} {error:>7}"
         )
     return lines
 
@@ -153,17 +160,25 @@ def tensor_parallel(checkpoint: Checkpoint, tp_size: int) -> list[str]:
 def summary(checkpoint: Checkpoint) -> list[str]:
     """Lines with the totals and the origin of the checkpoint."""
     section = checkpoint.quantization_config
-    factored = {f"{name}.{suffix}" for name, row in checkpoint.modules.items() for suffix in row.suffixes}
+    modules = checkpoint.modules
+    factored = {f"{name}.{suffix}" for name, row in modules.items() for suffix in row.suffixes if not row.is_dense}
+    others = {f"{name}.{suffix}" for name, row in modules.items() for suffix in row.suffixes if row.is_dense}
     total = sum(info.nbytes for info in checkpoint.tensors.values())
     part = sum(checkpoint.tensors[name].nbytes for name in factored)
     tolerance = ", ".join(f"{tower} {value:.4f}" for tower, value in section.get("tolerance", {}).items())
     ratio, calibration = section.get("ratio", {}), section.get("calibration", {})
     lines = [
         "",
-        f"factored projections  {len(checkpoint.modules)}, {bytes_text(part)} of {bytes_text(total)}",
+        f"factored projections  {len(checkpoint.factored)}, {bytes_text(part)} of {bytes_text(total)}",
         f"method                {section.get('method')}, ranks by "
         + (section.get("baseline") or (f"tolerance {tolerance}" if tolerance else "measured losses")),
     ]
+    schemes = sorted({scheme.name for module in modules.values() for scheme in module.schemes.values()})
+    if schemes:
+        size = sum(checkpoint.tensors[name].nbytes for name in factored | others)
+        shapes = [checkpoint.shape(name) for name in modules]
+        bits = 8 * size / sum(out * width for out, width, _ in shapes)
+        lines.append(f"quantized             {' and '.join(schemes)}: {bits:.2f} bits per weight of the projections")
     if ratio:
         lines.append(
             f"removed               {ratio['linear']:.1%} of the projections, {ratio['total']:.1%} of the model "

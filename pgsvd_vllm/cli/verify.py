@@ -22,7 +22,7 @@ def run(arguments: argparse.Namespace) -> int:
     files = {info.file for info in checkpoint.tensors.values()}
     print(
         f"{arguments.dir}: good: {len(checkpoint.tensors)} tensors in {len(files)} files, "
-        f"{len(checkpoint.modules)} factored projections, all numbers finite, "
+        f"{len(checkpoint.factored)} factored projections, all numbers finite, "
         + ("checksums as recorded" if has_sums else "no checksums recorded (by an early version)")
     )
     return 0

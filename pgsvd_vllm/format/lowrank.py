@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 import torch.nn.functional as F
 
+from pgsvd_vllm.format.quantization import PACKED, SCALE, Scheme, dequantize, unpack
 from pgsvd_vllm.format.schema import FORMS, check_pivots
 
 
@@ -70,19 +71,38 @@ def pivot_weight(p: torch.Tensor, c: torch.Tensor, pivots: torch.Tensor) -> torc
     return pivot_linear(torch.eye(p.shape[1], dtype=p.dtype, device=p.device), p, c, pivots).T
 
 
+def dequantized(
+    tensors: Mapping[str, torch.Tensor], schemes: Mapping[str, Scheme], dtype: torch.dtype = torch.float64
+) -> dict[str, torch.Tensor]:
+    """A module's matrices in place of its quantized ones.
+
+    Args:
+        tensors: suffix -> stored tensor.
+        schemes: of the module.
+        dtype: of the matrices that were quantized.
+    """
+    found = {suffix: tensor for suffix, tensor in tensors.items() if not suffix.endswith((PACKED, SCALE))}
+    for suffix, scheme in schemes.items():
+        values, scale = unpack(tensors[f"{suffix}{PACKED}"], scheme), tensors[f"{suffix}{SCALE}"]
+        found[suffix] = dequantize(values, scale, dtype)
+    return found
+
+
 def reconstruct(
     tensors: Mapping[str, torch.Tensor], dtype: torch.dtype = torch.float64, name: str | None = None
 ) -> torch.Tensor:
     """The dense weight [out, in] of a module, reconstructed from its factors.
 
     Args:
-        tensors: suffix -> tensor of either form.
+        tensors: suffix -> tensor of either form, or of the form `dense`; none is quantized.
         dtype: of the computation and the result.
         name: of a module whose factors come from a file; its pivots are then validated. None for trusted factors.
 
     Raises:
         CheckpointError: the pivots of a named module are not ascending row numbers.
     """
+    if "weight" in tensors:
+        return tensors["weight"].to(dtype)
     if "pivots" in tensors:
         p, c, pivots = (tensors[suffix] for suffix in FORMS["pivot"])
         if name is not None:

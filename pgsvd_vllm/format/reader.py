@@ -14,12 +14,14 @@ from pgsvd_vllm.errors import CheckpointError
 from pgsvd_vllm.format.checksums import check_sum, file_sum, for_each_file, recorded_sums
 from pgsvd_vllm.format.dtypes import DTYPE_BITS, stored_bytes
 from pgsvd_vllm.format.file_data import check_file
+from pgsvd_vllm.format.quantization import PACKED, PER_INT32, SCALE
 from pgsvd_vllm.format.schema import (
     DENSE_INDEX_NAME,
     FACTOR_SUFFIXES,
     FLOAT_DTYPES,
     INDEX_NAME,
     QUANT_METHOD,
+    QUANTIZED_SUFFIXES,
     REPORT_NAME,
     FactoredModule,
     parse_modules,
@@ -73,6 +75,11 @@ class Checkpoint:
     def head(self) -> str | None:
         """The name of the LM head if it is factored, else None."""
         return self.config.get("quantization_config", {}).get("head")
+
+    @property
+    def factored(self) -> list[str]:
+        """The names of the factored modules, in the table's order; the others are quantized alone."""
+        return [name for name, module in self.modules.items() if not module.is_dense]
 
     @property
     def quantization_config(self) -> dict[str, Any]:
@@ -218,30 +225,55 @@ def check_factors(modules: Mapping[str, FactoredModule], tensors: Mapping[str, T
                 raise CheckpointError(
                     f"{info.file}: {name}.{suffix} has shape {info.shape}, not {dimensions} dimensions"
                 )
-            allowed = ("I32",) if suffix == "pivots" else FLOAT_DTYPES
+            allowed = _allowed_dtypes(module, suffix)
             if info.dtype not in allowed:
                 raise CheckpointError(
                     f"{info.file}: {name}.{suffix} has dtype {info.dtype}, not {' or '.join(allowed)}"
                 )
         stored = {suffix: tensors[f"{name}.{suffix}"] for suffix in module.suffixes}
         first = stored[module.suffixes[0]]
-        if {s: info.shape for s, info in stored.items()} != module.shapes(*weight_shape(name, module, tensors)):
+        out, columns = weight_shape(name, module, tensors)
+        for suffix, scheme in module.schemes.items():
+            width = module.shapes(out, columns)[suffix][1]
+            if not scheme.fits(width):
+                raise CheckpointError(f"{first.file}: {name}.{suffix} has {width} columns, which is no {scheme.name}")
+        if {s: info.shape for s, info in stored.items()} != module.stored_shapes(out, columns):
             found = " and ".join(f"{suffix} {info.shape}" for suffix, info in stored.items())
             raise CheckpointError(f"{first.file}: {name} has {found}, but the table says rank {module.rank}")
-        kinds = {info.dtype for suffix, info in stored.items() if suffix != "pivots"}
+        kinds = {info.dtype for suffix, info in stored.items() if suffix in module.matrices}
         if len(kinds) > 1:
             found = " and ".join(f"{suffix} in {info.dtype}" for suffix, info in stored.items())
             raise CheckpointError(f"{first.file}: {name} has {found}")
     for name, info in tensors.items():
         stem, _, suffix = name.rpartition(".")
-        if suffix in FACTOR_SUFFIXES and (stem not in modules or suffix not in modules[stem].suffixes):
+        if suffix in (*FACTOR_SUFFIXES, *(QUANTIZED_SUFFIXES if stem in modules else ())) and (
+            stem not in modules or suffix not in modules[stem].suffixes
+        ):
             raise CheckpointError(f"{info.file}: {name} belongs to no module of the table in config.json")
 
 
+def _allowed_dtypes(module: FactoredModule, suffix: str) -> tuple[str, ...]:
+    """The dtypes that a stored tensor of a module may have."""
+    if suffix == "pivots":
+        return ("I32",)
+    scheme = module.schemes.get(suffix.removesuffix(PACKED).removesuffix(SCALE))
+    if scheme is None:
+        return FLOAT_DTYPES
+    return (scheme.dtype if suffix.endswith(PACKED) else scheme.scale_dtype,)
+
+
 def weight_shape(name: str, module: FactoredModule, tensors: Mapping[str, TensorInfo]) -> tuple[int, int]:
-    """(out, in) of the dense weight of a factored module, from its tensors' headers."""
-    down, up = (tensors[f"{name}.{suffix}"].shape for suffix in module.suffixes[:2])
-    return up[0] + (module.rank if module.form == "pivot" else 0), down[1]
+    """(out, in) of the dense weight of a module of the table, from its tensors' headers."""
+
+    def shape(suffix: str) -> tuple[int, int]:
+        scheme = module.schemes.get(suffix)
+        found = tensors[f"{name}.{suffix}{'' if scheme is None else PACKED}"].shape
+        return found[0], found[1] * (PER_INT32 if scheme is not None and scheme.num_bits == 4 else 1)
+
+    rows, columns = shape(module.matrices[0])
+    if module.is_dense:
+        return rows, columns
+    return shape(module.matrices[1])[0] + (module.rank if module.form == "pivot" else 0), columns
 
 
 def open_checkpoint(folder: str | Path) -> Checkpoint:

@@ -54,7 +54,7 @@ class TensorWriter:
         max_bytes: of the tensors in one file; a larger tensor gets a file of its own.
 
     Attributes:
-        numel: elements of all tensors added so far.
+        numel: elements of all tensors added so far; of packed ones the elements of their matrices.
     """
 
     def __init__(self, folder: Path, max_bytes: int = 2 * 1024**3) -> None:
@@ -66,14 +66,20 @@ class TensorWriter:
         self._total_bytes = 0
         self.numel = 0
 
-    def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Queue one tensor, and write the queued ones to a file first if they would exceed `max_bytes` together."""
+    def add(self, name: str, tensor: torch.Tensor, elements: int | None = None) -> None:
+        """Queue one tensor, and write the queued ones to a file first if they would exceed `max_bytes` together.
+
+        Args:
+            name: of the tensor.
+            tensor: to write.
+            elements: that it counts as, where it is packed or holds scales.
+        """
         size = tensor.numel() * tensor.element_size()
         if self._pending and self._pending_bytes + size > self.max_bytes:
             self._flush()
         self._pending[name] = tensor.detach().cpu().contiguous()
         self._pending_bytes += size
-        self.numel += tensor.numel()
+        self.numel += tensor.numel() if elements is None else elements
 
     @property
     def count(self) -> int:

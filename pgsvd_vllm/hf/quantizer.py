@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.quantizers import register_quantization_config, register_quantizer
@@ -20,6 +21,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from pgsvd_vllm.errors import CheckpointError
 from pgsvd_vllm.format.dtypes import check_finite
 from pgsvd_vllm.format.lowrank import factored_linear, pivot_linear
+from pgsvd_vllm.format.quantization import PACKED, SCALE, dequantize, unpack
 from pgsvd_vllm.format.reader import (
     TensorInfo,
     check_count,
@@ -32,14 +34,15 @@ from pgsvd_vllm.format.reader import (
     weight_shape,
 )
 from pgsvd_vllm.format.schema import (
+    DENSE,
     DENSE_INDEX_NAME,
     FLOAT_DTYPES,
     INDEX_NAME,
     LOAD_GUARD,
     QUANT_METHOD,
     WEIGHTS_STEM,
+    FactoredModule,
     check_pivots,
-    form_shapes,
     parse_modules,
 )
 from pgsvd_vllm.format.writer import give_usual_permissions, write_index
@@ -47,17 +50,24 @@ from pgsvd_vllm.hf.moe_unstack import unstack_experts, without_stacking
 from pgsvd_vllm.hf.transformers_compat import AUTO_QUANTIZER_MAPPING, Conv1D, mark_initialized, tied_weights
 from pgsvd_vllm.hf.weight_mapping import stored_tensors, without_weight_norm
 
+_DTYPES = {
+    **{"I8": torch.int8, "I32": torch.int32, "F8_E4M3": torch.float8_e4m3fn},
+    **{"F32": torch.float32, "BF16": torch.bfloat16},
+}
+
 
 class LowRankLinear(nn.Module):
-    """A linear layer with a low-rank weight in one of the format's forms (see `format.schema`).
+    """A linear layer in one of the format's forms (see `format.schema`).
+
+    Quantized matrices stay packed and are dequantized in every forward pass.
 
     Args:
         in_features: inputs.
         out_features: outputs.
-        rank: of the weight.
+        module: the layer's row of the module table.
         bias: whether there is a bias [out].
         device: of the tensors.
-        dtype: of the tensors; pivots are int32.
+        dtype: of the matrices that are not quantized, and of the bias.
     """
 
     form: str
@@ -66,55 +76,82 @@ class LowRankLinear(nn.Module):
         self,
         in_features: int,
         out_features: int,
-        rank: int,
+        module: FactoredModule,
         bias: bool,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.in_features, self.out_features, self.rank = in_features, out_features, rank
+        self.in_features, self.out_features, self.rank = in_features, out_features, module.rank
+        self.schemes = module.schemes
 
         def empty(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(*shape, device=device, dtype=dtype), requires_grad=False)
 
-        for suffix, shape in form_shapes(self.form, out_features, in_features, rank).items():
+        def buffer(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+            self.register_buffer(name, torch.empty(*shape, dtype=dtype, device=device))
+
+        for suffix, shape in module.shapes(out_features, in_features).items():
+            scheme = self.schemes.get(suffix)
             if suffix == "pivots":
-                self.register_buffer(suffix, torch.empty(*shape, dtype=torch.int32, device=device))
-            else:
+                buffer(suffix, shape, torch.int32)
+            elif scheme is None:
                 self.register_parameter(suffix, empty(*shape))
+            else:
+                shapes = scheme.shapes(*shape)
+                buffer(f"{suffix}{PACKED}", shapes[PACKED], _DTYPES[scheme.dtype])
+                buffer(f"{suffix}{SCALE}", shapes[SCALE], _DTYPES[scheme.scale_dtype])
         self.bias = empty(out_features) if bias else None
+
+    def matrix(self, suffix: str, dtype: torch.dtype) -> torch.Tensor:
+        """A matrix; in `dtype` if it is quantized."""
+        scheme = self.schemes.get(suffix)
+        if scheme is None:
+            return getattr(self, suffix)
+        values = unpack(getattr(self, f"{suffix}{PACKED}"), scheme)
+        return dequantize(values, getattr(self, f"{suffix}{SCALE}"), torch.float32).to(dtype)
 
     def extra_repr(self) -> str:
         """The sizes that print(model) shows."""
-        return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
+        names = sorted({scheme.name for scheme in self.schemes.values()})
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
+        return ", ".join([sizes, *names])
 
 
 class FactoredLinear(LowRankLinear):
     """y = U (V x) + b, the form `factors`."""
 
     form = "factors"
-    weight_v: nn.Parameter
-    weight_u: nn.Parameter
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """y [..., out] for x [..., in], in x's dtype."""
-        return factored_linear(x, self.weight_v, [self.weight_u], self.bias)
+        v, u = (self.matrix(suffix, x.dtype) for suffix in ("weight_v", "weight_u"))
+        return factored_linear(x, v, [u], self.bias)
 
 
 class PivotLinear(LowRankLinear):
     """y[pivots] = z and y[others] = C z with z = P x, plus b: the form `pivot` (PIFA, arXiv 2501.19090)."""
 
     form = "pivot"
-    weight_p: nn.Parameter
-    weight_c: nn.Parameter
     pivots: torch.Tensor
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """y [..., out] for x [..., in], in x's dtype."""
-        return pivot_linear(x, self.weight_p, self.weight_c, self.pivots, self.bias)
+        p, c = (self.matrix(suffix, x.dtype) for suffix in ("weight_p", "weight_c"))
+        return pivot_linear(x, p, c, self.pivots, self.bias)
 
 
-MODULES: dict[str, type[LowRankLinear]] = {cls.form: cls for cls in (FactoredLinear, PivotLinear)}
+class QuantizedLinear(LowRankLinear):
+    """y = W x + b with a quantized W: the form `dense`."""
+
+    form = DENSE
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """y [..., out] for x [..., in], in x's dtype."""
+        return F.linear(x, self.matrix("weight", x.dtype), self.bias)
+
+
+MODULES: dict[str, type[LowRankLinear]] = {cls.form: cls for cls in (FactoredLinear, PivotLinear, QuantizedLinear)}
 
 
 class PgsvdQuantizationConfig(QuantizationConfigMixin):
@@ -192,7 +229,7 @@ class PgsvdQuantizer(HfQuantizer):
             factored = MODULES[row.form](
                 width,
                 out,
-                row.rank,
+                row,
                 linear.bias is not None,
                 device="meta",
                 dtype=linear.weight.dtype,
@@ -214,6 +251,8 @@ class PgsvdQuantizer(HfQuantizer):
         for name, module in model.named_modules():
             if isinstance(module, PivotLinear):
                 check_pivots(module.pivots, module.out_features, f"{name}.pivots")
+            for kind, tensor in module.named_buffers(recurse=False) if isinstance(module, LowRankLinear) else ():
+                check_finite(tensor, f"{name}.{kind}")
         for name, parameter in model.named_parameters():
             if not parameter.is_meta:  # on disk
                 check_finite(parameter.detach(), name)
@@ -264,7 +303,7 @@ def _check_shapes(model: PreTrainedModel, tensors: Mapping[str, TensorInfo]) -> 
         except (KeyError, RuntimeError, ValueError, IndexError) as error:
             raise CheckpointError(f"tensors {', '.join(stored.names[:3])}: do not form {name} ({error})") from None
         for part in stored.names if wanted.is_floating_point() else ():
-            if tensors[part].dtype not in (*FLOAT_DTYPES, "F64"):
+            if tensors[part].dtype not in (*FLOAT_DTYPES, "F64") and wanted.dtype != torch.float8_e4m3fn:
                 needed = " or ".join(FLOAT_DTYPES)
                 raise CheckpointError(
                     f"tensor {part}: dtype {tensors[part].dtype}, {type(model).__name__} needs {needed}"

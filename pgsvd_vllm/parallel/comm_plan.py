@@ -98,15 +98,17 @@ class CommPlan:
         if tp_size == 1 or not linear or may_run_on_side_stream(layer.name) or layer.split is Split.NONE:
             return Cut.REPLICATED
         if layer.split is Split.OUTPUTS:
+            if any(module.schemes for module in layer.modules):
+                return Cut.REPLICATED  # z would be quantized before the collective and after it
             ranks = [module.rank for module in layer.modules]
             return self.by_outputs(ranks, layer.in_features, tp_size, layer.itemsize)
         if not layer.reduces_outputs:
             return Cut.REPLICATED
-        if layer.must_reduce_outputs:
+        if layer.must_reduce_outputs or not layer.modules or layer.modules[0].schemes:
             self.reduced(layer.out_features)
             return Cut.REPLICATED
         module = layer.modules[0]
-        rows = module.shapes(layer.out_features, layer.in_features)[module.suffixes[1]][0]
+        rows = module.shapes(layer.out_features, layer.in_features)[module.matrices[1]][0]
         return self.by_inputs(module.rank, rows, layer.out_features, tp_size, layer.itemsize)
 
     def by_outputs(self, ranks: Sequence[int], columns: int, tp_size: int, itemsize: int) -> Cut:

@@ -28,10 +28,11 @@ class LayerSizes:
 def grouped_layers(checkpoint: Checkpoint, tensor_parallel: int = 1) -> Iterator[LayerSizes]:
     """Every layer with a factored module that the Triton kernels run, in the order of the checkpoint's table.
 
-    The kernels do not run MoE experts, which are reconstructed on GPUs, nor the LM head.
+    The kernels do not run MoE experts, which are reconstructed on GPUs, nor the LM head, nor quantized matrices.
     """
     for names, split in groups(checkpoint):
-        if any(checkpoint.modules[name].kind != "linear" for name in names if name in checkpoint.modules):
+        modules = [checkpoint.modules[name] for name in names if name in checkpoint.modules]
+        if any(module.kind != "linear" or module.schemes for module in modules):
             continue
         tp_size = 1 if split is Split.NONE else tensor_parallel
         cuts = [_cut(checkpoint, one, tp_size, split is Split.INPUTS) for one in names]
@@ -60,7 +61,7 @@ def _cut(checkpoint: Checkpoint, name: str, tp_size: int, by_inputs: bool) -> tu
     else:
         out, columns, _ = checkpoint.shape(name)
     columns, outs = (-(-columns // tp_size), out) if by_inputs else (columns, -(-out // tp_size))
-    if module is None:
+    if module is None or module.is_dense:
         return columns, ShardShape(outs)
     # Assumes that every rank has the same share of the pivot rows.
     pivots = -(-module.rank * outs // out) if module.form == "pivot" else None

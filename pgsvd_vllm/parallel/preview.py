@@ -5,7 +5,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from pgsvd_vllm.families import Split
+from pgsvd_vllm.format.quantization import PACKED, PER_INT32, SCALE
 from pgsvd_vllm.format.reader import Checkpoint
+from pgsvd_vllm.format.schema import FactoredModule
 from pgsvd_vllm.parallel.comm_plan import CommPlan, Cut, ParallelLayer
 from pgsvd_vllm.parallel.layer_grouping import groups
 
@@ -47,9 +49,10 @@ def preview(checkpoint: Checkpoint, tensor_parallel: int, least: int) -> Iterato
         out, columns, _ = checkpoint.shape(first)
         stored = checkpoint.tensors[f"{first}.{modules[first].suffixes[0]}"]
         itemsize = stored.nbytes // stored.numel
+        low_rank = tuple(module for module in modules.values() if not module.is_dense)
         sent, dense = plan.sent, plan.dense
-        cut = plan.choose(ParallelLayer(first, split, tuple(modules.values()), columns, out, itemsize), tp_size)
-        here = whole = 0
+        cut = plan.choose(ParallelLayer(first, split, low_rank, columns, out, itemsize), tp_size)
+        here = whole = 0.0
         for name in names:
             module = modules.get(name)
             shapes = (
@@ -60,9 +63,18 @@ def preview(checkpoint: Checkpoint, tensor_parallel: int, least: int) -> Iterato
             for kind, shape in shapes.items():
                 if kind == "pivots":
                     continue
-                whole += itemsize * math.prod(shape)
-                here += itemsize * _here(kind, shape, split is Split.INPUTS, cut, tp_size)
-        yield LayerPlan(names, cut, here, whole, plan.sent - sent, plan.dense - dense)
+                per_element = _bytes(checkpoint, name, module, kind)
+                whole += per_element * math.prod(shape)
+                here += per_element * _here(kind, shape, split is Split.INPUTS, cut, tp_size)
+        yield LayerPlan(names, cut, round(here), round(whole), plan.sent - sent, plan.dense - dense)
+
+
+def _bytes(checkpoint: Checkpoint, name: str, module: FactoredModule | None, kind: str) -> float:
+    """Bytes of an element of a matrix; those of a quantized one have their part of the scales."""
+    quantized = module is not None and kind in module.schemes
+    stored = [checkpoint.tensors[f"{name}.{kind}{end}"] for end in ((PACKED, SCALE) if quantized else ("",))]
+    elements = stored[0].numel * (PER_INT32 if quantized and stored[0].dtype == "I32" else 1)
+    return sum(info.nbytes for info in stored) / elements
 
 
 def _here(kind: str, shape: tuple[int, ...], by_inputs: bool, cut: Cut, tp_size: int) -> int:

@@ -11,6 +11,7 @@ import torch
 
 from pgsvd_vllm.errors import CheckpointError
 from pgsvd_vllm.format.lowrank import other_rows
+from pgsvd_vllm.kernels.quantized_matrix import Matrix
 
 
 def input_columns(size: int, size_per_partition: int, tp_rank: int) -> slice:
@@ -71,8 +72,8 @@ def by_kind(groups: int, each: int, head: int) -> torch.Tensor:
 
 
 def pivot_rows(
-    pivots: torch.Tensor, c: torch.Tensor, cuts: Sequence[slice], order: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+    pivots: torch.Tensor, c: Matrix, cuts: Sequence[slice], order: torch.Tensor | None = None
+) -> tuple[Matrix, torch.Tensor]:
     """This rank's share of a pivot form.
 
     Args:

@@ -7,7 +7,7 @@ import torch
 
 from pgsvd_vllm.errors import CheckpointError
 from pgsvd_vllm.format.dtypes import check_finite
-from pgsvd_vllm.format.lowrank import reconstruct
+from pgsvd_vllm.format.lowrank import dequantized, reconstruct
 from pgsvd_vllm.format.schema import FactoredModule
 
 
@@ -45,8 +45,10 @@ def reconstructed_weights(
         parts = waiting.setdefault(parent, {})
         parts[kind] = tensor.clone()  # a copy: the file may be closed before the module's last factor comes
         if len(parts) == len(module.suffixes):
-            dtype = parts[module.suffixes[0]].dtype
-            weight = reconstruct(waiting.pop(parent), torch.float32, parent).to(dtype)
+            parts = dequantized(waiting.pop(parent), module.schemes, torch.float32)
+            weight = reconstruct(parts, torch.float32, parent)
+            # vLLM converts what was quantized to the model's dtype.
+            weight = weight if module.schemes else weight.to(parts[module.matrices[0]].dtype)
             check_finite(weight, f"{parent}.weight")
             yield f"{parent}.weight", weight
     for parent in waiting:

@@ -16,7 +16,8 @@ from pgsvd_vllm.format.reader import check_every_file, open_checkpoint
 from pgsvd_vllm.format.schema import INDEX_NAME, QUANT_METHOD, FactoredModule, parse_modules
 from pgsvd_vllm.parallel.comm_plan import CommPlan, collective_bytes
 from pgsvd_vllm.serving.dense_fallback import patterns
-from pgsvd_vllm.serving.layers.linear import LayerShard, PgsvdLinearMethod
+from pgsvd_vllm.serving.layers.layer_shard import LayerShard
+from pgsvd_vllm.serving.layers.linear import PgsvdLinearMethod
 from pgsvd_vllm.serving.layers.lm_head import PgsvdLMHeadMethod
 from pgsvd_vllm.serving.layers.moe import moe_method
 from pgsvd_vllm.serving.loaded_files import LoadedFiles
@@ -56,7 +57,7 @@ class PgsvdConfig(QuantizationConfig):
         return QUANT_METHOD
 
     def get_supported_act_dtypes(self) -> list[torch.dtype]:
-        """Factors are plain float matrices: every float dtype works."""
+        """Every float dtype: what has no kernel for it is dequantized."""
         return [torch.bfloat16, torch.float16, torch.float32]
 
     @classmethod

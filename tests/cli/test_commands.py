@@ -99,7 +99,7 @@ def test_inspect_agrees_with_the_weight_files(capsys: pytest.CaptureFixture[str]
     assert len(rows) == 21
     kept = dense = factor_bytes = 0
     for row in report:
-        out, width, rank, share, size, error = rows[row["name"]]
+        out, width, rank, share, bits, size, error = rows[row["name"]]
         if row["rank"] is None:
             assert rank == "dense"
             shape, numel = tensors[f"{row['name']}.weight"].shape, tensors[f"{row['name']}.weight"].numel()
@@ -111,6 +111,7 @@ def test_inspect_agrees_with_the_weight_files(capsys: pytest.CaptureFixture[str]
         assert (int(out), int(width)) == tuple(shape)
         # Each value is printed with rounding to its last digit.
         assert float(share.rstrip("%")) == pytest.approx(100 * numel / shape.numel(), abs=0.0501)
+        assert float(bits) == pytest.approx(32 * numel / shape.numel(), abs=0.0501)
         assert float(size) == pytest.approx(4 * numel / 1e6, abs=0.00501)
         assert float(error) == pytest.approx(row["error"], abs=0.0000501)
         kept, dense = kept + numel, dense + shape.numel()
@@ -138,7 +139,7 @@ def test_inspect_works_without_a_report(capsys: pytest.CaptureFixture[str], chec
     modules = json.loads((checkpoint / "config.json").read_text())["quantization_config"]["modules"]
     rows = [line.split() for line in text.splitlines() if line.startswith("model.layers.")]
     assert {row[0]: int(row[3]) for row in rows} == {name: m["rank"] for name, m in modules.items()}
-    assert {row[6] for row in rows} == {"-"}
+    assert {row[7] for row in rows} == {"-"}
 
 
 def test_inspect_tp_totals_equal_the_sum_of_the_rows(

@@ -314,12 +314,12 @@ def test_an_unknown_form_is_refused(tmp_path: Path, form: object) -> None:
     refused(write(tmp_path / "c", config=config), "model.b", "form", "config.json")
 
 
-@pytest.mark.parametrize("version", [2, 0, -1, None, "1", [], True, 1.5])
+@pytest.mark.parametrize("version", [3, 0, -1, None, "1", [], True, 1.5])
 def test_an_unknown_version_names_the_version_to_install(tmp_path: Path, version: object) -> None:
     config = good_config()
     config["quantization_config"].update(version=version, tool_version="7.8.9")
     message = refused(write(tmp_path / "c", config=config), "config.json", "7.8.9", repr(version))
-    assert "version 1" in message
+    assert "versions 1 and 2" in message
     del config["quantization_config"]["tool_version"]
     refused(write(tmp_path / "d", config=config), "unknown")
 

@@ -14,9 +14,10 @@ from pgsvd_vllm.format.schema import FactoredModule
 from pgsvd_vllm.parallel.comm_plan import CommPlan, Cut, collective_bytes
 from pgsvd_vllm.serving.layers import linear
 from pgsvd_vllm.serving.quant_config import PgsvdConfig
-from tests.serving.layers.test_linear import HIDDEN, KV_HEADS, MIXES, WIDE, Case, Rank, vllm_world  # noqa: F401
+from tests.serving.layers.test_linear import HIDDEN, KV_HEADS, MIXES, WIDE, Case, Rank
 from tests.serving.tp_ranks import Ranks, whole
 
+pytestmark = pytest.mark.usefixtures("vllm_world")
 WORLDS = (1, 2, 4, 8)
 TOKENS = 5
 

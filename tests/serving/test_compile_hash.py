@@ -21,7 +21,6 @@ import pgsvd_vllm
 from pgsvd_vllm.plugin import register
 from tests.conftest import save_tiny_model
 from tests.e2e.checkpoints import truncated, write_checkpoint
-from tests.serving.layers.test_linear import vllm_world  # noqa: F401  (a fixture)
 
 pytestmark = pytest.mark.usefixtures("vllm_world")
 

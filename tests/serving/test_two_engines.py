@@ -12,7 +12,7 @@ from vllm.forward_context import set_forward_context
 
 from pgsvd_vllm.serving.layers.dense import DenseBesideFactored, share_graphs
 from pgsvd_vllm.serving.vllm_compat.internals import encode, find_layer
-from tests.serving.layers.test_linear import HIDDEN, Case, check, vllm_world  # noqa: F401  (a fixture)
+from tests.serving.layers.test_linear import HIDDEN, Case, check
 from tests.serving.layers.test_moe import MoELayer, routed
 
 pytestmark = pytest.mark.usefixtures("vllm_world")

@@ -11,26 +11,41 @@ import torch
 import torch.nn.functional as F
 
 from pgsvd_vllm.kernels.padding import columns_of, spread
-from pgsvd_vllm.kernels.shard_weights import ShardWeights
+from pgsvd_vllm.kernels.quantized_matrix import Matrix, QuantizedMatrix, as_float, stacked
+from pgsvd_vllm.kernels.shard_weights import Shard
 from pgsvd_vllm.parallel.comm_plan import Cut
 from pgsvd_vllm.serving.collectives import collective_of
 from pgsvd_vllm.serving.vllm_compat.cpu_gemm import PACKED_IN, PACKED_INPUTS, Gemm, can_pack, packed_gemm, vllm_gemm
 from pgsvd_vllm.serving.vllm_compat.internals import register_op
+from pgsvd_vllm.serving.vllm_compat.quantized_gemm import quantized_gemm
 
 OTHER_SIZES = "the new weights have other ranks or pivots than the old ones; restart the engine"
 
 
-def gemm(weight: torch.Tensor) -> Gemm:
-    """The GEMM of a factor, by the kernel that suits its size.
+def gemm(matrix: Matrix, dtype: torch.dtype) -> Gemm:
+    """The GEMM of a matrix, by the kernel that suits it.
 
     Args:
-        weight: [out, in]; not kept where it is packed.
+        matrix: [out, in]; not kept where it is packed.
+        dtype: of the activations.
     """
+    if isinstance(matrix, QuantizedMatrix):
+        found = quantized_gemm(matrix, dtype)
+        if found is not None:
+            return found
+    weight = as_float(matrix, dtype)
     if not len(weight):  # every row of the shard on this rank is a pivot row
         return Gemm(lambda x, bias: F.linear(x, weight), [weight])
     inputs = weight.shape[1]
     suits = inputs <= PACKED_INPUTS and inputs % PACKED_IN == 0 and can_pack(weight.dtype)
     return packed_gemm(weight) if suits else vllm_gemm(weight)
+
+
+def _dtype_of(shards: Sequence[Shard[Matrix]]) -> torch.dtype:
+    """The dtype of weights that are not quantized."""
+    down = shards[0].down
+    assert isinstance(down, torch.Tensor)
+    return down.dtype
 
 
 def _join(outputs: list[torch.Tensor], order: torch.Tensor | None) -> torch.Tensor:
@@ -55,13 +70,21 @@ class FactoredGemms:
         shards: in the order of the layer's outputs.
         cut: the layer's tensor-parallel cut.
         tp_size: tensor-parallel ranks.
+        dtype: of the activations; that of the weights if None, none of which is quantized then.
     """
 
-    def __init__(self, shards: Sequence[ShardWeights], cut: Cut = Cut.REPLICATED, tp_size: int = 1) -> None:
+    def __init__(
+        self,
+        shards: Sequence[Shard[Matrix]],
+        cut: Cut = Cut.REPLICATED,
+        tp_size: int = 1,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        dtype = dtype or _dtype_of(shards)
         blocks = tp_size if cut is Cut.ALL_GATHER_Z else 1
         # Low-rank shards come first: z, which a collective may complete, is then one contiguous block.
         low_rank = [i for i, shard in enumerate(shards) if shard.up is not None]
-        stacked: list[torch.Tensor] = []
+        downs: list[Matrix] = []
         widths: list[int] = []
         # Each shard's columns of s, after the collective.
         columns = [slice(0)] * len(shards)
@@ -72,18 +95,23 @@ class FactoredGemms:
         for i in [*low_rank, *(i for i in range(len(shards)) if i not in low_rank)]:
             down, up, places = shards[i].down, shards[i].up, shards[i].places
             # Zero rows here and zero columns in the up factor, where the packed kernel needs a multiple.
-            missing = -len(down) % PACKED_IN if up is not None and can_pack(down.dtype) else 0
-            stacked.append(F.pad(down, (0, 0, 0, missing)) if missing else down)
-            width = len(down) + missing
+            missing = 0
+            if isinstance(up, torch.Tensor) and isinstance(down, torch.Tensor):
+                missing = -len(down) % PACKED_IN if can_pack(down.dtype) else 0
+                down = F.pad(down, (0, 0, 0, missing)) if missing else down
+            downs.append(down)
+            width = len(down)
             columns[i] = slice(total, total + width * (1 if up is None else blocks))
             total = columns[i].stop
             if up is not None:
                 widths.append(width)
-                self.ups.append((gemm(spread(up, blocks, len(down), missing)), columns[i]))
+                wide = up if isinstance(up, QuantizedMatrix) else spread(up, blocks, width - missing, missing)
+                self.ups.append((gemm(wide, dtype), columns[i]))
             if places is not None:
-                column = columns[i].start + columns_of(-1 - places, len(down), missing)
+                column = columns[i].start + columns_of(-1 - places, width - missing, missing)
                 sources[i] = torch.where(places < 0, -1 - column, places)
-        self.first = gemm(stacked[0] if len(stacked) == 1 else torch.cat(stacked))
+        # One, unless only some of the matrices are quantized.
+        self.firsts = [gemm(matrix, dtype) for matrix in stacked(downs)]
         self.z_columns = sum(widths)
         self.collective = collective_of(cut, widths, tp_size)
         # The layer's outputs in order: a GEMM (0 is the first) and its columns.
@@ -98,7 +126,7 @@ class FactoredGemms:
         """int64 [out], the column of each of the layer's outputs in the outputs of all GEMMs side by side.
 
         Args:
-            sources: of each pivot form, as `ShardWeights.places`, but with columns of s for components of z.
+            sources: of each pivot form, as `Shard.places`, but with columns of s for components of z.
             total: columns of s.
         """
         heights = [piece.stop for index, piece in sorted(self.pieces, key=lambda piece: piece[0]) if index]
@@ -121,7 +149,7 @@ class FactoredGemms:
         Raises:
             ValueError: it has other sizes; nothing is copied.
         """
-        mine, theirs = ([one.first, *(up for up, _ in one.ups)] for one in (self, other))
+        mine, theirs = ([*one.firsts, *(up for up, _ in one.ups)] for one in (self, other))
         same = self.pieces == other.pieces and [c for _, c in self.ups] == [c for _, c in other.ups]
         same = same and [one.shapes() for one in mine] == [one.shapes() for one in theirs]
         if not same or (self.order is None) != (other.order is None):
@@ -136,9 +164,10 @@ class FactoredGemms:
         # The packed kernel divides by the number of tokens. No graph runs, or should be traced, for none.
         if not torch.compiler.is_compiling() and len(x) == 0:
             return x.new_empty(0, self.out)
-        if not self.ups:  # a dense MoE expert beside factored ones
-            return self.first(x, bias).contiguous()
-        s = self.first(x, None)
+        if not self.ups and len(self.firsts) == 1:  # a dense MoE expert beside factored ones, or quantized alone
+            return self.firsts[0](x, bias).contiguous()
+        outputs = [first(x, None) for first in self.firsts]
+        s = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
         if self.collective is not None:
             z, dense = s[:, : self.z_columns], s[:, self.z_columns :]
             s = torch.cat([self.collective(z), dense], -1) if dense.shape[1] else self.collective(z)

@@ -4,13 +4,13 @@ A merged layer (QKV, gate and up) has shards of different rank and form, some of
 parameters have the checkpoint's names, and each holds the tensors of all shards that have one:
   weight_v, weight_p, weight    [sum of rows, in], stacked
   weight_u, weight_c, pivots    flat, one row-major matrix after the other
-They exist until the weights are loaded and packed for the GEMMs.
+In place of a quantized one of these matrices M there are `M_packed`, as in the checkpoint, and `M_scale`, flat in
+float32. They exist until the weights are loaded and packed for the GEMMs.
 """
 
 import math
 from bisect import bisect_right
 from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import accumulate, islice
 from typing import Any
 
@@ -24,8 +24,10 @@ from vllm.platforms import current_platform
 from pgsvd_vllm.errors import CheckpointError
 from pgsvd_vllm.families import INTERLEAVED_QKV, Split
 from pgsvd_vllm.format.dtypes import check_finite
-from pgsvd_vllm.format.schema import FactoredModule, check_pivots
-from pgsvd_vllm.kernels.shard_weights import ShardWeights
+from pgsvd_vllm.format.quantization import PACKED, PER_INT32, SCALE, unpack
+from pgsvd_vllm.format.schema import check_pivots
+from pgsvd_vllm.kernels.quantized_matrix import Matrix, QuantizedMatrix
+from pgsvd_vllm.kernels.shard_weights import Shard, ShardWeights
 from pgsvd_vllm.parallel.comm_plan import CommPlan, Cut, ParallelLayer
 from pgsvd_vllm.parallel.slicing import (
     by_kind,
@@ -38,6 +40,7 @@ from pgsvd_vllm.parallel.slicing import (
 )
 from pgsvd_vllm.serving.collectives import all_gather_y, check_equal_on_all_ranks
 from pgsvd_vllm.serving.gemm.cpu import FactoredGemms
+from pgsvd_vllm.serving.layers.layer_shard import BY_ROWS, DTYPES, STACKED, LayerShard, is_stacked, matrix_of
 from pgsvd_vllm.serving.vllm_compat.internals import (
     QKV_SHARDS,
     LayerName,
@@ -52,29 +55,6 @@ from pgsvd_vllm.serving.vllm_compat.internals import (
     reduces_plainly,
     register_op,
 )
-
-# The tensors with the layer's inputs as columns.
-STACKED = ("weight_v", "weight_p", "weight")
-
-
-@dataclass(frozen=True)
-class LayerShard:
-    """One checkpoint module inside a vLLM layer.
-
-    Attributes:
-        name: module name in the checkpoint, for messages.
-        module: its rank and form; None if it is dense.
-        partitions: of the layer's outputs that it stands for, where the layer has several shards.
-    """
-
-    name: str
-    module: FactoredModule | None
-    partitions: int = 1
-
-    @property
-    def kinds(self) -> tuple[str, ...]:
-        """The names of its tensors."""
-        return ("weight",) if self.module is None else self.module.suffixes
 
 
 class PgsvdLinearMethod(LinearMethodBase):
@@ -154,14 +134,14 @@ class PgsvdLinearMethod(LinearMethodBase):
         for kind in dict.fromkeys(kind for shapes in self.shapes for kind in shapes):
             shapes = [s[kind] for s in self.shapes if kind in s]
             whole: tuple[int, ...] = (sum(math.prod(s) for s in shapes),)
-            if kind in STACKED:
-                whole = (sum(s[0] for s in shapes), input_size_per_partition)
-            dtype = torch.int32 if kind == "pivots" else params_dtype
-            # Dummy weights fill floats only: zeros are harmless pivots.
-            empty = torch.zeros(whole, dtype=dtype) if kind == "pivots" else torch.empty(whole, dtype=dtype)
+            if is_stacked(kind):
+                whole = (sum(s[0] for s in shapes), shapes[0][1])
+            dtype = self._dtype(kind, params_dtype)
+            # Dummy weights fill floats only: zeros are harmless pivots and integers.
+            empty = torch.empty(whole, dtype=dtype) if dtype.is_floating_point else torch.zeros(whole, dtype=dtype)
             parameter: Any = nn.Parameter(empty, requires_grad=False)
             parameter.weight_loader = self._make_loader(layer, kind)
-            if kind == "weight_u":
+            if matrix_of(kind) in BY_ROWS:
                 # Along this dimension Falcon's loader puts its rows in the layer's order.
                 parameter.output_dim = 0
             layer.register_parameter(kind, parameter)
@@ -171,11 +151,27 @@ class PgsvdLinearMethod(LinearMethodBase):
             from pgsvd_vllm.serving.gemm.gpu import wants_triton
 
             wants_triton()  # refuses a wrong choice before anything is loaded
-        self.opaque = compiles_layers_apart(config)
+        self.params_dtype = params_dtype
+        self.is_quantized = any(shard.module is not None and shard.module.schemes for shard in self.shards)
+        # vLLM's quantized kernels are not made to be traced apart from their layers.
+        self.opaque = compiles_layers_apart(config) or self.is_quantized
         self.keeps_weights = keeps_weights(config)
         if self.opaque:
             mark_compiled_graphs(config, collective_bytes=self.comm_plan.least)
         make_findable(layer, config)
+
+    def _dtype(self, kind: str, params_dtype: torch.dtype) -> torch.dtype:
+        """The dtype of a parameter."""
+        if kind == "pivots":
+            return torch.int32
+        if kind.endswith(SCALE):
+            return torch.float32
+        schemes = [shard.scheme(kind) for shard in self.shards if kind in shard.kinds]
+        found = {params_dtype if scheme is None else DTYPES[scheme.dtype] for scheme in schemes}
+        if len(found) > 1:
+            names = " and ".join(sorted(scheme.name for scheme in schemes if scheme is not None))
+            raise CheckpointError(f"layer {self.layer_name}: {names} in one layer cannot be served")
+        return found.pop()
 
     def _choose_cut(self, layer: Any, by_rows: bool, dtype: torch.dtype, config: VllmConfig) -> Cut:
         """The layer's cut; a row-parallel layer whose z is all-reduced leaves its own all-reduce out."""
@@ -185,7 +181,7 @@ class PgsvdLinearMethod(LinearMethodBase):
         parallel = ParallelLayer(
             name=self.layer_name,
             split=split,
-            modules=[shard.module for shard in self.shards if shard.module is not None],
+            modules=[shard.module for shard in self.shards if shard.module is not None and not shard.is_dense],
             in_features=self.in_features,
             out_features=self.sizes[0],
             itemsize=dtype.itemsize,
@@ -215,8 +211,16 @@ class PgsvdLinearMethod(LinearMethodBase):
                     f"{shard.module.rank}"
                 )
         shapes = shard.module.shapes(rows, self.in_here)
-        if self.cut is Cut.ALL_GATHER_Z:
+        if self.cut is Cut.ALL_GATHER_Z and not shard.is_dense:
             shapes[shard.kinds[0]] = (-(-shard.module.rank // self.tp_size), self.in_here)
+        for suffix, scheme in shard.module.schemes.items():
+            height, width = shapes.pop(suffix)
+            if not scheme.fits(width):
+                raise CheckpointError(
+                    f"layer {self.layer_name}: {width} inputs on this tensor-parallel rank are no {scheme.name} "
+                    f"({shard.name}); serve it on fewer ranks"
+                )
+            shapes |= {f"{suffix}{ending}": shape for ending, shape in scheme.shapes(height, width).items()}
         return shapes
 
     def _rows(self, layer: Any, index: int, rows: int) -> list[slice]:
@@ -238,21 +242,23 @@ class PgsvdLinearMethod(LinearMethodBase):
                 module = shard.module
                 form = "dense" if module is None else f"factored with rank {module.rank}, form {module.form}"
                 raise CheckpointError(f"tensor {name}: config.json says {shard.name} is {form}")
-            if kind in ("weight", "weight_u"):
+            scheme = shard.scheme(kind)
+            if matrix_of(kind) in BY_ROWS:
                 try:
                     cuts = self._rows(layer, index, loaded_weight.shape[0])
                 except ValueError as error:
                     raise CheckpointError(f"tensor {name}: {error}") from None
                 loaded_weight = take_rows(loaded_weight, cuts)
-            if kind in STACKED:
+            if is_stacked(kind):
                 # Slicing would hide surplus columns.
-                if loaded_weight.shape[-1] != self.in_features:
+                each = PER_INT32 if scheme is not None and scheme.num_bits == 4 else 1
+                if loaded_weight.shape[-1] * each != self.in_features:
                     raise CheckpointError(
                         f"tensor {name}: this layer has {self.in_features} inputs, the checkpoint has shape "
                         f"{tuple(loaded_weight.shape)}"
                     )
-                loaded_weight = loaded_weight[:, self.in_columns]
-                if self.cut is Cut.ALL_GATHER_Z and shard.module is not None:
+                loaded_weight = loaded_weight[:, self.in_columns.start // each : self.in_columns.stop // each]
+                if self.cut is Cut.ALL_GATHER_Z and shard.module is not None and not shard.is_dense:
                     # Padding would hide missing rows.
                     if len(loaded_weight) != shard.module.rank:
                         raise CheckpointError(
@@ -260,6 +266,9 @@ class PgsvdLinearMethod(LinearMethodBase):
                             f"{tuple(loaded_weight.shape)}"
                         )
                     loaded_weight = rank_rows(loaded_weight, layer.tp_rank, layer.tp_size)
+            elif scheme is not None and scheme.group_size is not None and matrix_of(kind) in STACKED:
+                first, last = (edge // scheme.group_size for edge in (self.in_columns.start, self.in_columns.stop))
+                loaded_weight = loaded_weight[:, first:last]
             if kind == "pivots":
                 check_pivots(loaded_weight, self.full_sizes[index], name)
             copy_checked(self._view(layer, index, kind), loaded_weight, name)
@@ -280,11 +289,19 @@ class PgsvdLinearMethod(LinearMethodBase):
         before = [shapes[kind] for shapes in self.shapes[:index] if kind in shapes]
         shape = self.shapes[index][kind]
         data = getattr(layer, kind).data
-        if kind in STACKED:
+        if is_stacked(kind):
             start = sum(s[0] for s in before)
             return data[start : start + shape[0]]
         start = sum(math.prod(s) for s in before)
         return data[start : start + math.prod(shape)].view(shape)
+
+    def _matrix(self, layer: Any, index: int, suffix: str) -> Matrix:
+        """A shard's matrix."""
+        scheme = self.shards[index].scheme(suffix)
+        if scheme is None:
+            return self._view(layer, index, suffix)
+        values, scale = (self._view(layer, index, f"{suffix}{ending}") for ending in (PACKED, SCALE))
+        return QuantizedMatrix(unpack(values, scheme), scale, scheme.num_bits)
 
     def check_complete(self) -> None:
         """Raise CheckpointError naming the first tensor of the layer that was not loaded."""
@@ -318,7 +335,8 @@ class PgsvdLinearMethod(LinearMethodBase):
             # It has only the rows of the dense shards: no other code may take it for the layer's weight.
             del layer.weight
         # LoRA looks up a layer's device under the names that weights have.
-        layer.weight_packed = torch.empty(0, device=device)
+        if not hasattr(layer, "weight_packed"):
+            layer.weight_packed = torch.empty(0, device=device)
         # The GEMMs hold their weights: packed copies on CPU, on GPUs possibly the storage of these parameters.
         for parameter in layer.parameters(recurse=False):
             if parameter is not layer.bias:
@@ -326,19 +344,22 @@ class PgsvdLinearMethod(LinearMethodBase):
 
     def _pack(self, layer: Any) -> Callable[..., torch.Tensor]:
         """The GEMMs of the loaded layer."""
+        made: Any = Shard if self.is_quantized else ShardWeights
         shards = []
         for index, shard in enumerate(self.shards):
-            up = place = None
+            up: Matrix | None = None
+            place = None
             if shard.module is not None and shard.module.form == "factors":
-                up = self._view(layer, index, "weight_u")
-            elif shard.module is not None:
-                pivots, c = self._view(layer, index, "pivots"), self._view(layer, index, "weight_c")
+                up = self._matrix(layer, index, "weight_u")
+            elif shard.module is not None and not shard.is_dense:
+                pivots, c = self._view(layer, index, "pivots"), self._matrix(layer, index, "weight_c")
                 if self.is_dummy:
                     pivots.copy_(torch.arange(len(pivots)))
                 up, place = pivot_rows(pivots, c, self._rows(layer, index, self.full_sizes[index]), self.order)
-            shards.append(ShardWeights(self._view(layer, index, shard.kinds[0]), up, place))
+            first = "weight" if shard.module is None else shard.module.matrices[0]
+            shards.append(made(self._matrix(layer, index, first), up, place))
         self.nbytes = sum(shard.nbytes for shard in shards)
-        if current_platform.is_cuda_alike():
+        if current_platform.is_cuda_alike() and not self.is_quantized:
             # Not above: without a GPU Triton need not be installed.
             from pgsvd_vllm.kernels.packed_weights import MOST_SHARDS
             from pgsvd_vllm.serving.gemm.gpu import TritonGemms
@@ -348,7 +369,9 @@ class PgsvdLinearMethod(LinearMethodBase):
                     return TritonGemms(shards, layer.bias is not None, self.activation, self.cut, self.tp_size)
                 except ValueError as error:
                     raise CheckpointError(f"layer {self.layer_name}: {error}") from None
-        return FactoredGemms(shards, self.cut, self.tp_size)
+        if self.activation is not None:
+            raise CheckpointError(f"layer {self.layer_name}: a quantized layer does not compute the activation")
+        return FactoredGemms(shards, self.cut, self.tp_size, self.params_dtype)
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x [..., in] -> [..., out] of this rank, or half of it after the activation."""

@@ -24,7 +24,8 @@ from vllm.platforms import current_platform
 from pgsvd_vllm.errors import CheckpointError
 from pgsvd_vllm.format.schema import FactoredModule
 from pgsvd_vllm.parallel.comm_plan import CommPlan
-from pgsvd_vllm.serving.layers.linear import LayerShard, PgsvdLinearMethod
+from pgsvd_vllm.serving.layers.layer_shard import LayerShard
+from pgsvd_vllm.serving.layers.linear import PgsvdLinearMethod
 from pgsvd_vllm.serving.layers.moe_dense import DenseFallbackMoEMethod, Expert, loaded_twice, register_factors
 from pgsvd_vllm.serving.vllm_compat.internals import (
     DOWN,

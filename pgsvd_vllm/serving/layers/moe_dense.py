@@ -11,7 +11,7 @@ from vllm.model_executor.layers.fused_moe import FusedMoEConfig, UnquantizedFuse
 from pgsvd_vllm.errors import CheckpointError
 from pgsvd_vllm.format.dtypes import check_finite
 from pgsvd_vllm.format.lowrank import reconstruct
-from pgsvd_vllm.serving.layers.linear import LayerShard
+from pgsvd_vllm.serving.layers.layer_shard import LayerShard
 from pgsvd_vllm.serving.vllm_compat.internals import (
     DOWN,
     GATE,

@@ -33,6 +33,7 @@ class Gemm:
     def __init__(self, compute: Compute, weights: Sequence[torch.Tensor], handlers: Sequence[Any] = ()) -> None:
         self.compute = compute
         self.weights, self.handlers = list(weights), list(handlers)
+        self.borrowed: list[torch.Tensor] = []
 
     def __call__(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """See the class."""
@@ -51,6 +52,8 @@ class Gemm:
             pointer = mine.handler_tensor.clone()
             mine.handler_tensor.copy_(theirs.handler_tensor)
             theirs.handler_tensor.copy_(pointer)
+        # oneDNN's handle of a quantized weight points to the scales that it was made with.
+        self.borrowed = other.weights if self.handlers else []
 
 
 def can_pack(dtype: torch.dtype) -> bool:

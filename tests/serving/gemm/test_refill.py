@@ -13,7 +13,6 @@ from pgsvd_vllm.kernels.numerics import layer_difference
 from pgsvd_vllm.kernels.shard_weights import ShardWeights
 from pgsvd_vllm.serving.gemm.cpu import FactoredGemms
 from pgsvd_vllm.serving.quant_config import PgsvdConfig
-from tests.serving.layers.test_linear import vllm_world  # noqa: F401  (a fixture)
 
 pytestmark = pytest.mark.usefixtures("vllm_world")
 COLUMNS = 64
@@ -38,7 +37,7 @@ def shards(seed: int, dtype: torch.dtype, rank: int = 16) -> list[ShardWeights]:
 
 def addresses(gemms: FactoredGemms) -> list[int]:
     """Of all weights, and of the handles of weights that oneDNN has packed."""
-    found = [gemms.first, *(up for up, _ in gemms.ups)]
+    found = [gemms.firsts[0], *(up for up, _ in gemms.ups)]
     weights = [weight for one in found for weight in one.weights]
     handles = [handler.handler_tensor for one in found for handler in one.handlers]
     assert gemms.order is not None
@@ -115,7 +114,7 @@ def test_reloaded_layers_of_four_shards_keep_their_storage() -> None:
     assert layer_difference(x, load(1), None, layer(x)[0]) == ""
     gemms = layer.pgsvd_gemms
     assert isinstance(gemms, FactoredGemms)
-    weights = [weight for one in (gemms.first, *(up for up, _ in gemms.ups)) for weight in one.weights]
+    weights = [weight for one in (gemms.firsts[0], *(up for up, _ in gemms.ups)) for weight in one.weights]
     before = [weight.data_ptr() for weight in weights]
     assert layer_difference(x, load(2), None, layer(x)[0]) == ""
     assert layer.pgsvd_gemms is gemms

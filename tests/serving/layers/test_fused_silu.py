@@ -13,7 +13,7 @@ from vllm.model_executor.models.qwen2 import Qwen2MLP
 from vllm.platforms import current_platform
 
 from pgsvd_vllm.serving.layers.fused_silu import fuse_silu, is_known, source_hash
-from tests.serving.layers.test_linear import HIDDEN, WIDE, Case, vllm_world  # noqa: F401  (a fixture)
+from tests.serving.layers.test_linear import HIDDEN, WIDE, Case
 
 pytestmark = pytest.mark.usefixtures("vllm_world")
 

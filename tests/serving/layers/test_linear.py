@@ -1,7 +1,5 @@
 """PgsvdLinearMethod inside vLLM's own layers, against float64, on one rank."""
 
-from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -10,7 +8,6 @@ from torch import nn
 
 vllm_config = pytest.importorskip("vllm.config", reason="vLLM is not installed")
 
-from vllm.distributed import parallel_state  # noqa: E402
 from vllm.model_executor.layers import linear as vllm_linear  # noqa: E402
 from vllm.model_executor.layers import utils as vllm_utils  # noqa: E402
 from vllm.platforms import current_platform  # noqa: E402
@@ -24,6 +21,7 @@ from pgsvd_vllm.serving.quant_config import PgsvdConfig  # noqa: E402
 from pgsvd_vllm.serving.vllm_compat.cpu_gemm import Gemm, can_pack, vllm_gemm  # noqa: E402
 from pgsvd_vllm.serving.vllm_compat.internals import encode  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("vllm_world")
 HIDDEN, HEAD, HEADS, KV_HEADS, WIDE = 64, 8, 8, 4, 96
 LEAVES = {
     "qkv_proj": {"q_proj": HEADS * HEAD, "k_proj": KV_HEADS * HEAD, "v_proj": KV_HEADS * HEAD},
@@ -54,21 +52,6 @@ MIXES: list[tuple[str, tuple[Rank, ...]]] = [
     ("up_proj", (17,)),
     ("gate", (3,)),
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def vllm_world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """One rank, as vLLM's workers set it up."""
-    with ExitStack() as stack:
-        stack.enter_context(vllm_config.set_current_vllm_config(vllm_config.VllmConfig()))
-        current_platform.import_kernels()
-        store = tmp_path_factory.mktemp("world") / "store"
-        parallel_state.init_distributed_environment(
-            world_size=1, rank=0, local_rank=0, distributed_init_method=f"file://{store}", backend="gloo"
-        )
-        parallel_state.initialize_model_parallel(1)
-        yield
-        parallel_state.cleanup_dist_env_and_memory()
 
 
 def module_of(rank: Rank) -> FactoredModule | None:
@@ -421,7 +404,7 @@ def check_gemm(run: Gemm, weight: torch.Tensor, tokens: int, gap: int) -> None:
 @pytest.mark.parametrize(("rows", "columns"), [(0, 64), (1, 32), (8, 192), (48, 64), (33, 7), (100, 96), (16, 2080)])
 def test_gemm_matches_float64(rows: int, columns: int, dtype: torch.dtype) -> None:
     weight = torch.randn(rows, columns).to(dtype)
-    run = gemm(weight.clone())
+    run = gemm(weight.clone(), dtype)
     for tokens in (1, 3, 17, 300):
         for gap in (0, 64):
             check_gemm(run, weight, tokens, gap)

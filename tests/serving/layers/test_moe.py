@@ -19,7 +19,6 @@ from pgsvd_vllm.serving.layers.moe import FactoredMoEMethod
 from pgsvd_vllm.serving.layers.moe_dense import DenseFallbackMoEMethod
 from pgsvd_vllm.serving.quant_config import PgsvdConfig
 from pgsvd_vllm.serving.vllm_compat.internals import encode
-from tests.serving.layers.test_linear import vllm_world  # noqa: F401  (a fixture)
 
 PREFIX = "model.layers.0.mlp.experts"
 EXPERTS, CHOSEN, HIDDEN, INNER = 5, 2, 64, 96
