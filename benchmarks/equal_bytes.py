@@ -26,11 +26,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import pgsvd_vllm.hf  # noqa: F401  (registers the format)
 from benchmarks.perplexity import perplexity
-from benchmarks.quality import LENGTH, MODELS, factored, paper_form, quality_plan, spread_windows, with_options
+from benchmarks.quality import MODELS, evaluation_texts, factored, quality_plan, with_options
 from pgsvd_vllm.errors import InputError
 from pgsvd_vllm.format.reader import open_checkpoint
 from pgsvd_vllm.offline.compress import calibrate
-from pgsvd_vllm.offline.data.text import load_tokenizer, read_documents
 from pgsvd_vllm.offline.factors.factorize import factor_layers
 from pgsvd_vllm.offline.output.checkpoint import write_checkpoint
 from pgsvd_vllm.offline.output.outcome import Choice
@@ -179,11 +178,7 @@ def main() -> int:
 
     plan = quality_plan(arguments.wikitext, arguments.work, model=arguments.model)
     folder, count = plan.source.folder, 15 if arguments.quick else 60
-    texts = {"wikitext": [paper_form((arguments.wikitext / "wiki.test.raw").read_text(encoding="utf-8"))]}
-    if arguments.c4:
-        documents = list(read_documents(str(arguments.c4), 4 * count * LENGTH, load_tokenizer(folder)))
-        texts["c4"] = documents[1::2]
-    windows = {name: spread_windows(folder, documents, count) for name, documents in texts.items()}
+    windows, _ = evaluation_texts(arguments.wikitext, arguments.c4, folder, count)
     results = plan.options.output.with_name(f"bytes-{plan.options.output.name}-{count}-{CALIBRATION_VERSION}.json")
     found: dict[str, dict[str, float]] = json.loads(results.read_text(encoding="utf-8")) if results.is_file() else {}
 

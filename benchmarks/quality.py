@@ -100,6 +100,28 @@ def spread_windows(folder: Path, documents: list[str], count: int) -> torch.Tens
     return torch.stack([torch.cat([head, tokens[s : s + body]]) for s in starts])
 
 
+def evaluation_texts(
+    wikitext: Path, c4: Path | None, folder: Path, count: int
+) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """The windows of every text that is evaluated, and the documents of C4 that are not.
+
+    Args:
+        wikitext: folder of wiki.test.raw.
+        c4: .jsonl with a text field, or None.
+        folder: of the model.
+        count: windows of each text.
+
+    Raises:
+        InputError: a text holds fewer.
+    """
+    texts = {"wikitext": [paper_form((wikitext / "wiki.test.raw").read_text(encoding="utf-8"))]}
+    others: list[str] = []
+    if c4:
+        documents = list(read_documents(str(c4), 4 * count * LENGTH, load_tokenizer(folder)))
+        others, texts["c4"] = documents[::2], documents[1::2]
+    return {name: spread_windows(folder, documents, count) for name, documents in texts.items()}, others
+
+
 def quality_plan(
     wikitext: Path,
     work: Path | None,
@@ -259,12 +281,7 @@ def main() -> int:
 
     plan = planned()
     folder = plan.source.folder
-    texts = {"wikitext": [paper_form((arguments.wikitext / "wiki.test.raw").read_text(encoding="utf-8"))]}
-    mixed_in: list[str] = []
-    if arguments.c4:
-        documents = list(read_documents(str(arguments.c4), 4 * count * LENGTH, load_tokenizer(folder)))
-        mixed_in, texts["c4"] = documents[::2], documents[1::2]
-    windows = {name: spread_windows(folder, documents, count) for name, documents in texts.items()}
+    windows, mixed_in = evaluation_texts(arguments.wikitext, arguments.c4, folder, count)
 
     dtype = str(plan.settings.compute_dtype).removeprefix("torch.")  # that of `perplexity`
     name = f"results-{plan.options.output.name}-{count}-{dtype}-{CALIBRATION_VERSION}.json"

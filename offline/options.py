@@ -73,7 +73,7 @@ class CompressOptions:
         sensitivity: `measured`, `forward` or `uniform`. None is `uniform` with a tolerance or a baseline; otherwise it
             is `measured`, or `forward` if gradients do not fit in memory.
         baseline: one of `BASELINES`, used instead of PGSVD for comparison; None for PGSVD.
-        form: `pivot` or `factors`; None is `pivot` if sensitivities are measured and nothing is quantized.
+        form: `pivot` or `factors`; None is `pivot` if sensitivities are measured, but with 4 bits.
         sequential: whether each layer is fitted to activations from the already factored layers (see
             `factors.error_aware`); None is yes if sensitivities are measured.
         refine: minutes of knowledge distillation (see `refine.distill`), 0 for none; None for the default (see

@@ -65,14 +65,17 @@ def resolve_settings(
     default = MEASURED if options.tolerance is None and options.baseline is None else UNIFORM
     sensitivity = options.sensitivity or default
     informed = sensitivity != UNIFORM or options.baseline == "pifa"
+    scheme = BITS[options.bits]
+    # With 4 bits the pivot form loses more by rounding than its higher ranks gain (docs/dev/log.md).
+    pivot = informed and (scheme is None or scheme.num_bits == 8)
     return RunSettings(
         sensitivity=sensitivity,
-        form=options.form or ("pivot" if informed and BITS[options.bits] is None else "factors"),
+        form=options.form or ("pivot" if pivot else "factors"),
         sequential=informed if options.sequential is None else options.sequential,
         baseline=options.baseline,
         head_tolerance=options.head_tolerance,
         dose=dose,
-        scheme=BITS[options.bits],
+        scheme=scheme,
         seed=options.seed,
         device=device,
         compute_dtype=compute_dtype,

@@ -26,6 +26,7 @@ def describe(plan: Plan) -> str:
         f"on {settings.device} in {str(settings.compute_dtype).removeprefix('torch.')}{_coverage_line(plan)}"
         + "".join(f"\nWARNING: --dataset {warning}" for warning in plan.data.warnings)
         + _distillation_line(plan)
+        + ("" if settings.scheme is None else f"\nquantization: {settings.scheme.name}")
         + _roles_line(plan)
     )
 

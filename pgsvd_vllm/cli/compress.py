@@ -68,7 +68,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         choices=["pivot", "factors"],
         help="how a low-rank matrix is stored: as pivot rows and the coefficients of the other rows (pivot: fewer "
         "parameters at the same rank, the default), or as two factors (faster on GPUs, and less sensitive to rounding; "
-        "the default with --bits and with --sensitivity uniform)",
+        "the default with --bits 4 and with --sensitivity uniform)",
     )
     parser.add_argument(
         "--sequential",

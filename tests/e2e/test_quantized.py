@@ -89,7 +89,8 @@ def test_architectures_match_transformers(bits: str, config: str, prompts: list[
     row = next(row for row in ARCHITECTURES if row.config == config)
     model = save_model(row, tmp_path / "model")
     options = ("--ratio", "0.25", "--num-calibration-samples", "32", "--max-seq-length", "64", "--refine", "0")
-    compress_to(tmp_path / "out", model, *options, "--dataset", "python-docs", "--bits", bits)
+    options += ("--dataset", "python-docs", "--bits", bits, "--form", "factors")
+    compress_to(tmp_path / "out", model, *options)
     # Some layers are factored and some quantized alone.
     assert len({module.is_dense for module in open_checkpoint(tmp_path / "out").modules.values()}) == 2
     job = (prompts, greedy(NEW_TOKENS, logprobs=5))

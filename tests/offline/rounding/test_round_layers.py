@@ -37,7 +37,7 @@ def weight_of(folder: Path, name: str) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("bits", "form", "most"), [("8", None, 8.3), ("8", "pivot", 8.3), ("fp8", None, 8.3), ("4", None, 4.6)]
+    ("bits", "form", "most"), [("8", None, 8.3), ("8", "factors", 8.3), ("fp8", None, 8.3), ("4", None, 4.6)]
 )
 def test_every_projection_is_quantized(
     bits: str, form: str | None, most: float, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -48,13 +48,14 @@ def test_every_projection_is_quantized(
     check_data(checkpoint)
     assert checkpoint.quantization_config["version"] == 2
     assert len(checkpoint.modules) == 21
+    form = form or ("factors" if bits == "4" else "pivot")
     assert 0 < len(checkpoint.factored) < 21 or form == "pivot"
-    assert {m.form for m in checkpoint.modules.values()} <= {form or "factors", "dense"}
+    assert {m.form for m in checkpoint.modules.values()} <= {form, "dense"}
     for module in checkpoint.modules.values():
         assert set(module.schemes) == set(module.matrices)
         assert {scheme.num_bits for scheme in module.schemes.values()} == {4 if bits == "4" else 8}
     # Packed tensors count as the parameters that they stand for.
-    plain = compress(options(tiny_model, tmp_path / "plain", form=form or "factors"))
+    plain = compress(options(tiny_model, tmp_path / "plain", form=form))
     assert result.parameters_before == plain.parameters_before
     assert abs(result.parameters_after - plain.parameters_after) < 0.02 * plain.parameters_before
     size = sum(info.nbytes for name, info in checkpoint.tensors.items() if name.endswith(("_packed", "_scale")))
@@ -87,6 +88,14 @@ def test_eight_bits_add_little_to_the_errors_of_the_report(tiny_model: Path, tmp
         assert 0 < row["error"] < (plain[name]["error"] ** 2 + 0.005**2) ** 0.5 + 0.001
 
 
+def test_the_plan_names_the_quantization(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["compress", str(tiny_model), "-o", str(tmp_path / "out"), "--dataset", "python-docs", "--dry-run"]
+    assert main([*command, "--bits", "4"]) == 0
+    assert "quantization: INT4 in groups of 32" in capsys.readouterr().out
+    assert main(command) == 0
+    assert "quantization" not in capsys.readouterr().out
+
+
 def test_a_saved_model_is_the_same(tiny_model: Path, tmp_path: Path) -> None:
     compress(options(tiny_model, tmp_path / "out", bits="4"))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -110,7 +119,7 @@ def test_ignored_projections_stay_as_they_are(tiny_model: Path, tmp_path: Path) 
 
 def test_other_bits_reuse_the_calibration(tiny_model: Path, tmp_path: Path) -> None:
     folder = tmp_path / "calibration"
-    first = options(tiny_model, tmp_path / "a", bits="8", calibration=folder)
+    first = options(tiny_model, tmp_path / "a", bits="8", form="factors", calibration=folder)
     compress(first)
     written = {file: file.stat().st_mtime_ns for file in folder.glob("*.safetensors")}
     compress(replace(first, output=tmp_path / "b", bits="fp8"))
