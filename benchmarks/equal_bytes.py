@@ -16,7 +16,6 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -26,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import pgsvd_vllm.hf  # noqa: F401  (registers the format)
 from benchmarks.perplexity import perplexity
-from benchmarks.quality import MODELS, evaluation_texts, factored, quality_plan, with_options
+from benchmarks.quality import MODELS, evaluation_texts, factored, quality_plan, save, with_options
 from pgsvd_vllm.errors import InputError
 from pgsvd_vllm.format.reader import open_checkpoint
 from pgsvd_vllm.offline.compress import calibrate
@@ -105,11 +104,7 @@ def nearest_model(folder: Path, bits: str) -> tuple[PreTrainedModel, float]:
 def stored_bits(folder: Path, plan: Plan) -> float:
     """Bits of a checkpoint's projections for each element of their dense weights."""
     checkpoint = open_checkpoint(folder)
-    size = 0
-    for p in plan.projections.flat:
-        module = checkpoint.modules.get(p.name)
-        suffixes = ("weight",) if module is None else module.suffixes
-        size += sum(checkpoint.tensors[f"{p.name}.{suffix}"].nbytes for suffix in suffixes)
+    size = sum(info.nbytes for p in plan.projections.flat for info in checkpoint.stored(p.name))
     return 8 * size / sum(p.numel for p in plan.projections.flat)
 
 
@@ -127,10 +122,9 @@ def models(plan: Plan, state: RunState, cases: list[Case]) -> Iterator[tuple[Cas
         if case.form == "nearest":
             yield (case, *nearest_model(plan.source.folder, case.bits))
             continue
-        changes: dict[str, Any] = {"bits": case.bits, "sequential": False} if not case.ratio else {"bits": case.bits}
-        if case.ratio:
-            changes |= {"ratio": case.ratio, "form": case.form}
-        own = with_options(plan, **changes)
+        # Dense projections have no factors to fit.
+        changes = {"ratio": case.ratio, "form": case.form} if case.ratio else {"sequential": False}
+        own = with_options(plan, bits=case.bits, **changes)
         choice = choice_of(own, state, case)
         if own.settings.scheme is not None:
             round_layers(own.source, own.settings, own.projections, state)
@@ -186,7 +180,7 @@ def main() -> int:
         model.eval().to(plan.settings.device)
         found[name] = {text: perplexity(model, ids, desc=f"{name} {text}") for text, ids in windows.items()}
         found[name]["bits"] = bits
-        results.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        save(found, results)
 
     if "dense" not in found:
         evaluate(AutoModelForCausalLM.from_pretrained(folder, dtype="auto"), "dense", 16.0)

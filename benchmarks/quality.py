@@ -100,6 +100,12 @@ def spread_windows(folder: Path, documents: list[str], count: int) -> torch.Tens
     return torch.stack([torch.cat([head, tokens[s : s + body]]) for s in starts])
 
 
+def save(found: Mapping[str, object], path: Path) -> None:
+    """Write finished cases; an interruption leaves the file as it was."""
+    path.with_suffix(".writing").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    path.with_suffix(".writing").replace(path)
+
+
 def evaluation_texts(
     wikitext: Path, c4: Path | None, folder: Path, count: int
 ) -> tuple[dict[str, torch.Tensor], list[str]]:
@@ -292,8 +298,7 @@ def main() -> int:
         model.eval().to(plan.settings.device)
         for name, ids in windows.items():
             found[f"{case} {name}"] = perplexity(model, ids, desc=f"{case} {name}")
-        results.with_suffix(".writing").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        results.with_suffix(".writing").replace(results)
+        save(found, results)
 
     def missing(case: str) -> bool:
         return any(f"{case} {name}" not in found for name in windows)

@@ -43,12 +43,6 @@ class QuantizedMatrix:
         """Bytes of the stored matrix, where scales of groups have 16 bits."""
         return self.values.numel() * self.num_bits // 8 + self.scale.numel() * (4 if self.scale.shape[1] == 1 else 2)
 
-    def dequantized(self, dtype: torch.dtype) -> torch.Tensor:
-        """The matrix in a float dtype, computed in float32."""
-        rows, groups = self.scale.shape
-        parts = self.values.float().view(rows, groups, -1) * self.scale.float().unsqueeze(-1)
-        return parts.view(rows, -1).to(dtype)
-
 
 Matrix = torch.Tensor | QuantizedMatrix
 
@@ -74,8 +68,3 @@ def _kind(matrix: Matrix) -> tuple[object, ...]:
     if isinstance(matrix, QuantizedMatrix):
         return matrix.values.dtype, matrix.num_bits, matrix.scale.shape[1]
     return (matrix.dtype,)
-
-
-def as_float(matrix: Matrix, dtype: torch.dtype) -> torch.Tensor:
-    """A matrix as a float tensor; one that is not quantized as it is."""
-    return matrix.dequantized(dtype) if isinstance(matrix, QuantizedMatrix) else matrix

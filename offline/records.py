@@ -28,6 +28,11 @@ class ModuleReport:
     optimum: float
     sweeps: int
 
+    @classmethod
+    def dense(cls, name: str, out_features: int, in_features: int) -> "ModuleReport":
+        """The report of a projection that stays as it is."""
+        return cls(name, out_features, in_features, None, 0.0, 0.0, 0)
+
 
 @dataclass(frozen=True)
 class LMHeadCalibration:

@@ -48,7 +48,7 @@ def factor_lm_head(
     profile = error_profile(found.energy)
     rank = min(hardware_rank(head, rank_for(profile, settings.head_tolerance)), width)
     if stored_size("factors", out, width, rank) >= head.numel:
-        return LMHeadFactors(head.name, {}, ModuleReport(head.name, out, width, None, 0.0, 0.0, 0))
+        return LMHeadFactors(head.name, {}, ModuleReport.dense(head.name, out, width))
     stored = source.weights.tensor(f"{head.path}.weight")
     dtype = settings.store_dtype or stored.dtype
     scale, gram = row_scale(found.weight.to(settings.device)), found.gram.to(settings.device).double()

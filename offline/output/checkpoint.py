@@ -38,7 +38,7 @@ def write_checkpoint(plan: Plan, state: RunState, choice: Choice) -> CompressRes
         factors = state.load_factors(index)
         for p in row:
             if p.name not in factors.tensors:
-                modules.append(ModuleReport(p.name, p.out_features, p.in_features, None, 0.0, 0.0, 0))
+                modules.append(ModuleReport.dense(p.name, p.out_features, p.in_features))
                 continue
             for suffix, tensor in factors.tensors[p.name].items():
                 writer.add(f"{p.name}.{suffix}", tensor, elements_of(suffix, tensor))

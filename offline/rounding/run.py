@@ -66,22 +66,19 @@ def round_layers(source: ModelSource, settings: RunSettings, projections: Projec
             found: dict[str, dict[str, torch.Tensor]] = {}
             reports: dict[str, ModuleReport] = {}
             for p in row:
-                weight = source.weights.tensor(f"{p.path}.weight").to(settings.device)
-                gram = calibration.grams[calibration.leader[p.name]].double(settings.device)
                 known = layer.tensors.get(p.name)
-                report = layer.reports.get(p.name) or ModuleReport(
-                    p.name, p.out_features, p.in_features, None, 0.0, 0.0, 0
-                )
+                report = layer.reports.get(p.name) or ModuleReport.dense(p.name, p.out_features, p.in_features)
                 schemes = quantized_module(p, report.rank, settings).schemes
+                bar.update()
                 if not schemes:
                     found |= {} if known is None else {p.name: known}
                     reports[p.name] = report
-                    bar.update()
                     continue
+                weight = source.weights.tensor(f"{p.path}.weight").to(settings.device)
+                gram = calibration.grams[calibration.leader[p.name]].double(settings.device)
                 tensors = {s: t.to(settings.device) for s, t in (known or {"weight": weight}).items()}
                 with naming(p.name):
                     found[p.name] = round_projection(tensors, gram, schemes)
                 error = relative_error(weight, gram, reconstruct(dequantized(found[p.name], schemes)))
                 reports[p.name] = replace(report, error=error)
-                bar.update()
             state.save_factors(index, LayerFactors(found, reports))

@@ -102,8 +102,7 @@ def table(checkpoint: Checkpoint, rows: list[dict[str, Any]]) -> list[str]:
     for row in rows:
         dense = row["out_features"] * row["in_features"]
         module = checkpoint.modules.get(row["name"])
-        suffixes = ("weight",) if module is None else module.suffixes
-        stored = [info for s in suffixes if (info := checkpoint.tensors.get(f"{row['name']}.{s}")) is not None]
+        stored = checkpoint.stored(row["name"])
         size = sum(info.nbytes for info in stored)
         numel = sum(info.numel for info in stored)
         if module is not None and module.schemes:
@@ -161,10 +160,9 @@ def summary(checkpoint: Checkpoint) -> list[str]:
     """Lines with the totals and the origin of the checkpoint."""
     section = checkpoint.quantization_config
     modules = checkpoint.modules
-    factored = {f"{name}.{suffix}" for name, row in modules.items() for suffix in row.suffixes if not row.is_dense}
-    others = {f"{name}.{suffix}" for name, row in modules.items() for suffix in row.suffixes if row.is_dense}
+    sizes = {name: sum(info.nbytes for info in checkpoint.stored(name)) for name in modules}
     total = sum(info.nbytes for info in checkpoint.tensors.values())
-    part = sum(checkpoint.tensors[name].nbytes for name in factored)
+    part = sum(sizes[name] for name in checkpoint.factored)
     tolerance = ", ".join(f"{tower} {value:.4f}" for tower, value in section.get("tolerance", {}).items())
     ratio, calibration = section.get("ratio", {}), section.get("calibration", {})
     lines = [
@@ -175,9 +173,8 @@ def summary(checkpoint: Checkpoint) -> list[str]:
     ]
     schemes = sorted({scheme.name for module in modules.values() for scheme in module.schemes.values()})
     if schemes:
-        size = sum(checkpoint.tensors[name].nbytes for name in factored | others)
         shapes = [checkpoint.shape(name) for name in modules]
-        bits = 8 * size / sum(out * width for out, width, _ in shapes)
+        bits = 8 * sum(sizes.values()) / sum(out * width for out, width, _ in shapes)
         lines.append(f"quantized             {' and '.join(schemes)}: {bits:.2f} bits per weight of the projections")
     if ratio:
         lines.append(

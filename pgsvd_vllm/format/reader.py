@@ -86,6 +86,12 @@ class Checkpoint:
         """The `quantization_config` section of config.json."""
         return self.config["quantization_config"]
 
+    def stored(self, projection: str) -> list[TensorInfo]:
+        """The headers of a projection's weight or of the tensors in its place; none if it is not part of the files."""
+        module = self.modules.get(projection)
+        names = [f"{projection}.{suffix}" for suffix in (("weight",) if module is None else module.suffixes)]
+        return [self.tensors[name] for name in names if name in self.tensors]
+
     def shape(self, module: str) -> tuple[int, int, int]:
         """(out, in, rank) of a factored module."""
         row = self.modules[module]

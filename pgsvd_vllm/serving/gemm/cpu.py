@@ -10,8 +10,9 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
+from pgsvd_vllm.format.quantization import dequantize
 from pgsvd_vllm.kernels.padding import columns_of, spread
-from pgsvd_vllm.kernels.quantized_matrix import Matrix, QuantizedMatrix, as_float, stacked
+from pgsvd_vllm.kernels.quantized_matrix import Matrix, QuantizedMatrix, stacked
 from pgsvd_vllm.kernels.shard_weights import Shard
 from pgsvd_vllm.parallel.comm_plan import Cut
 from pgsvd_vllm.serving.collectives import collective_of
@@ -33,7 +34,9 @@ def gemm(matrix: Matrix, dtype: torch.dtype) -> Gemm:
         found = quantized_gemm(matrix, dtype)
         if found is not None:
             return found
-    weight = as_float(matrix, dtype)
+        weight = dequantize(matrix.values, matrix.scale, torch.float32).to(dtype)
+    else:
+        weight = matrix
     if not len(weight):  # every row of the shard on this rank is a pivot row
         return Gemm(lambda x, bias: F.linear(x, weight), [weight])
     inputs = weight.shape[1]
