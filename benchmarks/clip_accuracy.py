@@ -63,7 +63,7 @@ class Energies:
     def removed(self, tower: str, tolerance: float) -> float:
         """Parameters that a tower's tolerance removes."""
         projections = self.tower(tower)
-        found = at_tolerance(projections, self.profiles, tolerance, form=self.plan.settings.form)
+        found = at_tolerance(projections, self.profiles, tolerance, storage=self.plan.settings.storages[0])
         return found.removed * sum(p.numel for p in projections)
 
     def removing(self, tower: str, numbers: float) -> float | None:

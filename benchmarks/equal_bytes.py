@@ -36,6 +36,7 @@ from pgsvd_vllm.offline.planning.identity import CALIBRATION_VERSION
 from pgsvd_vllm.offline.planning.plan import Plan
 from pgsvd_vllm.offline.planning.prepare import open_state
 from pgsvd_vllm.offline.ranks.allocation import Allocation
+from pgsvd_vllm.offline.ranks.stored import module_table
 from pgsvd_vllm.offline.rounding.run import round_layers
 from pgsvd_vllm.offline.run_state import RunState
 
@@ -112,8 +113,10 @@ def choice_of(plan: Plan, state: RunState, case: Case) -> Choice:
     """Factor the projections as a case wants, or leave them dense."""
     if case.ratio:
         return factored(plan, state)
-    factor_layers(plan.source, plan.data, plan.settings, plan.projections, state, {})
-    return Choice(Allocation({}, {}, 0.0, 0.0))
+    modules = module_table(plan.projections.flat, {}, plan.settings.storages[0])
+    factor_layers(plan.source, plan.data, plan.settings, plan.projections, state, modules)
+    round_layers(plan.source, plan.settings, plan.projections, state, modules)
+    return Choice(Allocation({}, modules, 0.0, 0.0))
 
 
 def models(plan: Plan, state: RunState, cases: list[Case]) -> Iterator[tuple[Case, PreTrainedModel, float]]:
@@ -125,10 +128,7 @@ def models(plan: Plan, state: RunState, cases: list[Case]) -> Iterator[tuple[Cas
         # Dense projections have no factors to fit.
         changes = {"ratio": case.ratio, "form": case.form} if case.ratio else {"sequential": False}
         own = with_options(plan, bits=case.bits, **changes)
-        choice = choice_of(own, state, case)
-        if own.settings.scheme is not None:
-            round_layers(own.source, own.settings, own.projections, state)
-        write_checkpoint(own, state, choice)
+        write_checkpoint(own, state, choice_of(own, state, case))
         bits = stored_bits(state.checkpoint, own)
         yield case, AutoModelForCausalLM.from_pretrained(state.checkpoint, dtype="auto"), bits
         shutil.rmtree(state.checkpoint, ignore_errors=True)

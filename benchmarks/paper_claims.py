@@ -37,8 +37,10 @@ from pgsvd_vllm.offline.planning.prepare import open_state
 from pgsvd_vllm.offline.ranks.allocation import Allocation
 from pgsvd_vllm.offline.ranks.error_profile import error_profile
 from pgsvd_vllm.offline.ranks.pareto import LossFront, loss_front
+from pgsvd_vllm.offline.ranks.target import RankTarget
 from pgsvd_vllm.offline.ranks.uniform import at_ratio
 from pgsvd_vllm.offline.run_state import RunState
+from pgsvd_vllm.offline.settings import Storage
 
 Row = dict[str, object]
 Energies = dict[str, torch.Tensor]  # of `output_energies` and `loss_energies`
@@ -49,6 +51,11 @@ RATIO = 0.4
 # Bars: excess error of ALS over the exact optimum at its own stop and after more sweeps, its largest rise of the error
 # between two sweeps, and the distance of the removed share from the requested one.
 STOP_BAR, LONG_BAR, RISE_BAR, RATIO_BAR = 0.005, 0.001, 1e-9, 0.005
+
+
+def of_form(form: str) -> RankTarget:
+    """What a front of sizes in a form is of."""
+    return RankTarget(None, None, (Storage(form),))
 
 
 def multiple(allocation: Allocation, energies: Energies, front: LossFront) -> float:
@@ -67,10 +74,10 @@ def fronts(plan: Plan, energies: Energies, losses: Energies) -> list[Row]:
     profiles = {name: error_profile(energy) for name, energy in energies.items()}
     # Half of the tail beyond r is then half the squared relative error.
     relative = {name: energy / energy.sum() for name, energy in energies.items()}
-    surrogate, measured = (loss_front(plan.projections.flat, e, form=FORM) for e in (relative, losses))
+    surrogate, measured = (loss_front(plan.projections.flat, e, of_form(FORM)) for e in (relative, losses))
     rows: list[Row] = []
     for ratio in RATIOS:
-        uniform = at_ratio(plan.projections.flat, profiles, ratio, form=FORM)
+        uniform = at_ratio(plan.projections.flat, profiles, ratio, storage=Storage(FORM))
         distance = abs(uniform.removed - ratio)
         rows.append(barred(f"one tolerance, {ratio:.0%}, distance of the removed share", distance, RATIO_BAR))
         for what, front, values in (("squared errors", surrogate, relative), ("measured loss", measured, losses)):
@@ -88,7 +95,7 @@ def without_gradients(plan: Plan, energies: Energies, losses: Energies) -> list[
         moved = noise_responses(stream, index, row, plan.options.seed)
         list(advance(stream, index, row, collect=False))
         guessed.update({p.name: energies[p.name] * moved[p.name] for p in row})
-    front, crude = (loss_front(plan.projections.flat, energies, form="pivot") for energies in (losses, guessed))
+    front, crude = (loss_front(plan.projections.flat, energies, of_form("pivot")) for energies in (losses, guessed))
     rows: list[Row] = []
     for ratio in RATIOS:
         value = multiple(crude.at(ratio), losses, front)
@@ -99,7 +106,7 @@ def without_gradients(plan: Plan, energies: Energies, losses: Energies) -> list[
 def solvers(plan: Plan, state: RunState, energies: Energies, every: int) -> list[Row]:
     """Excess error and seconds of ALS beside the exact solution, over every n-th projection."""
     profiles = {name: error_profile(values) for name, values in energies.items()}
-    ranks = at_ratio(plan.projections.flat, profiles, RATIO, form=FORM).ranks
+    ranks = at_ratio(plan.projections.flat, profiles, RATIO, storage=Storage(FORM)).ranks
     picked = [p.name for p in plan.projections.flat if p.name in ranks][::every]
     excess: dict[int, list[float]] = {n: [] for n in SWEEPS}
     exact_seconds = als_seconds = 0.0
@@ -139,7 +146,7 @@ def solvers(plan: Plan, state: RunState, energies: Energies, every: int) -> list
 
 def sensitivities(plan: Plan, energies: Energies, losses: Energies) -> list[Row]:
     """By kind of projection: predicted loss of a relative error of 10 %, error at half rank and at the optimum."""
-    ranks = loss_front(plan.projections.flat, losses, form=plan.settings.form).at(RATIO).ranks
+    ranks = loss_front(plan.projections.flat, losses, plan.target).at(RATIO).ranks
     price: dict[str, list[float]] = {}
     allowed: dict[str, list[float]] = {}
     half: dict[str, list[float]] = {}
@@ -192,8 +199,9 @@ def sharing(plan: Plan, state: RunState) -> list[Row]:
         ]
         energies = {name: energy for name, energy in apart.items() if name not in shared}
         energies |= {name: energy for name, (_, energy) in together.items()}
-        separate = loss_front(plan.projections.flat, apart, form=form)
-        joined = loss_front([p for p in plan.projections.flat if p.name not in shared] + joint, energies, form=form)
+        separate = loss_front(plan.projections.flat, apart, of_form(form))
+        others = [p for p in plan.projections.flat if p.name not in shared]
+        joined = loss_front(others + joint, energies, of_form(form))
         for ratio in (0.2, RATIO):
             pair = [front.losses[front.corner(ratio)] for front in (joined, separate)]
             rows.append(

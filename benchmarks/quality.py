@@ -28,19 +28,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import pgsvd_vllm.hf  # noqa: F401  (registers the format)
 from benchmarks.perplexity import perplexity
 from pgsvd_vllm.errors import InputError
-from pgsvd_vllm.offline.compress import calibrate, measured_spectra
+from pgsvd_vllm.offline.compress import calibrate, measured_spectra, store_layers
 from pgsvd_vllm.offline.data.text import load_tokenizer, read_documents
 from pgsvd_vllm.offline.data.tokens import leading_tokens, tokenize
-from pgsvd_vllm.offline.factors.factorize import factor_layers
 from pgsvd_vllm.offline.options import CompressOptions
 from pgsvd_vllm.offline.output.checkpoint import write_checkpoint
+from pgsvd_vllm.offline.output.messages import ranks_line
 from pgsvd_vllm.offline.output.outcome import Choice
 from pgsvd_vllm.offline.planning.dose import dose_of, dose_on
 from pgsvd_vllm.offline.planning.identity import CALIBRATION_VERSION
 from pgsvd_vllm.offline.planning.plan import Plan, make_plan
 from pgsvd_vllm.offline.planning.prepare import open_state
 from pgsvd_vllm.offline.ranks.select import choose_ranks, measured_front
-from pgsvd_vllm.offline.refine.run import refine_layers
 from pgsvd_vllm.offline.run_state import RunState
 from pgsvd_vllm.offline.settings import resolve_settings
 from tests.support import reference_model
@@ -174,18 +173,16 @@ def with_options(plan: Plan, **changes: Any) -> Plan:
     device, dtype = plan.settings.device, plan.settings.compute_dtype
     dose = dose_on(dose_of(options, plan.source, device.type), plan.data.windows)
     settings = resolve_settings(options, device, dtype, dose)
-    projections = plan.projections.with_rank_multiple(None if settings.scheme is None else settings.scheme.group_size)
-    return replace(plan, options=options, settings=settings, projections=projections)
+    return replace(plan, options=options, settings=settings)
 
 
 def factored(plan: Plan, state: RunState) -> Choice:
-    """Choose the ranks of a plan, factor its projections and distill them as its settings say."""
+    """Choose the ranks and bits of a plan, factor its projections, distill and quantize them as its settings say."""
     spectra = measured_spectra(plan, state)
-    front = None if spectra.loss is None else measured_front(plan.projections, spectra.loss, plan.target)
+    front = measured_front(plan.projections, spectra, plan.target)
     allocation = choose_ranks(plan.projections, spectra, plan.target, front)
-    factor_layers(plan.source, plan.data, plan.settings, plan.projections, state, allocation.ranks)
-    if plan.settings.dose is not None:
-        refine_layers(plan.source, plan.data, plan.settings, plan.projections, state, print)
+    print(ranks_line(plan, allocation), flush=True)
+    store_layers(plan, state, allocation.modules, print)
     return Choice(allocation, front)
 
 

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import pgsvd_vllm
 from pgsvd_vllm.format.schema import FORMAT_VERSION, LOAD_GUARD, QUANT_METHOD, FactoredModule, stored_size
 from pgsvd_vllm.format.writer import TensorWriter
-from pgsvd_vllm.offline.ranks.allocation import RANK_MULTIPLE
+from pgsvd_vllm.offline.ranks.stored import RANK_MULTIPLE
 from tests.support.reference_model import cache_folder
 
 

@@ -4,13 +4,14 @@ import errno
 import hashlib
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 from pgsvd_vllm.errors import ChoiceError, InputError, PgsvdError, as_interruption, reason_of
+from pgsvd_vllm.format.schema import FactoredModule
 from pgsvd_vllm.offline.calibration.collect import Calibration, loss_energies, output_energies
 from pgsvd_vllm.offline.calibration.token_coverage import find_coverage
 from pgsvd_vllm.offline.data.sampled.generate import SampleError
@@ -24,7 +25,8 @@ from pgsvd_vllm.offline.planning.plan import Plan
 from pgsvd_vllm.offline.planning.prepare import open_state, prepare
 from pgsvd_vllm.offline.planning.resources import check_disk, disk_bytes
 from pgsvd_vllm.offline.ranks.select import Spectra, choose_ranks, measured_front
-from pgsvd_vllm.offline.refine.run import refine_layers
+from pgsvd_vllm.offline.refine.run import Distillation, doses
+from pgsvd_vllm.offline.rounding.predicted_loss import measure_rounding
 from pgsvd_vllm.offline.rounding.run import round_layers
 from pgsvd_vllm.offline.run_state import RunState, refuse_begun
 from pgsvd_vllm.offline.state.published import finish_published
@@ -152,33 +154,70 @@ def _kept(state: RunState) -> str:
 
 
 def calibrate(plan: Plan, state: RunState) -> None:
-    """Calibrate every layer that the state does not hold yet; raises InputError as `Calibration.run`."""
+    """Calibrate every layer that the state does not hold yet; raises InputError as its two stages."""
     Calibration(plan.source, plan.data, plan.settings, plan.projections, state).run()
+    if len(plan.settings.storages) > 1:
+        # Here, while no other run reads a calibration folder that several share.
+        measure_rounding(plan.source, plan.settings, plan.projections, state)
     state.end_calibration()
 
 
 def measured_spectra(plan: Plan, state: RunState) -> Spectra:
-    """The spectra of every projection of a calibrated run; raises InputError if a file of the state is damaged."""
+    """The spectra of every projection of a calibrated run, and the losses of rounding where bits are chosen.
+
+    Raises:
+        InputError: a file of the state is damaged.
+    """
     layers, sensitivity = len(plan.projections.layers), plan.settings.sensitivity
     losses = loss_energies(state, layers, sensitivity) if plan.settings.measured else None
-    return Spectra(output_energies(state, layers), losses)
+    rounding = None
+    if len(plan.settings.storages) > 1:
+        rounding = measure_rounding(plan.source, plan.settings, plan.projections, state)
+    return Spectra(output_energies(state, layers), losses, rounding)
+
+
+def store_layers(plan: Plan, state: RunState, modules: Mapping[str, FactoredModule], say: Say) -> bool:
+    """Factor, distill and quantize all layers as the module table says; `state.load_factors` then returns the result.
+
+    Args:
+        plan: of the run.
+        state: of the calibrated run.
+        modules: projection name -> its row of the module table.
+        say: called with one line after each distillation.
+
+    Returns:
+        Whether anything was distilled.
+
+    Raises:
+        InputError: as of `factor_layers`, `Distillation.run` and `round_layers`.
+    """
+    factor_layers(plan.source, plan.data, plan.settings, plan.projections, state, modules)
+    distillation = Distillation(plan.source, plan.data, plan.settings, plan.projections, state)
+    of_factors, of_scales = doses(plan.settings.dose, modules)
+    trained = False
+    if of_factors is not None:
+        plain = {name: replace(module, schemes={}) for name, module in modules.items()}
+        trained = distillation.run(of_factors, plain, say)
+    if any(module.schemes for module in modules.values()):
+        round_layers(plan.source, plan.settings, plan.projections, state, modules)
+    if of_scales is not None:
+        trained = distillation.run(of_scales, modules, say) or trained
+    if plan.settings.dose is not None and of_factors is None and of_scales is None:
+        say("no distillation: nothing is factored, and nothing has 4 bits")
+    return trained
 
 
 def _factor_and_write(plan: Plan, state: RunState, say: Say) -> CompressResult:
     """Choose ranks, factor and write the checkpoint of a calibrated run into the state's folder."""
     plan, tokens = _without_uncovered(plan, state, say)
     spectra = measured_spectra(plan, state)
-    front = None if spectra.loss is None else measured_front(plan.projections, spectra.loss, plan.target)
+    front = measured_front(plan.projections, spectra, plan.target)
     if front is not None:
         say(front_line(plan.settings, front))
     allocation = choose_ranks(plan.projections, spectra, plan.target, front)
     say(ranks_line(plan, allocation))
-    factor_layers(plan.source, plan.data, plan.settings, plan.projections, state, allocation.ranks)
-    if plan.settings.dose is not None:
-        trained = refine_layers(plan.source, plan.data, plan.settings, plan.projections, state, say)
-        plan = plan if trained else replace(plan, settings=replace(plan.settings, dose=None))
-    if plan.settings.scheme is not None:
-        round_layers(plan.source, plan.settings, plan.projections, state)
+    if not store_layers(plan, state, allocation.modules, say):
+        plan = replace(plan, settings=replace(plan.settings, dose=None))
     head = None
     if plan.projections.lm_head is not None:
         head = factor_lm_head(plan.source, plan.settings, plan.projections.lm_head, state.load_lm_head())

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from pgsvd_vllm.errors import InputError
-from pgsvd_vllm.format.quantization import FP8, INT8, Scheme, int4
+from pgsvd_vllm.format.quantization import FP8, GROUP_SIZES, INT8, Scheme, int4
 
 BASELINES = ("svd", "asvd", "svd-llm", "pifa")
 BUILTIN, SELF = "python-docs", "self"
@@ -22,8 +22,15 @@ WINDOWS, PAIRS = 128, 1024
 CPU_WINDOWS = 40
 # Held-out windows of the text: knowledge distillation never trains on them and selects its result by them.
 HELD_OUT = 8
-# The values of `bits`, and the quantization that each stands for; None keeps the dtype.
-BITS: dict[str, Scheme | None] = {"16": None, "8": INT8, "fp8": FP8, "4": int4(32)}
+AUTO = "auto"
+# The values of `bits`, and the quantizations that each allows; None keeps the dtype. `auto` chooses among several.
+BITS: dict[str, tuple[Scheme | None, ...]] = {
+    "16": (None,),
+    "8": (INT8,),
+    "fp8": (FP8,),
+    "4": (int4(32),),
+    AUTO: (None, INT8, *(int4(size) for size in GROUP_SIZES)),
+}
 # Tokens of knowledge distillation that are the default: the first 100 windows bring most of what more of them bring.
 DISTILLED_TOKENS = 102400
 # Passes over the text that the default makes at most.
@@ -53,6 +60,13 @@ class Dose:
         """Whether the amount may exceed so many tokens."""
         return self.tokens is None or self.tokens > text
 
+    def part(self, share: float) -> "Dose":
+        """A share of the amount."""
+        minutes = None if self.minutes is None else share * self.minutes
+        return replace(
+            self, minutes=minutes, tokens=None if self.tokens is None else max(1, round(share * self.tokens))
+        )
+
     def on(self, text: int) -> "Dose":
         """The amount for so many tokens to train on: the default makes DISTILLED_PASSES passes at most."""
         if self.tokens is None or not self.by_default:
@@ -68,18 +82,20 @@ class CompressOptions:
         model: local folder or hub id.
         output: folder to write; must not exist.
         ratio: share of the projections' parameters to remove, 0 to 1, or of their GEMM latency if `costs` is given.
-            A dict has one share per tower; towers that it does not name stay dense.
+            A dict has one share per tower; towers that it does not name stay dense. With `bits` auto it is a share of
+            the projections' bytes.
         tolerance: relative output error allowed in every projection, instead of `ratio`; a dict has one per tower.
+        target_bytes: largest size of the written weights in bytes, instead of `ratio`.
         sensitivity: `measured`, `forward` or `uniform`. None is `uniform` with a tolerance or a baseline; otherwise it
             is `measured`, or `forward` if gradients do not fit in memory.
         baseline: one of `BASELINES`, used instead of PGSVD for comparison; None for PGSVD.
-        form: `pivot` or `factors`; None is `pivot` if sensitivities are measured, but with 4 bits.
+        form: `pivot` or `factors`; None is `pivot` if sensitivities are measured, but for matrices of 4 bits.
         sequential: whether each layer is fitted to activations from the already factored layers (see
             `factors.error_aware`); None is yes if sensitivities are measured.
         refine: minutes of knowledge distillation (see `refine.distill`), 0 for none; None for the default (see
             `planning.dose`) if `refine_tokens` is None as well.
         refine_tokens: tokens of knowledge distillation, instead of minutes.
-        bits: of the stored weights of the projections, a key of BITS.
+        bits: of the stored weights of the projections, a key of BITS; `auto` needs a `ratio` or `target_bytes`.
         costs: JSON file with GEMM latencies (see `format.latency_table`) that the ranks minimize; None for size.
         dataset: names, files or folders of the calibration data; each gives an equal share of the samples. None is text
             that the model samples from itself, or `python-docs` if it cannot.
@@ -103,6 +119,7 @@ class CompressOptions:
     output: Path
     ratio: float | dict[str, float] | None = None
     tolerance: float | dict[str, float] | None = None
+    target_bytes: int | None = None
     sensitivity: str | None = None
     baseline: str | None = None
     form: str | None = None
@@ -165,10 +182,7 @@ def check_options(options: CompressOptions) -> None:
         raise InputError(f"--refine {options.refine_tokens} tokens: must be at least 1 token")
     if options.refine is not None and options.refine_tokens is not None:
         raise InputError("`refine` and `refine_tokens`: give only one of them")
-    if options.bits not in BITS:
-        raise InputError(f"--bits {options.bits}: must be one of {', '.join(BITS)}")
-    if BITS[options.bits] is not None and "experts" in options.include:
-        raise InputError(f"--bits {options.bits}: MoE experts are not quantized; omit it or --include experts")
+    _check_bits(options)
     if options.num_calibration_samples is not None and options.num_calibration_samples < 1:
         raise InputError(f"--num-calibration-samples {options.num_calibration_samples}: must be at least 1")
     if not 0 < options.head_tolerance < 1:
@@ -180,6 +194,30 @@ def check_options(options: CompressOptions) -> None:
     if options.dtype != "auto" and options.dtype not in DTYPES:
         raise InputError(f"--dtype {options.dtype}: must be one of auto, {', '.join(DTYPES)}")
     _check_folders(options)
+
+
+def _check_bits(options: CompressOptions) -> None:
+    """Refuse bits and sizes in bytes that nothing can choose."""
+    bits, size = options.bits, options.target_bytes
+    if bits not in BITS:
+        raise InputError(f"--bits {bits}: must be one of {', '.join(BITS)}")
+    if BITS[bits] != (None,) and "experts" in options.include:
+        raise InputError(f"--bits {bits}: MoE experts are not quantized; omit it or --include experts")
+    if size is not None and (options.ratio is not None or options.tolerance is not None):
+        raise InputError("--target-bytes: determines how much is removed; omit --ratio and --tolerance")
+    if size is not None and size < 1:
+        raise InputError(f"--target-bytes {size}: must be positive")
+    if size is not None and "lm_head" in options.include:
+        raise InputError("--target-bytes: an LM head gets its rank by --head-tolerance; omit --include lm_head")
+    if bits == AUTO and options.ratio is None and size is None:
+        raise InputError(
+            "--bits auto: needs a size, --target-bytes of all weights or --ratio of the projections' bytes to remove"
+        )
+    for given, name in ((bits == AUTO, "--bits auto"), (size is not None, "--target-bytes")):
+        if given and (options.baseline is not None or options.sensitivity == "uniform"):
+            raise InputError(f"{name}: needs measured losses; omit --baseline and --sensitivity uniform")
+        if given and options.costs is not None:
+            raise InputError(f"{name}: is about size; omit --objective latency")
 
 
 def _check_folders(options: CompressOptions) -> None:

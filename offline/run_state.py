@@ -43,7 +43,7 @@ from pgsvd_vllm.offline.state.work_files import (
 LAYERS = "layers"
 # Folders of DIR.partial that belong to one process and are not kept: the checkpoint, and the inputs of the layers.
 TEMPORARY = (CHECKPOINT, "inputs")
-_WORK_FILE = re.compile(r"(\d{5,}(\.(measured|forward))?|head)\.safetensors")
+_WORK_FILE = re.compile(r"(\d{5,}(\.(measured|forward)(-rounding)?)?|head)\.safetensors")
 
 
 def has_begun(output: Path) -> bool:
@@ -287,6 +287,25 @@ class RunState:
         matrices = (*kinds("moment"), *kinds("gram")) if with_matrices else ()
         found, _ = self._load(self._sensitivity_file(index, kind), "energy", *matrices)
         return LayerSensitivity(unpack("moment", found), unpack("gram", found), found["energy"])
+
+    def _rounding_file(self, index: int, kind: str) -> Path:
+        return self._sensitivity_file(index, f"{kind}-rounding")
+
+    def save_rounding(self, index: int, kind: str, found: dict[str, Any]) -> None:
+        """Write the predicted losses of rounding a layer, a JSON value; the file appears complete or not at all.
+
+        Args:
+            index: of the layer.
+            kind: of the sensitivities, `measured` or `forward`.
+            found: the losses.
+        """
+        self._save(self._rounding_file(index, kind), {}, found)
+
+    def load_rounding(self, index: int, kind: str) -> dict[str, Any] | None:
+        """Read what `save_rounding` has written, None if nothing; raises InputError if the file is damaged."""
+        path = self._rounding_file(index, kind)
+        found: dict[str, Any] | None = self._load(path)[1] if path.is_file() else None
+        return found
 
     def open_factors(self, choice: dict[str, Any]) -> None:
         """Select the folder of factors for a choice of ranks, form and solver; folders of other choices are deleted.

@@ -11,17 +11,29 @@ MEASURED, FORWARD, UNIFORM = "measured", "forward", "uniform"
 
 
 @dataclass(frozen=True)
+class Storage:
+    """One way to store projections.
+
+    Attributes:
+        form: of low-rank weights, `pivot` or `factors`.
+        scheme: of the matrices, dense weights included; None keeps their dtype.
+    """
+
+    form: str
+    scheme: Scheme | None = None
+
+
+@dataclass(frozen=True)
 class RunSettings:
     """How a run measures, factors and stores.
 
     Attributes:
         sensitivity: `measured` by loss gradients, `forward` by forward passes alone, or `uniform`.
-        form: how low-rank weights are stored, `pivot` or `factors`.
+        storages: the ways to store a projection, among which the front chooses.
         sequential: whether each layer is fitted to activations from the already factored layers.
         baseline: another method's name, or None.
         head_tolerance: relative error allowed in the LM head's weighted logits, between 0 and 1.
         dose: of knowledge distillation, or None.
-        scheme: of the quantized projections, or None.
         seed: of the draws of windows, pairs and labels.
         device: that computes.
         compute_dtype: of the calibration forward pass.
@@ -29,12 +41,11 @@ class RunSettings:
     """
 
     sensitivity: str
-    form: str
+    storages: tuple[Storage, ...]
     sequential: bool
     baseline: str | None
     head_tolerance: float
     dose: Dose | None
-    scheme: Scheme | None
     seed: int
     device: torch.device
     compute_dtype: torch.dtype
@@ -44,6 +55,11 @@ class RunSettings:
     def measured(self) -> bool:
         """Whether sensitivities are measured, by gradients or by forward passes, rather than assumed equal."""
         return self.sensitivity != UNIFORM
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether projections may be quantized."""
+        return any(storage.scheme is not None for storage in self.storages)
 
 
 def store_dtype(options: CompressOptions) -> torch.dtype | None:
@@ -65,17 +81,19 @@ def resolve_settings(
     default = MEASURED if options.tolerance is None and options.baseline is None else UNIFORM
     sensitivity = options.sensitivity or default
     informed = sensitivity != UNIFORM or options.baseline == "pifa"
-    scheme = BITS[options.bits]
-    # With 4 bits the pivot form loses more by rounding than its higher ranks gain (docs/dev/log.md).
-    pivot = informed and (scheme is None or scheme.num_bits == 8)
+
+    def storage(scheme: Scheme | None) -> Storage:
+        # With 4 bits the pivot form loses more by rounding than its higher ranks gain (docs/dev/log.md).
+        pivot = informed and (scheme is None or scheme.num_bits == 8)
+        return Storage(options.form or ("pivot" if pivot else "factors"), scheme)
+
     return RunSettings(
         sensitivity=sensitivity,
-        form=options.form or ("pivot" if pivot else "factors"),
+        storages=tuple(storage(scheme) for scheme in BITS[options.bits]),
         sequential=informed if options.sequential is None else options.sequential,
         baseline=options.baseline,
         head_tolerance=options.head_tolerance,
         dose=dose,
-        scheme=scheme,
         seed=options.seed,
         device=device,
         compute_dtype=compute_dtype,

@@ -1,11 +1,13 @@
 """Factors all layers with the chosen ranks and saves the tensors of each layer in the run's state."""
 
 import math
+from collections.abc import Mapping
 
 import torch
 from tqdm.auto import tqdm
 
 from pgsvd_vllm.format.lowrank import reconstruct
+from pgsvd_vllm.format.schema import FactoredModule
 from pgsvd_vllm.offline.calibration.loss_metric import FIT_DAMPING, FIT_INPUT_DAMPING, metric_root, weighted_gram
 from pgsvd_vllm.offline.data.calibration_set import CalibrationSet
 from pgsvd_vllm.offline.factors.baselines import norm_of
@@ -28,9 +30,9 @@ def factor_layers(
     settings: RunSettings,
     projections: ProjectionSet,
     state: RunState,
-    ranks: dict[str, int],
+    modules: Mapping[str, FactoredModule],
 ) -> None:
-    """Factor every projection that has a rank; `state.load_factors` then returns the result.
+    """Factor every projection of a table that has a rank; `state.load_factors` then returns the result.
 
     Layers that the state already holds for the same choice are not factored again.
 
@@ -40,16 +42,16 @@ def factor_layers(
         settings: of the run.
         projections: to factor.
         state: with their calibration; it receives the factors of each finished layer.
-        ranks: projection name -> rank, from 1 to min(out, in).
+        modules: projection name -> its row of the module table, whose rank is from 1 to min(out, in).
 
     Raises:
         InputError: factors are not finite in the stored dtype, activations overflow in the compute dtype, a factored
             layer calls a projection with other tokens than the dense layer, or a file of the state is damaged.
     """
+    factored = {name: module for name, module in modules.items() if not module.is_dense}
     state.open_factors(
         {
-            "ranks": ranks,
-            "form": settings.form,
+            "ranks": {name: [module.rank, module.form] for name, module in factored.items()},
             "sequential": settings.sequential,
             "sensitivity": settings.sensitivity,
             "baseline": settings.baseline,
@@ -64,10 +66,10 @@ def factor_layers(
         batches = data.batches(SEQUENTIAL_TOKENS)
         stream = LayerStream(source, batches, settings.device, settings.compute_dtype)
         error_aware = ErrorAwarePass(stream, all_tokens=sum(b["input_ids"].numel() for b in batches) == data.tokens)
-    with tqdm(total=len(ranks), desc="factorize", unit="matrix") as bar:
+    with tqdm(total=len(factored), desc="factorize", unit="matrix") as bar:
         for index in layers:
             bar.set_postfix_str(f"layer {index + 1}/{len(layers)}")
-            layer = _Layer(source, settings, state, ranks, projections.layers[index], index)
+            layer = _Layer(source, settings, state, factored, projections.layers[index], index)
             done = state.has_factors(index)
             if error_aware is not None:
                 known = {name: reconstruct(row) for name, row in layer.tensors.items()}
@@ -91,14 +93,14 @@ class _Layer:
         source: ModelSource,
         settings: RunSettings,
         state: RunState,
-        ranks: dict[str, int],
+        modules: Mapping[str, FactoredModule],
         row: list[Projection],
         index: int,
     ) -> None:
-        self.source, self.settings, self.ranks, self.row = source, settings, ranks, row
+        self.source, self.settings, self.modules, self.row = source, settings, modules, row
         self.tensors: dict[str, dict[str, torch.Tensor]] = {}
         self.reports: dict[str, ModuleReport] = {}
-        self.ranked = {p.name: p for p in row if p.name in ranks}
+        self.ranked = {p.name: p for p in row if p.name in modules}
         self.data: LayerCalibration = state.load_layer(index)
         self.moments: dict[str, ScaledMatrix] = {}
         self.weighted: dict[str, ScaledMatrix] = {}
@@ -134,7 +136,7 @@ class _Layer:
         Raises:
             InputError: the factors are not finite in the stored dtype.
         """
-        rank, settings = self.ranks[p.name], self.settings
+        rank, form, settings = self.modules[p.name].rank, self.modules[p.name].form, self.settings
         stored = self.source.weights.tensor(f"{p.path}.weight")
         weight = stored.to(settings.device).double()
         target, gram = weight, self.gram(p)
@@ -157,7 +159,7 @@ class _Layer:
                 factors = als(target, gram, rank, optimum)
             else:
                 factors = closed_form(target, gram, rank, metric)
-            tensors = stored_form(factors, target, gram, settings.form, dtype, metric)
+            tensors = stored_form(factors, target, gram, form, dtype, metric)
         reconstructed = reconstruct(tensors)
         error = relative_error(weight, self.gram(p), reconstructed)
         if not math.isfinite(error) or not torch.isfinite(reconstructed).all():

@@ -17,10 +17,10 @@ from pgsvd_vllm.offline.factors.stored_form import not_finite
 from pgsvd_vllm.offline.linalg import eigh, gram_root, naming
 from pgsvd_vllm.offline.model.projection import Projection
 from pgsvd_vllm.offline.model.source import ModelSource
-from pgsvd_vllm.offline.ranks.allocation import hardware_rank
 from pgsvd_vllm.offline.ranks.error_profile import error_profile, rank_for
+from pgsvd_vllm.offline.ranks.stored import hardware_rank
 from pgsvd_vllm.offline.records import LMHeadCalibration, LMHeadFactors, ModuleReport
-from pgsvd_vllm.offline.settings import RunSettings
+from pgsvd_vllm.offline.settings import RunSettings, Storage
 
 
 def factor_lm_head(
@@ -46,7 +46,7 @@ def factor_lm_head(
     """
     out, width = head.out_features, head.in_features
     profile = error_profile(found.energy)
-    rank = min(hardware_rank(head, rank_for(profile, settings.head_tolerance)), width)
+    rank = min(hardware_rank(head, rank_for(profile, settings.head_tolerance), Storage("factors")), width)
     if stored_size("factors", out, width, rank) >= head.numel:
         return LMHeadFactors(head.name, {}, ModuleReport.dense(head.name, out, width))
     stored = source.weights.tensor(f"{head.path}.weight")

@@ -19,7 +19,6 @@ class Projection:
         module: its module path in the transformers model if that differs from `name`, else empty.
         tower: name of the tower that it belongs to.
         reach: expected share of the tower's tokens that it sees; below 1 for a routed MoE expert.
-        rank_multiple: its ranks are multiples of, the groups of its quantized up factor; None if any rank is possible.
     """
 
     name: str
@@ -28,7 +27,6 @@ class Projection:
     module: str = ""
     tower: str = LANGUAGE
     reach: float = 1.0
-    rank_multiple: int | None = None
 
     @property
     def path(self) -> str:
@@ -73,9 +71,14 @@ class ProjectionSet:
         return list(dict.fromkeys(p.tower for p in self.flat))
 
     @property
+    def every(self) -> list[Projection]:
+        """The projections to factor and the ignored ones."""
+        return [*self.flat, *self.ignored]
+
+    @property
     def numel(self) -> int:
         """Parameters of the projections to factor and of the ignored ones."""
-        return sum(p.numel for p in (*self.flat, *self.ignored))
+        return sum(p.numel for p in self.every)
 
     @property
     def ignored_numel(self) -> int:
@@ -86,10 +89,6 @@ class ProjectionSet:
         """The projections of one tower, without unused ones and the LM head."""
         layers = [[p for p in row if p.tower == tower] for row in self.layers]
         return ProjectionSet(layers, [p for p in self.ignored if p.tower == tower])
-
-    def with_rank_multiple(self, multiple: int | None) -> "ProjectionSet":
-        """The set whose projections to factor have such a `rank_multiple`."""
-        return replace(self, layers=[[replace(p, rank_multiple=multiple) for p in row] for row in self.layers])
 
     def kept_dense(self, left_out: Collection[Projection]) -> "ProjectionSet":
         """The set with the projections in `left_out` moved to the ignored ones."""

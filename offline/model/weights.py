@@ -108,6 +108,11 @@ class StoredWeights:
         """Parameters of the whole model as stored."""
         return sum(info.numel for info in self.tensors.values())
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole model as stored."""
+        return sum(info.nbytes for info in self.tensors.values())
+
     def header(self, name: str) -> TensorInfo:
         """The header of a tensor of the model; raises InputError if it is missing."""
         return self.tensors[self._stored(name).names[0]]

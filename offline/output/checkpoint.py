@@ -58,7 +58,14 @@ def write_checkpoint(plan: Plan, state: RunState, choice: Choice) -> CompressRes
     writer.close()
     copy_companions(plan.source.folder, folder, plan.options.trust_remote_code)
     result = CompressResult(
-        state.output, choice, modules, weights.numel, writer.numel, writer.count, plan.source.is_dual_encoder
+        state.output,
+        choice,
+        modules,
+        weights.nbytes,
+        weights.numel,
+        writer.numel,
+        writer.count,
+        plan.source.is_dual_encoder,
     )
     write_config(folder, plan, result)
     write_report(folder, plan, result)

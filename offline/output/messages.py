@@ -2,13 +2,16 @@
 
 import math
 import re
+from collections import Counter
 
+from pgsvd_vllm.format.schema import FactoredModule
 from pgsvd_vllm.offline.data.calibration_set import CalibrationSet
 from pgsvd_vllm.offline.options import HELD_OUT, SELF, WINDOWS
 from pgsvd_vllm.offline.planning.dose import dose_of
 from pgsvd_vllm.offline.planning.plan import Plan
 from pgsvd_vllm.offline.ranks.allocation import Allocation
 from pgsvd_vllm.offline.ranks.pareto import LossFront
+from pgsvd_vllm.offline.ranks.stored import bits_per_weight
 from pgsvd_vllm.offline.records import ModuleReport
 from pgsvd_vllm.offline.settings import FORWARD, MEASURED, RunSettings
 
@@ -26,7 +29,7 @@ def describe(plan: Plan) -> str:
         f"on {settings.device} in {str(settings.compute_dtype).removeprefix('torch.')}{_coverage_line(plan)}"
         + "".join(f"\nWARNING: --dataset {warning}" for warning in plan.data.warnings)
         + _distillation_line(plan)
-        + ("" if settings.scheme is None else f"\nquantization: {settings.scheme.name}")
+        + _quantization_line(plan)
         + _roles_line(plan)
     )
 
@@ -42,6 +45,39 @@ def _distillation_line(plan: Plan) -> str:
     if default and len(windows.others) < HELD_OUT and SELF not in windows.name.split(" + "):
         return f"\nno distillation: the text has fewer than {HELD_OUT} windows beside the calibration windows"
     return ""
+
+
+def _quantization_line(plan: Plan) -> str:
+    """The quantizations that the plan allows, and the size that it must reach."""
+    names = ["none" if storage.scheme is None else storage.scheme.name for storage in plan.settings.storages]
+    line = f"\nquantization: {', '.join(names)}" if plan.settings.quantizes else ""
+    line += ", one for all projections of an input" if len(names) > 1 else ""
+    if plan.target.itemsizes is not None and isinstance(plan.target.ratio, float):
+        dense = bits_per_weight(plan.projections.every, {}, plan.itemsizes)
+        line += f"\nsize: {dense * (1 - plan.target.ratio):.2f} bits per weight of the projections"
+    return line
+
+
+def quantization_text(allocation: Allocation) -> str:
+    """The schemes of the quantized matrices."""
+    return ", ".join(scheme.name for scheme in allocation.schemes) or "none"
+
+
+def _bits_line(plan: Plan, allocation: Allocation) -> str:
+    """The bits per weight where projections are quantized or the size is given in bytes, and how many have which."""
+    if not allocation.schemes and plan.target.itemsizes is None:
+        return ""
+    bits = bits_per_weight(plan.projections.every, allocation.modules, plan.itemsizes)
+    line = f"; {bits:.2f} bits per weight"
+    if len(plan.settings.storages) > 1:
+        used = Counter(_scheme_name(allocation.modules.get(p.name)) for p in plan.projections.flat)
+        line += f" ({', '.join(f'{count} {name}' for name, count in used.most_common())})"
+    return line
+
+
+def _scheme_name(module: FactoredModule | None) -> str:
+    """The scheme of a module's first quantized matrix."""
+    return next((scheme.name for scheme in module.schemes.values()), "plain") if module is not None else "plain"
 
 
 def _roles_line(plan: Plan) -> str:
@@ -138,6 +174,7 @@ def ranks_line(plan: Plan, allocation: Allocation) -> str:
     return (
         f"ranks by {rank_rule(plan.settings, allocation)}: {len(allocation.ranks)} of {len(plan.projections.flat)} "
         f"projections factored, {allocation.removed:.1%} of their parameters removed{latency}"
+        + _bits_line(plan, allocation)
     )
 
 
@@ -167,5 +204,5 @@ def rank_rule(settings: RunSettings, allocation: Allocation) -> str:
 def front_line(settings: RunSettings, front: LossFront) -> str:
     """The predicted loss at every tenth of the removed share."""
     quantity = "loss" if settings.sensitivity == MEASURED else "relative error of the residual stream"
-    share = "removed share of the latency" if front.by_latency else "removed share"
+    share = "removed share" if front.unit == "parameters" else f"removed share of the {front.unit}"
     return f"predicted {quantity} by {share}: " + ", ".join(f"{r:.0%} {x:.4f}" for r, x in front.summary(0.1))

@@ -33,6 +33,7 @@ class CompressResult:
         output: its folder.
         choice: the ranks.
         modules: one row for each projection, factored or dense.
+        bytes_before: of the whole dense model's tensors.
         parameters_before: of the whole dense model.
         parameters_after: of the whole checkpoint.
         tensors: number of written tensors.
@@ -42,6 +43,7 @@ class CompressResult:
     output: Path
     choice: Choice
     modules: list[ModuleReport]
+    bytes_before: int
     parameters_before: int
     parameters_after: int
     tensors: int

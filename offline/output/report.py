@@ -16,28 +16,23 @@ from pgsvd_vllm.format.schema import (
 )
 from pgsvd_vllm.offline.model.companions import without_local_code
 from pgsvd_vllm.offline.model.hub import public_name
-from pgsvd_vllm.offline.output.messages import rank_rule
+from pgsvd_vllm.offline.output.messages import quantization_text, rank_rule
 from pgsvd_vllm.offline.output.outcome import CompressResult
 from pgsvd_vllm.offline.planning.plan import Plan
-from pgsvd_vllm.offline.rounding.run import quantized_module
+from pgsvd_vllm.offline.ranks.stored import bits_per_weight
 from pgsvd_vllm.offline.settings import FORWARD
 
 METHOD = "pgsvd"
+# The name of the removed share in the report, by the unit of the front.
+_SHARES = {"parameters": "removed", "latency": "time_removed", "bytes": "bytes_removed"}
 
 
 def write_config(folder: Path, plan: Plan, result: CompressResult) -> None:
     """Write config.json: that of the base model with the module table (see `format.schema`)."""
     settings, allocation, head = plan.settings, result.choice.allocation, result.choice.lm_head
-    table: dict[str, dict[str, Any]] = {
-        name: {"rank": rank, "form": settings.form} for name, rank in allocation.ranks.items()
-    }
-    schemes: dict[str, Any] = {}
-    if settings.scheme is not None:
-        rows = {p.name: quantized_module(p, allocation.ranks.get(p.name), settings) for p in plan.projections.flat}
-        rows = {name: module for name, module in rows.items() if module.schemes or not module.is_dense}
-        table = {name: row_of(module) for name, module in rows.items()}
-        found = {scheme for module in rows.values() for scheme in module.schemes.values()}
-        schemes = {"schemes": {scheme.key: scheme.section() for scheme in sorted(found, key=lambda one: one.key)}}
+    table: dict[str, dict[str, Any]] = {name: row_of(module) for name, module in allocation.modules.items()}
+    found = {scheme.key: scheme.section() for scheme in allocation.schemes}
+    schemes = {"schemes": found} if found else {}
     factored_head = head is not None and bool(head.tensors)
     if head is not None and factored_head:
         table[head.name] = {"rank": head.report.rank, "form": "factors"}
@@ -86,12 +81,12 @@ def _revision(folder: Path) -> str | None:
 def write_report(folder: Path, plan: Plan, result: CompressResult) -> None:
     """Write the per-module report and, if sensitivities were measured, the Pareto front.
 
-    Each point of the front has the removed share of the parameters (`removed`) or of the GEMM latency (`time_removed`)
-    and the predicted loss: `loss_nats` in nats per token from gradients, or `stream_error` as a share of the residual
-    stream's energy from forward passes.
+    Each point of the front has the removed share of the parameters (`removed`), of the GEMM latency (`time_removed`) or
+    of the bytes (`bytes_removed`), and the predicted loss: `loss_nats` in nats per token from gradients, or
+    `stream_error` as a share of the residual stream's energy from forward passes.
     """
     front = result.choice.front
-    share = "time_removed" if front is not None and front.by_latency else "removed"
+    share = _SHARES["parameters" if front is None else front.unit]
     predicted = "stream_error" if plan.settings.sensitivity == FORWARD else "loss_nats"
     report = {
         "modules": [asdict(module) for module in result.modules],
@@ -107,6 +102,9 @@ def write_model_card(folder: Path, plan: Plan, result: CompressResult) -> None:
     removed, base = result.ratios, public_name(plan.options.model)
     factored = sum(module.rank is not None for module in result.modules)
     pooling = " --runner pooling" if result.is_dual_encoder else ""
+    modules = result.choice.allocation.modules
+    stored = bits_per_weight(plan.projections.every, modules, plan.itemsizes)
+    bits = f", {stored:.2f} bits per weight" if result.choice.allocation.schemes else ""
     (folder / "README.md").write_text(
         f"""---
 base_model: {base}
@@ -114,7 +112,7 @@ library_name: vllm
 tags: [pgsvd, low-rank, compressed]
 ---
 
-# {Path(base).name}, {removed["linear"]:.0%} of the projections' parameters removed
+# {Path(base).name}, {removed["linear"]:.0%} of the projections' parameters removed{bits}
 
 {factored} of {len(result.modules)} projections are stored as two low-rank matrices (PGSVD, arXiv 2510.05544).
 The whole model has {result.parameters_after / 1e6:.1f} M parameters, {removed["total"]:.1%} fewer than the
@@ -130,7 +128,7 @@ With transformers, run `import pgsvd_vllm.hf` first; otherwise loading stops wit
 | | |
 |---|---|
 | ranks from | {rank_rule(plan.settings, result.choice.allocation)} |
-| quantization | {"none" if plan.settings.scheme is None else plan.settings.scheme.name} |
+| quantization | {quantization_text(result.choice.allocation)} |
 | calibration | {data_name(plan)}, {plan.data.tokens} tokens, sha256 {plan.data.sha256[:16]} |
 | made by | pgsvd-vllm {pgsvd_vllm.__version__} |
 | command | `{plan.options.command}` |

@@ -18,8 +18,9 @@ from pgsvd_vllm.offline.model.hub import resolve_folder
 from pgsvd_vllm.offline.model.projection import ProjectionSet, widest
 from pgsvd_vllm.offline.model.source import ModelSource
 from pgsvd_vllm.offline.model.towers import LANGUAGE
-from pgsvd_vllm.offline.options import BITS, DEFAULT_RATIO, CompressOptions, check_options
+from pgsvd_vllm.offline.options import AUTO, DEFAULT_RATIO, CompressOptions, check_options
 from pgsvd_vllm.offline.planning.dose import dose_of, dose_on
+from pgsvd_vllm.offline.planning.weight_bytes import itemsizes_of, removed_bytes
 from pgsvd_vllm.offline.ranks.target import RankTarget
 from pgsvd_vllm.offline.settings import RunSettings, resolve_settings, store_dtype
 
@@ -36,6 +37,8 @@ class Plan:
         settings: resolved from the options.
         latencies: GEMM latencies of the serving machine; None if ranks minimise size.
         others: module path of a linear layer -> what it is instead of a projection.
+        itemsizes: projection -> bytes of an element of its matrices that are not quantized.
+        removed_bytes: share of the projections' bytes that must go for the requested size; None without one.
         short_of_memory: whether distillation was left out because it does not fit.
     """
 
@@ -46,6 +49,8 @@ class Plan:
     settings: RunSettings
     latencies: LatencyTable | None
     others: dict[str, str]
+    itemsizes: dict[str, int]
+    removed_bytes: float | None = None
     short_of_memory: bool = False
 
     @property
@@ -53,7 +58,16 @@ class Plan:
         """The target that the ranks must reach."""
         options = self.options
         ratio = DEFAULT_RATIO if options.ratio is None and options.tolerance is None else options.ratio
-        return RankTarget(ratio, options.tolerance, self.settings.form, options.baseline is not None, self.latencies)
+        by_bytes = options.target_bytes is not None or options.bits == AUTO
+        return RankTarget(
+            ratio if self.removed_bytes is None else self.removed_bytes,
+            options.tolerance,
+            self.settings.storages,
+            options.baseline is not None,
+            self.latencies,
+            self.itemsizes if by_bytes else None,
+            options.target_bytes is not None,
+        )
 
     def with_projections(self, projections: ProjectionSet) -> "Plan":
         """The same plan with other projections."""
@@ -112,15 +126,18 @@ def make_plan(options: CompressOptions) -> Plan:
     data = DataReader(options, source, machine, dose).read(sample=False)
     _check_ids(source, data)
     reach = reached_layers(source, data, device, compute_dtype)
-    projections = _projections(options, source, reach.others)
+    projections = reached_projections(_projections(options, source, reach.others), reach)
+    dtype = store_dtype(options)
     plan = Plan(
         options,
         source,
-        reached_projections(projections, reach),
+        projections,
         replace(data, tokens_per_pixel=reach.tokens_per_pixel),
         resolve_settings(options, device, compute_dtype, dose_on(dose, data.windows)),
         None if options.costs is None else _latencies(options),
         reach.others,
+        itemsizes_of(source, projections, dtype),
+        None if options.target_bytes is None else removed_bytes(source, projections, dtype, options.target_bytes),
     )
     _check_data(plan)
     _check_towers(plan)
@@ -139,8 +156,6 @@ def _projections(options: CompressOptions, source: ModelSource, others: dict[str
         InputError: as of `find_projections`, or a stored dtype cannot be kept.
     """
     found = find_projections(source, options.ignore, others)
-    scheme = BITS[options.bits]
-    found = found.with_rank_multiple(None if scheme is None else scheme.group_size)
     for p in found.flat:
         info = source.weights.header(f"{p.path}.weight")
         if info.dtype not in FLOAT_DTYPES and options.dtype == "auto":

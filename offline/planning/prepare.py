@@ -6,7 +6,7 @@ from pgsvd_vllm.offline.options import CompressOptions
 from pgsvd_vllm.offline.planning.identity import DISTILLATION, LEFT_OUT, manifest
 from pgsvd_vllm.offline.planning.plan import Plan, make_plan
 from pgsvd_vllm.offline.planning.resources import fit_distillation, fit_into_memory
-from pgsvd_vllm.offline.ranks.pareto import check_latency
+from pgsvd_vllm.offline.ranks.pareto import check_latency, check_size
 from pgsvd_vllm.offline.run_state import RunState, measured_layers, recorded_settings
 from pgsvd_vllm.offline.settings import FORWARD, MEASURED
 
@@ -22,12 +22,14 @@ def prepare(options: CompressOptions, say: Callable[[str], None]) -> Plan:
         say: called with one line if distillation, or gradients, do not fit in memory.
 
     Raises:
-        InputError: as of `make_plan`, or no ranks reach the requested latency.
+        InputError: as of `make_plan`, or no choice reaches the requested latency or size.
         CheckpointError: a file of the model is missing or damaged.
     """
     plan = make_plan(options)
     if plan.latencies is not None:
         check_latency(plan.projections, plan.target)
+    if plan.target.itemsizes is not None:
+        check_size(plan.projections, plan.target)
     recorded = recorded_settings(options.output) if options.resume else {}
     if recorded.get(DISTILLATION) == LEFT_OUT and plan.settings.dose is not None and plan.settings.dose.by_default:
         plan = plan.without_distillation()

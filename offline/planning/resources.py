@@ -53,7 +53,7 @@ def memory_bytes(plan: Plan) -> int:
     # Elements of one Gram matrix of the error-aware fit, which holds seven in float64.
     square = max((p.in_features**2 for p in flat if p.reach == 1), default=0)
     # Copies of a Gram matrix while a matrix is rounded, its Cholesky factor and that of its inverse among them.
-    quantized = 0 if settings.scheme is None else 7
+    quantized = 7 if settings.quantizes else 0
     # The outputs of earlier towers are kept, dense and, in the error-aware fit, factored.
     kept = sum(plan.data.tokens_of(tower.name) for tower in source.towers[:-1]) * (2 if settings.sequential else 1)
     memory = (
@@ -81,8 +81,8 @@ def memory_bytes(plan: Plan) -> int:
     if settings.dose is not None:
         # The model, and float32 parameters with Adam's two moments and the gradient of one of them.
         length = plan.data.length
-        ratio = plan.target.ratio
-        removed = ratio if isinstance(ratio, float) and plan.latencies is None else 0.0
+        ratio, by_bits = plan.target.ratio, settings.quantizes and plan.target.itemsizes is not None
+        removed = ratio if isinstance(ratio, float) and plan.latencies is None and not by_bits else 0.0
         kept = round((1 - removed) * sum(p.numel for p in flat))
         memory += source.weights.numel * width + 12 * kept + 4 * max(p.numel for p in flat)
         if settings.dose.more_than(plan.data.windows.trained):
@@ -117,12 +117,14 @@ def estimate(plan: Plan) -> Estimate:
         flops = FLOPS_PER_PARAMETER * trained * plan.source.weights.numel
         seconds += 60 * (settings.dose.minutes or 0) + DISTILLATION_SLOWDOWN * flops / rates[settings.compute_dtype]
     eigen = _eigenvector_rate(settings.device)
+    # Where bits are chosen, each scheme is tried on the dense weight first.
+    tried = sum(storage.scheme is not None for storage in settings.storages) if len(settings.storages) > 1 else 0
     for p in flat:
         small = min(p.out_features, p.in_features)
         seconds += (2 * p.in_features * p.numel + TYPICAL_SWEEPS * 4 * small**3) / rates[torch.float64]
         seconds += small**3 / eigen
-        if settings.scheme is not None:
-            seconds += 4 * p.in_features * (p.numel + p.in_features**2) / rates[torch.float64]
+        if settings.quantizes:
+            seconds += (1 + tried) * 4 * p.in_features * (p.numel + p.in_features**2) / rates[torch.float64]
     sampling = plan.data.to_sample or Sampling(0.0, 0)
     return Estimate(max(memory_bytes(plan), sampling.memory), disk_bytes(plan), seconds + sampling.seconds)
 
@@ -139,9 +141,9 @@ def disk_bytes(plan: Plan) -> int:
         needed += sum(p.out_features**2 + p.in_features**2 for p in plan.projections.flat) * 4
         needed += tokens * hidden * plan.settings.compute_dtype.itemsize * len(rows)
     # The factors from before distillation, and those from before quantization, are kept.
-    stages = (plan.settings.dose is not None) + (plan.settings.scheme is not None)
+    stages = (plan.settings.dose is not None) + plan.settings.quantizes
     needed += stages * sum(plan.source.weights.header(f"{p.path}.weight").nbytes for p in plan.projections.flat)
-    return needed + sum(info.nbytes for info in plan.source.weights.tensors.values())
+    return needed + plan.source.weights.nbytes
 
 
 def _most_tokens(plan: Plan) -> int:

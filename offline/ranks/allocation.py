@@ -1,4 +1,4 @@
-"""The allocation of ranks to projections, and the arithmetic of sizes and rounding that all rules share.
+"""The allocation of ranks and bits to projections.
 
 PGSVD (arXiv 2510.05544, section 4) minimises size and error together. With equal sensitivities the same relative error
 in every layer is optimal, and ranks differ between layers (see `uniform`). With measured sensitivities the ranks
@@ -8,24 +8,21 @@ minimise the summed predicted loss for a given size or for a given GEMM latency 
 from dataclasses import dataclass
 
 from pgsvd_vllm.errors import ChoiceError
-from pgsvd_vllm.format.schema import stored_size
-from pgsvd_vllm.offline.model.projection import Projection
+from pgsvd_vllm.format.quantization import Scheme
+from pgsvd_vllm.format.schema import FactoredModule
 
-# Ranks are rounded up to a multiple of the hardware's tile size if both sides of the matrix are at least ROUND_FROM.
-RANK_MULTIPLE = 16
-ROUND_FROM = 256
 # Largest difference between the requested and the removed share.
 RATIO_SLACK = 0.005
 
 
 @dataclass(frozen=True)
 class Allocation:
-    """Which projections are factored, and with what rank.
+    """Which projections are factored, and with what rank, and which are quantized.
 
     Attributes:
         tolerances: tower -> bound on the relative output error of each of its projections; empty if sensitivities are
             measured or all projections have the same ratio.
-        ranks: projection name -> rank; projections that stay dense are absent.
+        modules: projection name -> its row of the module table; projections that stay as they are are absent.
         removed: share of the projections' parameters that is removed, 0 to 1; ignored projections count as kept.
         loss: predicted loss, in nats per token, or with forward sensitivities as a share of the residual stream's
             energy; None if sensitivities are not measured.
@@ -33,33 +30,21 @@ class Allocation:
     """
 
     tolerances: dict[str, float]
-    ranks: dict[str, int]
+    modules: dict[str, FactoredModule]
     removed: float
     loss: float | None = None
     latency_removed: float | None = None
 
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Projection name -> rank; projections that are not factored are absent."""
+        return {name: module.rank for name, module in self.modules.items() if not module.is_dense}
 
-def size(projection: Projection, rank: int, form: str) -> int:
-    """Elements stored for a projection of a given rank and form, pivots included."""
-    return stored_size(form, projection.out_features, projection.in_features, rank)
-
-
-def saves(projection: Projection, rank: int, form: str) -> bool:
-    """Whether a rank stores fewer elements than the dense weight, and is valid in the form."""
-    fits = form != "pivot" or rank < projection.out_features
-    return fits and size(projection, rank, form) < projection.numel
-
-
-def hardware_rank(projection: Projection, rank: int) -> int:
-    """The rank, rounded up to RANK_MULTIPLE if the weight has at least ROUND_FROM rows and columns.
-
-    It is rounded up to the projection's own multiple, if it has one.
-    """
-    if projection.rank_multiple is not None:
-        return -(-rank // projection.rank_multiple) * projection.rank_multiple
-    if min(projection.out_features, projection.in_features) < ROUND_FROM:
-        return rank
-    return -(-rank // RANK_MULTIPLE) * RANK_MULTIPLE
+    @property
+    def schemes(self) -> list[Scheme]:
+        """The schemes of the quantized matrices, by name."""
+        found = {scheme.key: scheme for module in self.modules.values() for scheme in module.schemes.values()}
+        return [found[key] for key in sorted(found)]
 
 
 def too_large(ratio: float, most: float, what: str = "") -> ChoiceError:

@@ -8,7 +8,8 @@ from pgsvd_vllm.errors import ChoiceError, InputError
 from pgsvd_vllm.offline.model.projection import ProjectionSet
 from pgsvd_vllm.offline.ranks.allocation import Allocation
 from pgsvd_vllm.offline.ranks.error_profile import error_profile
-from pgsvd_vllm.offline.ranks.pareto import LossFront, loss_front
+from pgsvd_vllm.offline.ranks.pareto import LossFront, Rounding, loss_front
+from pgsvd_vllm.offline.ranks.stored import module_table
 from pgsvd_vllm.offline.ranks.target import RankTarget
 from pgsvd_vllm.offline.ranks.uniform import at_equal_ratio, at_ratio, at_tolerance
 
@@ -23,29 +24,23 @@ class Spectra:
         output: projection -> eigenvalues of W C W^T, float64 [min(out, in)], descending.
         loss: projection -> twice the predicted loss of removing each direction, float64 [min(out, in)], descending (see
             `LayerSensitivity.energy`); None if sensitivities are assumed equal.
+        rounding: what quantization costs; None if every projection has the same storage.
     """
 
     output: Energies
     loss: Energies | None
+    rounding: Rounding | None = None
 
 
-def measured_front(projections: ProjectionSet, losses: Energies, target: RankTarget) -> LossFront:
-    """The Pareto front of size, or GEMM latency, and predicted loss.
-
-    Args:
-        projections: to factor and ignored.
-        losses: `Spectra.loss`.
-        target: with the form and, if latency is the objective, the latencies.
+def measured_front(projections: ProjectionSet, spectra: Spectra, target: RankTarget) -> LossFront | None:
+    """The Pareto front of size, or GEMM latency, and predicted loss; None if sensitivities are assumed equal.
 
     Raises:
         InputError: the latency table lacks a shape.
     """
-    latencies, ignored_latency = target.latencies, 0.0
-    if latencies is not None:
-        ignored_latency = sum(
-            latencies.latency(p.out_features, p.in_features, target.form, None) for p in projections.ignored
-        )
-    return loss_front(projections.flat, losses, projections.ignored_numel, target.form, latencies, ignored_latency)
+    if spectra.loss is None:
+        return None
+    return loss_front(projections.flat, spectra.loss, target, projections.ignored, spectra.rounding)
 
 
 def choose_ranks(
@@ -78,9 +73,12 @@ def choose_ranks(
             raise type(error)(f"{tower}: {error}") from None
     removed = sum(allocation.removed * part.numel for allocation, part in parts) / projections.numel
     losses = [allocation.loss for allocation, _ in parts if allocation.loss is not None]
+    # Towers without a target are not factored; where there is a choice of bits they keep their dtype as well.
+    others = [p for p in projections.flat if p.tower not in targets] if len(target.storages) == 1 else []
     return Allocation(
         {tower: value for allocation, _ in parts for tower, value in allocation.tolerances.items()},
-        {name: rank for allocation, _ in parts for name, rank in allocation.ranks.items()},
+        module_table(others, {}, target.storages[0])
+        | {name: module for allocation, _ in parts for name, module in allocation.modules.items()},
         removed,
         None if spectra.loss is None else sum(losses),
     )
@@ -93,18 +91,19 @@ def _joint(
     ratio, tolerance = target.ratio, target.tolerance
     assert not isinstance(ratio, dict)
     assert not isinstance(tolerance, dict)
-    flat, ignored = projections.flat, projections.ignored_numel
+    front = front or measured_front(projections, spectra, target)
+    if front is not None:
+        assert ratio is not None
+        return front.at(ratio, target.at_least)
+    flat, ignored, (storage,) = projections.flat, projections.ignored_numel, target.storages
     if target.equal:
         assert ratio is not None
-        return at_equal_ratio(flat, ratio, target.form, ignored)
-    if spectra.loss is not None:
-        assert ratio is not None
-        return (front or measured_front(projections, spectra.loss, target)).at(ratio)
+        return at_equal_ratio(flat, ratio, storage, ignored)
     profiles = {p.name: error_profile(spectra.output[p.name]) for p in flat}
     if tolerance is None:
         assert ratio is not None
-        return at_ratio(flat, profiles, ratio, ignored, target.form)
-    allocation = at_tolerance(flat, profiles, tolerance, ignored, target.form)
+        return at_ratio(flat, profiles, ratio, ignored, storage)
+    allocation = at_tolerance(flat, profiles, tolerance, ignored, storage)
     if not allocation.ranks:
         raise ChoiceError(f"`tolerance` {tolerance}: no projection can be factored within so small an error; raise it")
     return allocation

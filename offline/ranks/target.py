@@ -1,8 +1,12 @@
-"""The target of rank selection: a ratio or a tolerance, for all towers or for each."""
+"""The target of rank selection: a ratio or a tolerance, for all towers or for each, and what ranks cost."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 from pgsvd_vllm.format.latency_table import LatencyTable
+from pgsvd_vllm.offline.model.projection import Projection
+from pgsvd_vllm.offline.ranks.stored import module_of, size
+from pgsvd_vllm.offline.settings import Storage
 
 
 @dataclass(frozen=True)
@@ -10,24 +14,41 @@ class RankTarget:
     """The size, latency or error that the ranks must reach.
 
     Attributes:
-        ratio: share of the projections' parameters to remove, 0 to 1, or of their GEMM latency if `latencies` is given;
-            a dict has one share per tower. None with a `tolerance`.
+        ratio: share to remove of the projections' parameters, 0 to 1, of their GEMM latency if `latencies` is given, or
+            of their bytes if `itemsizes` is given; a dict has one share per tower. None with a `tolerance`.
         tolerance: relative output error allowed in every projection; a dict has one per tower. None with a `ratio`.
-        form: of the stored low-rank weights, `pivot` or `factors`.
+        storages: the ways to store a projection; several only with `itemsizes`.
         equal: whether every projection loses the same share of its parameters, as in the baseline methods.
-        latencies: GEMM latencies of the serving machine; None if ranks minimise size.
+        latencies: GEMM latencies of the serving machine.
+        itemsizes: projection -> bytes of an element of its matrices that are not quantized.
+        at_least: whether no less than `ratio` may be removed; otherwise the closest share is taken.
     """
 
     ratio: float | dict[str, float] | None
     tolerance: float | dict[str, float] | None
-    form: str
+    storages: tuple[Storage, ...]
     equal: bool = False
     latencies: LatencyTable | None = None
+    itemsizes: Mapping[str, int] | None = None
+    at_least: bool = False
 
     def of_towers(self) -> dict[str, "RankTarget"]:
         """Tower -> its target; empty if one ratio or tolerance holds for all towers."""
         if isinstance(self.ratio, dict):
-            return {t: RankTarget(x, None, self.form, self.equal, self.latencies) for t, x in self.ratio.items()}
+            return {tower: replace(self, ratio=ratio) for tower, ratio in self.ratio.items()}
         if isinstance(self.tolerance, dict):
-            return {t: RankTarget(None, x, self.form, self.equal, self.latencies) for t, x in self.tolerance.items()}
+            return {tower: replace(self, tolerance=tolerance) for tower, tolerance in self.tolerance.items()}
         return {}
+
+    def cost(self, projection: Projection, storage: Storage, rank: int | None) -> float:
+        """What a projection costs in elements, microseconds or bytes; a rank of None is its dense weight.
+
+        Raises:
+            InputError: the latency table lacks a shape.
+        """
+        shape = projection.out_features, projection.in_features
+        if self.latencies is not None:
+            return self.latencies.latency(*shape, storage.form, rank)
+        if self.itemsizes is not None:
+            return module_of(projection, rank, storage).nbytes(*shape, self.itemsizes[projection.name])
+        return size(projection, rank, storage.form)

@@ -5,17 +5,12 @@ from collections.abc import Callable, Sequence
 import torch
 
 from pgsvd_vllm.offline.model.projection import Projection
-from pgsvd_vllm.offline.ranks.allocation import (
-    RATIO_SLACK,
-    Allocation,
-    hardware_rank,
-    saves,
-    size,
-    too_large,
-    too_small,
-)
+from pgsvd_vllm.offline.ranks.allocation import RATIO_SLACK, Allocation, too_large, too_small
 from pgsvd_vllm.offline.ranks.error_profile import rank_for
+from pgsvd_vllm.offline.ranks.stored import hardware_rank, module_table, rank_step, saves, size
+from pgsvd_vllm.offline.settings import Storage
 
+FACTORS = Storage("factors")
 # Bisection steps that determine the tolerance to the last bit of float64.
 BISECTIONS = 80
 
@@ -25,7 +20,7 @@ def at_tolerance(
     profiles: dict[str, torch.Tensor],
     tolerance: float,
     ignored: int = 0,
-    form: str = "factors",
+    storage: Storage = FACTORS,
 ) -> Allocation:
     """Give every projection its smallest rank r with e(r) <= tolerance; it stays dense if that rank saves nothing.
 
@@ -34,18 +29,19 @@ def at_tolerance(
         profiles: projection name -> error profile, float64 [min(out, in) + 1].
         tolerance: bound on the relative output error, 0 to 1.
         ignored: parameters of the projections that stay dense.
-        form: of the stored low-rank weights, `pivot` or `factors`.
+        storage: of all projections.
     """
     ranks, kept, total = {}, ignored, ignored
     for p in projections:
-        rank = hardware_rank(p, rank_for(profiles[p.name], tolerance))
+        rank = hardware_rank(p, rank_for(profiles[p.name], tolerance), storage)
         total += p.numel
-        if saves(p, rank, form):
+        if saves(p, rank, storage.form):
             ranks[p.name] = rank
-            kept += size(p, rank, form)
+            kept += size(p, rank, storage.form)
         else:
             kept += p.numel
-    return Allocation({p.tower: tolerance for p in projections}, ranks, 1 - kept / total)
+    modules = module_table(projections, ranks, storage)
+    return Allocation({p.tower: tolerance for p in projections}, modules, 1 - kept / total)
 
 
 def at_ratio(
@@ -53,7 +49,7 @@ def at_ratio(
     profiles: dict[str, torch.Tensor],
     ratio: float,
     ignored: int = 0,
-    form: str = "factors",
+    storage: Storage = FACTORS,
 ) -> Allocation:
     """Find, by bisection, the tolerance whose ranks remove the share closest to `ratio`.
 
@@ -62,14 +58,14 @@ def at_ratio(
         profiles: projection name -> error profile, float64 [min(out, in) + 1].
         ratio: share of all projections' parameters to remove, 0 to 1, ignored ones included.
         ignored: parameters of the projections that stay dense.
-        form: of the stored low-rank weights, `pivot` or `factors`.
+        storage: of all projections.
 
     Raises:
         ChoiceError: rank 1 in every projection removes less than `ratio`, or `ratio` is below the smallest step.
     """
 
     def at(tolerance: float) -> Allocation:
-        return at_tolerance(projections, profiles, tolerance, ignored, form)
+        return at_tolerance(projections, profiles, tolerance, ignored, storage)
 
     best, above = _closest(at, 0.0, 1.0, ratio)
     if not best.ranks:
@@ -99,25 +95,26 @@ def _closest(at: Callable[[float], Allocation], low: float, high: float, ratio: 
     return min((below, above), key=lambda a: abs(a.removed - ratio)), above
 
 
-def at_equal_ratio(projections: Sequence[Projection], ratio: float, form: str, ignored: int = 0) -> Allocation:
+def at_equal_ratio(projections: Sequence[Projection], ratio: float, storage: Storage, ignored: int = 0) -> Allocation:
     """Give every projection the largest rank that stores at most (1 - ratio) of its elements, as baselines do.
 
     Args:
         projections: to factor.
         ratio: share of each projection's parameters to remove, 0 to 1.
-        form: of the stored low-rank weights, `pivot` or `factors`.
+        storage: of all projections.
         ignored: parameters of the projections that stay dense.
     """
     ranks, kept, total = {}, ignored, ignored
     for p in projections:
         limit = (1 - ratio) * p.numel
-        step = p.rank_multiple or 1
-        fitting = [r for r in range(step, min(p.out_features, p.in_features) + 1, step) if saves(p, r, form)]
-        fitting = [r for r in fitting if size(p, r, form) <= limit] or fitting[:1]
+        # Other tools do not round ranks.
+        step = 1 if storage.scheme is None or storage.scheme.group_size is None else rank_step(p, storage)
+        fitting = [r for r in range(step, min(p.out_features, p.in_features) + 1, step) if saves(p, r, storage.form)]
+        fitting = [r for r in fitting if size(p, r, storage.form) <= limit] or fitting[:1]
         total += p.numel
         if fitting:
             ranks[p.name] = fitting[-1]
-            kept += size(p, fitting[-1], form)
+            kept += size(p, fitting[-1], storage.form)
         else:
             kept += p.numel
-    return Allocation({}, ranks, 1 - kept / total)
+    return Allocation({}, module_table(projections, ranks, storage), 1 - kept / total)

@@ -1,16 +1,17 @@
-"""Knowledge distillation: all factors are trained together to match the dense model's predictions.
+"""Knowledge distillation: all factors, or all scales of quantized matrices, are trained together to match the dense
+model's predictions.
 
 The loss is KL(dense || student), the mean over the tokens of the calibration text and of more text of its kind; no
 labels are used. The result is the state with the least divergence on held-out windows of the same text, or the factors
 from before training if none is better.
 
-Unlike the rest of the pipeline, distillation keeps the whole model in memory, and the factors in float32 with Adam's
+Unlike the rest of the pipeline, distillation keeps the whole model in memory, and what it trains in float32 with Adam's
 two moments. The gradient of each parameter is applied and freed as soon as the backward pass has computed it.
 """
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,15 +23,11 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from pgsvd_vllm.errors import InputError
-from pgsvd_vllm.format.lowrank import other_rows
-from pgsvd_vllm.format.schema import FORMS
+from pgsvd_vllm.format.quantization import Scheme
 from pgsvd_vllm.offline.model.layer_calls import hidden_after, logits_after
 from pgsvd_vllm.offline.options import Dose
+from pgsvd_vllm.offline.refine.trained import TrainedProjection, TrainedScales
 
-# Adam's learning rate for one step per window is this times the root of the initial divergence (in nats, at most 1).
-# The loss from gradient noise grows with the rate and must stay small against the possible gain. 4e-5 works at 0.40
-# nats and 2e-5 at 0.10; 1e-4 makes the model worse at 0.40 (docs/dev/log.md).
-LEARNING_RATE = 6e-5
 # Adam's betas; short averages, since a run takes about a hundred steps.
 BETAS = (0.9, 0.95)
 # Share of the amount in which the learning rate rises; then it falls linearly to 0.
@@ -63,47 +60,6 @@ class Refined:
     steps: int
 
 
-class TrainedProjection(nn.Module):
-    """A factored projection whose float32 parameters are trained; it computes in the dtype of its input.
-
-    Args:
-        tensors: suffix -> tensor of either form (see `format.schema.form_shapes`).
-        bias: [out] or None; it is not trained.
-        device: of the parameters.
-    """
-
-    def __init__(self, tensors: dict[str, torch.Tensor], bias: nn.Parameter | None, device: torch.device) -> None:
-        super().__init__()
-        pivots = tensors.get("pivots")
-        self.tensors = tensors
-        self.names = FORMS["factors" if pivots is None else "pivot"][:2]
-        self.down, self.up = (nn.Parameter(tensors[n].to(device, torch.float32, copy=True)) for n in self.names)
-        self.bias = bias
-        self.others: torch.Tensor | None = None
-        self.unit = torch.empty(0)
-        if pivots is not None:
-            pivots = pivots.long().to(device)
-            out = len(pivots) + len(self.up)
-            self.others = other_rows(pivots, out)
-            # The pivot rows of the up factor are unit vectors: their outputs equal z = P x.
-            self.unit = torch.zeros(out, len(pivots), device=device)
-            self.unit[pivots, torch.arange(len(pivots), device=device)] = 1
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """y [..., out] for x [..., in], in x's dtype."""
-        up = self.up.to(x.dtype)
-        if self.others is not None:
-            # Scattering rows of the up factor is three times faster than scattering columns of the outputs.
-            self.unit = self.unit.to(x.dtype)
-            up = self.unit.index_copy(0, self.others, up)
-        return F.linear(F.linear(x, self.down.to(x.dtype)), up, self.bias)
-
-    def stored(self) -> dict[str, torch.Tensor]:
-        """The current tensors by suffix, on the CPU, in the dtypes of the initial factors."""
-        trained = zip(self.names, (self.down, self.up), strict=True)
-        return self.tensors | {n: t.detach().to("cpu", self.tensors[n].dtype, copy=True) for n, t in trained}
-
-
 class Distiller:
     """Trains the factors of one model.
 
@@ -112,31 +68,41 @@ class Distiller:
         student: another copy of it on the same device, whose projections are replaced by factored ones; both may share
             parameters.
         layers_name: module path of the list of decoder layers, such as `model.layers`.
-        tensors: module path of a projection -> suffix -> tensor, the initial factors.
+        tensors: module path of a projection -> suffix -> stored tensor, with initial factors or scales.
+        schemes: module path of a quantized projection, whose scales are trained -> suffix -> scheme.
         returned: number of values in the tuple that a layer returns, 0 if it returns a tensor.
     """
 
     def __init__(
-        self, dense: PreTrainedModel, student: PreTrainedModel, layers_name: str, tensors: Tensors, returned: int = 0
+        self,
+        dense: PreTrainedModel,
+        student: PreTrainedModel,
+        layers_name: str,
+        tensors: Tensors,
+        schemes: Mapping[str, Mapping[str, Scheme]],
+        returned: int = 0,
     ) -> None:
         self.dense, self.student, self.returned = dense.eval(), student.eval(), returned
         layers: list[Any] = [model.get_submodule(layers_name) for model in (dense, student)]
         self.dense_layers: list[nn.Module] = list(layers[0])
         self.tensors = tensors
         student.requires_grad_(False)
-        self.trained: dict[str, TrainedProjection] = {}
+        self.trained: dict[str, TrainedProjection | TrainedScales] = {}
         for name, row in tensors.items():
             linear: Any = student.get_submodule(name)
-            self.trained[name] = TrainedProjection(row, linear.bias, linear.weight.device)
+            bias, device = linear.bias, linear.weight.device
+            own = schemes.get(name)
+            self.trained[name] = TrainedScales(row, own, bias, device) if own else TrainedProjection(row, bias, device)
             student.set_submodule(name, self.trained[name])
         self.layers: list[nn.Module] = list(layers[1])
         self._hidden: dict[int, torch.Tensor] = {}
         self._comes_again = True
 
     @property
-    def parameters(self) -> list[nn.Parameter]:
-        """The trained parameters, two per projection."""
-        return [parameter for module in self.trained.values() for parameter in (module.down, module.up)]
+    def parameters(self) -> list[tuple[nn.Parameter, float]]:
+        """The trained parameters and the rates of their modules."""
+        every = ((parameter, module.rate) for module in self.trained.values() for parameter in module.parameters())
+        return [(parameter, rate) for parameter, rate in every if parameter.requires_grad]
 
     @torch.no_grad()
     def _dense_hidden(self, key: int, ids: torch.Tensor) -> torch.Tensor:
@@ -248,15 +214,15 @@ class Distiller:
             raise InputError(
                 f"`refine`: the predictions of the dense or the factored model overflow in {dtype}; omit it"
             )
-        rate = LEARNING_RATE * min(before, 1.0) ** 0.5
+        strength = min(before, 1.0) ** 0.5
         optimisers = self._optimisers()
         kept, steps, evaluations = self.tensors, 0, 0
         order = list(reversed(range(len(windows))))
         layout = "{l_bar}{bar}| {elapsed}<{remaining}{postfix}"
         with tqdm(total=total, desc="refine", bar_format=layout) as bar:
             while (share := done() / total) < 1:
-                for optimiser in optimisers:
-                    optimiser.param_groups[0]["lr"] = rate * min(1.0, (share + 0.01) / WARM_UP, 1 - share)
+                for optimiser, rate in optimisers:
+                    optimiser.param_groups[0]["lr"] = rate * strength * min(1.0, (share + 0.01) / WARM_UP, 1 - share)
                 order = order or torch.randperm(len(windows), generator=generator).tolist()
                 key = order.pop()
                 self.learn(key, windows[key])
@@ -271,13 +237,13 @@ class Distiller:
         say(f"distilled: {steps} steps, held-out KL to the dense model {before:.4f} -> {best:.4f} nats per token")
         return Refined(kept, before, best, steps)
 
-    def _optimisers(self) -> list[torch.optim.Adam]:
-        """One optimiser for each parameter, which steps during the backward pass."""
+    def _optimisers(self) -> list[tuple[torch.optim.Adam, float]]:
+        """One optimiser for each parameter, which steps during the backward pass, and its rate."""
         found = []
-        for parameter in self.parameters:
+        for parameter, rate in self.parameters:
             optimiser = torch.optim.Adam([parameter], betas=BETAS)
             parameter.register_post_accumulate_grad_hook(partial(_step, optimiser))
-            found.append(optimiser)
+            found.append((optimiser, rate))
         return found
 
     def _select(self, held_out: torch.Tensor, best: float, kept: Tensors) -> tuple[float, Tensors]:

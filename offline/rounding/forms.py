@@ -33,9 +33,7 @@ def round_projection(
     Raises:
         torch.linalg.LinAlgError: C is not finite or not semi-definite.
     """
-    gram = gram.clone()
-    mean = gram.diagonal().mean()
-    gram.diagonal().add_(DAMPING * mean if mean > 0 else 1.0)
+    gram = damped(gram)
     if "weight" in tensors:
         return _stored("weight", round_matrix(tensors["weight"].double(), gram, schemes["weight"]), schemes)
     if "pivots" in tensors:
@@ -50,6 +48,14 @@ def round_projection(
     inner, coefficients = fit(u, v, down.matrix(), gram)
     up = round_matrix(coefficients, inner, schemes["weight_u"])
     return _stored("weight_v", down, schemes) | _stored("weight_u", up, schemes)
+
+
+def damped(gram: torch.Tensor) -> torch.Tensor:
+    """A Gram matrix with which matrices can be rounded: C plus DAMPING times the mean of its diagonal."""
+    gram = gram.clone()
+    mean = gram.diagonal().mean()
+    gram.diagonal().add_(DAMPING * mean if mean > 0 else 1.0)
+    return gram
 
 
 def _stored(suffix: str, rounded: Rounded, schemes: Mapping[str, Scheme]) -> dict[str, torch.Tensor]:

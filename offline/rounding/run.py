@@ -1,61 +1,44 @@
 """Rounds all projections of a run, factored or dense, and saves the result in its state."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 from tqdm.auto import tqdm
 
 from pgsvd_vllm.format.lowrank import dequantized, reconstruct
-from pgsvd_vllm.format.quantization import INT8
-from pgsvd_vllm.format.schema import DENSE, FactoredModule
+from pgsvd_vllm.format.schema import FactoredModule
 from pgsvd_vllm.offline.factors.solvers import relative_error
 from pgsvd_vllm.offline.linalg import naming
-from pgsvd_vllm.offline.model.projection import Projection, ProjectionSet
+from pgsvd_vllm.offline.model.projection import ProjectionSet
 from pgsvd_vllm.offline.model.source import ModelSource
 from pgsvd_vllm.offline.records import LayerFactors, ModuleReport
 from pgsvd_vllm.offline.rounding.forms import round_projection
 from pgsvd_vllm.offline.run_state import RunState
 from pgsvd_vllm.offline.settings import RunSettings
 
-# Projections with fewer outputs are not quantized.
-LEAST_OUTPUTS = 16
 
-
-def quantized_module(p: Projection, rank: int | None, settings: RunSettings) -> FactoredModule:
-    """A projection's row of the module table.
-
-    A matrix whose rows do not consist of whole groups is in INT8. Projections of few outputs keep their dtype: they are
-    gates, and vLLM has no kernels for them.
-
-    Args:
-        p: the projection.
-        rank: of its factors; None if it is not factored.
-        settings: of the run, with `scheme` set.
-    """
-    assert settings.scheme is not None
-    plain = FactoredModule(0, DENSE) if rank is None else FactoredModule(rank, settings.form)
-    if p.out_features < LEAST_OUTPUTS:
-        return plain
-    shapes = plain.shapes(p.out_features, p.in_features)
-    fits = {suffix: settings.scheme.fits(shapes[suffix][1]) for suffix in plain.matrices}
-    return replace(plain, schemes={suffix: settings.scheme if fit else INT8 for suffix, fit in fits.items()})
-
-
-def round_layers(source: ModelSource, settings: RunSettings, projections: ProjectionSet, state: RunState) -> None:
-    """Quantize every projection by `settings.scheme`; `state.load_factors` then returns the result.
+def round_layers(
+    source: ModelSource,
+    settings: RunSettings,
+    projections: ProjectionSet,
+    state: RunState,
+    modules: Mapping[str, FactoredModule],
+) -> None:
+    """Quantize the matrices that have a scheme, factors or dense; `state.load_factors` then returns the result.
 
     Args:
         source: the model.
-        settings: of the run, with `scheme` set.
-        projections: of the run; those without factors have their dense weight quantized, ignored ones do not.
+        settings: of the run.
+        projections: of the run.
         state: with the factors of every layer.
+        modules: projection name -> its row of the module table.
 
     Raises:
         InputError: a projection's Gram matrix cannot be used, or a file of the state is damaged.
     """
-    scheme = settings.scheme
-    assert scheme is not None
-    state.open_following({"scheme": scheme.section()})
+    table = {name: module.schemes for name, module in modules.items() if module.schemes}
+    state.open_following({name: {s: scheme.key for s, scheme in own.items()} for name, own in table.items()})
     with tqdm(total=len(projections.flat), desc="quantize", unit="matrix") as bar:
         for index, row in enumerate(projections.layers):
             if state.has_factors(index):
@@ -68,7 +51,7 @@ def round_layers(source: ModelSource, settings: RunSettings, projections: Projec
             for p in row:
                 known = layer.tensors.get(p.name)
                 report = layer.reports.get(p.name) or ModuleReport.dense(p.name, p.out_features, p.in_features)
-                schemes = quantized_module(p, report.rank, settings).schemes
+                schemes = table.get(p.name)
                 bar.update()
                 if not schemes:
                     found |= {} if known is None else {p.name: known}

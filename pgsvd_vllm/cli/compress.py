@@ -5,6 +5,7 @@ Heavy imports happen after the arguments have been checked.
 
 import argparse
 import math
+import re
 import shlex
 import sys
 import time
@@ -41,6 +42,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="instead of --ratio: relative output error allowed in every projection, or one value per tower: "
         "vision=E,projector=E,language=E",
     )
+    size.add_argument(
+        "--target-bytes",
+        type=byte_count,
+        metavar="SIZE",
+        help="instead of --ratio: largest size of the written weights, such as 500M or 3.5G (units are powers of 1000) "
+        "or 4GiB; with --bits auto this is all that needs to be said",
+    )
     parser.add_argument(
         "--objective",
         choices=["size", "latency"],
@@ -68,7 +76,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         choices=["pivot", "factors"],
         help="how a low-rank matrix is stored: as pivot rows and the coefficients of the other rows (pivot: fewer "
         "parameters at the same rank, the default), or as two factors (faster on GPUs, and less sensitive to rounding; "
-        "the default with --bits 4 and with --sensitivity uniform)",
+        "the default for matrices of 4 bits and with --sensitivity uniform)",
     )
     parser.add_argument(
         "--sequential",
@@ -86,17 +94,19 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="MINUTES|TOKENS",
         help="train all factors by knowledge distillation from the dense model, on the calibration text and more text "
         "of its kind: for so many minutes (20 if no number is given), or on so many tokens with k or M, such as 500k; "
-        "0 leaves it out. Default: 102k tokens, at most two passes, fewer or none for large models on a CPU; none if "
-        "memory or text is short, for models that take images, with --include experts, or without measured "
-        "sensitivities. Keeps the whole model in memory",
+        "0 leaves it out; with 4 bits a third of it trains their scales. Default: 102k tokens, at most two passes, fewer "
+        "or none for large models on a CPU; none if memory or text is short, for models that take images, with --include "
+        "experts, or without measured sensitivities. Keeps the whole model in memory",
     )
     parser.add_argument(
         "--bits",
         default="16",
-        choices=["16", "8", "fp8", "4"],
+        choices=["16", "8", "fp8", "4", "auto"],
         help="quantize the projections, factored or dense, after all else, with error compensation: 8 is INT8 and fp8 "
         "is FP8 (e4m3), both with one scale per output and activations quantized per token; 4 is INT4 in groups of 32 "
-        "with 16-bit activations (default 16: none)",
+        "with 16-bit activations; auto chooses 16 bits, INT8, or INT4 in groups of 32, 64 or 128 for each projection, "
+        "together with its rank: the least predicted loss for a size, which --target-bytes or --ratio gives, the "
+        "latter as the share of the projections' BYTES to remove (default 16: none)",
     )
     data = parser.add_argument_group("calibration")
     data.add_argument(
@@ -180,6 +190,17 @@ def shares(text: str) -> float | dict[str, float]:
     return found
 
 
+def byte_count(text: str) -> int:
+    """Parse a size such as `500M`, `3.5G`, `4GiB` or a number of bytes; raises ValueError."""
+    found = re.fullmatch(r"([0-9.]+) ?(?:([kKMGT])(i?)B?|B?)", text)
+    if found is None:
+        raise ValueError(text)
+    size = float(found[1]) * (1024 if found[3] else 1000) ** " KMGT".index((found[2] or " ").upper())
+    if not math.isfinite(size):
+        raise ValueError(text)
+    return round(size)
+
+
 def amount(text: str) -> tuple[float | None, int | None]:
     """Parse `15` as minutes, and `500k` or `2M` as tokens; the other element is None."""
     unit = {"k": 1000, "M": 1000_000}.get(text[-1:])
@@ -211,6 +232,7 @@ def run(arguments: argparse.Namespace) -> int:
         output=arguments.output_dir,
         ratio=arguments.ratio,
         tolerance=arguments.tolerance,
+        target_bytes=arguments.target_bytes,
         sensitivity=arguments.sensitivity,
         baseline=arguments.baseline,
         form=arguments.form,
@@ -251,9 +273,9 @@ def run(arguments: argparse.Namespace) -> int:
     size = sum(f.stat().st_size for f in result.output.glob("*.safetensors"))
     linear, total = result.ratios["linear"], result.ratios["total"]
     print(
-        f"wrote {result.output}: {bytes_text(size)}, {result.parameters_after / 1e6:.1f} M parameters "
-        f"({total:.1%} of the model and {linear:.1%} of its projections removed; {1 - total:.1%} kept) "
-        f"in {duration(time.monotonic() - start)}"
+        f"wrote {result.output}: {bytes_text(size)} (dense {bytes_text(result.bytes_before)}), "
+        f"{result.parameters_after / 1e6:.1f} M parameters ({total:.1%} of the model and {linear:.1%} of its "
+        f"projections removed; {1 - total:.1%} kept) in {duration(time.monotonic() - start)}"
     )
     pooling = " --runner pooling" if result.is_dual_encoder else ""
     print(f"serve it:  vllm serve {shlex.quote(str(result.output))} --load-format pgsvd{pooling}")

@@ -80,6 +80,11 @@ class Scheme:
         width = columns // PER_INT32 if self.num_bits == 4 else columns
         return {PACKED: (rows, width), SCALE: (rows, self.groups(columns))}
 
+    def nbytes(self, rows: int, columns: int) -> int:
+        """Bytes of the stored tensors of a matrix [rows, columns] that fits."""
+        scale = 4 if self.group_size is None else 2
+        return rows * columns * self.num_bits // 8 + scale * rows * self.groups(columns)
+
     def section(self) -> dict[str, Any]:
         """The scheme as config.json has it, in the vocabulary of compressed-tensors."""
         common = {"num_bits": self.num_bits, "type": self.type, "symmetric": True}

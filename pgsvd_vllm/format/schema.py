@@ -98,6 +98,21 @@ class FactoredModule:
                 found |= {f"{suffix}{end}": stored for end, stored in scheme.shapes(*shape).items()}
         return found
 
+    def nbytes(self, out_features: int, in_features: int, itemsize: int) -> int:
+        """Bytes of its stored tensors.
+
+        Args:
+            out_features, in_features: shape of the dense weight.
+            itemsize: bytes of an element of matrices that are not quantized.
+        """
+        total = 0
+        for suffix, shape in self.shapes(out_features, in_features).items():
+            if suffix in self.schemes:
+                total += self.schemes[suffix].nbytes(*shape)
+            else:
+                total += math.prod(shape) * (4 if suffix == "pivots" else itemsize)
+        return total
+
 
 def row_of(module: FactoredModule) -> dict[str, Any]:
     """A module's row of the table of config.json."""

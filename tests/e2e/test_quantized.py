@@ -26,11 +26,11 @@ def prompts() -> list[list[int]]:
     return torch.randint(2, 258, (6, 9), generator=generator).tolist()
 
 
-def quantized(factory: pytest.TempPathFactory, model: Path, bits: str, form: str) -> Path:
+def quantized(factory: pytest.TempPathFactory, model: Path, bits: str, form: str, ratio: float = 0.25) -> Path:
     """The tiny model, a quarter of its parameters removed and the rest quantized."""
-    options = ("--ratio", "0.25", "--num-calibration-samples", "32", "--max-seq-length", "64", "--refine", "0")
+    options = ("--ratio", str(ratio), "--num-calibration-samples", "32", "--max-seq-length", "64", "--refine", "0")
     options += ("--dataset", "python-docs", "--bits", bits, "--form", form)
-    return made_once(factory, f"tiny-{bits}-{form}", lambda output: compress_to(output, model, *options))
+    return made_once(factory, f"tiny-{bits}-{form}-{ratio}", lambda output: compress_to(output, model, *options))
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +80,23 @@ def test_other_kinds_match_transformers(
     folder = quantized(tmp_path_factory, tiny_model, bits, form)
     (answers,) = run_engine(folder, [(prompts, greedy(NEW_TOKENS, logprobs=5))], dtype="bfloat16")
     check_logprobs(answers, transformers_logprobs(folder, prompts, tokens(answers)))
+
+
+@pytest.mark.feature("quantized factors: ranks and bits chosen together")
+@pytest.mark.parametrize(("ranks", "ratio"), [(1, 0.85), (2, 0.87)])
+def test_a_model_of_several_kinds_matches_transformers(
+    ranks: int, ratio: float, tiny_model: Path, prompts: list[list[int]], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = quantized(tmp_path_factory, tiny_model, "auto", "factors", ratio)
+    modules = open_checkpoint(folder).modules.values()
+    kinds = {(module.is_dense, *{scheme.key for scheme in module.schemes.values()}) for module in modules}
+    assert len(kinds) > 2
+    # Some groups are wider than a rank's inputs.
+    assert ranks == 1 or ((False, "int4-32") in kinds and (True, "int4-128") in kinds)
+    job = (prompts, greedy(NEW_TOKENS, logprobs=5))
+    done = try_engine(folder, [job], dtype="bfloat16", tensor_parallel_size=ranks, environment=one_core_each())
+    assert done.returncode == 0, done.log[-6000:]
+    check_logprobs(done.answers[0], transformers_logprobs(folder, prompts, tokens(done.answers[0])))
 
 
 @pytest.mark.feature("quantized factors: fused, interleaved and transposed layers, a shared expert's gate")

@@ -204,7 +204,7 @@ def test_forward_sensitivity_if_gradients_exceed_memory(
     assert lighter.settings.sensitivity == "forward"
     assert memory_bytes(lighter) < memory_bytes(plan)
     assert lighter.settings.sequential
-    assert lighter.settings.form == "pivot"
+    assert lighter.settings.storages[0].form == "pivot"
     assert len(lines) == 1
     needed, least = (bytes_text(memory_bytes(plan) - loaded - less) for less in (0, 1))
     assert lines[0].startswith(f"measuring loss gradients needs about {needed} of memory, {least} are free: ")

@@ -1,6 +1,7 @@
 """The checkpoint modules inside a vLLM layer, and the names of their tensors."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -22,6 +23,13 @@ def matrix_of(kind: str) -> str:
 def is_stacked(kind: str) -> bool:
     """Whether a parameter is [sum of rows, in], not flat."""
     return not kind.endswith(SCALE) and matrix_of(kind) in STACKED
+
+
+def on_rank(scheme: Scheme, columns: int) -> Scheme:
+    """The scheme of a rank's columns of a matrix, whose groups are finer where they do not divide these columns."""
+    if scheme.fits(columns) or scheme.group_size is None:
+        return scheme
+    return replace(scheme, group_size=math.gcd(scheme.group_size, columns))
 
 
 @dataclass(frozen=True)

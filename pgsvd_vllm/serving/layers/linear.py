@@ -24,7 +24,7 @@ from vllm.platforms import current_platform
 from pgsvd_vllm.errors import CheckpointError
 from pgsvd_vllm.families import INTERLEAVED_QKV, Split
 from pgsvd_vllm.format.dtypes import check_finite
-from pgsvd_vllm.format.quantization import PACKED, PER_INT32, SCALE, unpack
+from pgsvd_vllm.format.quantization import GROUP_SIZES, PACKED, PER_INT32, SCALE, unpack
 from pgsvd_vllm.format.schema import check_pivots
 from pgsvd_vllm.kernels.quantized_matrix import Matrix, QuantizedMatrix
 from pgsvd_vllm.kernels.shard_weights import Shard, ShardWeights
@@ -40,7 +40,7 @@ from pgsvd_vllm.parallel.slicing import (
 )
 from pgsvd_vllm.serving.collectives import all_gather_y, check_equal_on_all_ranks
 from pgsvd_vllm.serving.gemm.cpu import FactoredGemms
-from pgsvd_vllm.serving.layers.layer_shard import BY_ROWS, DTYPES, STACKED, LayerShard, is_stacked, matrix_of
+from pgsvd_vllm.serving.layers.layer_shard import BY_ROWS, DTYPES, STACKED, LayerShard, is_stacked, matrix_of, on_rank
 from pgsvd_vllm.serving.vllm_compat.internals import (
     QKV_SHARDS,
     LayerName,
@@ -215,12 +215,13 @@ class PgsvdLinearMethod(LinearMethodBase):
             shapes[shard.kinds[0]] = (-(-shard.module.rank // self.tp_size), self.in_here)
         for suffix, scheme in shard.module.schemes.items():
             height, width = shapes.pop(suffix)
-            if not scheme.fits(width):
+            own = on_rank(scheme, width)
+            if own.group_size is not None and own.group_size not in GROUP_SIZES:
                 raise CheckpointError(
                     f"layer {self.layer_name}: {width} inputs on this tensor-parallel rank are no {scheme.name} "
                     f"({shard.name}); serve it on fewer ranks"
                 )
-            shapes |= {f"{suffix}{ending}": shape for ending, shape in scheme.shapes(height, width).items()}
+            shapes |= {f"{suffix}{ending}": shape for ending, shape in own.shapes(height, width).items()}
         return shapes
 
     def _rows(self, layer: Any, index: int, rows: int) -> list[slice]:
@@ -267,8 +268,9 @@ class PgsvdLinearMethod(LinearMethodBase):
                         )
                     loaded_weight = rank_rows(loaded_weight, layer.tp_rank, layer.tp_size)
             elif scheme is not None and scheme.group_size is not None and matrix_of(kind) in STACKED:
-                first, last = (edge // scheme.group_size for edge in (self.in_columns.start, self.in_columns.stop))
-                loaded_weight = loaded_weight[:, first:last]
+                size = self.in_here // self.shapes[index][kind][1]  # see `on_rank`
+                first, last = (edge // size for edge in (self.in_columns.start, self.in_columns.stop))
+                loaded_weight = loaded_weight.repeat_interleave(scheme.group_size // size, dim=1)[:, first:last]
             if kind == "pivots":
                 check_pivots(loaded_weight, self.full_sizes[index], name)
             copy_checked(self._view(layer, index, kind), loaded_weight, name)

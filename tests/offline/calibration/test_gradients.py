@@ -25,8 +25,10 @@ from pgsvd_vllm.offline.model.find_projections import find_projections
 from pgsvd_vllm.offline.model.layerwise import LayerStream
 from pgsvd_vllm.offline.model.projection import Projection
 from pgsvd_vllm.offline.model.source import ModelSource
-from pgsvd_vllm.offline.ranks.allocation import saves
 from pgsvd_vllm.offline.ranks.pareto import loss_front
+from pgsvd_vllm.offline.ranks.stored import saves
+from pgsvd_vllm.offline.ranks.target import RankTarget
+from pgsvd_vllm.offline.settings import Storage
 from tests.conftest import save_tiny_model
 from tests.offline.calibration.test_gram import clipped, reference_inputs
 
@@ -206,11 +208,12 @@ def test_ranks_by_loss_are_optimal_against_brute_force(form: str, by_latency: bo
         outcome({p.name: r for p, r in zip(projections, combination, strict=True) if r is not None})[:2]
         for combination in itertools.product(*options)
     ]
-    front = loss_front(projections, energies, form=form, latencies=table)
+    front = loss_front(projections, energies, RankTarget(None, None, (Storage(form),), latencies=table))
     assert len(front.removed) == len(front.losses) == len(front.parameters) == len(front.steps) + 1 > 5
     slopes = []
     for i in range(1, len(front.removed)):
-        cost, loss, elements = outcome(dict(front.steps[:i]))
+        modules = {name: module for step in front.steps[:i] for name, module in step.items()}
+        cost, loss, elements = outcome({name: module.rank for name, module in modules.items()})
         assert front.removed[i] == pytest.approx(1 - cost / total)
         assert front.losses[i] == pytest.approx(loss)
         assert front.parameters[i] == pytest.approx(1 - elements / total)
@@ -234,6 +237,6 @@ def test_ranks_by_loss_are_optimal_against_brute_force(form: str, by_latency: bo
 
 
 def test_a_ratio_beyond_the_front_is_refused() -> None:
-    projection = Projection("p", 8, 8)
+    projection, target = Projection("p", 8, 8), RankTarget(None, None, (Storage("factors"),))
     with pytest.raises(InputError, match=r"`ratio` 0\.9: more than this model can give"):
-        loss_front([projection], {"p": torch.ones(8, dtype=torch.float64)}).at(0.9)
+        loss_front([projection], {"p": torch.ones(8, dtype=torch.float64)}, target).at(0.9)

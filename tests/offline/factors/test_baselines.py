@@ -14,6 +14,7 @@ from pgsvd_vllm.offline.factors.solvers import closed_form
 from pgsvd_vllm.offline.model.projection import Projection
 from pgsvd_vllm.offline.options import BASELINES, CompressOptions
 from pgsvd_vllm.offline.ranks.uniform import at_equal_ratio
+from pgsvd_vllm.offline.settings import Storage
 from tests.conftest import run_cli
 from tests.offline.test_compress import check_output, section_of
 
@@ -53,7 +54,7 @@ def test_zero_inputs_give_finite_factors() -> None:
 @pytest.mark.parametrize("ratio", [0.1, 0.4, 0.8])
 def test_every_projection_loses_the_same_ratio(form: str, ratio: float) -> None:
     projections = [Projection("a", 300, 200), Projection("b", 64, 640), Projection("c", 128, 128)]
-    allocation = at_equal_ratio(projections, ratio, form)
+    allocation = at_equal_ratio(projections, ratio, Storage(form))
     stored = 0
     for p in projections:
         r = allocation.ranks[p.name]
@@ -65,7 +66,7 @@ def test_every_projection_loses_the_same_ratio(form: str, ratio: float) -> None:
         assert size(r) <= (1 - ratio) * p.numel < size(r + 1)
         stored += size(r)
     assert allocation.removed == pytest.approx(1 - stored / sum(p.numel for p in projections))
-    assert at_equal_ratio(projections, ratio, form, ignored=10**6).removed < allocation.removed
+    assert at_equal_ratio(projections, ratio, Storage(form), ignored=10**6).removed < allocation.removed
 
 
 @pytest.mark.parametrize("baseline", BASELINES)

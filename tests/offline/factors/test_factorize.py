@@ -45,8 +45,8 @@ def test_the_norm_is_that_of_all_tokens_plus_the_shift(
 
     monkeypatch.setattr(factorize._Layer, "fit", recorded_fit)
     monkeypatch.setattr(factorize, "closed_form", recorded_solve)
-    ranks = choose_ranks(plan.projections, measured_spectra(plan, state), plan.target).ranks
-    factor_layers(plan.source, plan.data, plan.settings, plan.projections, state, ranks)
+    modules = choose_ranks(plan.projections, measured_spectra(plan, state), plan.target).modules
+    factor_layers(plan.source, plan.data, plan.settings, plan.projections, state, modules)
 
     every = reference_inputs(tiny_model, plan.data.windows.ids)
     assert len(targets) == len(norms) > 5

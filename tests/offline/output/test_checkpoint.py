@@ -5,7 +5,6 @@ import os
 import shutil
 import stat
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import pgsvd_vllm.hf  # noqa: F401  (registers the format)
 from pgsvd_vllm.cli import main
 from pgsvd_vllm.errors import CheckpointError
 from pgsvd_vllm.format.reader import check_data, open_checkpoint
+from pgsvd_vllm.format.schema import FactoredModule
 from pgsvd_vllm.offline.compress import compress
 from pgsvd_vllm.offline.options import CompressOptions
 from pgsvd_vllm.offline.output.checkpoint import write_checkpoint
@@ -135,9 +135,8 @@ def test_a_damaged_factor_is_found_before_it_is_published(tmp_path: Path) -> Non
     factors = {"weight_v": torch.ones(2, p.in_features), "weight_u": torch.full((p.out_features, 2), float("nan"))}
     report = ModuleReport(p.name, p.out_features, p.in_features, 2, 0.1, 0.1, 0)
     state.save_factors(0, LayerFactors({p.name: factors}, {p.name: report}))
-    settings = replace(plan.settings, form="factors")
     with pytest.raises(CheckpointError, match=f"{p.name}.weight_u holds NaN or infinity"):
-        write_checkpoint(replace(plan, settings=settings), state, Choice(Allocation({}, {p.name: 2}, 0.1, 0.1)))
+        write_checkpoint(plan, state, Choice(Allocation({}, {p.name: FactoredModule(2)}, 0.1, 0.1)))
     state.discard()
 
 

@@ -8,10 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pgsvd_vllm.errors import InputError
+from pgsvd_vllm.format.quantization import int4
 from pgsvd_vllm.offline.model.projection import Projection
-from pgsvd_vllm.offline.ranks.allocation import RANK_MULTIPLE, ROUND_FROM, hardware_rank
 from pgsvd_vllm.offline.ranks.error_profile import error_profile
+from pgsvd_vllm.offline.ranks.stored import RANK_MULTIPLE, ROUND_FROM, hardware_rank
 from pgsvd_vllm.offline.ranks.uniform import at_ratio, at_tolerance
+from pgsvd_vllm.offline.settings import Storage
 
 SHAPES = [(256, 512), (512, 512), (300, 260), (1024, 256), (272, 700)]
 
@@ -97,7 +99,15 @@ def test_projections_stay_dense_if_factors_are_not_smaller() -> None:
 )
 def test_ranks_are_rounded_up_where_both_sides_are_large(out: int, width: int, rank: int, expected: int) -> None:
     assert (RANK_MULTIPLE, ROUND_FROM) == (16, 256)
-    assert hardware_rank(Projection("p", out, width), rank) == expected
+    assert hardware_rank(Projection("p", out, width), rank, Storage("factors")) == expected
+
+
+@pytest.mark.parametrize(
+    ("side", "group", "rank", "expected"),
+    [(64, 32, 1, 32), (512, 32, 33, 64), (512, 128, 33, 128), (1024, 32, 33, 128)],
+)
+def test_ranks_of_quantized_factors_consist_of_groups(side: int, group: int, rank: int, expected: int) -> None:
+    assert hardware_rank(Projection("p", side, side), rank, Storage("factors", int4(group))) == expected
 
 
 @pytest.mark.parametrize("ratio", [0.97, 0.999])

@@ -18,7 +18,8 @@ from pgsvd_vllm.offline.options import HELD_OUT, CompressOptions, Dose
 from pgsvd_vllm.offline.planning.plan import make_plan
 from pgsvd_vllm.offline.planning.resources import estimate
 from pgsvd_vllm.offline.refine import distill as refine
-from pgsvd_vllm.offline.refine.distill import Distiller, Tensors, TrainedProjection
+from pgsvd_vllm.offline.refine.distill import Distiller, Tensors
+from pgsvd_vllm.offline.refine.trained import TrainedProjection
 from tests.offline.calibration.test_gram import CPU, windows
 
 OPTIONS: dict[str, Any] = {"ratio": 0.5, "num_calibration_samples": 24, "max_seq_length": 64}
@@ -59,9 +60,12 @@ def count_time_by_steps(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None
     monkeypatch.setattr(refine, "time", SimpleNamespace(monotonic=lambda: now))
 
 
+def load_dense(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
 def distiller(folder: Path, tensors: Tensors) -> Distiller:
-    dense, student = (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for _ in range(2))
-    return Distiller(dense, student, "model.layers", tensors)
+    return Distiller(load_dense(folder), load_dense(folder), "model.layers", tensors, {})
 
 
 def divergence_of(folder: Path, tensors: Tensors, held_out: torch.Tensor) -> float:
@@ -103,7 +107,7 @@ def test_gradients_of_a_window_are_those_of_its_pieces(
     trained.learn(0, row)
     p, q = (model.double()(input_ids=row.view(2, 16)).logits.log_softmax(-1) for model in (exact.dense, exact.student))
     (p.exp() * (p - q)).sum(-1).mean().backward()
-    for found, expected in zip(trained.parameters, exact.parameters, strict=True):
+    for (found, _), (expected, _) in zip(trained.parameters, exact.parameters, strict=True):
         assert found.grad is not None
         assert expected.grad is not None
         assert (found.grad - expected.grad).abs().max() < 1e-4 * expected.grad.abs().max()
@@ -197,7 +201,7 @@ def test_training_starts_with_unseen_text_without_held_out(
 def test_failed_distillation_returns_the_initial_factors(
     tiny_model: Path, rate: float, monkeypatch: pytest.MonkeyPatch, one_thread: None
 ) -> None:
-    monkeypatch.setattr(refine, "LEARNING_RATE", rate)
+    monkeypatch.setattr(TrainedProjection, "rate", rate)
     count_time_by_steps(monkeypatch, seconds=0.06)
     # The factors are close to the dense model, so diverged weights cannot be closer by chance.
     tensors = factors_of(tiny_model, "factors", share=0.9)
@@ -244,7 +248,7 @@ def test_a_gradient_that_overflows_is_skipped(
 
     monkeypatch.setattr(Distiller, "learn", recorded)
     trained = distiller(tiny_model, factors_of(tiny_model, "factors"))
-    trained.parameters[0].register_hook(overflowing)
+    trained.parameters[0][0].register_hook(overflowing)
     calls = 0
 
     def infinite(gradient: torch.Tensor) -> torch.Tensor:
@@ -270,7 +274,7 @@ def test_models_that_share_parameters_are_trained_alike(tiny_model: Path, one_th
     student = copy.deepcopy(dense, {id(parameter): parameter for parameter in dense.parameters()})
     assert next(student.parameters()) is next(dense.parameters())
     given = windows(8, 32), windows(2, 32, seed=9), Dose(tokens=20 * 32)
-    shared = Distiller(dense, student, "model.layers", tensors).run(*given)
+    shared = Distiller(dense, student, "model.layers", tensors, {}).run(*given)
     apart = distiller(tiny_model, tensors).run(*given)
     assert (shared.before, shared.after) == (apart.before, apart.after)
     for name, row in shared.tensors.items():

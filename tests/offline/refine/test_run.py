@@ -8,11 +8,11 @@ import torch
 
 from pgsvd_vllm.offline.compress import calibrate, measured_spectra
 from pgsvd_vllm.offline.factors.factorize import factor_layers
-from pgsvd_vllm.offline.options import CompressOptions
+from pgsvd_vllm.offline.options import CompressOptions, Dose
 from pgsvd_vllm.offline.planning.plan import make_plan
 from pgsvd_vllm.offline.planning.prepare import open_state
 from pgsvd_vllm.offline.ranks.select import choose_ranks
-from pgsvd_vllm.offline.refine.run import refine_layers
+from pgsvd_vllm.offline.refine.run import Distillation
 from tests.offline.refine.test_distill import count_time_by_steps
 
 
@@ -27,14 +27,14 @@ def test_renamed_modules_are_refined(tiny_model: Path, tmp_path: Path, monkeypat
     plan = plan.with_projections(replace(plan.projections, layers=renamed))
     state = open_state(plan)
     calibrate(plan, state)
-    ranks = choose_ranks(plan.projections, measured_spectra(plan, state), plan.target).ranks
+    modules = choose_ranks(plan.projections, measured_spectra(plan, state), plan.target).modules
     run = (plan.source, plan.data, plan.settings, plan.projections, state)
-    factor_layers(*run, ranks)
+    factor_layers(*run, modules)
     before = {name: row for index in range(3) for name, row in state.load_factors(index).tensors.items()}
     said: list[str] = []
-    refine_layers(*run, said.append)
+    assert Distillation(*run).run(Dose(minutes=0.02), modules, said.append)
     after = {name: row for index in range(3) for name, row in state.load_factors(index).tensors.items()}
-    assert before.keys() == after.keys() == ranks.keys()
+    assert before.keys() == after.keys() == modules.keys()
     assert all(name.startswith("old.model.layers.") for name in after)
     assert len(said) == 1
     assert any(not torch.equal(row[s], after[name][s]) for name, row in before.items() for s in row)

@@ -1,0 +1,111 @@
+"""The projections of the model that knowledge distillation trains: factors, or the scales of quantized matrices."""
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from pgsvd_vllm.format.lowrank import other_rows, pivot_linear
+from pgsvd_vllm.format.quantization import PACKED, SCALE, Scheme, dequantize, unpack
+from pgsvd_vllm.format.schema import FORMS
+
+
+class TrainedProjection(nn.Module):
+    """A factored projection whose float32 parameters are trained; it computes in the dtype of its input.
+
+    Attributes:
+        rate: Adam's learning rate for one step per window is this times the root of the initial divergence (in nats, at
+            most 1). The loss from gradient noise grows with the rate and must stay small against the possible gain:
+            4e-5 works at 0.40 nats and 2e-5 at 0.10; 1e-4 makes the model worse at 0.40 (docs/dev/log.md).
+
+    Args:
+        tensors: suffix -> tensor of either form (see `format.schema.form_shapes`).
+        bias: [out] or None; it is not trained.
+        device: of the parameters.
+    """
+
+    rate = 6e-5
+
+    def __init__(self, tensors: dict[str, torch.Tensor], bias: nn.Parameter | None, device: torch.device) -> None:
+        super().__init__()
+        pivots = tensors.get("pivots")
+        self.tensors = tensors
+        self.names = FORMS["factors" if pivots is None else "pivot"][:2]
+        self.down, self.up = (nn.Parameter(tensors[n].to(device, torch.float32, copy=True)) for n in self.names)
+        self.bias = bias
+        self.others: torch.Tensor | None = None
+        self.unit = torch.empty(0)
+        if pivots is not None:
+            pivots = pivots.long().to(device)
+            out = len(pivots) + len(self.up)
+            self.others = other_rows(pivots, out)
+            # The pivot rows of the up factor are unit vectors: their outputs equal z = P x.
+            self.unit = torch.zeros(out, len(pivots), device=device)
+            self.unit[pivots, torch.arange(len(pivots), device=device)] = 1
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """y [..., out] for x [..., in], in x's dtype."""
+        up = self.up.to(x.dtype)
+        if self.others is not None:
+            # Scattering rows of the up factor is three times faster than scattering columns of the outputs.
+            self.unit = self.unit.to(x.dtype)
+            up = self.unit.index_copy(0, self.others, up)
+        return F.linear(F.linear(x, self.down.to(x.dtype)), up, self.bias)
+
+    def stored(self) -> dict[str, torch.Tensor]:
+        """The current tensors by suffix, on the CPU, in the dtypes of the initial factors."""
+        trained = zip(self.names, (self.down, self.up), strict=True)
+        return self.tensors | {n: t.detach().to("cpu", self.tensors[n].dtype, copy=True) for n, t in trained}
+
+
+class TrainedScales(nn.Module):
+    """A quantized projection, factored or dense, whose scales are trained; its integers stay as they are.
+
+    A scale is its initial value times 1 plus a trained float32 number, so that all scales change in proportion.
+
+    Attributes:
+        rate: as of `TrainedProjection`.
+
+    Args:
+        tensors: suffix -> stored tensor.
+        schemes: suffix -> scheme of the quantized matrices.
+        bias: [out] or None; it is not trained.
+        device: of the parameters.
+    """
+
+    rate = 1e-3
+
+    def __init__(
+        self,
+        tensors: dict[str, torch.Tensor],
+        schemes: Mapping[str, Scheme],
+        bias: nn.Parameter | None,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        self.tensors, self.bias = tensors, bias
+        self.fixed = {s: t.to(device) for s, t in tensors.items() if not s.endswith((PACKED, SCALE))}
+        self.values = {s: unpack(tensors[f"{s}{PACKED}"], scheme).to(device) for s, scheme in schemes.items()}
+        self.initial = {s: tensors[f"{s}{SCALE}"].to(device, torch.float32) for s in schemes}
+        self.changes = nn.ParameterDict({s: nn.Parameter(torch.zeros_like(t)) for s, t in self.initial.items()})
+
+    def _scale(self, suffix: str) -> torch.Tensor:
+        """The scale as it will be stored, float32; its gradient is that of the scale before the rounding."""
+        exact = self.initial[suffix] * (1 + self.changes[suffix])
+        return exact + (exact.to(self.tensors[f"{suffix}{SCALE}"].dtype).float() - exact).detach()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """y [..., out] for x [..., in], in x's dtype."""
+        own = {s: t if s == "pivots" else t.to(x.dtype) for s, t in self.fixed.items()}
+        own |= {s: dequantize(values, self._scale(s), x.dtype) for s, values in self.values.items()}
+        if "weight" in own:
+            return F.linear(x, own["weight"], self.bias)
+        if "pivots" in own:
+            return pivot_linear(x, own["weight_p"], own["weight_c"], own["pivots"], self.bias)
+        return F.linear(F.linear(x, own["weight_v"]), own["weight_u"], self.bias)
+
+    def stored(self) -> dict[str, torch.Tensor]:
+        """The current tensors by suffix, on the CPU, in the dtypes of the initial ones."""
+        names = {s: f"{s}{SCALE}" for s in self.values}
+        return self.tensors | {n: self._scale(s).detach().to("cpu", self.tensors[n].dtype) for s, n in names.items()}
