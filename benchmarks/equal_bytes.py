@@ -1,12 +1,13 @@
-"""Perplexity against bits per weight: quantization alone, low rank alone, and both.
+"""Perplexity against bits per weight: quantization alone, low rank alone, both, and ranks and bits chosen together.
 
-    python benchmarks/equal_bytes.py --wikitext DIR [--c4 FILE] [--model NAME] [--quick] [--ratios R ...]
-        [--bits B ...] [--forms F ...] [--work DIR] [--json FILE]
+    python benchmarks/equal_bytes.py --wikitext DIR [--c4 FILE] [--model NAME] [--quick] [--sizes B ...]
+        [--ratios R ...] [--bits B ...] [--forms F ...] [--work DIR] [--json FILE]
 
 All cases have the calibration and the windows of quality.py. Bits are those of the stored projections, scales included,
 for each element of their dense weights; embeddings and norms stay as they are. Activations stay in 16 bits, as
 transformers computes. `nearest` rounds dense weights to the nearest value without calibration, `compensated` with
-error compensation (GPTQ) as `--bits` does. Finished cases are kept in the work folder.
+error compensation (GPTQ) as `--bits` does. `auto` is `--bits auto` for a size, compared with the compensated dense
+weights of that size. Finished cases are kept in the work folder.
 """
 
 import argparse
@@ -16,9 +17,9 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -27,27 +28,35 @@ import pgsvd_vllm.hf  # noqa: F401  (registers the format)
 from benchmarks.perplexity import perplexity
 from benchmarks.quality import MODELS, evaluation_texts, factored, quality_plan, save, with_options
 from pgsvd_vllm.errors import InputError
+from pgsvd_vllm.format.quantization import Scheme
 from pgsvd_vllm.format.reader import open_checkpoint
 from pgsvd_vllm.offline.compress import calibrate
-from pgsvd_vllm.offline.factors.factorize import factor_layers
 from pgsvd_vllm.offline.output.checkpoint import write_checkpoint
-from pgsvd_vllm.offline.output.outcome import Choice
 from pgsvd_vllm.offline.planning.identity import CALIBRATION_VERSION
 from pgsvd_vllm.offline.planning.plan import Plan
 from pgsvd_vllm.offline.planning.prepare import open_state
-from pgsvd_vllm.offline.ranks.allocation import Allocation
-from pgsvd_vllm.offline.ranks.stored import module_table
-from pgsvd_vllm.offline.rounding.run import round_layers
+from pgsvd_vllm.offline.rounding.error_compensated import round_matrix, to_grid
+from pgsvd_vllm.offline.rounding.forms import damped
 from pgsvd_vllm.offline.run_state import RunState
 
 RATIOS, QUICK_RATIOS = (0.1, 0.2, 0.3, 0.4), (0.2, 0.4)
 FORMS = ("pivot", "factors")
 BITS = ("16", "8", "fp8", "4")
-# Of weights that are rounded to nearest: bits and inputs that share a scale (None: all inputs of an output).
-NEAREST: dict[str, tuple[int, int | None]] = {"8": (8, None), "4": (4, 32), "3": (3, 32)}
-SCALE_BITS = 16
+# Bits per weight, and the dense weights with about as many: integers that share a scale per output or per 32 inputs.
+SIZES: dict[float, Scheme] = {
+    8.0: Scheme(8, "int"),
+    6.0: Scheme(6, "int"),
+    5.0: Scheme(5, "int"),
+    4.5: Scheme(4, "int", 32),
+    4.0: Scheme(4, "int"),
+    3.5: Scheme(3, "int", 32),
+    3.0: Scheme(3, "int"),
+}
+NEAREST = (8.0, 4.5, 3.5)
 # Largest loss that the bits add, as a factor of the perplexity of the same factors in 16 bits.
 ADDED = {"8": 1.003, "fp8": 1.006}
+# Largest perplexity of ranks and bits chosen together, over the compensated dense weights of that size.
+BESIDE_DENSE = {8.0: 1.01, 6.0: 1.01, 5.0: 1.01, 4.5: 1.01, 4.0: 1.01, 3.5: 0.9, 3.0: 0.9}
 
 
 @dataclass(frozen=True)
@@ -55,9 +64,9 @@ class Case:
     """One compressed model.
 
     Attributes:
-        bits: a value of `--bits`.
+        bits: a value of `--bits`, or bits per weight.
         ratio: removed share of the projections' parameters; 0 for dense ones.
-        form: of the factors; `compensated` or `nearest` for dense ones.
+        form: of the factors; `compensated` or `nearest` for dense ones, `auto` for ranks and bits chosen together.
     """
 
     bits: str
@@ -70,36 +79,41 @@ class Case:
         kind = "FP8" if self.bits == "fp8" else f"{self.bits} bits"
         return f"{kind}, {self.form}" if not self.ratio else f"{kind}, {self.ratio:.0%} removed, {self.form}"
 
-
-def round_to_nearest(weight: torch.Tensor, bits: int, group: int | None) -> torch.Tensor:
-    """A weight [out, in] after symmetric rounding, dequantized to its dtype.
-
-    Args:
-        weight: floating point, [out, in].
-        bits: of a stored integer.
-        group: inputs that share a scale; the last group may be smaller. None: one scale for an output channel.
-    """
-    most = 2 ** (bits - 1) - 1
-    pieces = []
-    for piece in weight.float().split(group or weight.shape[1], dim=1):
-        scale = (piece.abs().amax(1, keepdim=True) / most).clamp_min(torch.finfo(torch.float16).tiny)
-        pieces.append((piece / scale).round().clamp(-most - 1, most) * scale)
-    return torch.cat(pieces, 1).to(weight.dtype)
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options of `compress` that make a model which is not only rounded."""
+        if self.form == "auto":
+            return {"bits": "auto", "ratio": 1 - float(self.bits) / 16}
+        return {"bits": self.bits, "ratio": self.ratio, "form": self.form}
 
 
 @torch.no_grad()
-def nearest_model(folder: Path, bits: str) -> tuple[PreTrainedModel, float]:
-    """The model with its decoder's projections rounded to nearest, and the mean stored bits of their weights."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
-    number, group = NEAREST[bits]
-    stored = weights = 0.0
-    for module in model.model.layers.modules():
-        if isinstance(module, nn.Linear):
-            module.weight.copy_(round_to_nearest(module.weight, number, group))
-            columns = module.in_features
-            stored += (number + SCALE_BITS * -(-columns // (group or columns)) / columns) * module.weight.numel()
-            weights += module.weight.numel()
+def rounded_model(plan: Plan, state: RunState, case: Case) -> tuple[PreTrainedModel, float]:
+    """The dense model with its projections rounded, and the mean stored bits of their weights."""
+    model = AutoModelForCausalLM.from_pretrained(plan.source.folder, dtype="auto")
+    scheme = SIZES[float(case.bits)]
+    stored = weights = 0
+    for index, row in enumerate(plan.projections.layers):
+        data = state.load_layer(index)
+        for p in row:
+            weight: Any = model.get_submodule(p.path).weight
+            if case.form == "nearest":
+                scale = widest_scale(weight.double(), scheme)
+                each = scale.double().repeat_interleave(p.in_features // scale.shape[1], dim=1)
+                matrix = to_grid(weight / each, scheme) * each
+            else:
+                gram = damped(data.grams[data.leader[p.name]].double(weight.device))
+                matrix = round_matrix(weight.double(), gram, scheme).matrix()
+            weight.copy_(matrix)
+            stored += 8 * scheme.nbytes(p.out_features, p.in_features)
+            weights += p.numel
     return model, stored / weights
+
+
+def widest_scale(weight: torch.Tensor, scheme: Scheme) -> torch.Tensor:
+    """The scale of every group that clips nothing, [rows, groups]."""
+    parts = weight.unflatten(1, (scheme.groups(weight.shape[1]), -1))
+    return (parts.abs().amax(-1) / scheme.bounds[1]).clamp_min(torch.finfo(torch.float32).tiny)
 
 
 def stored_bits(folder: Path, plan: Plan) -> float:
@@ -109,46 +123,40 @@ def stored_bits(folder: Path, plan: Plan) -> float:
     return 8 * size / sum(p.numel for p in plan.projections.flat)
 
 
-def choice_of(plan: Plan, state: RunState, case: Case) -> Choice:
-    """Factor the projections as a case wants, or leave them dense."""
-    if case.ratio:
-        return factored(plan, state)
-    modules = module_table(plan.projections.flat, {}, plan.settings.storages[0])
-    factor_layers(plan.source, plan.data, plan.settings, plan.projections, state, modules)
-    round_layers(plan.source, plan.settings, plan.projections, state, modules)
-    return Choice(Allocation({}, modules, 0.0, 0.0))
-
-
 def models(plan: Plan, state: RunState, cases: list[Case]) -> Iterator[tuple[Case, PreTrainedModel, float]]:
     """Every case with its model and its bits per weight; cases of the same factors must follow each other."""
     for case in cases:
-        if case.form == "nearest":
-            yield (case, *nearest_model(plan.source.folder, case.bits))
+        if not case.ratio and case.form != "auto":
+            yield (case, *rounded_model(plan, state, case))
             continue
-        # Dense projections have no factors to fit.
-        changes = {"ratio": case.ratio, "form": case.form} if case.ratio else {"sequential": False}
-        own = with_options(plan, bits=case.bits, **changes)
-        write_checkpoint(own, state, choice_of(own, state, case))
+        own = with_options(plan, **case.options)
+        write_checkpoint(own, state, factored(own, state))
         bits = stored_bits(state.checkpoint, own)
         yield case, AutoModelForCausalLM.from_pretrained(state.checkpoint, dtype="auto"), bits
         shutil.rmtree(state.checkpoint, ignore_errors=True)
 
 
 def rows_of(found: dict[str, dict[str, float]], cases: list[Case], texts: list[str]) -> Iterator[dict[str, object]]:
-    """Multiples of dense, and what the bits add to the same factors in 16 bits, with its bar."""
+    """Multiples of dense, and of the case that each is compared with, with their bars."""
     dense = found["dense"]
     for case in cases:
         own = found.get(case.name)
         if own is None:
             continue
-        plain = found.get(Case("16", case.ratio, case.form).name)
         for text in texts:
             value = own[text] / dense[text]
             yield {"case": f"{case.name} {text}", "bits": own["bits"], "value": value, "bar": None, "ok": True}
-            if plain is not None and case.bits in ADDED and case.ratio:
-                added, bar = own[text] / plain[text], ADDED[case.bits]
-                row = {"case": f"{case.name} {text}, over 16 bits", "bits": own["bits"]}
-                yield row | {"value": added, "bar": bar, "ok": added <= bar}
+            beside: list[tuple[str, dict[str, float] | None, float | None]] = []
+            if case.ratio and case.bits in ADDED:
+                beside.append(("16 bits", found.get(Case("16", case.ratio, case.form).name), ADDED[case.bits]))
+            if case.form == "auto":
+                dense_case = Case(case.bits, 0, "compensated")
+                beside.append(("compensated", found.get(dense_case.name), BESIDE_DENSE[float(case.bits)]))
+            for what, other, bar in beside:
+                if other is not None:
+                    row = {"case": f"{case.name} {text}, over {what}", "bits": own["bits"]}
+                    over = own[text] / other[text]
+                    yield row | {"value": over, "bar": bar, "ok": bar is None or over <= bar}
 
 
 def main() -> int:
@@ -157,6 +165,7 @@ def main() -> int:
     parser.add_argument("--wikitext", type=Path, required=True, metavar="DIR", help="has wiki.valid.raw, wiki.test.raw")
     parser.add_argument("--c4", type=Path, metavar="FILE", help=".jsonl with a text field, evaluated as well")
     parser.add_argument("--model", choices=MODELS, default="smollm2")
+    parser.add_argument("--sizes", nargs="*", type=float, choices=SIZES, default=list(SIZES), help="bits per weight")
     parser.add_argument("--ratios", nargs="*", type=float)
     parser.add_argument("--bits", nargs="+", choices=BITS, default=list(BITS))
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS))
@@ -165,8 +174,8 @@ def main() -> int:
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args()
     ratios = tuple(QUICK_RATIOS if arguments.quick else RATIOS) if arguments.ratios is None else arguments.ratios
-    cases = [Case(bits, 0, "nearest") for bits in NEAREST]
-    cases += [Case(bits, 0, "compensated") for bits in arguments.bits if bits != "16"]
+    cases = [Case(f"{size:g}", 0, "nearest") for size in arguments.sizes if size in NEAREST]
+    cases += [Case(f"{size:g}", 0, form) for form in ("compensated", "auto") for size in arguments.sizes]
     # The groups of 4 bits have ranks of their own: these cases are factored once more.
     cases += [Case(b, r, f) for f in arguments.forms for r in ratios for b in arguments.bits]
 
