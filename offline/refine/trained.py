@@ -65,7 +65,7 @@ class TrainedScales(nn.Module):
     A scale is its initial value times 1 plus a trained float32 number, so that all scales change in proportion.
 
     Attributes:
-        rate: as of `TrainedProjection`.
+        rate: as of `TrainedProjection`, for scales in units of their initial values.
 
     Args:
         tensors: suffix -> stored tensor.
@@ -74,7 +74,7 @@ class TrainedScales(nn.Module):
         device: of the parameters.
     """
 
-    rate = 1e-3
+    rate = 2e-3
 
     def __init__(
         self,
