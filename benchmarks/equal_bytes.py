@@ -130,6 +130,7 @@ def models(plan: Plan, state: RunState, cases: list[Case]) -> Iterator[tuple[Cas
             yield (case, *rounded_model(plan, state, case))
             continue
         own = with_options(plan, **case.options)
+        calibrate(own, state)  # tries bits where they are chosen
         write_checkpoint(own, state, factored(own, state))
         bits = stored_bits(state.checkpoint, own)
         yield case, AutoModelForCausalLM.from_pretrained(state.checkpoint, dtype="auto"), bits
@@ -182,7 +183,7 @@ def main() -> int:
     plan = quality_plan(arguments.wikitext, arguments.work, model=arguments.model)
     folder, count = plan.source.folder, 15 if arguments.quick else 60
     windows, _ = evaluation_texts(arguments.wikitext, arguments.c4, folder, count)
-    results = plan.options.output.with_name(f"bytes-{plan.options.output.name}-{count}-{CALIBRATION_VERSION}.json")
+    results = plan.options.output.with_name(f"sizes-{plan.options.output.name}-{count}-{CALIBRATION_VERSION}.json")
     found: dict[str, dict[str, float]] = json.loads(results.read_text(encoding="utf-8")) if results.is_file() else {}
 
     def evaluate(model: PreTrainedModel, name: str, bits: float) -> None:

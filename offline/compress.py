@@ -26,7 +26,7 @@ from pgsvd_vllm.offline.planning.prepare import open_state, prepare
 from pgsvd_vllm.offline.planning.resources import check_disk, disk_bytes
 from pgsvd_vllm.offline.ranks.select import Spectra, choose_ranks, measured_front
 from pgsvd_vllm.offline.refine.run import Distillation, doses
-from pgsvd_vllm.offline.rounding.predicted_loss import measure_rounding
+from pgsvd_vllm.offline.rounding.predicted_loss import measure_rounding, rounding_losses
 from pgsvd_vllm.offline.rounding.run import round_layers
 from pgsvd_vllm.offline.run_state import RunState, refuse_begun
 from pgsvd_vllm.offline.state.published import finish_published
@@ -156,7 +156,7 @@ def _kept(state: RunState) -> str:
 def calibrate(plan: Plan, state: RunState) -> None:
     """Calibrate every layer that the state does not hold yet; raises InputError as its two stages."""
     Calibration(plan.source, plan.data, plan.settings, plan.projections, state).run()
-    if len(plan.settings.storages) > 1:
+    if plan.settings.chooses_bits:
         # Here, while no other run reads a calibration folder that several share.
         measure_rounding(plan.source, plan.settings, plan.projections, state)
     state.end_calibration()
@@ -170,9 +170,7 @@ def measured_spectra(plan: Plan, state: RunState) -> Spectra:
     """
     layers, sensitivity = len(plan.projections.layers), plan.settings.sensitivity
     losses = loss_energies(state, layers, sensitivity) if plan.settings.measured else None
-    rounding = None
-    if len(plan.settings.storages) > 1:
-        rounding = measure_rounding(plan.source, plan.settings, plan.projections, state)
+    rounding = rounding_losses(state, layers, sensitivity) if plan.settings.chooses_bits else None
     return Spectra(output_energies(state, layers), losses, rounding)
 
 

@@ -61,6 +61,11 @@ class RunSettings:
         """Whether projections may be quantized."""
         return any(storage.scheme is not None for storage in self.storages)
 
+    @property
+    def chooses_bits(self) -> bool:
+        """Whether the front chooses how each projection is stored."""
+        return len(self.storages) > 1
+
 
 def store_dtype(options: CompressOptions) -> torch.dtype | None:
     """The dtype that the options ask for; None keeps each tensor's own."""

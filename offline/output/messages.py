@@ -51,7 +51,7 @@ def _quantization_line(plan: Plan) -> str:
     """The quantizations that the plan allows, and the size that it must reach."""
     names = ["none" if storage.scheme is None else storage.scheme.name for storage in plan.settings.storages]
     line = f"\nquantization: {', '.join(names)}" if plan.settings.quantizes else ""
-    line += ", one for all projections of an input" if len(names) > 1 else ""
+    line += ", one for all projections of an input" if plan.settings.chooses_bits else ""
     if plan.target.itemsizes is not None and isinstance(plan.target.ratio, float):
         dense = bits_per_weight(plan.projections.every, {}, plan.itemsizes)
         line += f"\nsize: {dense * (1 - plan.target.ratio):.2f} bits per weight of the projections"
@@ -69,7 +69,7 @@ def _bits_line(plan: Plan, allocation: Allocation) -> str:
         return ""
     bits = bits_per_weight(plan.projections.every, allocation.modules, plan.itemsizes)
     line = f"; {bits:.2f} bits per weight"
-    if len(plan.settings.storages) > 1:
+    if plan.settings.chooses_bits:
         used = Counter(_scheme_name(allocation.modules.get(p.name)) for p in plan.projections.flat)
         line += f" ({', '.join(f'{count} {name}' for name, count in used.most_common())})"
     return line

@@ -127,7 +127,8 @@ def make_plan(options: CompressOptions) -> Plan:
     _check_ids(source, data)
     reach = reached_layers(source, data, device, compute_dtype)
     projections = reached_projections(_projections(options, source, reach.others), reach)
-    dtype = store_dtype(options)
+    dtype, size = store_dtype(options), options.target_bytes
+    itemsizes = itemsizes_of(source, projections, dtype)
     plan = Plan(
         options,
         source,
@@ -136,8 +137,8 @@ def make_plan(options: CompressOptions) -> Plan:
         resolve_settings(options, device, compute_dtype, dose_on(dose, data.windows)),
         None if options.costs is None else _latencies(options),
         reach.others,
-        itemsizes_of(source, projections, dtype),
-        None if options.target_bytes is None else removed_bytes(source, projections, dtype, options.target_bytes),
+        itemsizes,
+        None if size is None else removed_bytes(source, projections, itemsizes, dtype, size),
     )
     _check_data(plan)
     _check_towers(plan)

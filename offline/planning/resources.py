@@ -118,7 +118,7 @@ def estimate(plan: Plan) -> Estimate:
         seconds += 60 * (settings.dose.minutes or 0) + DISTILLATION_SLOWDOWN * flops / rates[settings.compute_dtype]
     eigen = _eigenvector_rate(settings.device)
     # Where bits are chosen, each scheme is tried on the dense weight first.
-    tried = sum(storage.scheme is not None for storage in settings.storages) if len(settings.storages) > 1 else 0
+    tried = sum(storage.scheme is not None for storage in settings.storages) if settings.chooses_bits else 0
     for p in flat:
         small = min(p.out_features, p.in_features)
         seconds += (2 * p.in_features * p.numel + TYPICAL_SWEEPS * 4 * small**3) / rates[torch.float64]

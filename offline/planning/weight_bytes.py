@@ -1,16 +1,19 @@
 """The bytes of written tensors, and the share of the projections' bytes that must go for a size of all weights."""
 
+from collections.abc import Mapping
+
 import torch
 
 from pgsvd_vllm.errors import InputError, bytes_text
-from pgsvd_vllm.format.dtypes import DTYPE_BITS
+from pgsvd_vllm.format.dtypes import stored_bytes
+from pgsvd_vllm.format.schema import FLOAT_DTYPES
 from pgsvd_vllm.hf.transformers_compat import loaded_dtype
 from pgsvd_vllm.offline.model.projection import ProjectionSet
 from pgsvd_vllm.offline.model.source import ModelSource
 
 # Bytes of a tensor's entry in the header of its file, and the most tensors of a projection.
 ENTRY_BYTES, MOST_TENSORS = 160, 5
-FLOATS = ("F64", "F32", "F16", "BF16")
+FLOATS = ("F64", *FLOAT_DTYPES)
 
 
 def itemsizes_of(source: ModelSource, projections: ProjectionSet, dtype: torch.dtype | None) -> dict[str, int]:
@@ -23,22 +26,28 @@ def itemsizes_of(source: ModelSource, projections: ProjectionSet, dtype: torch.d
     """
     if dtype is not None:
         return dict.fromkeys((p.name for p in projections.every), dtype.itemsize)
-    return {p.name: DTYPE_BITS[source.weights.header(f"{p.path}.weight").dtype] // 8 for p in projections.every}
+    return {p.name: stored_bytes(source.weights.header(f"{p.path}.weight").dtype, 1) for p in projections.every}
 
 
-def removed_bytes(source: ModelSource, projections: ProjectionSet, dtype: torch.dtype | None, target: int) -> float:
+def removed_bytes(
+    source: ModelSource,
+    projections: ProjectionSet,
+    itemsizes: Mapping[str, int],
+    dtype: torch.dtype | None,
+    target: int,
+) -> float:
     """The least share of the projections' bytes to remove, between 0 and 1.
 
     Args:
         source: the model.
         projections: of the run; ignored ones keep their bytes and count as projections.
+        itemsizes: of `itemsizes_of`.
         dtype: of the written tensors; None keeps each tensor's own.
         target: largest size of the weight files in bytes.
 
     Raises:
         InputError: the model is as small already, or its other tensors alone are larger.
     """
-    itemsizes = itemsizes_of(source, projections, dtype)
     own = sum(p.numel * itemsizes[p.name] for p in projections.every)
     # Where MoE experts are stacked, several projections are one stored tensor.
     stored = {n for p in projections.every for n in source.weights.stored_as(f"{p.path}.weight")}

@@ -20,8 +20,6 @@ from pgsvd_vllm.offline.settings import Storage
 # Least share of a projection's cost that a rank must save. A second GEMM has a fixed latency, and without this limit
 # nearly every projection would be factored, many for a saving of 2 to 7 % (docs/dev/log.md).
 LEAST_SAVING = 0.1
-
-
 # The fit to compressed activations and distillation leave half of the predicted loss of a rank, rounding loses what is
 # predicted: its losses count as much more beside those of ranks (docs/dev/log.md).
 ROUNDED = 2.0
@@ -48,12 +46,12 @@ def check_latency(projections: ProjectionSet, target: RankTarget) -> None:
     ratio, (storage,) = target.ratio, target.storages
     assert isinstance(ratio, float)
     total = saved = 0.0
-    for p in (*projections.flat, *projections.ignored):
-        total += target.cost(p, storage, None)
+    for p in projections.every:
+        total += target.cost(p, PLAIN)
     for p in projections.flat:
-        dense, step = target.cost(p, storage, None), rank_step(p, storage)
+        dense, step = target.cost(p, PLAIN), rank_step(p, storage)
         ranks = [r for r in range(step, min(p.out_features, p.in_features) + 1, step) if saves(p, r, storage.form)]
-        fastest = min((target.cost(p, storage, r) for r in ranks), default=dense)
+        fastest = min((target.cost(p, module_of(p, r, storage)) for r in ranks), default=dense)
         saved += dense - fastest if pays(fastest, dense) else 0.0
     if saved <= 0:
         raise ChoiceError("`costs`: no low-rank GEMM is clearly faster than the dense one on the serving machine")
@@ -203,9 +201,9 @@ def _hull(
     """
 
     def choice(rank: int | None, loss: float) -> _Choice:
-        cost = target.cost(p, storage, rank)
+        module = module_of(p, rank, storage)
         loss += 0.0 if rounding is None else rounding.loss(p, storage, rank)
-        return _Choice({p.name: module_of(p, rank, storage)}, size(p, rank, storage.form), cost, loss)
+        return _Choice({p.name: module}, size(p, rank, storage.form), target.cost(p, module), loss)
 
     step = rank_step(p, storage)
     tail = (0.5 * tail_energy(energy)).tolist()
@@ -268,7 +266,6 @@ def loss_front(
     Raises:
         InputError: the latency table lacks a shape.
     """
-    plain = Storage(target.storages[0].form)
     groups: dict[str, list[Projection]] = {}
     for p in projections:
         groups.setdefault(p.name if rounding is None else rounding.leaders[p.name], []).append(p)
@@ -286,14 +283,14 @@ def loss_front(
         firsts.append(hull[0])
         steps += itertools.pairwise(hull)
     steps.sort(key=lambda step: _slope(*step))
-    kept = sum(target.cost(p, plain, None) for p in ignored)
-    total = kept + sum(target.cost(p, plain, None) for p in projections)
+    dense = sum(target.cost(p, PLAIN) for p in projections)
+    total = dense + sum(target.cost(p, PLAIN) for p in ignored)
     elements = sum(p.numel for p in (*projections, *ignored))
 
     def sums(values: Iterable[float], first: float) -> list[float]:
         return list(itertools.accumulate(values, initial=first))
 
-    saved = total - kept - sum(first.cost for first in firsts)
+    saved = dense - sum(first.cost for first in firsts)
     removed = sum(p.numel for p in projections) - sum(first.size for first in firsts)
     return LossFront(
         {name: module for first in firsts for name, module in first.modules.items()},

@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from pgsvd_vllm.format.latency_table import LatencyTable
+from pgsvd_vllm.format.schema import FactoredModule
 from pgsvd_vllm.offline.model.projection import Projection
-from pgsvd_vllm.offline.ranks.stored import module_of, size
+from pgsvd_vllm.offline.ranks.stored import size
 from pgsvd_vllm.offline.settings import Storage
 
 
@@ -40,15 +41,15 @@ class RankTarget:
             return {tower: replace(self, tolerance=tolerance) for tower, tolerance in self.tolerance.items()}
         return {}
 
-    def cost(self, projection: Projection, storage: Storage, rank: int | None) -> float:
-        """What a projection costs in elements, microseconds or bytes; a rank of None is its dense weight.
+    def cost(self, projection: Projection, module: FactoredModule) -> float:
+        """What a projection costs, stored as a row of the module table says, in elements, microseconds or bytes.
 
         Raises:
             InputError: the latency table lacks a shape.
         """
         shape = projection.out_features, projection.in_features
         if self.latencies is not None:
-            return self.latencies.latency(*shape, storage.form, rank)
+            return self.latencies.latency(*shape, module.form, None if module.is_dense else module.rank)
         if self.itemsizes is not None:
-            return module_of(projection, rank, storage).nbytes(*shape, self.itemsizes[projection.name])
-        return size(projection, rank, storage.form)
+            return module.nbytes(*shape, self.itemsizes[projection.name])
+        return size(projection, None if module.is_dense else module.rank, module.form)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pgsvd_vllm.format.lowrank import other_rows, pivot_linear
+from pgsvd_vllm.format.lowrank import factored_linear, other_rows, pivot_linear
 from pgsvd_vllm.format.quantization import PACKED, SCALE, Scheme, dequantize, unpack
 from pgsvd_vllm.format.schema import FORMS
 
@@ -103,7 +103,7 @@ class TrainedScales(nn.Module):
             return F.linear(x, own["weight"], self.bias)
         if "pivots" in own:
             return pivot_linear(x, own["weight_p"], own["weight_c"], own["pivots"], self.bias)
-        return F.linear(F.linear(x, own["weight_v"]), own["weight_u"], self.bias)
+        return factored_linear(x, own["weight_v"], [own["weight_u"]], self.bias)
 
     def stored(self) -> dict[str, torch.Tensor]:
         """The current tensors by suffix, on the CPU, in the dtypes of the initial ones."""

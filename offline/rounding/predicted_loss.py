@@ -27,10 +27,8 @@ VERSION = 1
 Losses = dict[str, dict[str, float]]
 
 
-def measure_rounding(
-    source: ModelSource, settings: RunSettings, projections: ProjectionSet, state: RunState
-) -> Rounding:
-    """Round every dense weight in every scheme of the settings; losses that the state holds already are read.
+def measure_rounding(source: ModelSource, settings: RunSettings, projections: ProjectionSet, state: RunState) -> None:
+    """Round every dense weight in every scheme of the settings, and save the losses that the state does not hold yet.
 
     Args:
         source: the model.
@@ -43,20 +41,37 @@ def measure_rounding(
             the calibration folder.
     """
     kind = settings.sensitivity
+    known = [state.load_rounding(index, kind) for index in range(len(projections.layers))]
+    missing = [index for index, found in enumerate(known) if found is None or found["version"] != VERSION]
+    if not missing:
+        return
+    state.begin_calibration()
+    with tqdm(total=sum(len(projections.layers[index]) for index in missing), desc="try bits", unit="matrix") as bar:
+        for index in missing:
+            layer = _Layer(source, settings, state.load_layer(index), state.load_sensitivity(index, kind))
+            losses = layer.losses(projections.layers[index])
+            state.save_rounding(index, kind, {"version": VERSION, "losses": losses})
+            bar.update(len(projections.layers[index]))
+
+
+def rounding_losses(state: RunState, layers: int, sensitivity: str) -> Rounding:
+    """Read what `measure_rounding` has saved.
+
+    Args:
+        state: of a calibrated run whose bits are chosen.
+        layers: number of layers.
+        sensitivity: `measured` or `forward`.
+
+    Raises:
+        InputError: a file of the state is damaged.
+    """
     losses: Losses = {}
     leaders: dict[str, str] = {}
-    with tqdm(total=len(projections.flat), desc="try bits", unit="matrix") as bar:
-        for index, row in enumerate(projections.layers):
-            leaders |= state.load_layer(index, with_grams=False).leader
-            known = state.load_rounding(index, kind)
-            if known is None or known["version"] != VERSION:
-                state.begin_calibration()
-                layer = _Layer(source, settings, state.load_layer(index), state.load_sensitivity(index, kind))
-                known = {"version": VERSION, "losses": layer.losses(row)}
-                state.save_rounding(index, kind, known)
-            losses |= known["losses"]
-            bar.update(len(row))
-    state.end_calibration()
+    for index in range(layers):
+        found = state.load_rounding(index, sensitivity)
+        assert found is not None
+        losses |= found["losses"]
+        leaders |= state.load_layer(index, with_grams=False).leader
     return Rounding(losses, leaders)
 
 
