@@ -26,23 +26,25 @@ import triton
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from pgsvd_vllm.kernels.autotune import LayerTuner, RandomLayer
+from pgsvd_vllm.kernels.autotune import LayerTuner, RandomLayer, rounded
 from pgsvd_vllm.kernels.cublas import run_library, run_library_gated
 from pgsvd_vllm.kernels.cuda_timer import COPY_BYTES, seconds
 from pgsvd_vllm.kernels.launch import SplitKScratch, can_overlap, room, run, run_gated
 from pgsvd_vllm.kernels.layer_shape import ALIGNMENT, ShardShape
 from pgsvd_vllm.kernels.numerics import gated_difference, layer_difference
 from pgsvd_vllm.kernels.packed_weights import Gate, PackedLayer
+from pgsvd_vllm.kernels.quantized_matrix import QuantizedMatrix
 from pgsvd_vllm.kernels.tile_heuristics import (
     FEW_TOKENS,
     FEW_TOKENS_OF_MANY,
+    MOST_BLOCK_M,
     MOST_TOKENS,
     Step,
     default_steps,
     own_tiles,
     tiles_for,
 )
-from tests.kernels.interpreted import Layer, gated_layer
+from tests.kernels.interpreted import Layer, gated_layer, scaled_gemms
 
 Row = dict[str, Any]
 
@@ -82,24 +84,33 @@ def shards_of(name: str, removed: float, pivots: bool = False) -> list[ShardShap
 
 
 def correctness(device: torch.device, overlap: bool, count: int) -> Iterator[Row]:
-    """Random layers against float64, by our kernels with their own tiles, and by cuBLAS."""
+    """Random layers against float64, by our kernels with their own tiles, and by cuBLAS.
+
+    With weights of 8 bits float64 GEMMs take the place of vLLM's.
+    """
     rng = random.Random(0)
     torch.manual_seed(0)
     space = SplitKScratch(device)
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+    kinds: list[tuple[torch.dtype, torch.dtype | None]] = [
+        (dtype, None) for dtype in (torch.bfloat16, torch.float16, torch.float32)
+    ]
+    kinds += [(torch.bfloat16, weights) for weights in eight_bits(device)]
+    for dtype, weights in kinds:
         wrong = []
         for number in range(count):
             columns = rng.choice([16, 100, 576, 2048, 4100])
             gated = number % 3 == 0
-            layer = gated_layer(rng, dtype, columns) if gated else Layer(rng, dtype, columns)
+            layer = (gated_layer if gated else Layer)(rng, dtype, columns, weights)
             shards = [shard.to(device) for shard in layer.shards]
-            packed = PackedLayer(shards)
+            packed = PackedLayer(shards, dtype=dtype)
+            gemms = scaled_gemms(packed)
             most_room(space, packed)
             tokens = rng.choice([0, 1, 2, 7, 16, 17, 40, 64, 65, 200, MOST_TOKENS])
             x = torch.randn(tokens, packed.columns, device=device).to(dtype)
             bias = torch.randn(packed.out, device=device).to(dtype) if rng.random() < 0.5 else None
-            wrong.append(layer_difference(x, shards, bias, run_library(x, packed, bias, kernels=True)))
-            if dtype == torch.float32:  # is never served by the kernels: it spills registers
+            wrong.append(layer_difference(x, shards, bias, run_library(x, packed, bias, kernels=True, gemms=gemms)))
+            # float32 is never served by the kernels, since it spills registers, nor are many tokens with 8 bits.
+            if dtype == torch.float32 or (weights is not None and tokens > MOST_BLOCK_M):
                 continue
             wrong.append(layer_difference(x, shards, bias, run(x, packed, space, bias, overlap=overlap)))
             if gated:
@@ -108,8 +119,15 @@ def correctness(device: torch.device, overlap: bool, count: int) -> Iterator[Row
                     gated_difference(x, shards, bias, run_gated(x, packed, gate, space, bias, overlap=overlap))
                 )
                 if packed.sources is not None:
-                    wrong.append(gated_difference(x, shards, bias, run_library_gated(x, packed, gate, bias)))
-        yield verdict(f"random layers, {dtype}", wrong)
+                    ordered = run_library_gated(x, packed, gate, bias, gemms)
+                    wrong.append(gated_difference(x, shards, bias, ordered))
+        yield verdict(f"random layers, {dtype}" + ("" if weights is None else f", weights {weights}"), wrong)
+
+
+def eight_bits(device: torch.device) -> list[torch.dtype]:
+    """The dtypes of 8-bit weights that the kernels read on this GPU."""
+    has_fp8 = not torch.version.hip and torch.cuda.get_device_capability(device) >= (8, 9)
+    return [torch.int8, torch.float8_e4m3fn] if has_fp8 else [torch.int8]
 
 
 def row(case: str, value: float, bar: float | None) -> Row:
@@ -262,6 +280,33 @@ def speed(device: torch.device, overlap: bool, tokens_of: tuple[int, ...]) -> It
         yield row(f"all four, {form}, {removed:.0%} removed, {tokens} tokens, dense / time", plain / taken, None)
 
 
+def fp8_speed(device: torch.device, overlap: bool) -> Iterator[Row]:
+    """FP8 factors for few tokens in turn with torch's dense FP8 GEMM, whose inputs have been quantized before."""
+    if torch.float8_e4m3fn not in eight_bits(device):
+        return
+    space = SplitKScratch(device)
+    fp8 = torch.float8_e4m3fn
+    for removed, tokens in itertools.product(REMOVED, (1, 8, 32)):
+        plain = taken = 0.0
+        for name, (outs, columns) in LAYERS.items():
+            copies = 1 + int(COPY_BYTES / (sum(outs) * columns))
+            dense = [rounded(torch.randn(sum(outs), columns, device=device), fp8) for _ in range(copies)]
+            x = torch.randn(tokens, columns, device=device).bfloat16()
+            inputs = rounded(x, fp8)
+
+            def scaled(weight: QuantizedMatrix, inputs: QuantizedMatrix = inputs) -> None:
+                torch._scaled_mm(inputs.values, weight.values.T, inputs.scale, weight.scale.T, out_dtype=torch.bfloat16)
+
+            plain += seconds([partial(scaled, one) for one in dense], device)
+            layers = [
+                RandomLayer(shards_of(name, removed), columns, torch.bfloat16, device, fp8) for _ in range(copies)
+            ]
+            packed = [layer.pack() for layer in layers]
+            most_room(space, packed[0])
+            taken += seconds([partial(run, x, one, space, overlap=overlap) for one in packed], device)
+        yield row(f"all four, FP8 factors, {removed:.0%} removed, {tokens} tokens, dense / time", plain / taken, None)
+
+
 def tuned(device: torch.device, overlap: bool) -> Iterator[Row]:
     """The tiles that `pgsvd-vllm tune` would find for two layers."""
     for name in ("qkv", "down"):
@@ -310,8 +355,8 @@ def main() -> int:
     print(f"torch {torch.__version__}, triton {triton.__version__}")
     if arguments.dry_run:
         print(
-            f"{3 * count} random layers; {len(LAYERS)} layers of Llama-2-7B, {REPEATS} repeats; "
-            f"{len(REMOVED)} shares at {', '.join(map(str, tokens_of))} tokens"
+            f"{3 * count} random layers, and with weights of 8 bits; {len(LAYERS)} layers of Llama-2-7B, "
+            f"{REPEATS} repeats; {len(REMOVED)} shares at {', '.join(map(str, tokens_of))} tokens"
         )
         return 0
     if not torch.cuda.is_available():
@@ -328,6 +373,7 @@ def main() -> int:
         real_layers(device, overlap),
         in_graphs(device, overlap),
         speed(device, overlap, tokens_of),
+        fp8_speed(device, overlap),
         tuned(device, overlap),
         whole_model(),
     ):

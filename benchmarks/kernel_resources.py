@@ -43,8 +43,14 @@ TARGETS = {
 }
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 DTYPES = ("bf16", "fp16")
-TYPES = {"places": "*i32", "own": "*i32", "partials": "*fp32", "counters": "*i32"}
-NUMBERS = ("x", "v", "s", "z", "u", "y", "bias")
+# Weights of 8 bits, and the targets where the kernels read them.
+EIGHT_BITS = {"i8": tuple(TARGETS), "fp8e4nv": ("sm_89", "sm_90", "sm_100")}
+# Of these, the one that the quick run takes for each target.
+QUICK_BITS = {"sm_80": "i8", "sm_90": "fp8e4nv"}
+TYPES = {"places": "*i32", "own": "*i32", "counters": "*i32"}
+TYPES |= {"partials": "*fp32", "v_scale": "*fp32", "u_scale": "*fp32"}
+NUMBERS = ("x", "s", "z", "y", "bias")
+WEIGHTS = ("v", "u")
 # Llama-2-7B's merged QKV at 40 % removed.
 SIZES = LayerShape(4096, 3696, 3 * 4096, 1232, 3, False)
 # Its output projection at 40 % in the pivot form.
@@ -64,6 +70,7 @@ class Case:
     tile: Tile
     constants: dict[str, Any]
     dtype: str = DTYPES[0]
+    weights: str = ""  # one of EIGHT_BITS; otherwise they have that dtype
 
 
 def _features(full: bool, pdl: bool) -> tuple[dict[str, Any], str]:
@@ -102,9 +109,7 @@ def usual_cases(targets: list[str], quick: bool) -> Iterator[Case]:
     """Every kernel with default tiles; if `quick`, the kernels with every feature, in bf16 alone."""
     for target in targets:
         for tokens, pdl in itertools.product(TOKENS, overlaps(target)):
-            down, up = own_tiles(tokens, SIZES, amd=target.startswith("gfx"))
-            _, small = own_tiles(tokens, SMALL, amd=target.startswith("gfx"))
-            _, gated = own_tiles(tokens, SIZES, gated=True, amd=target.startswith("gfx"))
+            down, up, small, gated = _tiles(target, tokens)
             for full, dtype in [(True, DTYPES[0])] if quick else itertools.product((False, True), DTYPES):
                 name = f"{tokens} tokens" + ("" if dtype == DTYPES[0] else f", {dtype}")
                 if down is not None and full:
@@ -115,6 +120,32 @@ def usual_cases(targets: list[str], quick: bool) -> Iterator[Case]:
                     yield replace(up_case(f"{name}, few rows", target, small, 1, full, pdl), dtype=dtype)
                 if down is not None:
                     yield replace(gated_case(name, target, gated, full, pdl), dtype=dtype)
+
+
+def _tiles(target: str, tokens: int, bits: int = 16) -> tuple[Tile | None, Tile, Tile, Tile]:
+    """The default tiles of the down, the up, the small up and the gated kernel."""
+    amd = target.startswith("gfx")
+    sizes, small = replace(SIZES, bits=bits), replace(SMALL, bits=bits)
+    down, up = own_tiles(tokens, sizes, amd=amd)
+    return down, up, own_tiles(tokens, small, amd=amd)[1], own_tiles(tokens, sizes, gated=True, amd=amd)[1]
+
+
+def eight_bit_cases(targets: list[str], quick: bool) -> Iterator[Case]:
+    """The kernels with weights of 8 bits and every feature; if `quick`, on the targets of QUICK_BITS alone."""
+    for target in targets:
+        for weights, places in EIGHT_BITS.items():
+            if target not in places or (quick and QUICK_BITS.get(target) != weights):
+                continue
+            for tokens in TOKENS:
+                down, up, small, gated = _tiles(target, tokens, 8)
+                if down is None:  # CUTLASS computes the layer
+                    continue
+                pdl, name = overlaps(target)[-1], f"{tokens} tokens, {weights}"
+                cases = [down_case(name, target, down, pdl), gated_case(name, target, gated, True, pdl)]
+                cases += [up_case(name, target, up, shards, True, pdl) for shards in (1, 3)]
+                if small != up:
+                    cases.append(up_case(f"{name}, few rows", target, small, 1, True, pdl))
+                yield from (replace(case, weights=weights) for case in cases)
 
 
 def candidate_cases(targets: list[str]) -> Iterator[Case]:
@@ -138,8 +169,8 @@ def candidate_cases(targets: list[str]) -> Iterator[Case]:
 def resources(case: Case) -> Row:
     """One compiled kernel's figures."""
     kernel, tile, target = case.kernel, case.tile, case.target
-    constants = case.constants | {"BLOCK_M": tile.block_m, "BLOCK_K": tile.block_k}
-    numbers = dict.fromkeys(NUMBERS, f"*{case.dtype}")
+    constants = case.constants | {"BLOCK_M": tile.block_m, "BLOCK_K": tile.block_k, "SCALED": bool(case.weights)}
+    numbers = dict.fromkeys(NUMBERS, f"*{case.dtype}") | dict.fromkeys(WEIGHTS, f"*{case.weights or case.dtype}")
     types = {n: "constexpr" if n in constants else (numbers | TYPES).get(n, "i32") for n in kernel.arg_names}
     # The others are multiples of 16 in most layers.
     aligned = {
@@ -222,8 +253,9 @@ def main() -> int:
     arguments = parser.parse_args()
     rows = []
     print(f"triton {triton.__version__}\n{'':54} registers spills shared KB tensor copy bytes")
-    chosen = candidate_cases(arguments.targets) if arguments.candidates else None
-    for case in chosen or usual_cases(arguments.targets, arguments.quick):
+    targets, quick = arguments.targets, arguments.quick
+    cases = itertools.chain(usual_cases(targets, quick), eight_bit_cases(targets, quick))
+    for case in candidate_cases(targets) if arguments.candidates else cases:
         row = resources(case)
         rows.append(row)
         print(

@@ -17,7 +17,8 @@ from pgsvd_vllm.kernels.launch import REFUSALS, SplitKScratch, room, run
 from pgsvd_vllm.kernels.layer_shape import LayerShape, ShardShape
 from pgsvd_vllm.kernels.numerics import layer_difference
 from pgsvd_vllm.kernels.packed_weights import PackedLayer
-from pgsvd_vllm.kernels.shard_weights import ShardWeights
+from pgsvd_vllm.kernels.quantized_matrix import Matrix, QuantizedMatrix
+from pgsvd_vllm.kernels.shard_weights import Shard
 from pgsvd_vllm.kernels.tile_heuristics import (
     MOST_TOKENS,
     Step,
@@ -40,16 +41,28 @@ class RandomLayer:
 
     Args:
         shards, columns: its sizes.
+        dtype: of the inputs, and of the weights without `bits8`.
+        device: of the weights.
+        bits8: int8 or float8_e4m3fn, to quantize the weights to.
 
     Attributes:
         shards: its weights.
     """
 
-    def __init__(self, shards: Sequence[ShardShape], columns: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.shards: list[ShardWeights] = []
+    def __init__(
+        self,
+        shards: Sequence[ShardShape],
+        columns: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        bits8: torch.dtype | None = None,
+    ) -> None:
+        self.shards: list[Shard[Matrix]] = []
+        self._dtype = dtype
 
-        def weight(rows: int, width: int) -> torch.Tensor:
-            return torch.randn(rows, width, device=device, dtype=dtype) / max(width, 1) ** 0.5
+        def weight(rows: int, width: int) -> Matrix:
+            matrix = torch.randn(rows, width, device=device, dtype=dtype) / max(width, 1) ** 0.5
+            return matrix if bits8 is None else rounded(matrix, bits8)
 
         for shard in shards:
             own = shard.pivots or 0
@@ -65,11 +78,19 @@ class RandomLayer:
                 others[outputs] = False
                 place[others] = torch.arange(shard.out - own, device=device)
                 place[outputs] = -1 - taken
-            self.shards.append(ShardWeights(down, up, place))
+            self.shards.append(Shard(down, up, place))
 
     def pack(self) -> PackedLayer:
         """Its weights as the kernels take them."""
-        return PackedLayer(self.shards)
+        return PackedLayer(self.shards, dtype=self._dtype)
+
+
+def rounded(matrix: torch.Tensor, dtype: torch.dtype) -> QuantizedMatrix:
+    """A matrix [rows, columns] rounded to int8 or float8_e4m3fn, with one scale a row that clips nothing."""
+    most = 127 if dtype == torch.int8 else torch.finfo(dtype).max
+    scale = matrix.float().abs().amax(1, keepdim=True).clamp_min(1e-12) / most
+    exact = matrix.float() / scale
+    return QuantizedMatrix((exact.round() if dtype == torch.int8 else exact).to(dtype), scale, 8)
 
 
 # Up to so many tokens -> tiles of the down GEMM and of the up GEMMs: block_m, block_out, block_k, warps, stages and

@@ -1,4 +1,9 @@
-"""A whole layer by cuBLAS GEMMs (torch.mm): for many tokens, and as a baseline."""
+"""A whole layer by library GEMMs: for many tokens, and as a baseline.
+
+They are those of cuBLAS (torch.mm), or for weights of 8 bits the caller's, such as CUTLASS's scaled GEMMs.
+"""
+
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +15,8 @@ from pgsvd_vllm.kernels.permute import gather_kernel
 
 # Tokens and outputs of a program of the permute kernel.
 ORDERED = (1, 1024)
+# x -> x W^T of the matrix that multiplies a layer's inputs, and then of each up factor.
+Gemms = Sequence[Callable[[torch.Tensor], torch.Tensor]]
 
 
 def run_library(
@@ -18,6 +25,7 @@ def run_library(
     bias: torch.Tensor | None = None,
     collective: Collective | None = None,
     kernels: bool = False,
+    gemms: Gemms | None = None,
 ) -> torch.Tensor:
     """The layer's outputs.
 
@@ -26,13 +34,17 @@ def run_library(
         bias: [out] or None.
         collective: completes z between the GEMMs, if the layer was packed for one.
         kernels: our Triton kernel puts scattered outputs in order, instead of torch.
+        gemms: of weights of 8 bits; None for cuBLAS.
 
     Returns:
         [tokens, out] in x's dtype.
     """
     if layer.sources is None and len(layer.ranks) == 1 and collective is None:
-        return F.linear(F.linear(x, layer.v), layer.up_factors[0], bias)
-    parts = _side_by_side(x, layer, collective)
+        if gemms is None:
+            return F.linear(F.linear(x, layer.v), layer.up_factors[0], bias)
+        y = gemms[1](gemms[0](x)).contiguous()
+        return y if bias is None else y.add_(bias)
+    parts = _side_by_side(x, layer, collective, gemms)
     if layer.sources is None:
         return parts if bias is None else parts.add_(bias)
     if kernels:
@@ -42,7 +54,7 @@ def run_library(
 
 
 def run_library_gated(
-    x: torch.Tensor, layer: PackedLayer, gate: Gate, bias: torch.Tensor | None = None
+    x: torch.Tensor, layer: PackedLayer, gate: Gate, bias: torch.Tensor | None = None, gemms: Gemms | None = None
 ) -> torch.Tensor:
     """silu(first shard's outputs) * second shard's, of a layer with scattered outputs.
 
@@ -54,14 +66,18 @@ def run_library_gated(
     """
     if layer.sources is None:
         raise ValueError("the layer's outputs are in their order")
-    return _permuted(_side_by_side(x, layer, None), layer.sources, bias, gate.half, gated=True)
+    return _permuted(_side_by_side(x, layer, None, gemms), layer.sources, bias, gate.half, gated=True)
 
 
-def _side_by_side(x: torch.Tensor, layer: PackedLayer, collective: Collective | None) -> torch.Tensor:
+def _side_by_side(
+    x: torch.Tensor, layer: PackedLayer, collective: Collective | None, gemms: Gemms | None
+) -> torch.Tensor:
     """The outputs of all GEMMs side by side: the layer's outputs, or the columns that its `sources` name.
 
     Few calls: without CUDA graphs, hundreds of tokens are bound by CPU launch overhead.
     """
+    if gemms is not None:
+        return _scaled_side_by_side(x, layer, collective, gemms)
     whole = x.new_empty(len(x), sum(layer.beside))
     parts = whole.split(layer.beside, 1)[::2]
     s = F.linear(x, layer.v) if layer.sources is None else torch.mm(x, layer.v.T, out=parts[0])
@@ -75,6 +91,19 @@ def _side_by_side(x: torch.Tensor, layer: PackedLayer, collective: Collective | 
         for part, up, y in zip(z.split(layer.ranks, 1), layer.up_factors, ups, strict=True):
             torch.mm(part, up.T, out=y)
     return whole
+
+
+def _scaled_side_by_side(
+    x: torch.Tensor, layer: PackedLayer, collective: Collective | None, gemms: Gemms
+) -> torch.Tensor:
+    """The same by GEMMs that allocate their outputs."""
+    s = gemms[0](x)
+    z = s[:, : layer.z_rows]
+    if collective is not None:
+        z = collective(z)
+    parts = [] if layer.sources is None else [s, z] if layer.between else [s]
+    parts += [gemm(part) for gemm, part in zip(gemms[1:], z.split(layer.ranks, 1), strict=True)]
+    return torch.cat(parts, 1)
 
 
 def _permuted(

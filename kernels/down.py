@@ -12,6 +12,7 @@ import triton.language as tl
 def down_kernel(
     x,
     v,
+    v_scale,
     s,
     partials,
     counters,
@@ -25,13 +26,15 @@ def down_kernel(
     SPLIT_K: tl.constexpr,
     SWAP: tl.constexpr,
     EVEN_K: tl.constexpr,
+    SCALED: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """One tile of tokens and rows, or one of SPLIT_K parts of its sum over columns.
 
     Args:
         x: [tokens, columns], rows `x_stride` apart.
-        v: [rows, columns], contiguous.
+        v: [rows, columns], contiguous, in x's dtype; with SCALED in 8 bits.
+        v_scale: float32 [rows]; with SCALED a row of v is multiplied by it.
         s: [tokens, rows], contiguous: x v^T.
         partials: float32 [SPLIT_K, tokens, rows].
         counters: int32, zero, one for each tile; zero again afterwards.
@@ -63,6 +66,8 @@ def down_kernel(
         else:
             a = tl.load(x_row + c[None, :], mask=in_tokens & (c[None, :] < columns), other=0.0)
             b = tl.load(v_row + c[None, :], mask=c[None, :] < columns, other=0.0, eviction_policy="evict_first")
+        if SCALED:
+            b = b.to(a.dtype)
         if SWAP:
             acc = tl.dot(b, tl.trans(a), acc, input_precision="ieee")
         else:
@@ -85,4 +90,6 @@ def down_kernel(
         for i in range(SPLIT_K):
             acc += tl.load(partials + i * size + part, mask=inside, other=0.0, cache_modifier=".cg")
         tl.store(counters + tile, 0)
+    if SCALED:
+        acc *= tl.load(v_scale + r2, mask=r2 < rows, other=0.0)
     tl.store(s + m2.to(tl.int64) * rows + r2, acc.to(s.dtype.element_ty), mask=inside)

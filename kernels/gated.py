@@ -43,6 +43,7 @@ def _finished(
 def gated_kernel(
     z,
     u,
+    u_scale,
     y,
     places,
     bias,
@@ -60,13 +61,16 @@ def gated_kernel(
     SWAP: tl.constexpr,
     HAS_PLACES: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    SCALED: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """One tile of tokens and outputs: silu(gate) * other.
 
     Args:
         z: [tokens, ...], rows `z_stride` apart; the shards' components begin at columns z0, z1.
-        u: the shards' up factors [n0, r0] and then [n1, r1], contiguous; r0 and r1 are multiples of 16.
+        u: the shards' up factors [n0, r0] and then [n1, r1], contiguous; r0 and r1 are multiples of 16. With
+            SCALED in 8 bits.
+        u_scale: float32 [n0 + n1]; with SCALED a row of an up factor is multiplied by it.
         y: [tokens, half].
         places: int32 [2, half]: i >= 0 is row i of the shard's up factor, -1 - j is its component j.
         bias: [2 * half].
@@ -101,6 +105,8 @@ def gated_kernel(
             known1 = known1 & (place1[:, None] >= 0)
         b0 = tl.load(u0_row + c[None, :], mask=known0, other=0.0)
         b1 = tl.load(u1_row + c[None, :], mask=known1, other=0.0)
+        if SCALED:
+            b0, b1 = b0.to(a0.dtype), b1.to(a1.dtype)
         if SWAP:
             gate = tl.dot(b0, tl.trans(a0), gate, input_precision="ieee")
             other = tl.dot(b1, tl.trans(a1), other, input_precision="ieee")
@@ -111,6 +117,10 @@ def gated_kernel(
         gate, other = tl.trans(gate), tl.trans(other)
     m2, o2, last2 = m[:, None], o[None, :], last[None, :]
     inside = (m2 < tokens) & (o2 < half)
+    if SCALED:
+        # Rows of the factors; outputs that are components of z have a sum of 0 and any scale.
+        gate *= tl.load(u_scale + tl.maximum(place0, 0), mask=place0 >= 0, other=0.0)[None, :]
+        other *= tl.load(u_scale + n0 + tl.maximum(place1, 0), mask=place1 >= 0, other=0.0)[None, :]
     gate = _finished(gate, z + z0, bias, place0, m2, last2, inside, z_stride, HAS_PLACES, HAS_BIAS)
     other = _finished(other, z + z1, bias + half, place1, m2, last2, inside, z_stride, HAS_PLACES, HAS_BIAS)
     result = gate / (1.0 + tl.exp(-gate)) * other

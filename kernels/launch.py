@@ -102,7 +102,8 @@ def run(
     if not blocks:
         return y
     up_kernel[blocks, triton.cdiv(len(x), up.block_m)](
-        *(z, layer.u, y, z if above is None else above, z if bias is None else bias, s, z if own is None else own),
+        *(z, layer.u, z if layer.u_scale is None else layer.u_scale, y, z if above is None else above),
+        *(z if bias is None else bias, s, z if own is None else own),
         *(len(x), s.shape[1], z.stride(0), s.stride(0), y.stride(0)),
         *(*layer.heights, *empty, *layer.ranks, *empty, *layer.offsets, *empty),
         BLOCK_M=up.block_m,
@@ -113,6 +114,7 @@ def run(
         HAS_PLACES=above is not None,
         HAS_BIAS=bias is not None,
         HAS_OWN=own is not None,
+        SCALED=layer.u_scale is not None,
         PDL=overlap,
         num_warps=up.warps,
         num_stages=up.stages,
@@ -143,7 +145,8 @@ def run_gated(
     overlap = overlap and down is not None
     z = _down_gemm(x, layer, scratch, down, overlap)
     gated_kernel[triton.cdiv(gate.half, up.block_out), triton.cdiv(len(x), up.block_m)](
-        *(z, layer.u, y, z if gate.places is None else gate.places, z if bias is None else bias),
+        *(z, layer.u, z if layer.u_scale is None else layer.u_scale, y),
+        *(z if gate.places is None else gate.places, z if bias is None else bias),
         *(len(x), z.stride(0), gate.half, gate.height, *gate.ranks, *gate.starts),
         BLOCK_M=up.block_m,
         BLOCK_N=up.block_out,
@@ -151,6 +154,7 @@ def run_gated(
         SWAP=up.swap,
         HAS_PLACES=gate.places is not None,
         HAS_BIAS=bias is not None,
+        SCALED=layer.u_scale is not None,
         PDL=overlap,
         num_warps=up.warps,
         num_stages=up.stages,
@@ -177,6 +181,8 @@ def _down_gemm(
 ) -> torch.Tensor:
     """x v^T, [tokens, rows of v], in the first launch or, without a tile, by cuBLAS."""
     if down is None:
+        if layer.v_scale is not None:
+            raise ValueError("cuBLAS does not multiply weights of 8 bits; give a tile for the down GEMM")
         return F.linear(x, layer.v)
     tokens, rows = len(x), len(layer.v)
     s = x.new_empty(tokens, rows)
@@ -186,13 +192,15 @@ def _down_gemm(
     ):
         raise ValueError(f"the scratch is too small for {tokens} tokens in {down.split_k} parts")
     down_kernel[grid](
-        *(x, layer.v, s, scratch.partials, scratch.counters, tokens, rows, layer.columns, x.stride(0)),
+        *(x, layer.v, s if layer.v_scale is None else layer.v_scale, s, scratch.partials, scratch.counters),
+        *(tokens, rows, layer.columns, x.stride(0)),
         BLOCK_M=down.block_m,
         BLOCK_R=down.block_out,
         BLOCK_K=down.block_k,
         SPLIT_K=down.split_k,
         SWAP=down.swap,
         EVEN_K=layer.columns % down.block_k == 0,
+        SCALED=layer.v_scale is not None,
         PDL=overlap,
         num_warps=down.warps,
         num_stages=down.stages,

@@ -34,6 +34,7 @@ class LayerShape:
         rank: of the up factors, on average.
         shards: number of up factors.
         scattered: some outputs are rows of the down GEMM, or their order differs from the up factors' rows.
+        bits: of a stored weight, 16 or 8.
     """
 
     columns: int
@@ -42,16 +43,17 @@ class LayerShape:
     rank: int
     shards: int
     scattered: bool
+    bits: int = 16
 
     def distance(self, other: "LayerShape") -> float:
         """The largest ratio of two sizes, 1 or more; infinite for layers of other columns or another sort."""
-        if (self.columns, self.shards, self.scattered) != (other.columns, other.shards, other.scattered):
+        if any(getattr(self, name) != getattr(other, name) for name in ("columns", "shards", "scattered", "bits")):
             return math.inf
         pairs = (self.rows, other.rows), (self.heights, other.heights), (self.rank, other.rank)
         return max(max(a, b, 1) / max(min(a, b), 1) for a, b in pairs)
 
 
-def layer_shape_of(shards: Sequence[ShardShape], columns: int) -> LayerShape:
+def layer_shape_of(shards: Sequence[ShardShape], columns: int, bits: int = 16) -> LayerShape:
     """The sizes of such a layer once it is packed, without packing it."""
     low_rank = [(shard, shard.rank, shard.out - (shard.pivots or 0)) for shard in shards if shard.rank is not None]
     low_rank = [(shard, -(-rank // ALIGNMENT) * ALIGNMENT, height) for shard, rank, height in low_rank if height]
@@ -59,4 +61,5 @@ def layer_shape_of(shards: Sequence[ShardShape], columns: int) -> LayerShape:
     others = sum(shard.rank or shard.out for shard in shards) - sum(shard.rank or 0 for shard, _, _ in low_rank)
     mean = sum(rank * height for _, rank, height in low_rank) // heights if heights else 0
     scattered = any(shard.rank is None or shard.pivots is not None for shard in shards)
-    return LayerShape(columns, others + sum(rank for _, rank, _ in low_rank), heights, mean, len(low_rank), scattered)
+    rows = others + sum(rank for _, rank, _ in low_rank)
+    return LayerShape(columns, rows, heights, mean, len(low_rank), scattered, bits)

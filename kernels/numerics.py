@@ -5,11 +5,12 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from pgsvd_vllm.kernels.shard_weights import ShardWeights
+from pgsvd_vllm.kernels.quantized_matrix import Matrix
+from pgsvd_vllm.kernels.shard_weights import Shard
 
 
 def _exact(
-    x: torch.Tensor, shards: Sequence[ShardWeights], bias: torch.Tensor | None
+    x: torch.Tensor, shards: Sequence[Shard[Matrix]], bias: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A layer's outputs in float64, and the rounding error that x's dtype allows for each."""
     values, sizes = [], []  # outputs, and the same sums of absolute values
@@ -43,7 +44,7 @@ def _difference(x: torch.Tensor, y: torch.Tensor, value: torch.Tensor, bound: to
 
 
 def layer_difference(
-    x: torch.Tensor, shards: Sequence[ShardWeights], bias: torch.Tensor | None, y: torch.Tensor
+    x: torch.Tensor, shards: Sequence[Shard[Matrix]], bias: torch.Tensor | None, y: torch.Tensor
 ) -> str:
     """Compare a layer's output with float64.
 
@@ -60,7 +61,7 @@ def layer_difference(
 
 
 def gated_difference(
-    x: torch.Tensor, shards: Sequence[ShardWeights], bias: torch.Tensor | None, y: torch.Tensor
+    x: torch.Tensor, shards: Sequence[Shard[Matrix]], bias: torch.Tensor | None, y: torch.Tensor
 ) -> str:
     """The same for y = silu(first shard's outputs) * second shard's, [tokens, out / 2]."""
     value, bound = _exact(x, shards, bias)

@@ -24,6 +24,15 @@ class QuantizedMatrix:
     def __len__(self) -> int:
         return len(self.values)
 
+    def to(self, device: torch.device) -> "QuantizedMatrix":
+        """The same matrix on another device."""
+        return QuantizedMatrix(self.values.to(device), self.scale.to(device), self.num_bits)
+
+    def double(self) -> torch.Tensor:
+        """The exact matrix, float64 [rows, columns]."""
+        size = self.shape[1] // self.scale.shape[1]
+        return self.values.double() * self.scale.double().repeat_interleave(size, dim=1)
+
     def __getitem__(self, rows: torch.Tensor) -> "QuantizedMatrix":
         """Some rows, by their numbers or a mask."""
         return QuantizedMatrix(self.values[rows], self.scale[rows], self.num_bits)

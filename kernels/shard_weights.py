@@ -40,11 +40,7 @@ class Shard(Generic[M_co]):
         """Bytes of the matrices; `places` is not counted."""
         return self.down.nbytes + (0 if self.up is None else self.up.nbytes)
 
-
-class ShardWeights(Shard[torch.Tensor]):
-    """A shard whose matrices are not quantized, which the Triton kernels take."""
-
-    def to(self, device: torch.device) -> "ShardWeights":
+    def to(self, device: torch.device) -> "Shard[torch.Tensor | QuantizedMatrix]":
         """The same weights on another device."""
-        up, places = (None if part is None else part.to(device) for part in (self.up, self.places))
-        return ShardWeights(self.down.to(device), up, places)
+        up = None if self.up is None else self.up.to(device)
+        return Shard(self.down.to(device), up, None if self.places is None else self.places.to(device))

@@ -5,6 +5,7 @@ first for the down GEMM, then for the whole layer, except that it runs the up GE
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from pgsvd_vllm.kernels.layer_shape import LayerShape
 
@@ -12,9 +13,10 @@ from pgsvd_vllm.kernels.layer_shape import LayerShape
 MOST_TOKENS = 256
 # Our kernels compute up to so many tokens: with one up GEMM, or two of a layer with scattered outputs,
 SINGLE_TOKENS = 16
-# with two otherwise, with three, and with the activation,
+# with two otherwise, with three, with the activation, and with weights of 8 bits,
 FEW_TOKENS = 32
-# and with three whose rows are the outputs in order: cuBLAS runs them one by one.
+# and with three whose rows are the outputs in order: cuBLAS runs them one by one. So do several of 8 bits, whose z a
+# library copies and quantizes one by one.
 FEW_TOKENS_OF_MANY = 64
 # For those three, up to so many: our up kernel after a cuBLAS down GEMM.
 MIXED_TOKENS = 128
@@ -79,15 +81,21 @@ def own_tiles(tokens: int, sizes: LayerShape, gated: bool = False, amd: bool = F
     """
     down = down_tile(tokens, sizes) if tokens <= MOST_BLOCK_M else None
     up = gated_tile(tokens) if gated else up_tile(tokens, sizes)
-    return (down and replace(down, stages=2), replace(up, stages=2)) if amd else (down, up)
+    changed: dict[str, Any] = {"stages": 2} if amd else {}
+    if sizes.bits == 8:
+        # On the left the operand comes from registers on Hopper, and is copied there 8 bytes at a time.
+        changed["swap"] = False
+    return (down and replace(down, **changed), replace(up, **changed))
 
 
 def default_steps(sizes: LayerShape, gated: bool = False, amd: bool = False) -> Steps:
     """The steps of a layer that has not been tuned; arguments as of `own_tiles`."""
     numbers = [SINGLE_TOKENS]
-    if gated or sizes.shards >= MANY_SHARDS or (sizes.shards > 1 and not sizes.scattered):
+    if gated or sizes.bits == 8 or sizes.shards >= MANY_SHARDS or (sizes.shards > 1 and not sizes.scattered):
         numbers.append(FEW_TOKENS)
-    if sizes.shards >= MANY_SHARDS and not sizes.scattered:
+    if sizes.bits == 8 and sizes.shards > 1:
+        numbers.append(FEW_TOKENS_OF_MANY)
+    elif sizes.bits == 16 and sizes.shards >= MANY_SHARDS and not sizes.scattered:
         numbers += [FEW_TOKENS_OF_MANY, MIXED_TOKENS]
     return tuple(Step(most, own_tiles(most, sizes, gated, amd)) for most in numbers)
 

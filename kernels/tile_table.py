@@ -95,7 +95,10 @@ def read_table(path: Path) -> Table:
 def _sizes(row: Mapping[str, Any]) -> LayerShape:
     columns, rows = (_whole(row[name], 1, MOST_SIZE) for name in ("columns", "rows"))
     heights, rank, shards = (_whole(row[name], 0, MOST_SIZE) for name in ("heights", "rank", "shards"))
-    return LayerShape(columns, rows, heights, rank, shards, _flag(row, "scattered"))
+    # Only layers of 16 bits are tuned; older tables do not say so.
+    return LayerShape(
+        columns, rows, heights, rank, shards, _flag(row, "scattered"), _whole(row.get("bits", 16), 16, 16)
+    )
 
 
 def _steps(rows: list[Mapping[str, Any]]) -> Steps:

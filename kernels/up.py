@@ -39,6 +39,7 @@ def _place(
 def up_kernel(
     z,
     u,
+    u_scale,
     y,
     places,
     bias,
@@ -66,13 +67,16 @@ def up_kernel(
     HAS_PLACES: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_OWN: tl.constexpr,
+    SCALED: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """One tile of tokens and of one shard's outputs, or of the columns of s that are outputs.
 
     Args:
         z: [tokens, r0 + r1 + r2], rows `z_stride` apart.
-        u: the shards' up factors [n_i, r_i], one after the other, contiguous; the r_i are multiples of 16.
+        u: the shards' up factors [n_i, r_i], one after the other, contiguous; the r_i are multiples of 16. With
+            SCALED in 8 bits.
+        u_scale: float32 [n0 + n1 + n2]; with SCALED a row of an up factor is multiplied by it.
         y: [tokens, out], rows `y_stride` apart; shard i begins at column y_i, or
         places: int32 [n0 + n1 + n2], the column of y of every row of every shard.
         bias: of the layer's outputs.
@@ -133,6 +137,8 @@ def up_kernel(
         c = k + tl.arange(0, BLOCK_K)
         a = tl.load(z_row + c[None, :], mask=in_tokens & (c[None, :] < r), other=0.0)
         b = tl.load(u_row + c[None, :], mask=c[None, :] < r, other=0.0)
+        if SCALED:
+            b = b.to(a.dtype)
         if SWAP:
             acc = tl.dot(b, tl.trans(a), acc, input_precision="ieee")
         else:
@@ -142,6 +148,8 @@ def up_kernel(
         acc = tl.trans(acc)
     m2 = m[:, None]
     o2 = o[None, :]
+    if SCALED:
+        acc *= tl.load(u_scale + p_at + o2, mask=o2 < n, other=0.0)
     place = y_at + o2
     if HAS_PLACES:
         place = tl.load(places + p_at + o2, mask=o2 < n, other=0)

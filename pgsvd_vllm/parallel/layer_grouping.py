@@ -26,9 +26,10 @@ class LayerSizes:
 
 
 def grouped_layers(checkpoint: Checkpoint, tensor_parallel: int = 1) -> Iterator[LayerSizes]:
-    """Every layer with a factored module that the Triton kernels run, in the order of the checkpoint's table.
+    """Every layer with a factored module that the Triton kernels run and `tune` measures, in the table's order.
 
-    The kernels do not run MoE experts, which are reconstructed on GPUs, nor the LM head, nor quantized matrices.
+    The kernels do not run MoE experts, which are reconstructed on GPUs, nor the LM head. Quantized layers keep the
+    default tiles.
     """
     for names, split in groups(checkpoint):
         modules = [checkpoint.modules[name] for name in names if name in checkpoint.modules]

@@ -19,12 +19,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 from pgsvd_vllm.kernels.layer_shape import ShardShape
 from pgsvd_vllm.kernels.numerics import gated_difference, layer_difference
 from pgsvd_vllm.kernels.packed_weights import Gate, PackedLayer
-from pgsvd_vllm.kernels.shard_weights import ShardWeights
+from pgsvd_vllm.kernels.quantized_matrix import Matrix
+from pgsvd_vllm.kernels.shard_weights import Shard
 from pgsvd_vllm.kernels.tile_heuristics import Tile, Tiles
 
 TOKENS = (0, 1, 2, 3, 5, 8, 16, 17, 33, 67)
 COLUMNS = (16, 24, 40, 64, 96, 100, 129, 256, 300)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# Of the weights; None for that of the inputs.
+WEIGHTS = (None, None, torch.int8, torch.float8_e4m3fn)
 
 
 def replace_kernels(folder: Path) -> None:
@@ -48,12 +51,16 @@ class Layer:
         shards: its weights.
     """
 
-    def __init__(self, rng: random.Random, dtype: torch.dtype, columns: int) -> None:
+    def __init__(
+        self, rng: random.Random, dtype: torch.dtype, columns: int, weights: torch.dtype | None = None
+    ) -> None:
+        from pgsvd_vllm.kernels.autotune import rounded
+
         forms = ["dense", "factors", "pivot"]
         kinds = [rng.choice(forms) for _ in range(rng.choice([1, 1, 2, 3]))]
         if "factors" not in kinds and "pivot" not in kinds:
             kinds[rng.randrange(len(kinds))] = rng.choice(forms[1:])
-        self.shards: list[ShardWeights] = []
+        self.shards: list[Shard[Matrix]] = []
         self.outs = []
         for kind in kinds:
             out, rank = rng.choice([1, 2, 7, 16, 31, 48, 97, 113, 150]), rng.choice([1, 1, 3, 15, 16, 17, 40, 64, 89])
@@ -68,19 +75,23 @@ class Layer:
             found = torch.cat([torch.arange(rows), -1 - torch.randperm(rank)[:mine]])
             self.outs[-1] = len(found) if kind == "pivot" else out
             places = found[torch.randperm(len(found))] if kind == "pivot" else None
-            self.shards.append(ShardWeights(down, up, places))
+            if weights is None:
+                self.shards.append(Shard(down, up, places))
+            else:
+                self.shards.append(Shard(rounded(down, weights), None if up is None else rounded(up, weights), places))
 
     def difference(self, x: torch.Tensor, bias: torch.Tensor | None, y: torch.Tensor) -> str:
         """What is wrong with an output; empty if nothing is."""
         return layer_difference(x, self.shards, bias, y)
 
 
-def random_tiles(rng: random.Random) -> Tiles:
+def random_tiles(rng: random.Random, library: bool = True) -> Tiles:
+    """Tiles; with `library` sometimes none of the down GEMM."""
     blocks = [16, 32, 64]
     parts = rng.choice([1, 2, 3, 5])
     down = Tile(rng.choice([16, 32]), rng.choice(blocks), rng.choice(blocks), 4, 2, parts, rng.random() < 0.5)
     return (
-        down if rng.random() < 0.8 else None,
+        down if rng.random() < 0.8 or not library else None,
         Tile(rng.choice([16, 32]), rng.choice(blocks), rng.choice(blocks), 4, 2, 1, rng.random() < 0.5),
     )
 
@@ -98,6 +109,15 @@ def room(packed: PackedLayer, tokens: int, down: Tile | None) -> Any:
     return scratch
 
 
+def scaled_gemms(packed: PackedLayer) -> Any:
+    """What vLLM's GEMMs of 8-bit weights compute on a GPU, without the rounding of their inputs; None for others."""
+    heights = [len(packed.v), *packed.heights]
+    return [
+        lambda x, m=m, height=height: (x.double() @ m.double().T).to(x.dtype)[:, :height]
+        for m, height in zip(packed.quantized(), heights, strict=False)
+    ] or None
+
+
 def check_one(rng: random.Random) -> None:
     from pgsvd_vllm.kernels import launch
     from pgsvd_vllm.kernels.cublas import run_library
@@ -105,20 +125,24 @@ def check_one(rng: random.Random) -> None:
     from tests.kernels.interpreter import watch
 
     dtype, tokens, columns = rng.choice(DTYPES), rng.choice(TOKENS), rng.choice(COLUMNS)
-    layer = Layer(rng, dtype, columns)
-    packed = PackedLayer(layer.shards)
+    weights = rng.choice(WEIGHTS)
+    layer = Layer(rng, dtype, columns, weights)
+    packed = PackedLayer(layer.shards, dtype=dtype)
     gap = rng.choice([0, 8, 11])
     x = torch.cat([torch.randn(tokens, columns), torch.full((tokens, gap), float("nan"))], 1).to(dtype)[:, :columns]
     bias = torch.randn(sum(layer.outs)).to(dtype) if rng.random() < 0.5 else None
-    down, up = random_tiles(rng)
+    down, up = random_tiles(rng, weights is None)
     scratch = room(packed, tokens, down)
-    described = f"{dtype}, {tokens} tokens, {columns} columns, ranks {packed.ranks}, outputs {layer.outs}, {down}, {up}"
+    described = (
+        f"{dtype}, weights {weights}, {tokens} tokens, {columns} columns, ranks {packed.ranks}, outputs {layer.outs}, "
+        f"{down}, {up}"
+    )
     before, overlap = watch.launches, rng.random() < 0.5
     try:
         y = launch.run(x, packed, scratch, bias, (down, up), overlap)
         launches = watch.launches - before
         again = launch.run(x, packed, scratch, bias, (down, up), overlap)
-        ordered = run_library(x, packed, bias, kernels=True)
+        ordered = run_library(x, packed, bias, kernels=True, gemms=scaled_gemms(packed))
     except Exception as error:
         raise SystemExit(f"{described}: {error}") from error
     wrong = layer.difference(x, bias, y) or layer.difference(x, bias, ordered)
@@ -130,7 +154,7 @@ def check_one(rng: random.Random) -> None:
         raise SystemExit(f"{described}: the second run differs, or counters are left")
 
 
-def gated_layer(rng: random.Random, dtype: torch.dtype, columns: int) -> Any:
+def gated_layer(rng: random.Random, dtype: torch.dtype, columns: int, weights: torch.dtype | None) -> Any:
     """Two shards of the same outputs, of any form."""
     from pgsvd_vllm.kernels.autotune import RandomLayer
 
@@ -141,7 +165,7 @@ def gated_layer(rng: random.Random, dtype: torch.dtype, columns: int) -> Any:
         # Sometimes all outputs are pivots, and not all pivots are outputs.
         own = min(half, rng.choice([rank, rank, rng.randint(1, rank)]))
         shards.append(ShardShape(half, None if kind == "dense" else rank, own if kind == "pivot" else None))
-    return RandomLayer(shards, columns, dtype, torch.device("cpu"))
+    return RandomLayer(shards, columns, dtype, torch.device("cpu"), weights)
 
 
 def check_gated(rng: random.Random) -> None:
@@ -151,23 +175,26 @@ def check_gated(rng: random.Random) -> None:
     from tests.kernels.interpreter import watch
 
     dtype, tokens, columns = rng.choice(DTYPES), rng.choice(TOKENS), rng.choice(COLUMNS)
-    layer = gated_layer(rng, dtype, columns)
+    weights = rng.choice(WEIGHTS)
+    layer = gated_layer(rng, dtype, columns, weights)
     packed = layer.pack()
     gate = Gate(packed, layer.shards)
     # Gates of all sizes, up to where SiLU's exponential overflows; fp16 would not hold their gemms.
     x = (torch.randn(tokens, columns) * rng.choice([0.1, 1, 30, 30 if dtype == torch.float16 else 300])).to(dtype)
     bias = torch.randn(packed.out).to(dtype) if rng.random() < 0.5 else None
-    down, up = random_tiles(rng)
+    down, up = random_tiles(rng, weights is None)
     scratch = room(packed, tokens, down)
     described = (
-        f"gated, {dtype}, {tokens} tokens, {columns} columns, half {gate.half}, ranks {gate.ranks}, {down}, {up}"
+        f"gated, {dtype}, weights {weights}, {tokens} tokens, {columns} columns, half {gate.half}, "
+        f"ranks {gate.ranks}, {down}, {up}"
     )
     before, overlap = watch.launches, rng.random() < 0.5
     try:
         y = launch.run_gated(x, packed, gate, scratch, bias, (down, up), overlap)
         launches = watch.launches - before
         again = launch.run_gated(x, packed, gate, scratch, bias, (down, up), overlap)
-        ordered = y if packed.sources is None else run_library_gated(x, packed, gate, bias)
+        gemms = scaled_gemms(packed)
+        ordered = y if packed.sources is None else run_library_gated(x, packed, gate, bias, gemms)
     except Exception as error:
         raise SystemExit(f"{described}: {error}") from error
     wrong = gated_difference(x, layer.shards, bias, y)
@@ -180,17 +207,30 @@ def check_gated(rng: random.Random) -> None:
         raise SystemExit(f"{described}: the second run differs, or counters are left")
 
 
-def check_gemms(rng: random.Random) -> None:
-    """The GEMMs of a layer on a GPU: the kernels for few tokens, cuBLAS for many."""
-    from pgsvd_vllm.serving.gemm.gpu import TritonGemms
+def silu_and_mul(y: torch.Tensor) -> torch.Tensor:
+    gate, other = y.chunk(2, 1)
+    return torch.nn.functional.silu(gate) * other
 
-    layer = Layer(rng, torch.bfloat16, 64)
-    gemms = TritonGemms(layer.shards, has_bias=True)
-    for tokens in (0, 1, 20, 70, 300):
-        x = torch.randn(tokens, 64).bfloat16()
-        wrong = layer.difference(x, None, gemms(x))
-        if wrong:
-            raise SystemExit(f"{tokens} tokens: {wrong}")
+
+def check_gemms(rng: random.Random) -> None:
+    """The GEMMs of a layer on a GPU, with an activation or without: the kernels for few tokens, a library for many."""
+    from pgsvd_vllm.serving.gemm import gpu
+    from pgsvd_vllm.serving.vllm_compat.cpu_gemm import Gemm
+
+    # Not vLLM's, which run on GPUs alone.
+    gpu.quantized_gemm = lambda matrix, dtype: Gemm(
+        lambda x, bias: (x.double() @ matrix.double().T).to(dtype), [matrix.values, matrix.scale]
+    )
+    for weights in WEIGHTS[1:]:
+        layer = Layer(rng, torch.bfloat16, 64, weights)
+        gated = gated_layer(rng, torch.bfloat16, 64, weights)
+        gemms = gpu.TritonGemms(layer.shards, True, dtype=torch.bfloat16)
+        silu = gpu.TritonGemms(gated.shards, True, silu_and_mul, dtype=torch.bfloat16)
+        for tokens in (0, 1, 20, 70, 300):
+            x = torch.randn(tokens, 64).bfloat16()
+            wrong = layer.difference(x, None, gemms(x)) or gated_difference(x, gated.shards, None, silu(x))
+            if wrong:
+                raise SystemExit(f"{tokens} tokens, weights {weights}: {wrong}")
 
 
 def main(seed: int, cases: int) -> None:

@@ -1,8 +1,9 @@
 """vLLM's layers with factored shards as they are on a GPU, their kernels in Triton's interpreter, against float64.
 
-    TRITON_INTERPRET=1 python tests/kernels/interpreted_layers.py bfloat16|float16|reload|cuts|activation
+    TRITON_INTERPRET=1 python tests/kernels/interpreted_layers.py bfloat16|float16|reload|cuts|activation|bits
 
-Only the question whether there is a GPU is answered otherwise than the truth.
+Only the question whether there is a GPU is answered otherwise than the truth. vLLM's scaled GEMMs, which multiply many
+tokens by weights of 8 bits, are replaced by exact ones.
 """
 
 import itertools
@@ -23,6 +24,7 @@ from vllm.model_executor.models.qwen2 import Qwen2MLP
 from vllm.platforms import current_platform
 
 from benchmarks.linear_cpu import one_rank
+from pgsvd_vllm.errors import CheckpointError
 from pgsvd_vllm.kernels.tile_heuristics import tiles_for
 from pgsvd_vllm.parallel.comm_plan import Cut
 from pgsvd_vllm.serving.gemm.gpu import TritonGemms
@@ -74,7 +76,7 @@ def check_reload() -> int:
 def check_activation() -> int:
     """MLPs of vLLM whose gate and up layer computes the activation, and MLPs that keep theirs."""
     from pgsvd_vllm.kernels.numerics import gated_difference
-    from pgsvd_vllm.kernels.shard_weights import ShardWeights
+    from pgsvd_vllm.kernels.shard_weights import Shard
     from pgsvd_vllm.parallel.slicing import pivot_rows
     from pgsvd_vllm.serving.layers.fused_silu import fuse_silu
     from pgsvd_vllm.serving.vllm_compat.internals import encode
@@ -97,11 +99,11 @@ def check_activation() -> int:
         for kinds in case.tensors.values():
             if "pivots" in kinds:
                 up, places = pivot_rows(kinds["pivots"], kinds["weight_c"], [slice(0, WIDE)])
-                shards.append(ShardWeights(kinds["weight_p"], up, places))
+                shards.append(Shard(kinds["weight_p"], up, places))
             elif "weight" in kinds:
-                shards.append(ShardWeights(kinds["weight"]))
+                shards.append(Shard(kinds["weight"]))
             else:
-                shards.append(ShardWeights(kinds["weight_v"], kinds["weight_u"]))
+                shards.append(Shard(kinds["weight_v"], kinds["weight_u"]))
         added = torch.cat([kinds["bias"] for kinds in case.tensors.values()]) if bias else None
         if not case.layer.quant_method.opaque:
             raise SystemExit("the layer is not called through the op")
@@ -171,12 +173,77 @@ def check_mixes(dtype: torch.dtype) -> int:
     return layers
 
 
+def check_bits() -> int:
+    """Layers of 8-bit weights: the kernels read them for few tokens, after a reload as well."""
+    from pgsvd_vllm.format.quantization import FP8, INT8
+    from pgsvd_vllm.kernels.quantized_matrix import QuantizedMatrix
+    from pgsvd_vllm.serving.gemm import gpu
+    from pgsvd_vllm.serving.gemm.cpu import FactoredGemms
+    from pgsvd_vllm.serving.vllm_compat.cpu_gemm import Gemm
+    from tests.serving.layers import test_quantized as quantized
+
+    def exact(matrix: QuantizedMatrix, dtype: torch.dtype, copies: bool = False) -> Gemm:
+        # What CUTLASS wants, for which vLLM copies weights or takes slower kernels otherwise.
+        if len(matrix) % 16 or any(t.data_ptr() % 16 for t in (matrix.values, matrix.scale)):
+            raise SystemExit(f"{tuple(matrix.shape)}: not aligned")
+        own = QuantizedMatrix(matrix.values.clone() if copies else matrix.values, matrix.scale.clone(), 8)
+        return Gemm(lambda x, bias: (x.double() @ own.double().T).to(dtype), [own.values, own.scale])
+
+    def compare(one: Any) -> None:
+        for tokens in (0, 1, 17, 100):
+            x = torch.randn(tokens, quantized.HIDDEN).bfloat16()
+            earlier = watch.launches
+            y, _ = one.layer(x)
+            if watch.launches - earlier != expected_launches(one.layer.pgsvd_gemms, tokens):
+                raise SystemExit(f"{tokens} tokens: {watch.launches - earlier} launches")
+            expected = x.double() @ torch.cat(one.weights).T
+            if (y.double() - expected).norm() > 0.006 * expected.norm():
+                raise SystemExit(f"{tokens} tokens: off by {(y.double() - expected).norm() / expected.norm():.4f}")
+
+    layers = 0
+    odd: tuple[quantized.Module, ...] = (("pivot", 33), ("factors", 17), ("pivot", 19))
+    for scheme, forms in itertools.product((INT8, FP8), (*quantized.FORMS[:2], odd)):
+        gpu.quantized_gemm = exact
+        one, other = (quantized.Layer(forms, (scheme, scheme), torch.bfloat16) for _ in range(2))
+        one.load().finish()
+        if not isinstance(one.layer.pgsvd_gemms, TritonGemms):
+            raise SystemExit(f"{scheme.name}: {type(one.layer.pgsvd_gemms).__name__}")
+        compare(one)
+        for kinds in other.stored.values():
+            for kind in kinds:
+                if kind.endswith("_scale"):
+                    kinds[kind] = 2 * kinds[kind]
+        one.layer.pgsvd_gemms.refill(other.load().finish().layer.pgsvd_gemms)
+        # Both factors are twice as large; outputs that are pivot rows have one factor.
+        one.weights = [quantized.weight_of(kinds, scheme) for kinds in other.stored.values()]
+        compare(one)
+        # A kernel of vLLM's with a copy of the weights would take their memory twice.
+        gpu.quantized_gemm = lambda matrix, dtype: exact(matrix, dtype, copies=True)
+        third = quantized.Layer(forms, (scheme, scheme), torch.bfloat16).load().finish()
+        if not isinstance(third.layer.pgsvd_gemms, FactoredGemms):
+            raise SystemExit(f"{scheme.name}: weights are held twice")
+        # Captured graphs hold the addresses of the first GEMMs.
+        gpu.quantized_gemm = exact
+        again = quantized.Layer(forms, (scheme, scheme), torch.bfloat16)
+        again.layer.pgsvd_gemms = third.layer.pgsvd_gemms
+        try:
+            again.load().finish()
+        except CheckpointError as error:
+            if "other ranks or pivots" not in str(error):
+                raise
+        else:
+            raise SystemExit("GEMMs of another kind are taken at reload")
+        layers += 1
+    return layers
+
+
 PARTS: dict[str, Callable[[], int]] = {
     "bfloat16": lambda: check_mixes(torch.bfloat16),
     "float16": lambda: check_mixes(torch.float16),
     "reload": check_reload,
     "cuts": check_cuts,
     "activation": check_activation,
+    "bits": check_bits,
 }
 
 

@@ -11,6 +11,7 @@ import random
 from typing import Any
 
 import numpy as np
+import torch
 import triton.language as tl
 from triton.language.extra import cuda
 from triton.runtime import interpreter
@@ -38,11 +39,16 @@ def _mend_casts() -> None:
                 return Handle(_widen(source.data), tl.float32)
             if pair == (tl.float32, tl.bfloat16):
                 return Handle(_round(source.data), tl.bfloat16)
+            if pair[0] == tl.float8e4nv:
+                exact = torch.from_numpy(source.data).view(torch.float8_e4m3fn).float().numpy()
+                return cast(self, Handle(exact, tl.float32), target, *rest)
+            if pair == (tl.int8, tl.bfloat16):
+                return Handle(_round(source.data.astype(np.float32)), tl.bfloat16)
             return original(self, source, target, *rest)
 
         return cast
 
-    for name in ("cast_impl", "create_fp_to_fp", "create_fp_trunc", "create_fp_ext"):
+    for name in ("cast_impl", "create_fp_to_fp", "create_fp_trunc", "create_fp_ext", "create_si_to_fp"):
         setattr(Builder, name, mended(getattr(Builder, name)))
 
 

@@ -109,6 +109,11 @@ MUTANTS = {
     "gated's second sum runs past its end": Mutant(
         "gated", "known1 = c[None, :] < r1", "known1 = c[None, :] < tl.maximum(r0, r1)", "sum"
     ),
+    "up takes the first shard's scales": Mutant("up", "u_scale + p_at + o2", "u_scale + o2", "indexing"),
+    "down takes one row's scale for all": Mutant("down", "v_scale + r2", "v_scale + 0 * r2", "indexing"),
+    "gated takes the gate's scales for both": Mutant(
+        "gated", "u_scale + n0 + tl.maximum(place1, 0)", "u_scale + tl.maximum(place1, 0)", "indexing"
+    ),
     "permute stores outputs past the last": Mutant(
         "permute", "(m < tokens) & there[None, :]", "m < tokens", "bounds", core=True
     ),

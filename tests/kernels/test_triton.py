@@ -20,9 +20,11 @@ from pgsvd_vllm.kernels.cublas import run_library  # noqa: E402
 from pgsvd_vllm.kernels.launch import SplitKScratch, room, run  # noqa: E402
 from pgsvd_vllm.kernels.layer_shape import LayerShape  # noqa: E402
 from pgsvd_vllm.kernels.packed_weights import PackedLayer  # noqa: E402
-from pgsvd_vllm.kernels.shard_weights import ShardWeights  # noqa: E402
+from pgsvd_vllm.kernels.quantized_matrix import QuantizedMatrix  # noqa: E402
+from pgsvd_vllm.kernels.shard_weights import Shard  # noqa: E402
 from pgsvd_vllm.kernels.tile_heuristics import FEW_TOKENS_OF_MANY, default_steps, down_tile  # noqa: E402
-from pgsvd_vllm.serving.gemm.gpu import ScratchPool, TritonGemms  # noqa: E402
+from pgsvd_vllm.serving.gemm import gpu  # noqa: E402
+from pgsvd_vllm.serving.gemm.gpu import ScratchPool, TritonGemms, can_take  # noqa: E402
 from tests.kernels.interpreted import Layer  # noqa: E402
 from tests.kernels.mutants import MUTANTS, planted  # noqa: E402
 
@@ -77,7 +79,7 @@ def test_cublas_path_matches_float64(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(
-    "part", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow), "reload", "cuts", "activation"]
+    "part", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow), "reload", "cuts", "activation", "bits"]
 )
 def test_vllm_layers_run_the_kernels(part: str) -> None:
     """All mixes of tests/serving/layers/test_linear.py, loaded and called as on a GPU, interpreted."""
@@ -121,7 +123,8 @@ def test_compiled_kernels_keep_their_limits(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     rows = json.loads((tmp_path / "rows.json").read_text())
     # On two targets with and without overlap; three tiles, each of a down, three up and a gated kernel, and two up.
-    assert len(rows) == (5 + 2) * (3 * 5 + 2)
+    # With weights of 8 bits on two targets, once.
+    assert len(rows) == (5 + 2) * (3 * 5 + 2) + 2 * (3 * 5)
     assert all(row["registers"] > 0 for row in rows)
 
 
@@ -129,8 +132,8 @@ def test_compiled_kernels_keep_their_limits(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "kernels"),
     [
-        # All but the down kernels with and without places and bias, two dtypes; else as above.
-        ([], (5 + 2) * (3 * (1 + 2 * 4) + 2 * 2) * 2),
+        # All but the down kernels with and without places and bias, two dtypes; INT8 on all targets, FP8 on three.
+        ([], (5 + 2) * (3 * (1 + 2 * 4) + 2 * 2) * 2 + (5 + 3) * (3 * 5)),
         (["--candidates"], None),
     ],
 )
@@ -161,7 +164,7 @@ def test_gpu_check_dry_run_lists_its_cases() -> None:
         ["make", "gpu-check", "ARGS=--dry-run"], capture_output=True, text=True, cwd=ROOT, timeout=300, check=False
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "900 random layers; 4 layers of Llama-2-7B, 200 repeats" in done.stdout
+    assert "900 random layers, and with weights of 8 bits; 4 layers of Llama-2-7B, 200 repeats" in done.stdout
 
 
 def layer(*shards: tuple[int, int, int | None]) -> PackedLayer:
@@ -169,7 +172,7 @@ def layer(*shards: tuple[int, int, int | None]) -> PackedLayer:
     weights = []
     for out, columns, rank in shards:
         up = None if rank is None else torch.randn(out, rank)
-        weights.append(ShardWeights(torch.randn(out if rank is None else rank, columns), up))
+        weights.append(Shard(torch.randn(out if rank is None else rank, columns), up))
     return PackedLayer(weights)
 
 
@@ -187,11 +190,11 @@ def test_unsupported_layers_are_refused(shards: list[tuple[int, int, int | None]
 
 def test_mismatched_weights_are_refused() -> None:
     with pytest.raises(ValueError, match="the kernels take float16, bfloat16 and float32"):
-        PackedLayer([ShardWeights(torch.zeros(4, 16).double(), torch.zeros(8, 4).double())])
+        PackedLayer([Shard(torch.zeros(4, 16).double(), torch.zeros(8, 4).double())])
     with pytest.raises(ValueError, match="^an up factor of another rank than its down factor"):
-        PackedLayer([ShardWeights(torch.zeros(4, 16), torch.zeros(8, 5))])
+        PackedLayer([Shard(torch.zeros(4, 16), torch.zeros(8, 5))])
     with pytest.raises(ValueError, match=r"weights of torch\.float16 \(8, 4\) beside torch\.float32"):
-        PackedLayer([ShardWeights(torch.zeros(4, 16), torch.zeros(8, 4).half())])
+        PackedLayer([Shard(torch.zeros(4, 16), torch.zeros(8, 4).half())])
 
 
 @pytest.mark.parametrize(
@@ -219,17 +222,56 @@ def test_too_small_scratch_is_refused() -> None:
 def test_environment_chooses_the_gemms(monkeypatch: pytest.MonkeyPatch) -> None:
     down, up = torch.randn(4, 16), torch.randn(8, 4)
     monkeypatch.setenv("PGSVD_KERNELS", "torch")
-    gemms = TritonGemms([ShardWeights(down, up)], False)
+    gemms = TritonGemms([Shard(down, up)], False)
     x = torch.randn(3, 16)
     torch.testing.assert_close(gemms(x), x @ down.T @ up.T)
     monkeypatch.setenv("PGSVD_KERNELS", "cuda")
     with pytest.raises(InputError, match="PGSVD_KERNELS=cuda: must be triton or torch"):
-        TritonGemms([ShardWeights(down, up)], False)
+        TritonGemms([Shard(down, up)], False)
+
+
+def eight_bits(rows: int, columns: int, dtype: torch.dtype = torch.int8, groups: int = 1) -> QuantizedMatrix:
+    return QuantizedMatrix(torch.zeros(rows, columns).to(dtype), torch.ones(rows, groups), 8)
+
+
+def test_layers_of_8_bits_are_taken_where_all_of_it_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    down, up, bf16 = eight_bits(4, 16), eight_bits(8, 4), torch.bfloat16
+    assert can_take([Shard(down, up), Shard(eight_bits(6, 16))], bf16)
+    # vLLM's own GEMMs compute these: float32 inputs, dense shards alone, kinds side by side, and groups.
+    assert not can_take([Shard(down, up)], torch.float32)
+    assert not can_take([Shard(down)], bf16)
+    assert not can_take([Shard(down, up), Shard(torch.zeros(6, 16, dtype=bf16))], bf16)
+    assert not can_take([Shard(down, eight_bits(8, 4, torch.float8_e4m3fn))], bf16)
+    assert not can_take([Shard(eight_bits(4, 16, groups=2), up)], bf16)
+    assert not can_take([Shard(QuantizedMatrix(down.values, down.scale, 4), up)], bf16)
+    assert not can_take([Shard(down, up)] * 4, bf16)
+    monkeypatch.setenv("PGSVD_KERNELS", "torch")
+    assert not can_take([Shard(down, up)], bf16)
+
+
+@pytest.mark.parametrize(
+    ("capability", "suits"),
+    # Weights of bf16, INT8 and FP8.
+    [
+        ((7, 5), (False, False, False)),
+        ((8, 0), (True, True, False)),
+        ((8, 9), (True, True, True)),
+        ((9, 0), (True, True, True)),
+        ((10, 0), (True, False, True)),
+    ],
+)
+def test_gpus_that_the_kernels_suit(
+    capability: tuple[int, int], suits: tuple[bool, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: capability)
+    device, weights = torch.device("cuda"), (torch.bfloat16, torch.int8, torch.float8_e4m3fn)
+    assert tuple(gpu._suits(torch.bfloat16, one, device) for one in weights) == suits
+    assert not gpu._suits(torch.float32, torch.float32, device)
 
 
 def test_unreadable_tile_table_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PGSVD_KERNEL_TABLE", str(tmp_path / "none.json"))
-    shard = ShardWeights(torch.randn(4, 16).half(), torch.randn(8, 4).half())
+    shard = Shard(torch.randn(4, 16).half(), torch.randn(8, 4).half())
     with pytest.raises(InputError, match=r"^PGSVD_KERNEL_TABLE: .*none\.json: cannot be read"):
         TritonGemms([shard], False)
 

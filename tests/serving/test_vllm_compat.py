@@ -31,6 +31,7 @@ PRIVATE_ATTRIBUTES = {
     *("static_forward_context", "no_compile_layers", "additional_config", "compilation_config", "hf_text_config"),
     *("hf_to_vllm_mapper", "orig_to_new_renaming", "act_fn", "cpu_linear", "handler_tensor", "_C", "__class__"),
     *("_prepare_weights", "_map_global_expert_id_to_local_expert_id", "w13_weight", "w2_weight"),
+    *("_set_cudagraph_sizes", "cudagraph_capture_sizes", "cudagraph_mode"),
     *("ckpt_gate_proj_name", "ckpt_up_proj_name", "ckpt_down_proj_name", "stage_name", "forward_cuda"),
 }
 # What an MLP's forward may use: nothing else sees the gate and up layer's outputs.
@@ -46,6 +47,11 @@ SIGNATURES = {
     ),
     "vllm.utils.torch_utils:_encode_layer_name": "layer_name",
     "vllm.utils.torch_utils:_resolve_layer_name": "layer_name",
+    "vllm.config:VllmConfig._set_cudagraph_sizes": "self",
+    "vllm.config:CUDAGraphMode.mixed_mode": "self",
+    "vllm.config:CUDAGraphMode.has_full_cudagraphs": "self",
+    "vllm.config:ModelConfig.get_num_attention_heads": "self parallel_config arch_config",
+    "vllm.config:ModelConfig.get_head_size": "self",
     "vllm.forward_context:get_forward_context": "",
     "vllm.forward_context:is_forward_context_available": "",
     "vllm.distributed.communication_op:tensor_model_parallel_all_reduce": "input_",
@@ -75,9 +81,15 @@ SIGNATURES = {
 # Classes -> attributes that are set or read on their instances.
 ATTRIBUTES = {
     "vllm.config:VllmConfig": (
-        "additional_config compilation_config lora_config load_config parallel_config quant_config"
+        "additional_config compilation_config lora_config load_config parallel_config quant_config model_config "
+        "scheduler_config attention_config"
     ),
-    "vllm.config:CompilationConfig": "static_forward_context mode",
+    "vllm.config:CompilationConfig": (
+        "static_forward_context mode cudagraph_mode cudagraph_capture_sizes max_cudagraph_capture_size"
+    ),
+    "vllm.config:CUDAGraphMode": "PIECEWISE",
+    "vllm.config:AttentionConfig": "flash_attn_max_num_splits_for_cuda_graph",
+    "vllm.config:SchedulerConfig": "max_num_batched_tokens",
     "vllm.config:ParallelConfig": "tensor_parallel_size pipeline_parallel_size",
     "vllm.config:LoadConfig": "load_format download_dir model_loader_extra_config",
     "vllm.config:ModelConfig": "hf_config hf_text_config model revision runner_type",

@@ -5,7 +5,7 @@ the weights of the dense ones. Each low-rank shard has an up GEMM over its colum
 in the layer's order.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -74,6 +74,7 @@ class FactoredGemms:
         cut: the layer's tensor-parallel cut.
         tp_size: tensor-parallel ranks.
         dtype: of the activations; that of the weights if None, none of which is quantized then.
+        activation: as of TritonGemms.
     """
 
     def __init__(
@@ -82,7 +83,9 @@ class FactoredGemms:
         cut: Cut = Cut.REPLICATED,
         tp_size: int = 1,
         dtype: torch.dtype | None = None,
+        activation: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> None:
+        self.activation = activation
         dtype = dtype or _dtype_of(shards)
         blocks = tp_size if cut is Cut.ALL_GATHER_Z else 1
         # Low-rank shards come first: z, which a collective may complete, is then one contiguous block.
@@ -163,7 +166,11 @@ class FactoredGemms:
             self.order.copy_(other.order)
 
     def __call__(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """x [tokens, in] -> [tokens, out]."""
+        """x [tokens, in] -> [tokens, out], or half of it after the activation."""
+        y = self._outputs(x, bias)
+        return y if self.activation is None else self.activation(y)
+
+    def _outputs(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         # The packed kernel divides by the number of tokens. No graph runs, or should be traced, for none.
         if not torch.compiler.is_compiling() and len(x) == 0:
             return x.new_empty(0, self.out)

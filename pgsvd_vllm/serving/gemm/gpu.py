@@ -1,5 +1,7 @@
 """A layer's GEMMs on GPUs: the Triton kernels for few tokens, cuBLAS for many.
 
+Weights of 8 bits multiply few tokens as they are, and many tokens in vLLM's scaled GEMMs, which quantize x and z.
+
 PGSVD_KERNELS=torch uses cuBLAS for all. PGSVD_KERNEL_TABLE names a file written by `pgsvd-vllm tune`; the default is
 the file for this GPU in the user's cache, if there is one.
 """
@@ -7,24 +9,27 @@ the file for this GPU in the user's cache, if there is one.
 import logging
 import os
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
 
 from pgsvd_vllm.errors import InputError
-from pgsvd_vllm.kernels.cublas import run_library, run_library_gated
+from pgsvd_vllm.kernels.cublas import Gemms, run_library, run_library_gated
 from pgsvd_vllm.kernels.launch import REFUSALS, SplitKScratch, can_overlap, room, run, run_gated
 from pgsvd_vllm.kernels.packed_weights import MOST_SHARDS, Gate, PackedLayer
 from pgsvd_vllm.kernels.padding import Collective
-from pgsvd_vllm.kernels.shard_weights import ShardWeights
+from pgsvd_vllm.kernels.quantized_matrix import Matrix, QuantizedMatrix
+from pgsvd_vllm.kernels.shard_weights import Shard
 from pgsvd_vllm.kernels.tile_heuristics import Step, Steps, default_steps, tiles_for
 from pgsvd_vllm.kernels.tile_table import Table, default_path, read_table
 from pgsvd_vllm.parallel.comm_plan import Cut
 from pgsvd_vllm.serving.collectives import collective_of
 from pgsvd_vllm.serving.gemm.cpu import OTHER_SIZES
+from pgsvd_vllm.serving.vllm_compat.cpu_gemm import Gemm
+from pgsvd_vllm.serving.vllm_compat.quantized_gemm import quantized_gemm
 
-__all__ = ["MOST_SHARDS", "TritonGemms", "wants_triton"]
+__all__ = ["TritonGemms", "can_take", "wants_triton"]
 VARIABLE = "PGSVD_KERNELS"
 CHOICES = ("triton", "torch")
 TABLE_VARIABLE = "PGSVD_KERNEL_TABLE"
@@ -43,11 +48,41 @@ def wants_triton() -> bool:
     return chosen == "triton"
 
 
-def _suits(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether the kernels suit: float32 spills registers or does not fit, GPUs before Ampere lack their MMA units."""
+def _suits(dtype: torch.dtype, weights: torch.dtype, device: torch.device) -> bool:
+    """Whether the kernels suit inputs and weights of some dtypes on a device.
+
+    float32 spills registers or does not fit. GPUs before Ampere lack the kernels' MMA units, those before sm_89 FP8;
+    AMD's have another FP8. From sm_100 on vLLM has no INT8 GEMM for many tokens.
+    """
     if dtype == torch.float32:
         return False
-    return device.type != "cuda" or bool(torch.version.hip) or torch.cuda.get_device_capability(device)[0] >= 8
+    if device.type != "cuda":
+        return True
+    is_fp8 = weights == torch.float8_e4m3fn
+    if torch.version.hip:
+        return not is_fp8
+    capability = torch.cuda.get_device_capability(device)
+    return capability >= ((8, 9) if is_fp8 else (8, 0)) and (weights != torch.int8 or capability < (10, 0))
+
+
+def can_take(shards: Sequence[Shard[Matrix]], dtype: torch.dtype) -> bool:
+    """Whether TritonGemms takes a layer's shards: those of 8 bits only if Triton reads them on this GPU.
+
+    Args:
+        shards: of the layer.
+        dtype: of the inputs.
+    """
+    if sum(shard.up is not None for shard in shards) > MOST_SHARDS:
+        return False
+    matrices = [matrix for shard in shards for matrix in (shard.down, shard.up) if matrix is not None]
+    quantized = [matrix for matrix in matrices if isinstance(matrix, QuantizedMatrix)]
+    if not quantized:
+        return True
+    if all(shard.up is None for shard in shards):  # vLLM's GEMM alone
+        return False
+    weights = quantized[0].values.dtype
+    same = all(m.num_bits == 8 and m.scale.shape[1] == 1 and m.values.dtype == weights for m in quantized)
+    return same and len(quantized) == len(matrices) and wants_triton() and _suits(dtype, weights, matrices[0].device)
 
 
 @cache
@@ -71,6 +106,12 @@ def _table(device: str, chosen: str | None) -> Table | None:
         logger.warning("%s is for another GPU, %s", path, table.device)
     logger.info("Tiles of %d layers from %s", len(table.layers), path)
     return table
+
+
+def _rows(gemm: Gemm, height: int, x: torch.Tensor) -> torch.Tensor:
+    """The outputs of a GEMM that belong to the first rows of its matrix."""
+    y = gemm(x, None)
+    return y if y.shape[1] == height else y[:, :height]
 
 
 class ScratchPool:
@@ -103,7 +144,7 @@ class ScratchPool:
         stream before it captures there.
         """
         if stream not in self.of and capturing:
-            logger.warning("A stream is captured on which no layer has run before: using cuBLAS")
+            logger.warning("A stream is captured on which no layer has run before: using library GEMMs")
             return None
         if stream not in self.of:
             self.of[stream] = SplitKScratch(self.device)
@@ -118,11 +159,15 @@ class TritonGemms:
     """The GEMMs of a layer on a GPU.
 
     Args:
-        shards: in the order of the layer's outputs.
+        shards: in the order of the layer's outputs, of which `can_take` is true.
         has_bias: whether the layer may be called with a bias.
         activation: SiLU of the first shard times the second, from [tokens, out], if the layer computes it as well;
             only with the cut REPLICATED.
-        cut, tp_size: as of FactoredGemms.
+        cut, tp_size, dtype: as of FactoredGemms.
+
+    Attributes:
+        in_place: whether the GEMMs for many tokens read the same memory as the kernels. Otherwise, with weights of 8
+            bits, vLLM has no such kernel here, and the layer would take twice its memory.
 
     Raises:
         ValueError: the kernels do not support the shards.
@@ -131,14 +176,18 @@ class TritonGemms:
 
     def __init__(
         self,
-        shards: Sequence[ShardWeights],
+        shards: Sequence[Shard[Matrix]],
         has_bias: bool,
         activation: Callable[[torch.Tensor], torch.Tensor] | None = None,
         cut: Cut = Cut.REPLICATED,
         tp_size: int = 1,
+        dtype: torch.dtype | None = None,
     ) -> None:
         blocks = tp_size if cut is Cut.ALL_GATHER_Z else 1
-        self.layer = PackedLayer(shards, blocks, cut is not Cut.REPLICATED)
+        self.layer = PackedLayer(shards, blocks, cut is not Cut.REPLICATED, dtype)
+        found = [quantized_gemm(matrix, self.layer.dtype) for matrix in self.layer.quantized()]
+        self.scaled: list[Gemm] = [gemm for gemm in found if gemm is not None]
+        self.in_place = len(self.scaled) == len(found) and all(map(self._reads_mine, self.scaled))
         self.collective = collective_of(cut, self.layer.widths, tp_size)
         self.activation = activation
         self.gate = Gate(self.layer, shards) if activation else None
@@ -149,7 +198,7 @@ class TritonGemms:
         self.overlap = can_overlap(device)
         self.amd = bool(torch.version.hip)
         self.steps: Steps = ()
-        if not wants_triton() or not _suits(self.layer.dtype, device):
+        if not self.in_place or not wants_triton() or not _suits(self.layer.dtype, self.layer.weight_dtype, device):
             return
         measured = self._measured(device)
         if measured:
@@ -187,11 +236,11 @@ class TritonGemms:
         first = [1, *(step.most_tokens + 1 for step in steps)]
         for tokens, tiles in zip(first, (*(step.tiles for step in steps), None), strict=True):
             if tiles or self.layer.sources is not None:
-                x = self.layer.v.new_zeros(tokens, self.layer.columns)
+                x = self.layer.v.new_zeros(tokens, self.layer.columns, dtype=self.layer.dtype)
                 stand_in = self._no_collective if self.collective else None
                 self._run(x, None, stand_in)
                 if has_bias:
-                    self._run(x, self.layer.v.new_zeros(self.layer.out), stand_in)
+                    self._run(x, x.new_zeros(self.layer.out), stand_in)
 
     def refill(self, other: "TritonGemms") -> None:
         """Copy another layer's weights into this one's storage, which captured graphs read.
@@ -205,9 +254,26 @@ class TritonGemms:
             raise ValueError(OTHER_SIZES)
         for old, new in zip(mine, theirs, strict=True):
             old.copy_(new)
+        for old_gemm, new_gemm in zip(self.scaled, other.scaled, strict=True):
+            for old, new in zip(old_gemm.weights, new_gemm.weights, strict=True):
+                if old.dtype != self.layer.weight_dtype:  # scales of their own
+                    old.copy_(new)
         # Sleep of level 2 discards everything that was allocated at load.
         for scratch in self.scratch_pool.of.values():
             scratch.counters.zero_()
+
+    def _reads_mine(self, gemm: Gemm) -> bool:
+        """Whether a GEMM of quantized weights reads those of the kernels, and no copy of them."""
+        mine = {tensor.untyped_storage().data_ptr() for tensor in (self.layer.v, self.layer.u)}
+        held = [weight for weight in gemm.weights if weight.dtype == self.layer.weight_dtype]
+        return bool(held) and mine >= {weight.untyped_storage().data_ptr() for weight in held}
+
+    @property
+    def _gemms(self) -> Gemms | None:
+        if not self.scaled:
+            return None
+        heights = [len(self.layer.v), *self.layer.heights]
+        return [partial(_rows, gemm, height) for gemm, height in zip(self.scaled, heights, strict=True)]
 
     def _tensors(self) -> list[torch.Tensor]:
         places = [self.gate.places] if self.gate and self.gate.places is not None else []
@@ -227,8 +293,8 @@ class TritonGemms:
         if tiles is None or scratch is None:
             kernels = bool(self.steps)
             if self.gate and kernels and self.layer.sources is not None:
-                return run_library_gated(x, self.layer, self.gate, bias)
-            y = run_library(x, self.layer, bias, collective, kernels)
+                return run_library_gated(x, self.layer, self.gate, bias, self._gemms)
+            y = run_library(x, self.layer, bias, collective, kernels, self._gemms)
             return self.activation(y) if self.activation else y
         if self.gate:
             return run_gated(x, self.layer, self.gate, scratch, bias, tiles, self.overlap)

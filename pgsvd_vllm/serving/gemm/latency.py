@@ -14,7 +14,7 @@ import torch
 
 from pgsvd_vllm.format.latency_table import LatencyTable, ShapeLatencies
 from pgsvd_vllm.format.schema import FORMS, stored_size
-from pgsvd_vllm.kernels.shard_weights import ShardWeights
+from pgsvd_vllm.kernels.shard_weights import Shard
 from pgsvd_vllm.serving.gemm.cpu import FactoredGemms
 from pgsvd_vllm.serving.vllm_compat.cpu_gemm import vllm_gemm
 
@@ -93,10 +93,10 @@ def _copies(kind: str, out: int, width: int, rank: int, dtype: torch.dtype) -> I
         if kind == "dense":
             yield _dense(weight(out, width))
         elif kind == "factors":
-            yield FactoredGemms([ShardWeights(weight(rank, width), weight(out, rank))])
+            yield FactoredGemms([Shard(weight(rank, width), weight(out, rank))])
         else:
             places = torch.cat([torch.arange(out - rank), -1 - torch.arange(rank)])[torch.randperm(out)]
-            yield FactoredGemms([ShardWeights(weight(rank, width), weight(out - rank, rank), places)])
+            yield FactoredGemms([Shard(weight(rank, width), weight(out - rank, rank), places)])
 
 
 def _dense(weight: torch.Tensor) -> Layer:

@@ -63,7 +63,7 @@ def fuse_silu(model: nn.Module, config: VllmConfig) -> int:
         method: Any = getattr(layer, "quant_method", None)
         if activation is None or not isinstance(method, PgsvdLinearMethod) or not is_known(type(module)):
             continue
-        if len(method.shards) == 2 and method.cut is Cut.REPLICATED and not method.is_quantized:
+        if len(method.shards) == 2 and method.cut is Cut.REPLICATED:
             found.append((module, method))
     names = hashlib.sha256(" ".join(method.layer_name for _, method in found).encode()).hexdigest()
     if not found or not mark_compiled_graphs(config, fused_activations=len(found), fused_layers=names):

@@ -27,7 +27,7 @@ from pgsvd_vllm.format.dtypes import check_finite
 from pgsvd_vllm.format.quantization import GROUP_SIZES, PACKED, PER_INT32, SCALE, unpack
 from pgsvd_vllm.format.schema import check_pivots
 from pgsvd_vllm.kernels.quantized_matrix import Matrix, QuantizedMatrix
-from pgsvd_vllm.kernels.shard_weights import Shard, ShardWeights
+from pgsvd_vllm.kernels.shard_weights import Shard
 from pgsvd_vllm.parallel.comm_plan import CommPlan, Cut, ParallelLayer
 from pgsvd_vllm.parallel.slicing import (
     by_kind,
@@ -39,7 +39,8 @@ from pgsvd_vllm.parallel.slicing import (
     take_rows,
 )
 from pgsvd_vllm.serving.collectives import all_gather_y, check_equal_on_all_ranks
-from pgsvd_vllm.serving.gemm.cpu import FactoredGemms
+from pgsvd_vllm.serving.gemm.cpu import OTHER_SIZES, FactoredGemms
+from pgsvd_vllm.serving.graph_sizes import capture_prompts
 from pgsvd_vllm.serving.layers.layer_shard import BY_ROWS, DTYPES, STACKED, LayerShard, is_stacked, matrix_of, on_rank
 from pgsvd_vllm.serving.vllm_compat.internals import (
     QKV_SHARDS,
@@ -147,6 +148,7 @@ class PgsvdLinearMethod(LinearMethodBase):
             layer.register_parameter(kind, parameter)
 
         self.is_dummy = config.load_config.load_format == "dummy"
+        capture_prompts(config)
         if current_platform.is_cuda_alike():
             from pgsvd_vllm.serving.gemm.gpu import wants_triton
 
@@ -331,6 +333,8 @@ class PgsvdLinearMethod(LinearMethodBase):
                 if self.keeps_weights:
                     raise CheckpointError(f"layer {self.layer_name}: {error}") from None
                 layer.pgsvd_gemms = packed
+        elif before is not None and self.keeps_weights:
+            raise CheckpointError(f"layer {self.layer_name}: {OTHER_SIZES}")
         else:
             layer.pgsvd_gemms = packed
         if hasattr(layer, "weight"):
@@ -346,8 +350,7 @@ class PgsvdLinearMethod(LinearMethodBase):
 
     def _pack(self, layer: Any) -> Callable[..., torch.Tensor]:
         """The GEMMs of the loaded layer."""
-        made: Any = Shard if self.is_quantized else ShardWeights
-        shards = []
+        shards: list[Shard[Matrix]] = []
         for index, shard in enumerate(self.shards):
             up: Matrix | None = None
             place = None
@@ -359,21 +362,22 @@ class PgsvdLinearMethod(LinearMethodBase):
                     pivots.copy_(torch.arange(len(pivots)))
                 up, place = pivot_rows(pivots, c, self._rows(layer, index, self.full_sizes[index]), self.order)
             first = "weight" if shard.module is None else shard.module.matrices[0]
-            shards.append(made(self._matrix(layer, index, first), up, place))
+            shards.append(Shard(self._matrix(layer, index, first), up, place))
         self.nbytes = sum(shard.nbytes for shard in shards)
-        if current_platform.is_cuda_alike() and not self.is_quantized:
+        has_bias, dtype = layer.bias is not None, self.params_dtype
+        if current_platform.is_cuda_alike():
             # Not above: without a GPU Triton need not be installed.
-            from pgsvd_vllm.kernels.packed_weights import MOST_SHARDS
-            from pgsvd_vllm.serving.gemm.gpu import TritonGemms
+            from pgsvd_vllm.serving.gemm.gpu import TritonGemms, can_take
 
-            if sum(shard.up is not None for shard in shards) <= MOST_SHARDS:
+            if can_take(shards, dtype):
                 try:
-                    return TritonGemms(shards, layer.bias is not None, self.activation, self.cut, self.tp_size)
+                    gemms = TritonGemms(shards, has_bias, self.activation, self.cut, self.tp_size, dtype)
                 except ValueError as error:
                     raise CheckpointError(f"layer {self.layer_name}: {error}") from None
-        if self.activation is not None:
-            raise CheckpointError(f"layer {self.layer_name}: a quantized layer does not compute the activation")
-        return FactoredGemms(shards, self.cut, self.tp_size, self.params_dtype)
+                if gemms.in_place:
+                    return gemms
+                del gemms  # its copy of the weights, before the next one is made
+        return FactoredGemms(shards, self.cut, self.tp_size, dtype, self.activation)
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x [..., in] -> [..., out] of this rank, or half of it after the activation."""

@@ -9,7 +9,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBa
 from pgsvd_vllm.errors import CheckpointError
 from pgsvd_vllm.format.dtypes import check_finite
 from pgsvd_vllm.format.schema import FactoredModule
-from pgsvd_vllm.kernels.shard_weights import ShardWeights
+from pgsvd_vllm.kernels.shard_weights import Shard
 from pgsvd_vllm.serving.gemm.cpu import FactoredGemms
 
 
@@ -56,7 +56,7 @@ class PgsvdLMHeadMethod(QuantizeMethodBase):
         """
         for kind in self.module.suffixes:
             check_finite(getattr(layer, kind), f"{self.name}.{kind}")
-        packed = FactoredGemms([ShardWeights(layer.weight_v.data, layer.weight_u.data)])
+        packed = FactoredGemms([Shard(layer.weight_v.data, layer.weight_u.data)])
         if hasattr(layer, "pgsvd_gemms"):
             layer.pgsvd_gemms.refill(packed)
         else:

@@ -34,6 +34,8 @@ logger = logging.getLogger("vllm.pgsvd")
 
 # The CPU kernel of INT4 takes outputs by this multiple.
 OUT_MULTIPLE = 32
+# One of these instruction sets multiplies 8-bit integers exactly on x86.
+EXACT_INT8 = ("avx512_vnni", "avx_vnni", "avx_vnni_int8", "amx_int8")
 
 
 def quantized_gemm(matrix: QuantizedMatrix, dtype: torch.dtype) -> Gemm | None:
@@ -85,11 +87,19 @@ def _constant(tensor: torch.Tensor) -> nn.Parameter:
     return nn.Parameter(tensor, requires_grad=False)
 
 
+def _multiplies_int8() -> bool:
+    """Whether this CPU's sums of INT8 products are exact."""
+    capabilities = torch.cpu.get_capabilities()
+    return capabilities.get("architecture") != "x86_64" or any(capabilities.get(name) for name in EXACT_INT8)
+
+
 def _int8(matrix: QuantizedMatrix, dtype: torch.dtype) -> tuple[Any, Any]:
     """A stand-in for a layer with INT8 weights and dynamic INT8 activations, and its kernel."""
     _check_dtype(dtype)
     if current_platform.is_cuda() and current_platform.has_device_capability(100):
         raise ValueError("GPUs of compute capability 10 have no INT8 GEMM in vLLM")
+    if current_platform.is_cpu() and not _multiplies_int8():
+        raise ValueError("this CPU has no VNNI instructions, without which oneDNN's 16-bit sums of INT8 saturate")
     layer: Any = nn.Module()
     layer.weight, layer.weight_scale = _constant(matrix.values), _constant(matrix.scale.float())
     layer.input_scale = layer.input_zero_point = layer.azp_adj = layer.bias = None
@@ -125,6 +135,8 @@ def _int4(matrix: QuantizedMatrix, dtype: torch.dtype) -> tuple[Any, Any]:
     """A stand-in for a layer with INT4 weights, and its kernel."""
     if dtype == torch.float32:
         raise ValueError("vLLM's kernels take activations of 16 bits")
+    if current_platform.is_cpu() and not hasattr(torch.ops._C, "cpu_gemm_wna16"):  # private: vLLM's compiled kernels
+        raise ValueError("vLLM's kernels for this CPU have no INT4 GEMM, which wants AVX-512")
     missing = -len(matrix) % OUT_MULTIPLE
     values, scale = F.pad(matrix.values, (0, 0, 0, missing)), F.pad(matrix.scale, (0, 0, 0, missing), value=1.0)
     out, width = values.shape

@@ -10,7 +10,7 @@ from vllm.model_executor.layers.linear import MergedColumnParallelLinear
 
 from pgsvd_vllm.format.schema import FactoredModule
 from pgsvd_vllm.kernels.numerics import layer_difference
-from pgsvd_vllm.kernels.shard_weights import ShardWeights
+from pgsvd_vllm.kernels.shard_weights import Shard
 from pgsvd_vllm.serving.gemm.cpu import FactoredGemms
 from pgsvd_vllm.serving.quant_config import PgsvdConfig
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("vllm_world")
 COLUMNS = 64
 
 
-def shards(seed: int, dtype: torch.dtype, rank: int = 16) -> list[ShardWeights]:
+def shards(seed: int, dtype: torch.dtype, rank: int = 16) -> list[Shard[torch.Tensor]]:
     """Four low-rank shards, one of them a pivot form with pivots of its own, and a dense one."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -27,11 +27,11 @@ def shards(seed: int, dtype: torch.dtype, rank: int = 16) -> list[ShardWeights]:
 
     places = torch.cat([torch.arange(24), -1 - torch.arange(8)])[torch.randperm(32, generator=generator)]
     return [
-        ShardWeights(weight(rank, COLUMNS), weight(48, rank)),
-        ShardWeights(weight(8, COLUMNS), weight(24, 8), places),
-        ShardWeights(weight(40, COLUMNS)),
-        ShardWeights(weight(5, COLUMNS), weight(32, 5)),
-        ShardWeights(weight(32, COLUMNS), weight(100, 32)),
+        Shard(weight(rank, COLUMNS), weight(48, rank)),
+        Shard(weight(8, COLUMNS), weight(24, 8), places),
+        Shard(weight(40, COLUMNS)),
+        Shard(weight(5, COLUMNS), weight(32, 5)),
+        Shard(weight(32, COLUMNS), weight(100, 32)),
     ]
 
 
@@ -97,7 +97,7 @@ def test_reloaded_layers_of_four_shards_keep_their_storage() -> None:
             COLUMNS, [32] * 4, bias=False, quant_config=pgsvd, prefix="a.merged", params_dtype=torch.float32
         )
 
-    def load(seed: int) -> list[ShardWeights]:
+    def load(seed: int) -> list[Shard[torch.Tensor]]:
         generator = torch.Generator().manual_seed(seed)
         for parameter, size in ((layer.weight_v, (64, COLUMNS)), (layer.weight_u, (4 * 32 * 16,))):
             parameter.data = torch.empty(size)  # as vLLM does before it loads weights again
@@ -106,7 +106,7 @@ def test_reloaded_layers_of_four_shards_keep_their_storage() -> None:
             down, up = torch.randn(16, COLUMNS, generator=generator), torch.randn(32, 16, generator=generator)
             layer.weight_v.weight_loader(layer.weight_v, down, i)
             layer.weight_u.weight_loader(layer.weight_u, up, i)
-            weights.append(ShardWeights(down, up))
+            weights.append(Shard(down, up))
         layer.quant_method.process_weights_after_loading(layer)
         return weights
 

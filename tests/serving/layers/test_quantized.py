@@ -29,6 +29,13 @@ def random(rows: int, columns: int, seed: int) -> torch.Tensor:
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) / columns**0.5
 
 
+def weight_of(stored: dict[str, torch.Tensor], down: Scheme, up: Scheme | None = None) -> torch.Tensor:
+    """The weight that the stored tensors of a projection mean, float64 [out, in]."""
+    first, second = ("weight_p", "weight_c") if "pivots" in stored else ("weight_v", "weight_u")
+    found = {"weight": down} if "weight_packed" in stored else {first: down, second: up or down}
+    return reconstruct(dequantized(stored, found))
+
+
 class Layer:
     """A QKV layer of vLLM's whose shards have forms and ranks of their own.
 
@@ -52,7 +59,7 @@ class Layer:
             own = dict(zip(plain.matrices, schemes, strict=False))
             modules[f"{PREFIX}.{part}"] = FactoredModule(rank, form, schemes=own)
             self.stored[part] = round_projection(tensors, torch.eye(HIDDEN, dtype=torch.float64), own)
-            self.weights.append(reconstruct(dequantized(self.stored[part], own)))
+            self.weights.append(weight_of(self.stored[part], *schemes))
         config = PgsvdConfig(modules)
         config.packed_modules_mapping = {"qkv_proj": list(PARTS)}
         self.layer: nn.Module = vllm_linear.QKVParallelLinear(
