@@ -6,7 +6,6 @@ They are those of cuBLAS (torch.mm), or for weights of 8 bits the caller's, such
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
 import triton
 
 from pgsvd_vllm.kernels.packed_weights import Gate, PackedLayer
@@ -41,7 +40,8 @@ def run_library(
     """
     if layer.sources is None and len(layer.ranks) == 1 and collective is None:
         if gemms is None:
-            return F.linear(F.linear(x, layer.v), layer.up_factors[0], bias)
+            z = torch.mm(x, layer.v_columns)
+            return torch.mm(z, layer.up_columns[0]) if bias is None else torch.addmm(bias, z, layer.up_columns[0])
         y = gemms[1](gemms[0](x)).contiguous()
         return y if bias is None else y.add_(bias)
     parts = _side_by_side(x, layer, collective, gemms)
@@ -74,13 +74,13 @@ def _side_by_side(
 ) -> torch.Tensor:
     """The outputs of all GEMMs side by side: the layer's outputs, or the columns that its `sources` name.
 
-    Few calls: without CUDA graphs, hundreds of tokens are bound by CPU launch overhead.
+    Few calls, none of them to torch's slower methods: without CUDA graphs, thousands of tokens wait for the CPU.
     """
     if gemms is not None:
         return _scaled_side_by_side(x, layer, collective, gemms)
     whole = x.new_empty(len(x), sum(layer.beside))
-    parts = whole.split(layer.beside, 1)[::2]
-    s = F.linear(x, layer.v) if layer.sources is None else torch.mm(x, layer.v.T, out=parts[0])
+    parts = torch.split_with_sizes(whole, layer.beside, 1)[::2]
+    s = torch.mm(x, layer.v_columns, out=None if layer.sources is None else parts[0])
     z = s if s.shape[1] == layer.z_rows else s[:, : layer.z_rows]
     if collective is not None:
         z = collective(z)
@@ -88,8 +88,8 @@ def _side_by_side(
             parts[1].copy_(z)
     if layer.ranks:
         ups = parts[len(parts) - len(layer.ranks) :]
-        for part, up, y in zip(z.split(layer.ranks, 1), layer.up_factors, ups, strict=True):
-            torch.mm(part, up.T, out=y)
+        for part, up, y in zip(torch.split_with_sizes(z, layer.ranks, 1), layer.up_columns, ups, strict=True):
+            torch.mm(part, up, out=y)
     return whole
 
 

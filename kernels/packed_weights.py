@@ -33,6 +33,7 @@ class PackedLayer:
 
     Attributes:
         v, u: all weights that multiply x, and all up factors, flat.
+        v_columns, up_columns: these matrices transposed, as views: making one takes the CPU as long as a small GEMM.
         v_scale, u_scale: float32, one scale for each row of these matrices; None for weights of 16 bits.
 
     Raises:
@@ -126,6 +127,7 @@ class PackedLayer:
             part.view(height, rank)
             for part, height, rank in zip(self.u.split(sizes), self.heights, self.ranks, strict=True)
         ]
+        self.v_columns, self.up_columns = self.v.T, [up.T for up in self.up_factors]
 
     def quantized(self) -> list[QuantizedMatrix]:
         """The matrix that multiplies the inputs and then each up factor, in the same memory; empty for 16 bits.

@@ -395,13 +395,14 @@ def apply_linear(
 
 
 def _outputs(layer: Any, x: torch.Tensor, bias: torch.Tensor | None, out_features: int) -> torch.Tensor:
-    rows = x.reshape(-1, x.shape[-1])
+    # Outside of CUDA graphs every call to torch counts.
+    rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
     if layer.quant_method.cut is Cut.ALL_REDUCE_Z_GATHER_Y:
         y = all_gather_y(layer.pgsvd_gemms(rows))
         y = y if bias is None else y.add_(bias)
     else:
         y = layer.pgsvd_gemms(rows, bias)
-    return y.view(*x.shape[:-1], out_features)
+    return y if x.ndim == 2 else y.view(*x.shape[:-1], out_features)
 
 
 def _linear(x: torch.Tensor, bias: torch.Tensor | None, out_features: int, layer_name: LayerName) -> torch.Tensor:
