@@ -37,7 +37,7 @@ POINTS, RANDOM = 40, 20
 def kills(bench: Bench) -> Iterator[Row]:
     """Kills at file operations, evenly over the run; at half of them files that were not synced lose their content."""
     bench.begin()
-    events, points = _trace(bench), 6 if bench.quick else POINTS
+    events, points = _trace(bench), 4 if bench.quick else POINTS
     moments = [(number, when) for number in range(len(events)) for when in ("before", "half", "after")]
     moments = [(n, w) for n, w in moments if w != "half" or events[n].startswith("save")]
     chosen = [moments[round(i * (len(moments) - 1) / (points - 1))] for i in range(points)]

@@ -22,7 +22,7 @@ def rows_of(tmp_path: Path, *arguments: str) -> list[dict[str, object]]:
 
 def test_killed_runs_resume_to_equal_bytes(tmp_path: Path) -> None:
     cases = [str(row["case"]) for row in rows_of(tmp_path, "--quick", "kills", "published")]
-    assert sum(case.startswith(("kill", "power cut")) for case in cases) == 7
+    assert sum(case.startswith(("kill", "power cut")) for case in cases) == 5
     assert sum("after DIR has appeared" in case for case in cases) == 2
 
 
