@@ -39,6 +39,9 @@ TOKENS_PER_CHUNK = 128
 # Windows are trained on in pieces of about as many tokens: attention takes half the time that it takes for 1024 tokens,
 # and the divergence on whole windows falls as fast (docs/dev/log.md).
 PIECE = 512
+# Tokens of a training step at least, as far as the text has them: shorter windows are trained on together, since the
+# rates are for windows of 1024.
+STEP_TOKENS = 1024
 # Projection -> suffix -> tensor.
 Tensors = dict[str, dict[str, torch.Tensor]]
 
@@ -97,6 +100,7 @@ class Distiller:
         self.layers: list[nn.Module] = list(layers[1])
         self._hidden: dict[int, torch.Tensor] = {}
         self._comes_again = True
+        self._piece = PIECE
 
     @property
     def parameters(self) -> list[tuple[nn.Parameter, float]]:
@@ -143,7 +147,7 @@ class Distiller:
             key: number of the window, under which the dense hidden states are kept.
             row: int64 [length].
         """
-        pieces = max(1, len(row) // PIECE)
+        pieces = max(1, len(row) // self._piece)
         ids = row[: len(row) // pieces * pieces].view(pieces, -1).to(self.student.device)
         dense = self._dense_hidden(key, ids)
         student = hidden_after(self.student, self.layers, ids)
@@ -190,7 +194,8 @@ class Distiller:
         """Train on an amount of text.
 
         Args:
-            windows: int64 [count, length], to train on: once in this order, then in random orders.
+            windows: int64 [count, length], to train on: once in this order, then in random orders. Neighbours of fewer
+                than STEP_TOKENS together are one step.
             held_out: int64 [any, length], never trained on.
             dose: minutes, evaluations included, or tokens; the learning rate falls with what is left.
             seed: of the random orders.
@@ -200,6 +205,9 @@ class Distiller:
             InputError: the divergence before training is not finite.
         """
         start, trained = time.monotonic(), 0
+        self._piece = min(PIECE, windows.shape[1])
+        together = max(1, min(STEP_TOKENS // windows.shape[1], len(windows)))
+        windows = windows[: len(windows) // together * together].view(-1, together * windows.shape[1])
         self._comes_again = dose.more_than(windows.numel())
         total = 60 * dose.minutes if dose.minutes is not None else dose.tokens or 1
 

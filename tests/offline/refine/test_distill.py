@@ -150,9 +150,9 @@ def test_an_amount_of_tokens_does_not_depend_on_the_clock(
     tensors, text, held_out = factors_of(tiny_model, "pivot"), windows(6, 32), windows(2, 32, seed=9)
     results = []
     for seconds in (0.01, 1000.0):
-        count_time_by_steps(monkeypatch, seconds)
-        results.append(distiller(tiny_model, tensors).run(text, held_out, Dose(tokens=100 * 32 - 5)))
-        monkeypatch.undo()
+        with monkeypatch.context() as patched:
+            count_time_by_steps(patched, seconds)
+            results.append(distiller(tiny_model, tensors).run(text, held_out, Dose(tokens=100 * 32 - 5)))
     assert [refined.steps for refined in results] == [100, 100]
     assert results[0].after == results[1].after < results[0].before
     for name, row in results[0].tensors.items():
@@ -179,6 +179,26 @@ def test_windows_come_in_order_and_are_then_shuffled(
     epochs = [keys[i : i + 7] for i in range(7, len(keys) - 6, 7)]
     assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
     assert any(epoch != list(range(7)) for epoch in epochs)
+
+
+def test_short_windows_are_trained_on_together(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three windows of 32 tokens are a step of 100, each attending to itself alone; a fourth is left over."""
+    monkeypatch.setattr(refine, "STEP_TOKENS", 100)
+    text, rows = windows(7, 32), []
+    learn = Distiller.learn
+
+    def recorded(self: Distiller, key: int, row: torch.Tensor) -> None:
+        rows.append((key, row, self._piece))
+        learn(self, key, row)
+
+    monkeypatch.setattr(Distiller, "learn", recorded)
+    refined = distiller(tiny_model, factors_of(tiny_model, "factors")).run(text, windows(2, 32, 9), Dose(tokens=4 * 96))
+    assert refined.steps == 4
+    assert [key for key, _, _ in rows[:2]] == [0, 1]
+    assert sorted(key for key, _, _ in rows[2:]) == [0, 1]
+    for key, row, piece in rows:
+        assert piece == 32
+        assert torch.equal(row.view(3, 32), text[3 * key : 3 * key + 3])
 
 
 def test_training_starts_with_unseen_text_without_held_out(
