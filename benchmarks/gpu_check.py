@@ -295,7 +295,14 @@ def fp8_speed(device: torch.device, overlap: bool) -> Iterator[Row]:
             inputs = rounded(x, fp8)
 
             def scaled(weight: QuantizedMatrix, inputs: QuantizedMatrix = inputs) -> None:
-                torch._scaled_mm(inputs.values, weight.values.T, inputs.scale, weight.scale.T, out_dtype=torch.bfloat16)
+                torch._scaled_mm(
+                    inputs.values,
+                    weight.values.T,
+                    inputs.scale,
+                    weight.scale.T,
+                    out_dtype=torch.bfloat16,
+                    use_fast_accum=True,
+                )
 
             plain += seconds([partial(scaled, one) for one in dense], device)
             layers = [

@@ -33,6 +33,8 @@ BITS: dict[str, tuple[Scheme | None, ...]] = {
 }
 # Tokens of knowledge distillation that are the default: the first 100 windows bring most of what more of them bring.
 DISTILLED_TOKENS = 102400
+# Tokens that shorter windows have together at most in a step of distillation; the rates are for windows of 1024.
+STEP_TOKENS = 1024
 # Passes over the text that the default makes at most.
 DISTILLED_PASSES = 2
 # Windows of the model's own text that are sampled for each minute of knowledge distillation, beside the calibration

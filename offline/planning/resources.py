@@ -17,6 +17,7 @@ from pgsvd_vllm.offline.model.batch import TOKENS_PER_BATCH
 from pgsvd_vllm.offline.model.device import gemm_rate
 from pgsvd_vllm.offline.model.free_memory import free_memory
 from pgsvd_vllm.offline.model.projection import Projection
+from pgsvd_vllm.offline.options import STEP_TOKENS
 from pgsvd_vllm.offline.planning.dose import FLOPS_PER_PARAMETER
 from pgsvd_vllm.offline.planning.plan import Plan
 from pgsvd_vllm.offline.settings import FORWARD, MEASURED
@@ -80,7 +81,9 @@ def memory_bytes(plan: Plan) -> int:
         memory += head.numel * width + 6 * head.in_features**2 * 8 + HEAD_ROWS * head.in_features * 8 * 4
     if settings.dose is not None:
         # The model, and float32 parameters with Adam's two moments and the gradient of one of them.
+        # Tokens of a step.
         length = plan.data.length
+        length = max(length, min(STEP_TOKENS // length * length, plan.data.windows.trained))
         ratio, by_bits = plan.target.ratio, settings.quantizes and plan.target.itemsizes is not None
         removed = ratio if isinstance(ratio, float) and plan.latencies is None and not by_bits else 0.0
         kept = round((1 - removed) * sum(p.numel for p in flat))

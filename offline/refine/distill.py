@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from pgsvd_vllm.errors import InputError
 from pgsvd_vllm.format.quantization import Scheme
 from pgsvd_vllm.offline.model.layer_calls import hidden_after, logits_after
-from pgsvd_vllm.offline.options import Dose
+from pgsvd_vllm.offline.options import STEP_TOKENS, Dose
 from pgsvd_vllm.offline.refine.trained import TrainedProjection, TrainedScales
 
 # Adam's betas; short averages, since a run takes about a hundred steps.
@@ -39,9 +39,6 @@ TOKENS_PER_CHUNK = 128
 # Windows are trained on in pieces of about as many tokens: attention takes half the time that it takes for 1024 tokens,
 # and the divergence on whole windows falls as fast (docs/dev/log.md).
 PIECE = 512
-# Tokens of a training step at least, as far as the text has them: shorter windows are trained on together, since the
-# rates are for windows of 1024.
-STEP_TOKENS = 1024
 # Projection -> suffix -> tensor.
 Tensors = dict[str, dict[str, torch.Tensor]]
 
@@ -141,10 +138,10 @@ class Distiller:
             yield target, logits_after(self.student, self.layers, ids[:, part], student[:, part], self.returned)
 
     def learn(self, key: int, row: torch.Tensor) -> None:
-        """Backward of one window's divergence; nothing happens if its gradient at the last layer is not finite.
+        """Backward of the divergence of one window or several; nothing if the last layer's gradient is not finite.
 
         Args:
-            key: number of the window, under which the dense hidden states are kept.
+            key: number of the row, under which the dense hidden states are kept.
             row: int64 [length].
         """
         pieces = max(1, len(row) // self._piece)
@@ -194,8 +191,8 @@ class Distiller:
         """Train on an amount of text.
 
         Args:
-            windows: int64 [count, length], to train on: once in this order, then in random orders. Neighbours of fewer
-                than STEP_TOKENS together are one step.
+            windows: int64 [count, length], to train on: once in this order, then in random orders. Neighbours of up to
+                STEP_TOKENS together are one step.
             held_out: int64 [any, length], never trained on.
             dose: minutes, evaluations included, or tokens; the learning rate falls with what is left.
             seed: of the random orders.
@@ -206,8 +203,7 @@ class Distiller:
         """
         start, trained = time.monotonic(), 0
         self._piece = min(PIECE, windows.shape[1])
-        together = max(1, min(STEP_TOKENS // windows.shape[1], len(windows)))
-        windows = windows[: len(windows) // together * together].view(-1, together * windows.shape[1])
+        rows = [part.reshape(-1) for part in windows.split(max(1, STEP_TOKENS // windows.shape[1]))]
         self._comes_again = dose.more_than(windows.numel())
         total = 60 * dose.minutes if dose.minutes is not None else dose.tokens or 1
 
@@ -225,17 +221,17 @@ class Distiller:
         strength = min(before, 1.0) ** 0.5
         optimisers = self._optimisers()
         kept, steps, evaluations = self.tensors, 0, 0
-        order = list(reversed(range(len(windows))))
+        order = list(reversed(range(len(rows))))
         layout = "{l_bar}{bar}| {elapsed}<{remaining}{postfix}"
         with tqdm(total=total, desc="refine", bar_format=layout) as bar:
             while (share := done() / total) < 1:
                 for optimiser, rate in optimisers:
                     optimiser.param_groups[0]["lr"] = rate * strength * min(1.0, (share + 0.01) / WARM_UP, 1 - share)
-                order = order or torch.randperm(len(windows), generator=generator).tolist()
+                order = order or torch.randperm(len(rows), generator=generator).tolist()
                 key = order.pop()
-                self.learn(key, windows[key])
+                self.learn(key, rows[key])
                 steps += 1
-                trained += windows.shape[1]
+                trained += len(rows[key])
                 bar.update(min(total, done()) - bar.n)
                 if share >= EVALUATED[evaluations]:
                     evaluations += 1

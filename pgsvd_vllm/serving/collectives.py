@@ -9,6 +9,8 @@ from vllm.distributed.parallel_state import get_tp_group
 from pgsvd_vllm.errors import InputError
 from pgsvd_vllm.kernels.padding import Collective
 from pgsvd_vllm.parallel.comm_plan import VARIABLE, Cut
+from pgsvd_vllm.serving.graph_sizes import VARIABLE as GRAPH_TOKENS
+from pgsvd_vllm.serving.graph_sizes import graph_tokens
 
 
 def all_reduce_z(z: torch.Tensor) -> torch.Tensor:
@@ -48,16 +50,20 @@ def all_gather_y(y: torch.Tensor) -> torch.Tensor:
 
 
 def check_equal_on_all_ranks(collective_bytes: int) -> None:
-    """Compare PGSVD_COLLECTIVE_BYTES of all tensor-parallel ranks; every rank of the group has to call this.
+    """Compare the variables of all tensor-parallel ranks; every rank of the group has to call this.
 
-    Ranks with different values would choose different cuts, and wait for each other's collectives for ever.
+    Ranks with other PGSVD_COLLECTIVE_BYTES would choose other cuts, and wait for each other's collectives for ever;
+    ranks with other PGSVD_GRAPH_TOKENS would pad batches to other sizes.
 
     Raises:
         InputError: the values differ; raised on every rank.
     """
     group = get_tp_group()
-    values: list[int] = [collective_bytes] * group.world_size
-    torch.distributed.all_gather_object(values, collective_bytes, group=group.cpu_group)
-    if len(set(values)) > 1:
-        found = ", ".join(f"rank {rank} has {value}" for rank, value in enumerate(values))
-        raise InputError(f"{VARIABLE} differs between tensor-parallel ranks: {found}; set the same value everywhere")
+    mine = {VARIABLE: collective_bytes, GRAPH_TOKENS: graph_tokens()}
+    all_ranks: list[dict[str, int]] = [mine] * group.world_size
+    torch.distributed.all_gather_object(all_ranks, mine, group=group.cpu_group)
+    for name in mine:
+        values = [each[name] for each in all_ranks]
+        if len(set(values)) > 1:
+            found = ", ".join(f"rank {rank} has {value}" for rank, value in enumerate(values))
+            raise InputError(f"{name} differs between tensor-parallel ranks: {found}; set the same value everywhere")

@@ -12,7 +12,14 @@ from collections.abc import Sequence
 from vllm.config import VllmConfig
 
 from pgsvd_vllm.errors import InputError
-from pgsvd_vllm.serving.vllm_compat.graphs import capture, captured_sizes, captures_pieces, default_sizes, split_bytes
+from pgsvd_vllm.serving.vllm_compat.graphs import (
+    capture,
+    captured_sizes,
+    captures_pieces,
+    compiled_sizes,
+    default_sizes,
+    split_bytes,
+)
 
 VARIABLE = "PGSVD_GRAPH_TOKENS"
 MOST_TOKENS = 2048
@@ -20,8 +27,9 @@ MOST_TOKENS = 2048
 MOST_WITH_LORA = 1024
 # Most memory that FlashAttention 3 may take for a batch of the largest size.
 SPLIT_BYTES = 1 << 30
-# Steps of 64 tokens up to 1024 and of 128 beyond: a batch is padded by 6 % on average, at worst by an eighth.
-SIZES = (*range(576, 1024, 64), *range(1024, 1 << 20, 128))
+# Where vLLM's own sizes end, at twice the number of requests or 512, these go on: a batch is padded by a quarter at
+# most, or 8 tokens, above 256 tokens by an eighth.
+SIZES = (*range(8, 64, 8), *range(64, 128, 16), *range(128, 512, 32), *range(512, 1024, 64), *range(1024, 1 << 20, 128))
 logger = logging.getLogger("vllm.pgsvd")
 
 
@@ -37,13 +45,14 @@ def graph_tokens() -> int:
     return int(text)
 
 
-def prompt_sizes(captured: Sequence[int], most: int, batched: int) -> list[int]:
+def prompt_sizes(captured: Sequence[int], most: int, batched: int, required: Sequence[int] = ()) -> list[int]:
     """The sizes to capture.
 
     Args:
         captured: vLLM's own, ascending.
         most: tokens of the largest graph.
         batched: the most tokens of a batch.
+        required: to capture as well, as far as they are within the largest graph.
 
     Returns:
         `captured` and larger sizes, ascending; the last one holds the largest batch if that has at most `most` tokens.
@@ -54,20 +63,21 @@ def prompt_sizes(captured: Sequence[int], most: int, batched: int) -> list[int]:
     added = {size for size in SIZES if captured[-1] < size <= most}
     if most == batched:
         added.add(batched)
-    return [*captured, *sorted(added)]
+    last = max(added, default=captured[-1])
+    return [*captured, *sorted(added | {size for size in required if captured[-1] < size <= last})]
 
 
 def capture_prompts(config: VllmConfig) -> None:
     """Have the engine capture graphs for prompts, unless the user has chosen the sizes.
 
-    Called when a factored layer is made; only the first call changes anything. All tensor-parallel ranks decide alike,
-    from the configuration.
+    Called when a linear layer is made, factored or not, so that pipeline stages without factors decide like the others;
+    only the first call changes anything. With speculative decoding, where two models share the sizes, they stay vLLM's.
 
     Raises:
         InputError: PGSVD_GRAPH_TOKENS is not a number of tokens.
     """
     most = graph_tokens()
-    if not captures_pieces(config):
+    if not captures_pieces(config) or config.speculative_config is not None:
         return
     own = default_sizes(config)
     if not own or captured_sizes(config) != own:
@@ -77,7 +87,7 @@ def capture_prompts(config: VllmConfig) -> None:
     each = split_bytes(config)
     if each:
         most = min(most, SPLIT_BYTES // each)
-    sizes = prompt_sizes(own, most, config.scheduler_config.max_num_batched_tokens)
+    sizes = prompt_sizes(own, most, config.scheduler_config.max_num_batched_tokens, compiled_sizes(config))
     if sizes == own:
         return
     capture(config, sizes)

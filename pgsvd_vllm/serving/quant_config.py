@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from vllm.config import get_current_vllm_config_or_none
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import register_quantization_config
@@ -16,6 +17,7 @@ from pgsvd_vllm.format.reader import check_every_file, open_checkpoint
 from pgsvd_vllm.format.schema import INDEX_NAME, QUANT_METHOD, FactoredModule, parse_modules
 from pgsvd_vllm.parallel.comm_plan import CommPlan, collective_bytes
 from pgsvd_vllm.serving.dense_fallback import patterns
+from pgsvd_vllm.serving.graph_sizes import capture_prompts
 from pgsvd_vllm.serving.layers.layer_shard import LayerShard
 from pgsvd_vllm.serving.layers.linear import PgsvdLinearMethod
 from pgsvd_vllm.serving.layers.lm_head import PgsvdLMHeadMethod
@@ -113,6 +115,9 @@ class PgsvdConfig(QuantizationConfig):
             return PgsvdLMHeadMethod(prefix, head)
         if not isinstance(layer, LinearBase):
             return None
+        config = get_current_vllm_config_or_none()
+        if config is not None:  # None for layers that have got their first method already
+            capture_prompts(config)
         parent, _, leaf = checkpoint_name(prefix).rpartition(".")
         # The model's own mapping comes first; then the layer's own name, since the checkpoint may store the merged
         # matrix; then the usual parts of that name, since not every model has a mapping.

@@ -1,7 +1,9 @@
 """The CUDA graph sizes of factored models: chosen from configurations, and used by vLLM's own dispatchers."""
 
 import copy
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,12 +11,21 @@ import torch
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
-from vllm.config import CompilationConfig, CompilationMode, CUDAGraphMode, LoRAConfig, VllmConfig
+from vllm.config import (
+    CompilationConfig,
+    CompilationMode,
+    CUDAGraphMode,
+    LoRAConfig,
+    VllmConfig,
+    set_current_vllm_config,
+)
 from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.layers.linear import ReplicatedLinear
 from vllm.platforms import current_platform
 
 from pgsvd_vllm.errors import InputError
 from pgsvd_vllm.serving.graph_sizes import capture_prompts, prompt_sizes
+from pgsvd_vllm.serving.quant_config import PgsvdConfig
 
 pytestmark = pytest.mark.usefixtures("vllm_world")
 # vLLM's own for many requests.
@@ -64,8 +75,11 @@ def test_a_factored_model_captures_prompts(make_config: Any) -> None:
     config = make_config()
     assert config.compilation_config.cudagraph_capture_sizes == OWN
     assert chosen(config) == MORE
-    # Few requests: vLLM's own end earlier, prompts do not.
-    assert chosen(make_config(requests=8)) == [1, 2, 4, 8, 16, *(size for size in MORE if size > 512)]
+    # Few requests: vLLM's own end earlier, prompts do not, and no batch is padded much.
+    few = chosen(make_config(requests=8))
+    assert few[:5] == [1, 2, 4, 8, 16]
+    assert few[-16:] == MORE[-16:]
+    assert all(after - before <= max(8, before // (8 if before >= 256 else 4)) for before, after in pairwise(few))
 
 
 @pytest.mark.parametrize(
@@ -84,6 +98,31 @@ def test_a_factored_model_captures_prompts(make_config: Any) -> None:
 )
 def test_sizes_of_a_configuration(options: dict[str, Any], sizes: list[int], make_config: Any) -> None:
     assert chosen(make_config(**options)) == sizes
+
+
+def test_sizes_that_are_compiled_apart_are_captured(make_config: Any) -> None:
+    """vLLM refuses those that a graph would pad."""
+    from vllm.v1.cudagraph_dispatcher import CudagraphDispatcher
+
+    config = make_config()
+    config.compilation_config.compile_sizes = [600, 3000]
+    assert chosen(config) == sorted([*MORE, 600])
+    CudagraphDispatcher(config).initialize_cudagraph_keys(MIXED)
+
+
+def test_speculative_decoding_keeps_vllms_own(make_config: Any) -> None:
+    config = make_config()
+    config.speculative_config = SimpleNamespace()
+    capture_prompts(config)
+    assert config.compilation_config.cudagraph_capture_sizes == OWN
+
+
+def test_a_stage_without_factors_decides_like_the_others(make_config: Any) -> None:
+    """Pipeline stages send each other batches of the padded size."""
+    config = make_config()
+    with set_current_vllm_config(config):
+        ReplicatedLinear(32, 32, quant_config=PgsvdConfig({}), prefix="model.layers.0.dense")
+    assert config.compilation_config.cudagraph_capture_sizes == MORE
 
 
 def test_adapters_get_fewer(make_config: Any) -> None:
@@ -113,6 +152,7 @@ def test_the_memory_of_attention_is_bounded(
     heads: int, mode: CUDAGraphMode, last: int, make_config: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = make_config(mode=mode)
+    monkeypatch.setattr(current_platform, "is_cuda", lambda: True)
     monkeypatch.setattr(current_platform, "is_device_capability_family", lambda family, *_: family == 90)
     monkeypatch.setattr(type(config.model_config), "get_num_attention_heads", lambda *_: heads)
     monkeypatch.setattr(type(config.model_config), "get_head_size", lambda *_: 128)
@@ -154,4 +194,5 @@ def test_the_compile_hash_tells_sizes_apart(make_config: Any) -> None:
 def test_largest_batches() -> None:
     assert prompt_sizes([1, 2], 0, 8192) == [1, 2]
     assert prompt_sizes([1, 512], 2048, 600) == [1, 512, 576, 600]
+    assert prompt_sizes([1, 512], 576, 8192, [8, 530, 577]) == [1, 512, 530, 576]
     assert prompt_sizes([1, 1024], 2048, 8192) == [1, 1024, *range(1152, 2049, 128)]

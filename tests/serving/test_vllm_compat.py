@@ -82,10 +82,10 @@ SIGNATURES = {
 ATTRIBUTES = {
     "vllm.config:VllmConfig": (
         "additional_config compilation_config lora_config load_config parallel_config quant_config model_config "
-        "scheduler_config attention_config"
+        "scheduler_config attention_config speculative_config"
     ),
     "vllm.config:CompilationConfig": (
-        "static_forward_context mode cudagraph_mode cudagraph_capture_sizes max_cudagraph_capture_size"
+        "static_forward_context mode cudagraph_mode cudagraph_capture_sizes max_cudagraph_capture_size compile_sizes"
     ),
     "vllm.config:CUDAGraphMode": "PIECEWISE",
     "vllm.config:AttentionConfig": "flash_attn_max_num_splits_for_cuda_graph",

@@ -40,7 +40,6 @@ from pgsvd_vllm.parallel.slicing import (
 )
 from pgsvd_vllm.serving.collectives import all_gather_y, check_equal_on_all_ranks
 from pgsvd_vllm.serving.gemm.cpu import OTHER_SIZES, FactoredGemms
-from pgsvd_vllm.serving.graph_sizes import capture_prompts
 from pgsvd_vllm.serving.layers.layer_shard import BY_ROWS, DTYPES, STACKED, LayerShard, is_stacked, matrix_of, on_rank
 from pgsvd_vllm.serving.vllm_compat.internals import (
     QKV_SHARDS,
@@ -148,7 +147,6 @@ class PgsvdLinearMethod(LinearMethodBase):
             layer.register_parameter(kind, parameter)
 
         self.is_dummy = config.load_config.load_format == "dummy"
-        capture_prompts(config)
         if current_platform.is_cuda_alike():
             from pgsvd_vllm.serving.gemm.gpu import wants_triton
 

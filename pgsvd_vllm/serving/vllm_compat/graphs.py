@@ -34,6 +34,11 @@ def captured_sizes(config: VllmConfig) -> list[int]:
     return list(config.compilation_config.cudagraph_capture_sizes or [])
 
 
+def compiled_sizes(config: VllmConfig) -> list[int]:
+    """The numbers of tokens that the user has compiled apart; those within the largest graph have to be captured."""
+    return [int(size) for size in config.compilation_config.compile_sizes or []]
+
+
 def capture(config: VllmConfig, sizes: Sequence[int]) -> None:
     """Let the engine capture other sizes, ascending: it reads them after the model has been loaded."""
     config.compilation_config.cudagraph_capture_sizes = list(sizes)
@@ -47,7 +52,8 @@ def split_bytes(config: VllmConfig) -> int:
     tokens, head size] (v1/attention/backends/flash_attn.py). 0 where that kernel does not run.
     """
     compilation = config.compilation_config
-    if not compilation.cudagraph_mode.has_full_cudagraphs() or not current_platform.is_device_capability_family(90):
+    is_hopper = current_platform.is_cuda() and current_platform.is_device_capability_family(90)
+    if not compilation.cudagraph_mode.has_full_cudagraphs() or not is_hopper:
         return 0
     model, splits = config.model_config, config.attention_config.flash_attn_max_num_splits_for_cuda_graph
     return 4 * splits * model.get_num_attention_heads(config.parallel_config) * model.get_head_size()

@@ -14,6 +14,9 @@ from vllm.model_executor.kernels.linear import (  # internal: the choice of kern
     init_int8_linear_kernel,
 )
 from vllm.model_executor.kernels.linear.mixed_precision import MPLinearLayerConfig
+from vllm.model_executor.kernels.linear.mixed_precision.cpu import (
+    CPUWNA16LinearKernel,  # internal: its op may be missing
+)
 from vllm.model_executor.layers.quantization.utils.fp8_utils import (
     process_fp8_weight_channel_strategy,  # internal: AMD's other FP8, and the transpose
 )
@@ -135,8 +138,6 @@ def _int4(matrix: QuantizedMatrix, dtype: torch.dtype) -> tuple[Any, Any]:
     """A stand-in for a layer with INT4 weights, and its kernel."""
     if dtype == torch.float32:
         raise ValueError("vLLM's kernels take activations of 16 bits")
-    if current_platform.is_cpu() and not hasattr(torch.ops._C, "cpu_gemm_wna16"):  # private: vLLM's compiled kernels
-        raise ValueError("vLLM's kernels for this CPU have no INT4 GEMM, which wants AVX-512")
     missing = -len(matrix) % OUT_MULTIPLE
     values, scale = F.pad(matrix.values, (0, 0, 0, missing)), F.pad(matrix.scale, (0, 0, 0, missing), value=1.0)
     out, width = values.shape
@@ -149,7 +150,10 @@ def _int4(matrix: QuantizedMatrix, dtype: torch.dtype) -> tuple[Any, Any]:
         group_size=size,
         zero_points=False,
     )
-    kernel = choose_mp_linear_kernel(config)(config, "weight_packed", "weight_scale", "weight_zero_point")
+    chosen = choose_mp_linear_kernel(config)
+    if chosen is CPUWNA16LinearKernel and not hasattr(torch.ops._C, "cpu_gemm_wna16"):  # private: compiled kernels
+        raise ValueError("vLLM's kernels for this CPU have no INT4 GEMM; on x86 it wants AVX-512")
+    kernel = chosen(config, "weight_packed", "weight_scale", "weight_zero_point")
     layer: Any = nn.Module()
     packed = pack_quantized_values_into_int32(values.int() + 8, scalar_types.uint4b8, 1)
 

@@ -8,6 +8,7 @@ import torch
 
 from pgsvd_vllm.offline.model.free_memory import free_memory
 from pgsvd_vllm.offline.options import CompressOptions
+from pgsvd_vllm.offline.planning import resources
 from pgsvd_vllm.offline.planning.plan import make_plan
 from pgsvd_vllm.offline.planning.resources import memory_bytes
 from tests.conftest import save_tiny_model
@@ -97,3 +98,18 @@ def test_memory_counts_the_text_that_is_kept(tiny_model: Path, tmp_path: Path) -
     small = needed(1000)
     tokens = text.stat().st_size  # one a byte
     assert needed(4000) - small == pytest.approx(4 * (text.stat().st_size - tokens), abs=64 * 4)
+
+
+def test_memory_counts_the_windows_of_a_step(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows of 64 tokens are distilled on sixteen at a time."""
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"{i} towns lie on the {i * 7919 % 1000}th river.\n" for i in range(1000)))
+    options = CompressOptions(str(tiny_model), tmp_path / "out", dataset=(str(text),), max_seq_length=64)
+    plan = make_plan(options)
+    assert plan.settings.dose is not None
+    together = memory_bytes(plan)
+    monkeypatch.setattr(resources, "STEP_TOKENS", 1)
+    # Activations of both models' layers, and the logits four times.
+    features = max(sum(p.in_features + p.out_features for p in row) for row in plan.projections.layers)
+    layers, vocabulary = len(plan.projections.layers), plan.source.vocabulary
+    assert together - memory_bytes(plan) == (1024 - 64) * (2 * layers * features * 4 + 4 * vocabulary * 4)

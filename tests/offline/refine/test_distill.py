@@ -182,7 +182,7 @@ def test_windows_come_in_order_and_are_then_shuffled(
 
 
 def test_short_windows_are_trained_on_together(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three windows of 32 tokens are a step of 100, each attending to itself alone; a fourth is left over."""
+    """Three windows of 32 tokens are a step of 100, each attending to itself alone; the seventh is a step by itself."""
     monkeypatch.setattr(refine, "STEP_TOKENS", 100)
     text, rows = windows(7, 32), []
     learn = Distiller.learn
@@ -192,13 +192,14 @@ def test_short_windows_are_trained_on_together(tiny_model: Path, monkeypatch: py
         learn(self, key, row)
 
     monkeypatch.setattr(Distiller, "learn", recorded)
-    refined = distiller(tiny_model, factors_of(tiny_model, "factors")).run(text, windows(2, 32, 9), Dose(tokens=4 * 96))
-    assert refined.steps == 4
-    assert [key for key, _, _ in rows[:2]] == [0, 1]
-    assert sorted(key for key, _, _ in rows[2:]) == [0, 1]
+    dose = Dose(tokens=2 * text.numel())
+    refined = distiller(tiny_model, factors_of(tiny_model, "factors")).run(text, windows(2, 32, 9), dose)
+    assert refined.steps == 6
+    assert [key for key, _, _ in rows[:3]] == [0, 1, 2]
+    assert sorted(key for key, _, _ in rows[3:]) == [0, 1, 2]
     for key, row, piece in rows:
         assert piece == 32
-        assert torch.equal(row.view(3, 32), text[3 * key : 3 * key + 3])
+        assert torch.equal(row.view(-1, 32), text[3 * key : 3 * key + 3])
 
 
 def test_training_starts_with_unseen_text_without_held_out(
