@@ -25,7 +25,8 @@ _BESIDE_QUANTIZED = re.compile(
     r"|\w+_(blocks|scales)|\w*_qdata|W_q|codebooks|codes|_data|_scale)$|\.quant_state\."
 )
 _LORA = re.compile(r"\.(lora_[AB]|lora_embedding_[AB]|base_layer|lora_magnitude_vector)\.")
-_ADVICE = "start from the dense model that it was made from, or dequantize it in transformers and save_pretrained it"
+# Not to dequantize it in transformers: what that saves keeps the scales of compressed-tensors beside dense weights.
+_ADVICE = "start from the dense model that it was made from"
 
 
 def refuse_quantized_config(config: Mapping[str, Any], folder: Path) -> None:
