@@ -102,7 +102,8 @@ def _scaled_side_by_side(
     if collective is not None:
         z = collective(z)
     parts = [] if layer.sources is None else [s, z] if layer.between else [s]
-    parts += [gemm(part) for gemm, part in zip(gemms[1:], z.split(layer.ranks, 1), strict=True)]
+    components = torch.split_with_sizes(z, layer.ranks, 1)
+    parts += [gemm(part) for gemm, part in zip(gemms[1:], components, strict=True)]
     return torch.cat(parts, 1)
 
 

@@ -188,6 +188,10 @@ class TritonGemms:
         found = [quantized_gemm(matrix, self.layer.dtype) for matrix in self.layer.quantized()]
         self.scaled: list[Gemm] = [gemm for gemm in found if gemm is not None]
         self.in_place = len(self.scaled) == len(found) and all(map(self._reads_mine, self.scaled))
+        self.library: Gemms | None = None  # cuBLAS
+        if self.scaled and self.in_place:
+            heights = [len(self.layer.v), *self.layer.heights]
+            self.library = [partial(_rows, *pair) for pair in zip(self.scaled, heights, strict=True)]
         self.collective = collective_of(cut, self.layer.widths, tp_size)
         self.activation = activation
         self.gate = Gate(self.layer, shards) if activation else None
@@ -268,13 +272,6 @@ class TritonGemms:
         held = [weight for weight in gemm.weights if weight.dtype == self.layer.weight_dtype]
         return bool(held) and mine >= {weight.untyped_storage().data_ptr() for weight in held}
 
-    @property
-    def _gemms(self) -> Gemms | None:
-        if not self.scaled:
-            return None
-        heights = [len(self.layer.v), *self.layer.heights]
-        return [partial(_rows, gemm, height) for gemm, height in zip(self.scaled, heights, strict=True)]
-
     def _tensors(self) -> list[torch.Tensor]:
         places = [self.gate.places] if self.gate and self.gate.places is not None else []
         return [*self.layer.tensors(), *places]
@@ -293,8 +290,8 @@ class TritonGemms:
         if tiles is None or scratch is None:
             kernels = bool(self.steps)
             if self.gate and kernels and self.layer.sources is not None:
-                return run_library_gated(x, self.layer, self.gate, bias, self._gemms)
-            y = run_library(x, self.layer, bias, collective, kernels, self._gemms)
+                return run_library_gated(x, self.layer, self.gate, bias, self.library)
+            y = run_library(x, self.layer, bias, collective, kernels, self.library)
             return self.activation(y) if self.activation else y
         if self.gate:
             return run_gated(x, self.layer, self.gate, scratch, bias, tiles, self.overlap)
