@@ -1,13 +1,13 @@
 """Perplexity of compressed models, methods x removed shares x texts, as multiples of dense.
 
     python benchmarks/quality.py --wikitext DIR [--c4 FILE] [--model NAME] [--seed N] [--quick]
-        [--calibration-windows N] [--json FILE] [--markdown FILE] [--plot FILE]
+        [--calibration-windows N] [--keep DIR] [--json FILE] [--markdown FILE] [--plot FILE]
 
 DIR holds wiki.valid.raw for calibration and wiki.test.raw for evaluation; no choice depends on the test text. Every
 second document of FILE is for evaluation; the others are calibration text of the mixed case alone. Calibration runs
 once for all methods and shares. It and every finished case are kept in the work folder, separately for every model and
-seed, so an interrupted run continues. Every case is evaluated as a checkpoint loaded by transformers. Bars are for
-128 calibration windows.
+seed, so an interrupted run continues. Every case is evaluated as a checkpoint loaded by transformers, which --keep
+leaves in a folder for other measurements. Bars are for 128 calibration windows.
 """
 
 import argparse
@@ -271,6 +271,7 @@ def main() -> int:
         help=f"of {LENGTH} tokens; {WINDOWS} if not given",
     )
     parser.add_argument("--work", type=Path, help="kept between runs (default: in the user's cache)")
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="has every case's checkpoint in the end")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--markdown", type=Path, metavar="FILE")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="needs matplotlib (the extra `plot`)")
@@ -318,6 +319,9 @@ def main() -> int:
             model = compressed(calibrated, state, method, ratio, arguments.refine_minutes)
             print(f"{method} {ratio}: factored in {time.monotonic() - begun:.0f} s", flush=True)
             evaluate(model, f"{method} {ratio}")
+            if arguments.keep:
+                name = f"{plan.options.output.name}-{method.replace(', ', '-').replace(' ', '-')}-{ratio}"
+                shutil.copytree(state.checkpoint, arguments.keep / name, dirs_exist_ok=True)
             shutil.rmtree(state.checkpoint, ignore_errors=True)
         state.close()  # the next calibration may use the same folder
 

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 
 import pgsvd_vllm.hf  # noqa: F401  (registers the format)
 from pgsvd_vllm.offline.data.text import load_tokenizer
+from pgsvd_vllm.offline.model.device import gemm_dtype
 
 TASKS = ("arc_easy", "boolq", "winogrande")
 # Points of accuracy that a compressed model may lose: in one task, and in the mean, where gains hide losses.
@@ -45,9 +46,10 @@ metric_list:
 
 
 def accuracies(folder: Path, definitions: Path, rows: int | None) -> dict[str, float]:
-    """Task -> accuracy in percent of the model in a folder, in the dtype it is stored in."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").to(device).eval()
+    """Task -> accuracy in percent of the model in a folder, in the dtype that `gemm_dtype` gives for its own."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    model = model.to(device, gemm_dtype(device, model.dtype)).eval()
     results = simple_evaluate(
         HFLM(pretrained=model, tokenizer=load_tokenizer(folder), batch_size=16, max_length=2048),
         tasks=[f"local_{name}" for name in TASKS],

@@ -20,8 +20,15 @@ WINDOWS, PAIRS = 128, 1024
 # The same where a CPU samples the text, which takes as long as calibrating on it: SmolLM2-135M then takes a quarter of
 # an hour on two cores.
 CPU_WINDOWS = 40
+# On a GPU text models get up to GPU_GROWTH times as many windows and tokens of knowledge distillation, as far as each
+# takes ten minutes at most at 100 TFLOP/s.
+GPU_GROWTH, GPU_FLOPS = 4, 6e16
+# FLOPs of calibration per parameter and token: a forward pass, and Gram matrices in float32 at a sixteenth of the rate.
+CALIBRATION_FLOPS = 32
 # Held-out windows of the text: knowledge distillation never trains on them and selects its result by them.
 HELD_OUT = 8
+# Windows of a text that gives up its share of them for the default amount of distillation; shorter ones do not.
+GENEROUS_WINDOWS = 64
 AUTO = "auto"
 # The values of `bits`, and the quantizations that each allows; None keeps the dtype. `auto` chooses among several.
 BITS: dict[str, tuple[Scheme | None, ...]] = {
@@ -101,8 +108,8 @@ class CompressOptions:
         costs: JSON file with GEMM latencies (see `format.latency_table`) that the ranks minimize; None for size.
         dataset: names, files or folders of the calibration data; each gives an equal share of the samples. None is text
             that the model samples from itself, or `python-docs` if it cannot.
-        num_calibration_samples: windows of text, or image-text pairs; None for `WINDOWS` or `PAIRS`, and `CPU_WINDOWS`
-            of the model's own text on a CPU.
+        num_calibration_samples: windows of text, or image-text pairs; None for `WINDOWS` or `PAIRS`, `CPU_WINDOWS` of
+            the model's own text on a CPU, and up to `GPU_GROWTH` times `WINDOWS` of text on a GPU.
         max_seq_length: tokens per window.
         chat_template: whether plain text is formatted as user and assistant turns with the model's chat template.
         seed: of the draws of windows, pairs and labels.

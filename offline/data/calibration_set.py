@@ -19,9 +19,13 @@ from pgsvd_vllm.offline.model.source import ModelSource
 from pgsvd_vllm.offline.model.towers import LANGUAGE
 from pgsvd_vllm.offline.options import (
     BUILTIN,
+    CALIBRATION_FLOPS,
     CPU_WINDOWS,
     FRESH_SHARE,
     FRESH_WINDOWS,
+    GENEROUS_WINDOWS,
+    GPU_FLOPS,
+    GPU_GROWTH,
     HELD_OUT,
     PAIRS,
     SELF,
@@ -110,7 +114,7 @@ class CalibrationSet:
 
 
 def with_data_defaults(options: CompressOptions, source: ModelSource, machine: Machine) -> CompressOptions:
-    """The options with the default data set and, if it is the model's own text on a CPU, the number of windows.
+    """The options with the default data set, and the number of windows where it depends on the machine.
 
     Args:
         options: of the run.
@@ -124,9 +128,14 @@ def with_data_defaults(options: CompressOptions, source: ModelSource, machine: M
         rows = rows_in_memory(source, machine, piece_length(options.max_seq_length))
         can = source.model.can_generate() and rows > 0
         options = replace(options, dataset=(SELF if can else BUILTIN,))
-    if options.dataset == (SELF,) and options.num_calibration_samples is None and machine.device.type == "cpu":
-        options = replace(options, num_calibration_samples=CPU_WINDOWS)
-    return options
+    if options.num_calibration_samples is not None:
+        return options
+    if machine.device.type == "cpu":
+        return replace(options, num_calibration_samples=CPU_WINDOWS) if options.dataset == (SELF,) else options
+    if source.reads_images:
+        return options
+    affordable = int(GPU_FLOPS / (CALIBRATION_FLOPS * source.weights.numel * options.max_seq_length))
+    return replace(options, num_calibration_samples=max(WINDOWS, min(GPU_GROWTH * WINDOWS, affordable)))
 
 
 class DataReader:
@@ -242,12 +251,13 @@ class DataReader:
     ) -> tuple[Windows, list[str]]:
         """Windows of a text and warnings.
 
-        At least `left_over` windows are spare if distillation was asked for. Otherwise they are only if the text is
-        long enough: the default takes no calibration windows away.
+        At least `left_over` windows are spare if distillation was asked for, or if it is the default and the text has
+        GENEROUS_WINDOWS; the default takes no calibration windows away from shorter texts.
         """
         options = self._options
         documents = read_documents(dataset, (count + left_over) * self._length, tokenizer, options.chat_template)
         text = tokenize(tokenizer, documents, dataset)
-        required = self._dose is not None and not self._dose.by_default
-        windows = cut_windows(text, count, self._length, options.seed, left_over if required else 0)
+        enough = len(text.ids) >= GENEROUS_WINDOWS * (self._length - len(text.prefix))
+        spared = self._dose is not None and (enough or not self._dose.by_default)
+        windows = cut_windows(text, count, self._length, options.seed, left_over if spared else 0)
         return windows, check_worth(windows, len(text.prefix))

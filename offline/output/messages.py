@@ -144,7 +144,7 @@ def _data_line(data: CalibrationSet, requested: int | None) -> str:
         parts.append(f"{data.pairs.count} images with texts{written} from {data.pairs.name}")
     if len(ids):
         count = requested or WINDOWS
-        short = f" (the text has no more; {count} requested)" if not parts and len(ids) < count else ""
+        short = f" (the text has no more; {count} would be used)" if not parts and len(ids) < count else ""
         parts.append(f"{len(ids)} windows{short} of {ids.shape[1]} tokens from {_text_name(data)}")
     return " and ".join(parts)
 

@@ -3,7 +3,7 @@
 from pgsvd_vllm.errors import InputError
 from pgsvd_vllm.offline.data.tokens import Windows
 from pgsvd_vllm.offline.model.source import ModelSource
-from pgsvd_vllm.offline.options import DISTILLED_TOKENS, HELD_OUT, CompressOptions, Dose
+from pgsvd_vllm.offline.options import DISTILLED_TOKENS, GPU_FLOPS, GPU_GROWTH, HELD_OUT, CompressOptions, Dose
 from pgsvd_vllm.offline.settings import MEASURED
 
 # FLOPs of training by default on a CPU: a quarter of an hour of two ordinary cores.
@@ -25,7 +25,7 @@ def dose_of(options: CompressOptions, source: ModelSource, device_type: str) -> 
     """The requested amount of distillation, or the default one.
 
     By default a language model whose losses are measured is trained on DISTILLED_TOKENS tokens, a large one on a CPU on
-    fewer or none.
+    fewer or none, and on a GPU on up to GPU_GROWTH times as many.
 
     Args:
         options: checked by `check_options`.
@@ -52,7 +52,9 @@ def dose_of(options: CompressOptions, source: ModelSource, device_type: str) -> 
     measured = options.sensitivity in (None, MEASURED) and options.tolerance is None and options.baseline is None
     if reason is not None or not measured:
         return None
-    tokens = DISTILLED_TOKENS
+    flops = FLOPS_PER_PARAMETER * source.weights.numel
     if device_type == "cpu":
-        tokens = min(tokens, int(CPU_FLOPS / (FLOPS_PER_PARAMETER * source.weights.numel)))
+        tokens = min(DISTILLED_TOKENS, int(CPU_FLOPS / flops))
+    else:
+        tokens = max(DISTILLED_TOKENS, min(GPU_GROWTH * DISTILLED_TOKENS, int(GPU_FLOPS / flops)))
     return Dose(tokens=tokens, by_default=True) if tokens >= LEAST_TOKENS else None

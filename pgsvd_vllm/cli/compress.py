@@ -125,8 +125,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--num-calibration-samples",
         type=int,
         metavar="N",
-        help="windows of text, or image-text pairs (default 128; 40 of the model's own text on a CPU; 1024 for "
-        "contrastive models such as CLIP)",
+        help="windows of text, or image-text pairs (default 128; 40 of the model's own text on a CPU; 128 to 512 of "
+        "text on a GPU, by the model's size; 1024 for contrastive models such as CLIP)",
     )
     data.add_argument("--max-seq-length", type=int, default=1024, metavar="L", help="tokens per window (default 1024)")
     data.add_argument(

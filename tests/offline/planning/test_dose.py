@@ -14,13 +14,21 @@ from safetensors.torch import load_file
 from pgsvd_vllm.cli.compress import amount, configure
 from pgsvd_vllm.errors import InputError, bytes_text
 from pgsvd_vllm.offline.compress import compress
+from pgsvd_vllm.offline.data.calibration_set import with_data_defaults
+from pgsvd_vllm.offline.data.sampled.self_text import Machine
 from pgsvd_vllm.offline.data.text import load_tokenizer
 from pgsvd_vllm.offline.data.tokens import tokenize
 from pgsvd_vllm.offline.options import (
+    CALIBRATION_FLOPS,
+    CPU_WINDOWS,
     DISTILLED_PASSES,
     DISTILLED_TOKENS,
+    GENEROUS_WINDOWS,
+    GPU_FLOPS,
+    GPU_GROWTH,
     HELD_OUT,
     STEP_TOKENS,
+    WINDOWS,
     CompressOptions,
     Dose,
 )
@@ -34,12 +42,16 @@ from pgsvd_vllm.offline.refine.distill import Distiller
 
 SMALL: dict[str, Any] = {"num_calibration_samples": 20, "max_seq_length": 48, "ratio": 0.3}
 DEFAULT = Dose(tokens=DISTILLED_TOKENS, by_default=True)
+GPU_DEFAULT = Dose(tokens=GPU_GROWTH * DISTILLED_TOKENS, by_default=True)
 
 
 def model(parameters: float = 1e8, reads_images: bool = False, unstacks_experts: bool = False) -> Any:
-    """What `dose_of` reads of a model."""
+    """What the defaults read of a model."""
     weights = SimpleNamespace(numel=int(parameters))
-    return SimpleNamespace(weights=weights, reads_images=reads_images, unstacks_experts=unstacks_experts)
+    generates = SimpleNamespace(can_generate=lambda: True)
+    return SimpleNamespace(
+        weights=weights, reads_images=reads_images, unstacks_experts=unstacks_experts, model=generates
+    )
 
 
 def options(**values: Any) -> CompressOptions:
@@ -49,8 +61,8 @@ def options(**values: Any) -> CompressOptions:
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
-        ({}, DEFAULT),
-        ({"sensitivity": "measured"}, DEFAULT),
+        ({}, GPU_DEFAULT),
+        ({"sensitivity": "measured"}, GPU_DEFAULT),
         ({"sensitivity": "forward"}, None),
         ({"sensitivity": "uniform"}, None),
         ({"tolerance": 0.1}, None),
@@ -71,8 +83,15 @@ def test_a_cpu_trains_large_models_less() -> None:
         tokens=int(CPU_FLOPS / FLOPS_PER_PARAMETER / 1e9), by_default=True
     )
     assert dose_of(options(), model(CPU_FLOPS / FLOPS_PER_PARAMETER / LEAST_TOKENS + 1e6), "cpu") is None
-    assert dose_of(options(), model(1e11), "cuda") == DEFAULT
     assert dose_of(options(refine=1), model(1e11), "cpu") == Dose(minutes=1)
+
+
+def test_a_gpu_trains_longer_as_far_as_ten_minutes_allow() -> None:
+    assert dose_of(options(), model(1e10), "cuda") == GPU_DEFAULT
+    assert dose_of(options(), model(4e10), "cuda") == Dose(
+        tokens=int(GPU_FLOPS / FLOPS_PER_PARAMETER / 4e10), by_default=True
+    )
+    assert dose_of(options(), model(1e12), "cuda") == DEFAULT
 
 
 @pytest.mark.parametrize("kind", ["reads_images", "unstacks_experts"])
@@ -119,6 +138,49 @@ def test_the_default_takes_no_calibration_windows_away(
     line = f"\nno distillation: the text has fewer than {HELD_OUT} windows beside the calibration windows"
     assert (line in describe(default)) != distilled
     assert "distillation" not in describe(without)
+
+
+@pytest.mark.parametrize(("windows", "held_out"), [(GENEROUS_WINDOWS - 1, 0), (GENEROUS_WINDOWS, HELD_OUT)])
+def test_texts_that_are_long_enough_are_held_out_in_part(
+    windows: int, held_out: int, tiny_model: Path, tmp_path: Path
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(map(str, range(4000))), encoding="utf-8")
+    tokens = len(tokenize(load_tokenizer(tiny_model), [text.read_text(encoding="utf-8")], "t").ids)
+    plan = make_plan(
+        CompressOptions(
+            str(tiny_model),
+            tmp_path / "o",
+            dataset=(str(text),),
+            num_calibration_samples=windows,
+            max_seq_length=tokens // windows,
+        )
+    )
+    assert len(plan.data.windows.ids) == windows - held_out
+    assert len(plan.data.windows.others) == held_out
+    assert (plan.settings.dose is not None) == bool(held_out)
+
+
+@pytest.mark.parametrize(
+    ("device", "parameters", "values", "expected"),
+    [
+        ("cpu", 1e8, {}, CPU_WINDOWS),
+        ("cpu", 1e8, {"dataset": ("c4",)}, None),
+        ("cuda", 1e8, {}, GPU_GROWTH * WINDOWS),
+        ("cuda", 1e8, {"dataset": ("c4",)}, GPU_GROWTH * WINDOWS),
+        ("cuda", 7e9, {}, int(GPU_FLOPS / (CALIBRATION_FLOPS * 7e9 * 1024))),
+        ("cuda", 7e10, {}, WINDOWS),
+        ("cuda", 1e8, {"num_calibration_samples": 7}, 7),
+    ],
+)
+def test_the_number_of_windows_follows_the_machine(
+    device: str, parameters: float, values: dict[str, Any], expected: int | None
+) -> None:
+    machine = Machine(torch.device(device), torch.bfloat16, None)
+    assert with_data_defaults(options(**values), model(parameters), machine).num_calibration_samples == expected
+    images = with_data_defaults(options(**values), model(parameters, reads_images=True), machine)
+    given = values.get("num_calibration_samples")
+    assert images.num_calibration_samples == (given if device == "cuda" else expected)
 
 
 @pytest.mark.parametrize(("samples", "fresh"), [(20, 10), (2000, 427)])
