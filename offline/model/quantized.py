@@ -24,6 +24,13 @@ _BESIDE_QUANTIZED = re.compile(
     r"|weight_packed|weight_shape|weight_g_idx|\w*weight_(scales?|scale_inv|scale_2|zero_point)|input_scale"
     r"|\w+_(blocks|scales)|\w*_qdata|W_q|codebooks|codes|_data|_scale)$|\.quant_state\."
 )
+# quant_method of config.json -> how to make the model dense, for what `pgsvd-vllm dequantize` does not convert.
+_TOOLS = {
+    "gptq": "make it dense with gptqmodel.utils.model_dequant.dequantize_model",
+    "bitsandbytes": "load it in transformers, dequantize() and save_pretrained it",
+    "higgs": "load it in transformers, dequantize() and save_pretrained it",
+    "mxfp4": "load it in transformers with Mxfp4Config(dequantize=True) and save_pretrained it",
+}
 _LORA = re.compile(r"\.(lora_[AB]|lora_embedding_[AB]|base_layer|lora_magnitude_vector)\.")
 # Not to dequantize it in transformers: what that saves keeps the scales of compressed-tensors beside dense weights.
 _ADVICE = "start from the dense model that it was made from"
@@ -34,8 +41,42 @@ def refuse_quantized_config(config: Mapping[str, Any], folder: Path) -> None:
     for key, section in _sections(config):
         method = section.get("quant_method", key) if isinstance(section, dict) else section
         raise InputError(
-            f"{folder}: already compressed or quantized ({method}, by {key} of config.json); start from the dense model"
+            f"{folder}: already compressed or quantized ({method}, by {key} of config.json); "
+            + _advice(method, section, folder)
         )
+
+
+def quantization_of(config: Mapping[str, Any], folder: Path) -> tuple[str, dict[str, Any]]:
+    """The `quant_method` of a quantized model that can be dequantized, and its section of config.json.
+
+    Raises:
+        InputError: the model is not quantized, or in another way; names the tool that makes it dense, if there is one.
+    """
+    key, section = next(_sections(config), ("", None))
+    if section is None:
+        raise InputError(f"{folder}/config.json: has no quantization_config; the model is not quantized")
+    method = section.get("quant_method", key) if isinstance(section, dict) else section
+    if not _is_convertible(method, section):
+        raise InputError(
+            f"{folder}: quantized by {method}, which `pgsvd-vllm dequantize` does not convert; "
+            + _advice(method, section, folder)
+        )
+    return str(method), section
+
+
+def _is_convertible(method: Any, section: Any) -> bool:
+    """Whether the converters of compressed-tensors make it dense."""
+    if not isinstance(section, dict):
+        return False
+    return bool(section.get("weight_block_size")) if method == "fp8" else method in ("compressed-tensors", "awq")
+
+
+def _advice(method: Any, section: Any, folder: Path) -> str:
+    """What to do with a quantized model."""
+    if _is_convertible(method, section):
+        return f"start from the dense model, or make it dense: pgsvd-vllm dequantize {folder} -o DIR"
+    tool = _TOOLS.get(str(method))
+    return "start from the dense model" + (f", or {tool}" if tool else "")
 
 
 def _sections(config: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:

@@ -85,7 +85,7 @@ class ModelSource:
         self.config_json = read_model_config(folder)
         refuse_quantized_config(self.config_json, folder)
         self.auto_class: Any = self._kind()
-        self.weight_dtype = _weight_dtype(self.config_json, folder)
+        self.weight_dtype = weight_dtype(self.config_json, folder)
         tensors = find_tensors(folder)
         refuse_more_layers(self.config_json, len(tensors), folder)
         try:
@@ -279,7 +279,7 @@ class ModelSource:
                 _set(layer, name, torch.empty_like(parameter, device="meta"))
 
 
-def _weight_dtype(config: Mapping[str, Any], folder: Path) -> torch.dtype:
+def weight_dtype(config: Mapping[str, Any], folder: Path) -> torch.dtype:
     """The dtype that a config.json names, float32 if it names none; raises InputError if weights cannot have it."""
     name = config.get("dtype") or config.get("torch_dtype") or "auto"
     if name == "auto" or isinstance(name, dict):  # a dict has one dtype per part of the model

@@ -7,13 +7,21 @@ from collections.abc import Sequence
 from typing import TextIO, cast
 
 import pgsvd_vllm
-from pgsvd_vllm.cli import compress, env, inspect, profile, tune, verify
+from pgsvd_vllm.cli import compress, dequantize, env, inspect, profile, tune, verify
 from pgsvd_vllm.cli.flags import refuse_empty, with_flags
 from pgsvd_vllm.cli.output import Output, open_missing_streams
 from pgsvd_vllm.cli.stop import Stop
 from pgsvd_vllm.errors import PgsvdError, as_interruption
 
-COMMANDS = {"compress": compress, "profile": profile, "tune": tune, "inspect": inspect, "verify": verify, "env": env}
+COMMANDS = {
+    "compress": compress,
+    "dequantize": dequantize,
+    "profile": profile,
+    "tune": tune,
+    "inspect": inspect,
+    "verify": verify,
+    "env": env,
+}
 INTERNAL_ERROR, USER_ERROR = 1, 2
 
 
@@ -24,7 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Compress Hugging Face models into low-rank factors and serve them with vLLM.",
         epilog="Serve the result with: vllm serve DIR --load-format pgsvd",
     )
-    parser.add_argument("--version", action="version", version=f"pgsvd-vllm {pgsvd_vllm.__version__}")
+    parser.add_argument("-V", "--version", action="version", version=f"pgsvd-vllm {pgsvd_vllm.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, module in COMMANDS.items():
         first_line = (module.__doc__ or "").splitlines()[0]

@@ -1,0 +1,33 @@
+"""Make a dense model of a quantized one (compressed-tensors, block-wise FP8, AWQ), which compress can then start from.
+
+What rounding has lost stays lost: the dense model that was quantized is the better start.
+"""
+
+import argparse
+import shlex
+from pathlib import Path
+
+from pgsvd_vllm.errors import bytes_text
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the options."""
+    parser.add_argument("model", metavar="MODEL", help="local folder or Hugging Face id of a quantized model")
+    parser.add_argument(
+        "-o", "--output-dir", required=True, type=Path, metavar="DIR", help="folder to write; must not exist"
+    )
+    parser.add_argument("--trust-remote-code", action="store_true", help="run model code from the model's repository")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Write the dense model; returns the exit status and raises PgsvdError."""
+    from pgsvd_vllm.offline.model.dequantize import dequantize
+    from pgsvd_vllm.offline.model.hub import resolve_folder
+
+    output = arguments.output_dir
+    folder = resolve_folder(arguments.model, arguments.trust_remote_code)
+    made = dequantize(folder, output, arguments.trust_remote_code)
+    dtype = str(made.dtype).removeprefix("torch.")
+    print(f"wrote {output}: {bytes_text(made.nbytes)}, dense in {dtype} (was {made.method})")
+    print(f"compress it:  pgsvd-vllm compress {shlex.quote(str(output))} -o COMPRESSED --ratio 0.2")
+    return 0
