@@ -98,7 +98,10 @@ class CompressOptions:
         sensitivity: `measured`, `forward` or `uniform`. None is `uniform` with a tolerance or a baseline; otherwise it
             is `measured`, or `forward` if gradients do not fit in memory.
         baseline: one of `BASELINES`, used instead of PGSVD for comparison; None for PGSVD.
-        form: `pivot` or `factors`; None is `pivot` if sensitivities are measured, but for matrices of 4 bits.
+        form: `pivot` or `factors`; None is `pivot` if sensitivities are measured, but for matrices of 4 bits and for
+            models that a GPU serves.
+        serve_on: `cpu` or `gpu`, where the model will be served; None for the kind of machine that `costs` are of, else
+            for that of `device`.
         sequential: whether each layer is fitted to activations from the already factored layers (see
             `factors.error_aware`); None is yes if sensitivities are measured.
         refine: minutes of knowledge distillation (see `refine.distill`), 0 for none; None for the default (see
@@ -132,6 +135,7 @@ class CompressOptions:
     sensitivity: str | None = None
     baseline: str | None = None
     form: str | None = None
+    serve_on: str | None = None
     sequential: bool | None = None
     refine: float | None = None
     refine_tokens: int | None = None
@@ -179,6 +183,8 @@ def check_options(options: CompressOptions) -> None:
         raise InputError("--baseline: gives every projection the same --ratio; omit --tolerance and --sensitivity")
     if options.costs is not None and (options.tolerance is not None or options.baseline is not None):
         raise InputError("--objective latency: needs measured losses; omit --tolerance and --baseline")
+    if options.serve_on not in (None, "cpu", "gpu"):
+        raise InputError(f"--serve-on {options.serve_on}: must be cpu or gpu")
     if options.costs is not None and isinstance(options.ratio, dict):
         raise InputError("--objective latency: takes one --ratio, a share of the GEMM latency of all towers")
     if options.costs is not None and "experts" in options.include:

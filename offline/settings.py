@@ -78,7 +78,7 @@ def resolve_settings(
     """The settings that follow from the options.
 
     Args:
-        options: checked by `check_options`.
+        options: checked by `check_options`, with `serve_on` set.
         device: that computes.
         compute_dtype: of the calibration forward pass.
         dose: of knowledge distillation.
@@ -88,8 +88,10 @@ def resolve_settings(
     informed = sensitivity != UNIFORM or options.baseline == "pifa"
 
     def storage(scheme: Scheme | None) -> Storage:
-        # With 4 bits the pivot form loses more by rounding than its higher ranks gain (docs/dev/log.md).
-        pivot = informed and (scheme is None or scheme.num_bits == 8)
+        # With 4 bits the pivot form loses more by rounding than its higher ranks gain (docs/dev/log.md), and GPUs are
+        # slower with it at the same size (docs/kernels.md).
+        pivot = informed and (scheme is None or scheme.num_bits == 8) and options.serve_on != "gpu"
+        pivot = pivot or options.baseline == "pifa"
         return Storage(options.form or ("pivot" if pivot else "factors"), scheme)
 
     return RunSettings(

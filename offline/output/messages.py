@@ -28,9 +28,20 @@ def describe(plan: Plan) -> str:
         f"calibration: {_data_line(plan.data, plan.options.num_calibration_samples)}, "
         f"on {settings.device} in {str(settings.compute_dtype).removeprefix('torch.')}{_coverage_line(plan)}"
         + "".join(f"\nWARNING: --dataset {warning}" for warning in plan.data.warnings)
+        + _form_line(plan)
         + _distillation_line(plan)
         + _quantization_line(plan)
         + _roles_line(plan)
+    )
+
+
+def _form_line(plan: Plan) -> str:
+    """The default form of low-rank matrices, where it depends on the machine that will serve the model."""
+    if plan.options.form is not None or plan.options.serve_on != "gpu" or not plan.settings.measured:
+        return ""
+    return (
+        "\nform: factors, which GPUs run faster than the pivot form; at the same size the pivot form loses less "
+        "(`serve_on` cpu, or `form` pivot)"
     )
 
 
@@ -168,9 +179,7 @@ def ranks_line(plan: Plan, allocation: Allocation) -> str:
     latency = ""
     if plan.latencies is not None and allocation.latency_removed is not None:
         tokens = f"{plan.latencies.tokens} token" + ("s" if plan.latencies.tokens > 1 else "")
-        latency = (
-            f", {allocation.latency_removed:.1%} of their latency for {tokens} (measured on {plan.latencies.machine})"
-        )
+        latency = f", {allocation.latency_removed:.1%} of their latency for {tokens} ({plan.latencies.machine})"
     return (
         f"ranks by {rank_rule(plan.settings, allocation)}: {len(allocation.ranks)} of {len(plan.projections.flat)} "
         f"projections factored, {allocation.removed:.1%} of their parameters removed{latency}"

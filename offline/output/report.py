@@ -52,6 +52,7 @@ def write_config(folder: Path, plan: Plan, result: CompressResult) -> None:
         "tensors": result.tensors,
         "method": METHOD,
         "sensitivity": settings.sensitivity,
+        "serve_on": plan.options.serve_on,
         "sequential": settings.sequential,
         "baseline": settings.baseline,
         "refine_minutes": None if settings.dose is None else settings.dose.minutes,

@@ -123,6 +123,10 @@ def make_plan(options: CompressOptions) -> Plan:
     compute_dtype = gemm_dtype(device, store_dtype(options) or source.weight_dtype)
     machine = _machine(device, compute_dtype)
     options = with_data_defaults(options, source, machine)
+    latencies = None if options.costs is None else _latencies(options)
+    if options.serve_on is None:
+        kind = ("cpu" if device.type == "cpu" else "gpu") if latencies is None else latencies.device
+        options = replace(options, serve_on=kind)
     data = DataReader(options, source, machine, dose).read(sample=False)
     _check_ids(source, data)
     reach = reached_layers(source, data, device, compute_dtype)
@@ -135,7 +139,7 @@ def make_plan(options: CompressOptions) -> Plan:
         projections,
         replace(data, tokens_per_pixel=reach.tokens_per_pixel),
         resolve_settings(options, device, compute_dtype, dose_on(dose, data.windows)),
-        None if options.costs is None else _latencies(options),
+        latencies,
         reach.others,
         itemsizes,
         None if size is None else removed_bytes(source, projections, itemsizes, dtype, size),

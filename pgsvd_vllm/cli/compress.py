@@ -53,11 +53,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--objective",
         choices=["size", "latency"],
         default="size",
-        help="what ranks minimize and --ratio is a share of: parameters (default), or the GEMM latency measured on the "
-        "serving machine (--costs); projections that low rank does not make faster then stay dense",
+        help="what ranks minimize and --ratio is a share of: parameters (default), or the GEMM latency of the serving "
+        "machine (--costs); projections that low rank does not make faster then stay dense",
     )
     parser.add_argument(
-        "--costs", type=Path, metavar="FILE", help="latency table written by pgsvd-vllm profile on the serving machine"
+        "--costs",
+        type=Path,
+        metavar="FILE",
+        help="latency table written by pgsvd-vllm profile: measured on the serving machine, or computed for a GPU",
     )
     parser.add_argument(
         "--sensitivity",
@@ -76,7 +79,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
         choices=["pivot", "factors"],
         help="how a low-rank matrix is stored: as pivot rows and the coefficients of the other rows (pivot: fewer "
         "parameters at the same rank, the default), or as two factors (faster on GPUs, and less sensitive to rounding; "
-        "the default for matrices of 4 bits and with --sensitivity uniform)",
+        "the default with --serve-on gpu, for matrices of 4 bits and with --sensitivity uniform)",
+    )
+    parser.add_argument(
+        "--serve-on",
+        choices=["cpu", "gpu"],
+        help="where the model will be served, which decides the default --form (default: the kind of machine of "
+        "--costs, else the one that compresses)",
     )
     parser.add_argument(
         "--sequential",
@@ -223,7 +232,7 @@ def run(arguments: argparse.Namespace) -> int:
     if (arguments.objective == "latency") != (arguments.costs is not None):
         raise InputError(
             "--objective latency and --costs FILE go together; make the file on the serving machine with: "
-            f"pgsvd-vllm profile {arguments.model} -o FILE"
+            f"pgsvd-vllm profile {arguments.model} -o FILE (for a GPU, on any machine: --gpu H100)"
         )
     if arguments.head_tolerance is not None and "lm_head" not in arguments.include:
         raise InputError("--head-tolerance: needs --include lm_head")
@@ -236,6 +245,7 @@ def run(arguments: argparse.Namespace) -> int:
         sensitivity=arguments.sensitivity,
         baseline=arguments.baseline,
         form=arguments.form,
+        serve_on=arguments.serve_on,
         sequential=arguments.sequential,
         refine=arguments.refine[0],
         refine_tokens=arguments.refine[1],

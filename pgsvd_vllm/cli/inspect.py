@@ -2,6 +2,7 @@
 
 import argparse
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +172,11 @@ def summary(checkpoint: Checkpoint) -> list[str]:
         f"method                {section.get('method')}, ranks by "
         + (section.get("baseline") or (f"tolerance {tolerance}" if tolerance else "measured losses")),
     ]
+    forms = Counter(modules[name].form for name in checkpoint.factored)
+    served = {"cpu": ", for serving on CPUs", "gpu": ", for serving on GPUs"}.get(str(section.get("serve_on")), "")
+    if forms:
+        counts = " and ".join(f"{count} in the form {form}" for form, count in forms.most_common())
+        lines.append(f"stored                {counts}{served}")
     schemes = sorted({scheme.name for module in modules.values() for scheme in module.schemes.values()})
     if schemes:
         shapes = [checkpoint.shape(name) for name in modules]

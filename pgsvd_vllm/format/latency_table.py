@@ -1,4 +1,4 @@
-"""The table of measured GEMM latencies of the serving machine: written by `profile`, read by `compress`.
+"""The table of GEMM latencies of the serving machine, measured or computed: written by `profile`, read by `compress`.
 
 For every weight shape the JSON file holds the latency, in microseconds, of the dense GEMM and of low-rank layers in
 both forms at some ranks, all for the same number of tokens.
@@ -14,9 +14,13 @@ from typing import Any
 
 from pgsvd_vllm.errors import CheckpointError, InputError
 from pgsvd_vllm.format.reader import read_json
-from pgsvd_vllm.format.schema import FORMS
+from pgsvd_vllm.format.schema import FORMS, stored_size
 
 LATENCY_TABLE_VERSION = 1
+# Fractions of the largest rank that saves anything; 0 stands for the smallest rank.
+RANK_FRACTIONS = (0.0, 0.125, 0.25, 0.5, 0.75, 1.0)
+RANK_MULTIPLE = 16
+DEVICES = ("cpu", "gpu")
 
 
 @dataclass(frozen=True)
@@ -52,13 +56,15 @@ class LatencyTable:
         shapes: (out, in) -> its latencies.
         tokens: tokens per GEMM.
         dtype: of weights and inputs, such as `bfloat16`.
-        machine: description of the machine that was measured.
+        machine: description of the machine.
+        device: `cpu` or `gpu`.
     """
 
     shapes: dict[tuple[int, int], ShapeLatencies]
     tokens: int
     dtype: str
     machine: str
+    device: str = "cpu"
 
     def latency(self, out_features: int, in_features: int, form: str, rank: int | None) -> float:
         """The latency of a layer with a weight [out, in], in microseconds; of the dense one if `rank` is None.
@@ -74,13 +80,28 @@ class LatencyTable:
         return latencies.dense if rank is None else latencies.of(form, rank)
 
 
+def ranks_of_table(form: str, out: int, width: int) -> list[int]:
+    """Some ranks from the smallest to the largest that saves memory; none if no rank does."""
+    saving = [rank for rank in range(1, min(out, width)) if stored_size(form, out, width, rank) < out * width]
+    if not saving:
+        return []
+    step = RANK_MULTIPLE if saving[-1] >= 8 * RANK_MULTIPLE else 1
+    return sorted({max(step, int(fraction * saving[-1]) // step * step) for fraction in RANK_FRACTIONS})
+
+
 def write_latencies(table: LatencyTable, path: Path) -> None:
     """Write the file, complete or not at all; raises OSError if it cannot be written."""
     rows = [
         {"out": out, "in": width, "dense": latencies.dense, **latencies.forms}
         for (out, width), latencies in table.shapes.items()
     ]
-    content = {"version": LATENCY_TABLE_VERSION, "machine": table.machine, "tokens": table.tokens, "dtype": table.dtype}
+    content = {
+        "version": LATENCY_TABLE_VERSION,
+        "machine": table.machine,
+        "device": table.device,
+        "tokens": table.tokens,
+        "dtype": table.dtype,
+    }
     unfinished = path.with_name(f"{path.name}.writing")
     try:
         unfinished.write_text(json.dumps({**content, "shapes": rows}, indent=1) + "\n", encoding="utf-8")
@@ -106,7 +127,12 @@ def read_latencies(path: Path) -> LatencyTable:
                 f"`costs` {path}: version {content['version']}, this program reads {LATENCY_TABLE_VERSION}"
             )
         shapes = {(_positive(row["out"]), _positive(row["in"])): _shape(row) for row in content["shapes"]}
-        return LatencyTable(shapes, _positive(content["tokens"]), str(content["dtype"]), str(content["machine"]))
+        device = content.get("device", "cpu")
+        if device not in DEVICES:
+            raise ValueError(f"device {device!r} is none of {', '.join(DEVICES)}")
+        return LatencyTable(
+            shapes, _positive(content["tokens"]), str(content["dtype"]), str(content["machine"]), device
+        )
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         if isinstance(error, InputError):
             raise

@@ -46,12 +46,18 @@ def groups(checkpoint: Checkpoint) -> Iterator[tuple[tuple[str, ...], Split]]:
     for name in checkpoint.modules:
         if name in seen:
             continue
-        parent, _, leaf = name.rpartition(".")
-        group = next((group for group in MERGED_GROUPS if leaf in group), (leaf,))
-        names = [f"{parent}.{part}" if parent else part for part in group]
-        known = [one for one in names if one in checkpoint.modules or f"{one}.weight" in checkpoint.tensors]
+        known = [
+            one for one in merged_names(name) if one in checkpoint.modules or f"{one}.weight" in checkpoint.tensors
+        ]
         seen.update(known)
         yield tuple(known), split_of(name)
+
+
+def merged_names(name: str) -> list[str]:
+    """The names of the modules of the layer that vLLM makes of a module and its siblings; the name itself is one."""
+    parent, _, leaf = name.rpartition(".")
+    group = next((group for group in MERGED_GROUPS if leaf in group), (leaf,))
+    return [f"{parent}.{part}" if parent else part for part in group]
 
 
 def _cut(checkpoint: Checkpoint, name: str, tp_size: int, by_inputs: bool) -> tuple[int, ShardShape]:

@@ -2,13 +2,26 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from pgsvd_vllm.cli import main
-from pgsvd_vllm.format.latency_table import LatencyTable, ShapeLatencies, read_latencies, write_latencies
+from pgsvd_vllm.cli.computed_latency import computed_latencies
+from pgsvd_vllm.format.latency_table import (
+    LatencyTable,
+    ShapeLatencies,
+    ranks_of_table,
+    read_latencies,
+    write_latencies,
+)
+from pgsvd_vllm.kernels.gpu_cost import GPUS, dense, factored
+from pgsvd_vllm.kernels.layer_shape import ShardShape
 from pgsvd_vllm.offline.model.device import gemm_dtype
+from pgsvd_vllm.offline.model.projection import Projection
+from pgsvd_vllm.offline.options import CompressOptions
+from pgsvd_vllm.offline.planning.plan import make_plan
 from tests.conftest import run_cli
 
 # (out, in) of the tiny model's projections.
@@ -68,7 +81,7 @@ def test_projections_that_get_no_faster_stay_dense(tiny_model: Path, tmp_path: P
     removed = sum(1 - 0.5 * row["rank"] / 128 for row in section["modules"].values()) / 21
     assert section["time_removed"] == pytest.approx(removed, abs=1e-6)
     assert abs(removed - 0.2) < 0.02
-    assert f"{removed:.1%} of their latency for 1 token (measured on a machine)" in done.stdout
+    assert f"{removed:.1%} of their latency for 1 token (a machine)" in done.stdout
     assert main(["verify", str(tmp_path / "out")]) == 0
 
 
@@ -151,3 +164,81 @@ def test_profile_refuses_invalid_options(
     assert main(["profile", str(tiny_model), "-o", str(tmp_path / "costs.json"), *options]) == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def projections_of_llama(layers: int) -> list[Projection]:
+    """The projections of Llama-2-7B's first layers, in their order."""
+    sizes = {"self_attn": {"q": 4096, "k": 4096, "v": 4096, "o": 4096}, "mlp": {"gate": 11008, "up": 11008}}
+    found = [
+        Projection(f"model.layers.{i}.{part}.{leaf}_proj", out, 4096)
+        for i in range(layers)
+        for part, leaves in sizes.items()
+        for leaf, out in leaves.items()
+    ]
+    return [*found, *(Projection(f"model.layers.{i}.mlp.down_proj", 4096, 11008) for i in range(layers))]
+
+
+@pytest.mark.parametrize("tokens", [1, 512])
+def test_a_computed_table_adds_up_to_the_time_of_the_layers(tokens: int) -> None:
+    """The projections of a merged layer share its fixed time; o_proj, which has q_proj's shape, has one of its own."""
+    projections = projections_of_llama(2)
+    table = computed_latencies("H100", projections, tokens, "bfloat16")
+    gpu, layers = GPUS["H100"], (((4096,) * 3, 4096), ((4096,), 4096), ((11008,) * 2, 4096), ((4096,), 11008))
+    found = sum(table.latency(p.out_features, p.in_features, "factors", None) for p in projections)
+    assert found == pytest.approx(2 * sum(dense(gpu, tokens, *layer) for layer in layers), abs=0.1)
+    for form in ("factors", "pivot"):
+        most = {p.name: ranks_of_table(form, p.out_features, p.in_features)[-1] for p in projections}
+        found = sum(table.latency(p.out_features, p.in_features, form, most[p.name]) for p in projections)
+        expected = 0.0
+        for outs, columns in layers:
+            ranks = [ranks_of_table(form, out, columns)[-1] for out in outs]
+            shards = [ShardShape(o, r, r if form == "pivot" else None) for o, r in zip(outs, ranks, strict=True)]
+            expected += 2 * factored(gpu, tokens, shards, columns)
+        assert found == pytest.approx(expected, abs=0.2)
+
+
+def test_a_model_for_gpus_has_plain_factors(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    costs, small = tmp_path / "costs.json", [*FAST[:4], "--dataset", "python-docs", "--refine", "0", "--dry-run"]
+    assert main(["profile", str(tiny_model), "-o", str(costs), "--gpu", "H100", "--dtype", "float16"]) == 0
+    assert "4 shapes, 1 tokens, float16, NVIDIA H100, computed" in capsys.readouterr().out
+    assert read_latencies(costs).device == "gpu"
+    given = ["compress", str(tiny_model), "-o", str(tmp_path / "out"), *small]
+    # Layers this small gain nothing on a GPU.
+    assert main([*given, "--dtype", "float16", "--objective", "latency", "--costs", str(costs)]) == 2
+    assert "no low-rank GEMM is clearly faster" in capsys.readouterr().err
+    for option, line in (("gpu", True), ("cpu", False)):
+        assert main([*given, "--serve-on", option]) == 0
+        assert ("form: factors, which GPUs run faster" in capsys.readouterr().out) == line
+
+
+@pytest.mark.parametrize(
+    ("values", "forms"),
+    [
+        ({}, {"pivot"}),
+        ({"serve_on": "gpu"}, {"factors"}),
+        ({"serve_on": "gpu", "form": "pivot"}, {"pivot"}),
+        ({"serve_on": "gpu", "baseline": "pifa"}, {"pivot"}),
+        ({"serve_on": "gpu", "bits": "auto"}, {"factors"}),
+        ({"serve_on": "cpu", "bits": "auto"}, {"pivot", "factors"}),
+        ({"serve_on": "cpu", "sensitivity": "uniform"}, {"factors"}),
+    ],
+    ids=str,
+)
+def test_where_a_model_is_served_decides_the_default_form(
+    tiny_model: Path, tmp_path: Path, values: dict[str, Any], forms: set[str]
+) -> None:
+    given: dict[str, Any] = {"num_calibration_samples": 32, "max_seq_length": 64, "dataset": ("python-docs",)}
+    plan = make_plan(CompressOptions(str(tiny_model), tmp_path / "out", ratio=0.3, **given, **values))
+    assert {storage.form for storage in plan.settings.storages} == forms
+    assert plan.options.serve_on == values.get("serve_on", "cpu" if plan.settings.device.type == "cpu" else "gpu")
+
+
+def test_inspect_says_for_what_a_checkpoint_is(tiny_compressed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(tiny_compressed)]) == 0
+    section = json.loads((tiny_compressed / "config.json").read_text())["quantization_config"]
+    count = len(section["modules"])
+    form = {module["form"] for module in section["modules"].values()}.pop()
+    expected = f"stored                {count} in the form {form}, for serving on {section['serve_on'].upper()}s"
+    assert expected in capsys.readouterr().out

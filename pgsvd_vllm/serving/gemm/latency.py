@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from pgsvd_vllm.format.latency_table import LatencyTable, ShapeLatencies
+from pgsvd_vllm.format.latency_table import LatencyTable, ShapeLatencies, ranks_of_table
 from pgsvd_vllm.format.schema import FORMS, stored_size
 from pgsvd_vllm.kernels.shard_weights import Shard
 from pgsvd_vllm.serving.gemm.cpu import FactoredGemms
@@ -21,9 +21,6 @@ from pgsvd_vllm.serving.vllm_compat.cpu_gemm import vllm_gemm
 COPY_BYTES = 96e6
 # Copies of small matrices may fit into caches, so that they are timed as faster than they are.
 MOST_COPIES = 256
-# Fractions of the largest rank that saves anything; 0 stands for the smallest rank.
-RANK_FRACTIONS = (0.0, 0.125, 0.25, 0.5, 0.75, 1.0)
-RANK_MULTIPLE = 16
 SECONDS_A_SHAPE = 4.0
 Layer = Callable[[torch.Tensor], torch.Tensor]
 
@@ -41,7 +38,7 @@ def measure(
     """
     found = {}
     for out, width in shapes:
-        ranks = {form: ranks_to_time(form, out, width) for form in FORMS}
+        ranks = {form: ranks_of_table(form, out, width) for form in FORMS}
         variants: list[tuple[str, int]] = [("dense", 0), *((form, r) for form, many in ranks.items() for r in many)]
         stacks = [list(_copies(kind, out, width, rank, dtype)) for kind, rank in variants]
         times = dict(zip(variants, in_turn(stacks, torch.randn(tokens, width, dtype=dtype)), strict=True))
@@ -57,15 +54,6 @@ def measure(
         f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     )
     return LatencyTable(found, tokens, str(dtype).removeprefix("torch."), machine)
-
-
-def ranks_to_time(form: str, out: int, width: int) -> list[int]:
-    """Some ranks from the smallest to the largest that saves memory; none if no rank does."""
-    saving = [rank for rank in range(1, min(out, width)) if stored_size(form, out, width, rank) < out * width]
-    if not saving:
-        return []
-    step = RANK_MULTIPLE if saving[-1] >= 8 * RANK_MULTIPLE else 1
-    return sorted({max(step, int(fraction * saving[-1]) // step * step) for fraction in RANK_FRACTIONS})
 
 
 def in_turn(stacks: Sequence[Sequence[Layer]], x: torch.Tensor) -> list[float]:
