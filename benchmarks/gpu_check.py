@@ -330,12 +330,26 @@ def tuned(device: torch.device, overlap: bool) -> Iterator[Row]:
             yield row(f"{at}, default / best", found.default / found.best, None)
 
 
-def whole_model() -> Iterator[Row]:
-    """Random models of Llama-2-7B's shape in vLLM, dense and factored in turn, if vLLM and pgsvd-vllm are installed."""
+def can_serve() -> bool:
+    """Whether vLLM and pgsvd-vllm are installed; says so if they are not both."""
     plugins = entry_points(group="vllm.general_plugins")
-    if find_spec("vllm") is None or not any(plugin.name == "pgsvd" for plugin in plugins):
+    found = find_spec("vllm") is not None and any(plugin.name == "pgsvd" for plugin in plugins)
+    if not found:
         print("whole models: skipped, vLLM and pgsvd-vllm are not both installed")
-        return
+    return found
+
+
+def servers() -> Iterator[Row]:
+    """Dense and factored servers of Llama-2-7B's shape under requests, in turn."""
+    from benchmarks.random_model import LLAMA_2_7B
+    from benchmarks.serve_gpu import LOADS, measure
+
+    for found in measure("factors", 0.4, LLAMA_2_7B, LOADS, 1):
+        yield row(f"servers, {found['case']}", found["value"], None)
+
+
+def whole_model() -> Iterator[Row]:
+    """Random models of Llama-2-7B's shape in vLLM, dense and factored in turn."""
     from benchmarks.random_model import LLAMA_2_7B
     from benchmarks.serve_cpu import FORMS, measure
     from tests.support.reference_model import cache_folder
@@ -382,7 +396,7 @@ def main() -> int:
         speed(device, overlap, tokens_of),
         fp8_speed(device, overlap),
         tuned(device, overlap),
-        whole_model(),
+        *((whole_model(), *([] if arguments.quick else [servers()])) if can_serve() else ()),
     ):
         for found in part:
             rows.append(found)
