@@ -15,6 +15,8 @@ from pgsvd_vllm.kernels.up import up_kernel
 # Triton's errors for a kernel that it cannot compile, or not start, on a device. torch.OutOfMemoryError is a
 # RuntimeError as well, but says nothing about a kernel: handlers let it pass.
 REFUSALS = (TritonError, RuntimeError)
+# Triton specializes kernels for addresses and integers that are multiples of this.
+ALIGNED = 16
 
 
 def room(rows: int, steps: Steps) -> tuple[int, int]:
@@ -70,7 +72,7 @@ def run(
     """The layer's outputs.
 
     Args:
-        x: [tokens, in]; copied only if the elements of a row are not contiguous.
+        x: [tokens, in]; copied only if the elements of a row are not contiguous, or rows not aligned as at load.
         bias: [out] or None.
         tiles: in place of `own_tiles`.
         overlap: start the up GEMM while the down GEMM ends; see `can_overlap`.
@@ -82,7 +84,7 @@ def run(
     Raises:
         ValueError: x or the bias does not fit the layer.
     """
-    x = _checked(x, layer, bias)
+    x = aligned(x, layer, bias)
     y = x.new_empty(len(x), layer.out)
     if len(x) == 0:
         return y
@@ -137,7 +139,7 @@ def run_gated(
     Returns:
         [tokens, out / 2] in x's dtype.
     """
-    x = _checked(x, layer, bias)
+    x = aligned(x, layer, bias)
     y = x.new_empty(len(x), gate.half)
     if len(x) == 0:
         return y
@@ -163,13 +165,18 @@ def run_gated(
     return y
 
 
-def _checked(x: torch.Tensor, layer: PackedLayer, bias: torch.Tensor | None) -> torch.Tensor:
-    """x with contiguous rows; raises ValueError if x or the bias does not fit the layer."""
+def aligned(x: torch.Tensor, layer: PackedLayer, bias: torch.Tensor | None) -> torch.Tensor:
+    """x with contiguous rows, aligned as at load; raises ValueError if x or the bias does not fit the layer.
+
+    Triton compiles a kernel of its own for addresses or strides that are no multiples of 16. Compiling while a graph is
+    captured may fail, so such inputs are copied.
+    """
     if x.ndim != 2 or x.shape[1] != layer.columns or x.dtype != layer.dtype:
         raise ValueError(f"inputs of {x.dtype} {tuple(x.shape)} for {layer.columns} columns of {layer.dtype}")
     if bias is not None and (bias.shape != (layer.out,) or not bias.is_contiguous()):
         raise ValueError(f"a bias of {tuple(bias.shape)} for {layer.out} outputs")
-    return x if x.stride(1) == 1 else x.contiguous()
+    usual = x.data_ptr() % ALIGNED == 0 and (x.stride(0) % ALIGNED == 0) == (layer.columns % ALIGNED == 0)
+    return x if x.stride(1) == 1 and usual else x.clone(memory_format=torch.contiguous_format)
 
 
 def _extra(overlap: bool) -> dict[str, bool]:

@@ -17,7 +17,7 @@ from tests.conftest import ROOT
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
 from pgsvd_vllm.kernels.cublas import run_library  # noqa: E402
-from pgsvd_vllm.kernels.launch import SplitKScratch, room, run  # noqa: E402
+from pgsvd_vllm.kernels.launch import SplitKScratch, aligned, room, run  # noqa: E402
 from pgsvd_vllm.kernels.layer_shape import LayerShape  # noqa: E402
 from pgsvd_vllm.kernels.packed_weights import PackedLayer  # noqa: E402
 from pgsvd_vllm.kernels.quantized_matrix import QuantizedMatrix  # noqa: E402
@@ -174,6 +174,18 @@ def layer(*shards: tuple[int, int, int | None]) -> PackedLayer:
         up = None if rank is None else torch.randn(out, rank)
         weights.append(Shard(torch.randn(out if rank is None else rank, columns), up))
     return PackedLayer(weights)
+
+
+def test_inputs_for_which_triton_would_compile_anew_are_copied() -> None:
+    packed, memory = layer((32, 64, 8)), torch.randn(1024)
+    for usual in (memory[:256].view(4, 64), memory[:320].view(4, 80)[:, :64]):
+        assert aligned(usual, packed, None) is usual
+    shifted, odd, turned = memory[3:259].view(4, 64), memory[:280].view(4, 70)[:, :64], memory[:256].view(64, 4).T
+    for x in (shifted, odd, turned):
+        copy = aligned(x, packed, None)
+        assert copy.equal(x)
+        assert copy.stride() == (64, 1)
+        assert copy.data_ptr() % 16 == 0
 
 
 @pytest.mark.parametrize(
