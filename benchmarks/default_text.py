@@ -25,9 +25,9 @@ import torch  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
 import pgsvd_vllm.hf  # noqa: E402, F401  (registers the format)
-from benchmarks.perplexity import perplexity  # noqa: E402
-from benchmarks.quality import LENGTH, paper_form, spread_windows  # noqa: E402
+from benchmarks.quality import LENGTH, paper_form  # noqa: E402
 from benchmarks.questions import KEPT, answers, kept, questions  # noqa: E402
+from pgsvd_vllm.evaluation.perplexity import perplexity, spread_windows  # noqa: E402
 from pgsvd_vllm.offline.data.text import load_tokenizer, read_documents  # noqa: E402
 from tests.support import reference_model  # noqa: E402
 
@@ -74,7 +74,8 @@ def main() -> int:
         "wikitext": [paper_form((arguments.wikitext / "wiki.test.raw").read_text(encoding="utf-8"))],
         "c4": documents[1::2],
     }
-    windows = {name: spread_windows(dense, text, WINDOWS) for name, text in texts.items()}
+    tokenizer = load_tokenizer(dense)
+    windows = {name: spread_windows(tokenizer, text, WINDOWS, LENGTH) for name, text in texts.items()}
     options = ["--ratio", str(arguments.ratio), "--seed", str(arguments.seed)]
     options += [] if arguments.refine is None else ["--refine", arguments.refine]
     options += ["--num-calibration-samples", "8"] if arguments.quick else []

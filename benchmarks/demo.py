@@ -57,7 +57,7 @@ def held_out_perplexity(folder: Path, tokens_from: Path) -> float:
     from transformers import AutoModelForCausalLM
 
     import pgsvd_vllm.hf  # noqa: F401  (registers the format)
-    from benchmarks.perplexity import held_out_prose, perplexity
+    from pgsvd_vllm.evaluation.perplexity import held_out_prose, perplexity
     from pgsvd_vllm.offline.data import text, tokens
 
     tokenizer = text.load_tokenizer(tokens_from)

@@ -25,9 +25,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import pgsvd_vllm.hf  # noqa: F401  (registers the format)
-from benchmarks.perplexity import perplexity
 from benchmarks.quality import MODELS, evaluation_texts, factored, quality_plan, save, with_options
 from pgsvd_vllm.errors import InputError
+from pgsvd_vllm.evaluation.perplexity import perplexity
 from pgsvd_vllm.format.quantization import Scheme
 from pgsvd_vllm.format.reader import open_checkpoint
 from pgsvd_vllm.offline.compress import calibrate

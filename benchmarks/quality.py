@@ -26,11 +26,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import pgsvd_vllm.hf  # noqa: F401  (registers the format)
-from benchmarks.perplexity import perplexity
 from pgsvd_vllm.errors import InputError
+from pgsvd_vllm.evaluation.perplexity import perplexity, spread_windows
 from pgsvd_vllm.offline.compress import calibrate, measured_spectra, store_layers
 from pgsvd_vllm.offline.data.text import load_tokenizer, read_documents
-from pgsvd_vllm.offline.data.tokens import leading_tokens, tokenize
 from pgsvd_vllm.offline.options import CompressOptions
 from pgsvd_vllm.offline.output.checkpoint import write_checkpoint
 from pgsvd_vllm.offline.output.messages import ranks_line
@@ -82,23 +81,6 @@ def paper_form(raw: str) -> str:
     return "\n\n".join(f"{line}\n" if line.strip() else "" for line in raw.split("\n"))
 
 
-def spread_windows(folder: Path, documents: list[str], count: int) -> torch.Tensor:
-    """`count` windows of LENGTH tokens at equal distances over a text, int64 [count, LENGTH].
-
-    Raises:
-        InputError: the text holds fewer.
-    """
-    tokenizer = load_tokenizer(folder)
-    head = torch.tensor(leading_tokens(tokenizer), dtype=torch.int64)
-    tokens = tokenize(tokenizer, documents, "test").ids
-    body = LENGTH - len(head)
-    available = len(tokens) // body
-    if available < count:
-        raise InputError(f"the text fills {available} windows of {LENGTH} tokens, {count} are needed")
-    starts = [i * available // count * body for i in range(count)]
-    return torch.stack([torch.cat([head, tokens[s : s + body]]) for s in starts])
-
-
 def save(found: Mapping[str, object], path: Path) -> None:
     """Write finished cases; an interruption leaves the file as it was."""
     path.with_suffix(".writing").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
@@ -124,7 +106,9 @@ def evaluation_texts(
     if c4:
         documents = list(read_documents(str(c4), 4 * count * LENGTH, load_tokenizer(folder)))
         others, texts["c4"] = documents[::2], documents[1::2]
-    return {name: spread_windows(folder, documents, count) for name, documents in texts.items()}, others
+    tokenizer = load_tokenizer(folder)
+    windows = {name: spread_windows(tokenizer, documents, count, LENGTH) for name, documents in texts.items()}
+    return windows, others
 
 
 def quality_plan(

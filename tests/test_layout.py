@@ -34,7 +34,8 @@ RULES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "hf": ((*FORMAT, "hf"), ("vllm",)),
     "serving": ((*FORMAT, "parallel", "hf", "kernels", "serving"), ()),
     "plugin": (("serving",), ("torch", "transformers")),
-    "cli": ((*FORMAT, "parallel", "hf", "kernels", "serving", "offline", "cli"), ()),
+    "evaluation": ((*FORMAT, "hf", "offline.data", "offline.model", "evaluation"), ("vllm",)),
+    "cli": ((*FORMAT, "parallel", "hf", "kernels", "serving", "offline", "evaluation", "cli"), ()),
     **dict.fromkeys(OFFLINE_GROUND, ((*GROUND, "format.quantization", "offline.options", "offline.linalg"), ("vllm",))),
     **{
         room: ((*FORMAT, "hf", *OFFLINE_GROUND, *OFFLINE_ROOMS[: number + 1]), ("vllm",))

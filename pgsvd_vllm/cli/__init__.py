@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TextIO, cast
 
 import pgsvd_vllm
-from pgsvd_vllm.cli import compress, dequantize, env, inspect, profile, tune, verify
+from pgsvd_vllm.cli import compress, dequantize, env, evaluate, inspect, profile, tune, verify
 from pgsvd_vllm.cli.flags import refuse_empty, with_flags
 from pgsvd_vllm.cli.output import Output, open_missing_streams
 from pgsvd_vllm.cli.stop import Stop
@@ -15,6 +15,7 @@ from pgsvd_vllm.errors import PgsvdError, as_interruption
 
 COMMANDS = {
     "compress": compress,
+    "evaluate": evaluate,
     "dequantize": dequantize,
     "profile": profile,
     "tune": tune,
@@ -47,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments without the program's name; None for those of this process.
 
     Returns:
-        The exit status: 0, 1 for an internal error or a wrong result, 2 for a user's error, 128 + n after signal n.
+        The exit status: 0, 1 for an internal error or a wrong result, 2 for a user's error, 3 where `evaluate` finds
+        less quality than required, 128 + n after signal n.
     """
     open_missing_streams()
     given = sys.argv[1:] if argv is None else argv

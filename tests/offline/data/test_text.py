@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
-from benchmarks.perplexity import held_out_prose
 from pgsvd_vllm.errors import InputError
+from pgsvd_vllm.evaluation.perplexity import held_out_prose
 from pgsvd_vllm.offline.data.text import builtin_prose, load_tokenizer, read_documents
 from pgsvd_vllm.offline.data.tokens import tokenize
 from pgsvd_vllm.offline.options import BUILTIN

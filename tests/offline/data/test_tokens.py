@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from benchmarks.perplexity import held_out_prose, perplexity
 from pgsvd_vllm.errors import InputError
+from pgsvd_vllm.evaluation.perplexity import held_out_prose, perplexity
 from pgsvd_vllm.offline.data import tokens
 from pgsvd_vllm.offline.data.text import builtin_prose, load_tokenizer
 from pgsvd_vllm.offline.data.tokens import TokenizedText, cut_windows, leading_tokens, mix_windows, tokenize

@@ -2,14 +2,16 @@
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pgsvd_vllm.errors import InputError
+from pgsvd_vllm.offline.data.tokens import leading_tokens, tokenize
 from pgsvd_vllm.offline.model.device import gemm_dtype
 
 
@@ -33,8 +35,10 @@ def _cast(model: PreTrainedModel) -> Iterator[None]:
 
 
 @torch.no_grad()
-def perplexity(model: PreTrainedModel, windows: torch.Tensor, batch: int = 4, desc: str = "perplexity") -> float:
-    """Perplexity over token windows; a non-finite loss is not skipped but makes the result NaN.
+def window_losses(
+    model: PreTrainedModel, windows: torch.Tensor, batch: int = 4, desc: str = "perplexity"
+) -> torch.Tensor:
+    """Mean negative log-likelihood of the tokens of each window but its first, in nats.
 
     Args:
         model: a causal language model; it is left as it was, and computes in float32 where this processor has no
@@ -42,15 +46,44 @@ def perplexity(model: PreTrainedModel, windows: torch.Tensor, batch: int = 4, de
         windows: int64 [count, length]; every window is predicted from its own start.
         batch: windows at a time.
         desc: of the progress bar.
+
+    Returns:
+        float64 [count]; values that are not finite are kept.
     """
-    total, count = 0.0, 0
+    losses = []
     with _cast(model):
         for ids in tqdm(windows.split(batch), desc=desc, unit="batch"):
             ids = ids.to(model.device)
             logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-            total += F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").item()
-            count += ids[:, 1:].numel()
-    return math.exp(total / count) if math.isfinite(total) else math.nan
+            each = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+            losses.append(each.view(len(ids), -1).double().mean(1).cpu())
+    return torch.cat(losses)
+
+
+def perplexity(model: PreTrainedModel, windows: torch.Tensor, batch: int = 4, desc: str = "perplexity") -> float:
+    """Perplexity over token windows; arguments as of `window_losses`; NaN if a loss is not finite."""
+    mean = window_losses(model, windows, batch, desc).mean().item()
+    return math.exp(mean) if math.isfinite(mean) else math.nan
+
+
+def spread_windows(
+    tokenizer: PreTrainedTokenizerBase, documents: Iterable[str], count: int, length: int
+) -> torch.Tensor:
+    """`count` windows of `length` tokens at equal distances over a text, int64 [count, length].
+
+    Each begins with the tokens that the tokenizer puts in front of a text, such as BOS.
+
+    Raises:
+        InputError: the text holds fewer.
+    """
+    head = torch.tensor(leading_tokens(tokenizer), dtype=torch.int64)
+    tokens = tokenize(tokenizer, documents, "text").ids
+    body = length - len(head)
+    available = len(tokens) // body
+    if available < count:
+        raise InputError(f"the text fills {available} windows of {length} tokens, {count} are needed")
+    starts = [i * available // count * body for i in range(count)]
+    return torch.stack([torch.cat([head, tokens[s : s + body]]) for s in starts])
 
 
 def held_out_prose(limit: int = 400_000) -> str:

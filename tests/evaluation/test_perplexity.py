@@ -1,4 +1,4 @@
-"""The benchmarks' perplexity leaves the model as it was."""
+"""Perplexity leaves the model as it was."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from benchmarks import perplexity
+from pgsvd_vllm.evaluation import perplexity
 
 
 def test_the_callers_model_is_not_changed(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,197 @@
+"""Judge a compressed model beside its base: perplexity, tasks, answers; status 3 if too little is kept.
+
+Both models are measured on the same samples in one run.
+"""
+
+import argparse
+import json
+import math
+from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pgsvd_vllm.errors import InputError
+
+if TYPE_CHECKING:
+    from pgsvd_vllm.evaluation.recovery import Row
+
+PROMPTS = (
+    "What is the capital of France?",
+    "Explain in one sentence why the sky is blue.",
+    "Write a short poem about the sea.",
+)
+ANSWER_TOKENS = 60
+LEAST_WINDOWS = 2
+TOO_LITTLE_KEPT = 3
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the options."""
+    parser.add_argument("model", metavar="DIR", help="compressed (or any) model: local folder or Hugging Face id")
+    parser.add_argument("--against", metavar="BASE", help="the dense model, a folder or id, measured in the same run")
+    parser.add_argument(
+        "--dataset",
+        metavar="NAME|FILE|FOLDER",
+        help="text for perplexity, as of compress (default: docstrings of Python's standard library, which python-docs "
+        "does not contain); take text that calibration has not seen",
+    )
+    parser.add_argument(
+        "--num-samples",
+        type=int,
+        default=32,
+        metavar="N",
+        help="windows at equal distances over the text, each behind the tokens that the tokenizer puts in front of a "
+        "text, such as BOS (default 32; 0: no perplexity)",
+    )
+    parser.add_argument(
+        "--max-seq-length", type=int, default=1024, metavar="L", help="tokens per window (default 1024)"
+    )
+    parser.add_argument(
+        "--tasks",
+        nargs="+",
+        default=[],
+        metavar="TASK",
+        help="names of lm_eval's tasks, or .jsonl files whose rows have a query, choices, and gold, the index of the "
+        "right choice (needs pip install 'pgsvd-vllm[eval]')",
+    )
+    parser.add_argument("--limit", type=int, metavar="N", help="the first N samples of every task alone")
+    parser.add_argument(
+        "--backend",
+        choices=["vllm", "hf"],
+        help="what runs the tasks: vLLM (default where it is installed) or transformers",
+    )
+    parser.add_argument(
+        "--prompt",
+        action="append",
+        metavar="TEXT",
+        help="a prompt that the models answer greedily, side by side; repeat the option (default: three prompts)",
+    )
+    parser.add_argument("--no-answers", action="store_true", help="ask no prompts")
+    parser.add_argument(
+        "--min-recovery",
+        type=float,
+        metavar="R",
+        help="end with status 3 if a measurement keeps less than this share of the base's quality, such as 0.97: of "
+        "its score, or of the inverse of its perplexity",
+    )
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default auto: a GPU if available)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the measurements and the answers")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run model code from the model's repository")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure, print, write; returns the exit status and raises PgsvdError."""
+    _check(arguments)
+    from pgsvd_vllm.evaluation.recovery import table
+    from pgsvd_vllm.offline.model.hub import resolve_folder
+
+    names = [arguments.model] if arguments.against is None else [arguments.model, arguments.against]
+    folders = [resolve_folder(name, arguments.trust_remote_code) for name in names]
+    prompts = [] if arguments.no_answers else list(arguments.prompt or PROMPTS)
+    rows, answers = _texts(arguments, folders, prompts)
+    rows += _tasks(arguments, folders)
+    if rows:
+        print("\n".join(table(rows)))
+    for number, prompt in enumerate(prompts):
+        print(f"\n> {prompt}")
+        for label, given in zip(("compressed", "base      "), answers, strict=False):
+            print(f"  {label}  " + given[number].replace("\n", "\n              "))
+    least = arguments.min_recovery
+    poor = [row for row in rows if not row.is_finite or (least is not None and not (row.recovery or 0.0) >= least)]
+    for row in poor:
+        kept = "not a finite number" if not row.is_finite else f"{row.recovery:.1%} kept, {least:.1%} required"
+        print(f"{row.name}, {row.unit}: {kept}")
+    if arguments.json:
+        found = {
+            "model": arguments.model,
+            "against": arguments.against,
+            "rows": [_plain(row) | {"ok": row not in poor} for row in rows],
+            "answers": [
+                {"prompt": prompt, **dict(zip(("compressed", "base"), (a[n] for a in answers), strict=False))}
+                for n, prompt in enumerate(prompts)
+            ],
+        }
+        try:
+            arguments.json.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise InputError(f"--json {arguments.json}: cannot be written ({error.strerror})") from None
+    return TOO_LITTLE_KEPT if poor else 0
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """Refuse values that cannot work, before any model is loaded; raises InputError."""
+    if arguments.num_samples < 0 or arguments.num_samples == 1:
+        raise InputError(f"--num-samples {arguments.num_samples}: must be 0 or at least {LEAST_WINDOWS}")
+    if arguments.max_seq_length < 8:
+        raise InputError(f"--max-seq-length {arguments.max_seq_length}: must be at least 8")
+    if arguments.limit is not None and arguments.limit < 1:
+        raise InputError(f"--limit {arguments.limit}: must be at least 1")
+    if arguments.min_recovery is not None and not 0 < arguments.min_recovery < math.inf:
+        raise InputError(f"--min-recovery {arguments.min_recovery}: must be a positive share, such as 0.97")
+    if arguments.min_recovery is not None and arguments.against is None:
+        raise InputError("--min-recovery: is a share of a base's quality; name the base with --against")
+    if arguments.tasks and find_spec("lm_eval") is None:
+        raise InputError("--tasks: lm_eval is not installed; pip install 'pgsvd-vllm[eval]'")
+    if arguments.backend == "vllm" and find_spec("vllm") is None:
+        raise InputError("--backend vllm: vLLM is not installed; install it or choose hf")
+    if arguments.json and not arguments.json.resolve().parent.is_dir():
+        raise InputError(f"--json {arguments.json}: cannot be written (no such folder)")
+
+
+def _texts(
+    arguments: argparse.Namespace, folders: list[Path], prompts: list[str]
+) -> tuple[list["Row"], list[list[str]]]:
+    """The row of perplexity, and the answers of every model."""
+    if not arguments.num_samples and not prompts:
+        return [], []
+    from pgsvd_vllm.evaluation.models import greedy_answers, load_model
+    from pgsvd_vllm.evaluation.perplexity import held_out_prose, spread_windows, window_losses
+    from pgsvd_vllm.evaluation.recovery import compared
+    from pgsvd_vllm.offline.data.text import load_tokenizer, read_documents
+    from pgsvd_vllm.offline.model.device import pick_device
+
+    count, length, name = arguments.num_samples, arguments.max_seq_length, arguments.dataset or "docstrings"
+    tokenizer: Any = load_tokenizer(folders[0], arguments.trust_remote_code)
+    windows = None
+    if count:
+        # Hub sets are read only so far; the windows then lie in what was read.
+        documents = read_documents(name, 2 * count * length, tokenizer) if arguments.dataset else [held_out_prose()]
+        try:
+            windows = spread_windows(tokenizer, documents, count, length)
+        except InputError as error:
+            raise InputError(f"--dataset {name}: {error}; give more text, or smaller --num-samples") from None
+    device, losses, answers = pick_device(arguments.device), [], []
+    for folder, label in zip(folders, ("compressed", "base"), strict=False):
+        model = load_model(folder, device, arguments.trust_remote_code)
+        if windows is not None:
+            losses.append(window_losses(model, windows, desc=f"perplexity of {label}"))
+        answers.append(greedy_answers(model, tokenizer, prompts, ANSWER_TOKENS))
+        del model
+    if not losses:
+        return [], answers
+    described = f"{name} ({count} x {length} tokens)"
+    return [compared(described, "perplexity", losses[0], losses[1] if len(losses) > 1 else None)], answers
+
+
+def _tasks(arguments: argparse.Namespace, folders: list[Path]) -> list["Row"]:
+    """The rows of the tasks."""
+    if not arguments.tasks:
+        return []
+    from pgsvd_vllm.evaluation.recovery import compared
+    from pgsvd_vllm.evaluation.tasks import score
+
+    backend = arguments.backend or ("vllm" if find_spec("vllm") else "hf")
+    found = [score(folder, arguments.tasks, backend, arguments.limit) for folder in folders]
+    return [
+        compared(task, name, values, found[1][task][1] if len(found) > 1 else None)
+        for task, (name, values) in found[0].items()
+    ]
+
+
+def _plain(row: "Row") -> dict[str, Any]:
+    """A row for JSON, which has no NaN."""
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in asdict(row).items()
+    }
