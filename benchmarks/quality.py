@@ -146,6 +146,7 @@ def quality_plan(
             num_calibration_samples=windows,
             max_seq_length=LENGTH,
             seed=seed,
+            serve_on="cpu",  # the pivot form, on GPUs as well
             resume=True,
         )
     )
@@ -255,7 +256,7 @@ def main() -> int:
         help=f"of {LENGTH} tokens; {WINDOWS} if not given",
     )
     parser.add_argument("--work", type=Path, help="kept between runs (default: in the user's cache)")
-    parser.add_argument("--keep", type=Path, metavar="DIR", help="has every case's checkpoint in the end")
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="also copy the checkpoint of every case there")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--markdown", type=Path, metavar="FILE")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="needs matplotlib (the extra `plot`)")
@@ -285,12 +286,20 @@ def main() -> int:
     def missing(case: str) -> bool:
         return any(f"{case} {name}" not in found for name in windows)
 
+    def kept(method: str, ratio: float) -> Path:
+        """The folder of a case's checkpoint."""
+        return arguments.keep / f"{plan.options.output.name}-{method.replace(', ', '-').replace(' ', '-')}-{ratio}"
+
     if missing("dense"):
         evaluate(AutoModelForCausalLM.from_pretrained(folder, dtype="auto"), "dense")
     # The cases of one share follow each other: they take over the layers that are factored already.
     cases = [(method, ratio) for ratio in ratios for method in arguments.methods]
     for mixed in (False, True) if mixed_in else (False,):
-        todo = [(m, r) for m, r in cases if missing(f"{m} {r}") and (m == MIXED) == mixed]
+        todo = [
+            (m, r)
+            for m, r in cases
+            if (m == MIXED) == mixed and (missing(f"{m} {r}") or (arguments.keep and not kept(m, r).is_dir()))
+        ]
         if not todo:
             continue
         calibrated = planned(mixed_in) if mixed else plan
@@ -304,8 +313,8 @@ def main() -> int:
             print(f"{method} {ratio}: factored in {time.monotonic() - begun:.0f} s", flush=True)
             evaluate(model, f"{method} {ratio}")
             if arguments.keep:
-                name = f"{plan.options.output.name}-{method.replace(', ', '-').replace(' ', '-')}-{ratio}"
-                shutil.copytree(state.checkpoint, arguments.keep / name, dirs_exist_ok=True)
+                shutil.rmtree(kept(method, ratio), ignore_errors=True)
+                shutil.copytree(state.checkpoint, kept(method, ratio))
             shutil.rmtree(state.checkpoint, ignore_errors=True)
         state.close()  # the next calibration may use the same folder
 

@@ -1,9 +1,9 @@
-"""Latency of dense and factored servers under requests whose prompts and answers share batches.
+"""Latency of dense and factored servers whose batches mix prompts and answers.
 
     python benchmarks/serve_gpu.py [--quick] [--form FORM] [--ratio R] [--json FILE]
 
-`vllm bench serve` asks two servers, dense and factored, in turn. Prompts of 1900 tokens are cut into chunks of up to
-2048 or 8192 tokens (--max-num-batched-tokens) that run together with the answers of other requests. The models have
+`vllm bench serve` asks two servers, dense and factored, in turn. A step has up to 2048 or 8192 tokens
+(--max-num-batched-tokens): chunks of prompts of 1900 tokens beside the answers of other requests. The models have
 Llama-2-7B's shape and random weights (random_model.py). A row is the dense over the factored time to the first token
 (TTFT) or per output token (TPOT), at the median or the 99th percentile; the bar for medians is 1: never slower than
 dense. Both servers share one GPU, which needs 60 GB. --shape tiny shows on any machine that the benchmark runs.

@@ -16,11 +16,9 @@ import torch
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from transformers import AutoModelForCausalLM
 
-import pgsvd_vllm.hf  # noqa: F401  (registers the format)
+from pgsvd_vllm.evaluation.models import load_model
 from pgsvd_vllm.offline.data.text import load_tokenizer
-from pgsvd_vllm.offline.model.device import gemm_dtype
 
 TASKS = ("arc_easy", "boolq", "winogrande")
 # Points of accuracy that a compressed model may lose: in one task, and in the mean, where gains hide losses.
@@ -46,10 +44,8 @@ metric_list:
 
 
 def accuracies(folder: Path, definitions: Path, rows: int | None) -> dict[str, float]:
-    """Task -> accuracy in percent of the model in a folder, in the dtype that `gemm_dtype` gives for its own."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
-    model = model.to(device, gemm_dtype(device, model.dtype)).eval()
+    """Task -> accuracy in percent of the model in a folder, in float32 where its dtype would be emulated."""
+    model = load_model(folder, torch.device("cuda" if torch.cuda.is_available() else "cpu"), trust_remote_code=False)
     results = simple_evaluate(
         HFLM(pretrained=model, tokenizer=load_tokenizer(folder), batch_size=16, max_length=2048),
         tasks=[f"local_{name}" for name in TASKS],

@@ -1,9 +1,10 @@
 """Predicted times of a layer's GEMMs on a GPU in CUDA graphs, fitted to Llama-2-7B's layers as measured on an H100.
 
-The fit has five constants: the fixed times of a dense GEMM, of our two launches and of a library's launch, the rate of
-its small tiles, and the bytes of the permute kernel. It reproduces the 48 measured speed-ups of docs/kernels.md, three
-sizes of both forms for 1 to 2048 tokens in bf16, within 11 % (root mean square 5 %), and those of an H200, which it was
-not fitted to, within 15 % (5 %).
+Five constants are fitted: the fixed times of a dense GEMM, of our two launches and of a library's launch, the rate of
+its tiles of 64 x 64, and the bytes of the permute kernel. Bandwidth and peak are the reached rates of
+`benchmarks/roofline.py`; the rates of the other tiles are estimates, made before the fit. It reproduces the 48 measured
+speed-ups of docs/kernels.md, three sizes of both forms for 1 to 2048 tokens in bf16, within 11 % (root mean square 5
+%), and those of an H200, which it was not fitted to, within 15 % (5 %).
 """
 
 from collections.abc import Sequence

@@ -48,8 +48,9 @@ def table(command: str) -> Iterator[str]:
     yield "|---|---|"
     for action in parser_of(command)._actions:
         if not isinstance(action, argparse._HelpAction):
+            shown = (action.help or "").replace("%%", "%")
             # A bar inside a cell would end it.
-            name, text = (cell.replace("|", "\\|") for cell in (spelling(action), action.help or ""))
+            name, text = (cell.replace("|", "\\|") for cell in (spelling(action), shown))
             yield f"| {name} | {text} |"
 
 

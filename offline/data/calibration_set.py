@@ -251,13 +251,13 @@ class DataReader:
     ) -> tuple[Windows, list[str]]:
         """Windows of a text and warnings.
 
-        At least `left_over` windows are spare if distillation was asked for, or if it is the default and the text has
-        GENEROUS_WINDOWS; the default takes no calibration windows away from shorter texts.
+        At least `left_over` windows are spare if the text has GENEROUS_WINDOWS, whatever the run does with them, since
+        runs of other methods share the calibration. Shorter texts give up windows only if distillation was asked for.
         """
         options = self._options
         documents = read_documents(dataset, (count + left_over) * self._length, tokenizer, options.chat_template)
         text = tokenize(tokenizer, documents, dataset)
         enough = len(text.ids) >= GENEROUS_WINDOWS * (self._length - len(text.prefix))
-        spared = self._dose is not None and (enough or not self._dose.by_default)
+        spared = enough or (self._dose is not None and not self._dose.by_default)
         windows = cut_windows(text, count, self._length, options.seed, left_over if spared else 0)
         return windows, check_worth(windows, len(text.prefix))

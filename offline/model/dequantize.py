@@ -1,8 +1,9 @@
 """Makes a dense checkpoint of a quantized one, with the converters of compressed-tensors, one weight file at a time."""
 
+import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +19,11 @@ from compressed_tensors.entrypoints.convert import (
 )
 from loguru import logger
 
-from pgsvd_vllm.errors import InputError, reason_of
+from pgsvd_vllm.errors import InputError, as_interruption, reason_of
 from pgsvd_vllm.format.reader import TensorInfo
-from pgsvd_vllm.offline.model.companions import find_companions
+from pgsvd_vllm.offline.model.companions import find_companions, without_local_code
 from pgsvd_vllm.offline.model.model_folder import INDEX_FILE, SINGLE_FILE, read_model_config
-from pgsvd_vllm.offline.model.quantized import DENSE_DTYPES, quantization_of
+from pgsvd_vllm.offline.model.quantized import DENSE_DTYPES, quantization_of, without_sections
 from pgsvd_vllm.offline.model.source import ModelSource, weight_dtype
 from pgsvd_vllm.offline.model.weights import find_tensors
 
@@ -43,8 +44,8 @@ class _Dequantizer(CompressedTensorsDequantizer):
     def __init__(self, source: Path, section: Mapping[str, Any], ignore: list[str], dtype: torch.dtype) -> None:
         super().__init__(source, ignore, dtype)
         for name, scheme in self.quant_config.config_groups.items():
-            groups = section.get("config_groups", {})
-            stated = groups.get(name, {}).get("format") or section.get("format")
+            group = section.get("config_groups", {}).get(name)
+            stated = (group.get("format") if isinstance(group, dict) else None) or section.get("format")
             if stated not in (None, CompressionFormat.mixed_precision.value):
                 scheme.format = CompressionFormat(stated)
 
@@ -58,11 +59,40 @@ class _Dequantizer(CompressedTensorsDequantizer):
 
 
 class _BlockDequantizer(FP8BlockDequantizer):
-    """compressed-tensors' own dequantizer of FP8 in blocks, which cannot save weights that end inside a block."""
+    """compressed-tensors' own dequantizer of FP8 in blocks, which cannot save weights that end inside a block.
+
+    The dequantizer of compressed-tensors' own checkpoints takes the size of the blocks from the number of scales, which
+    is wrong for such weights; so it takes these as well.
+
+    Args:
+        ignore: modules that are not quantized.
+        block: rows and columns of a block.
+        dtype: of the dense weights.
+        scale: name of the scales, `weight_scale_inv` or `weight_scale`.
+    """
+
+    def __init__(self, ignore: list[str], block: Sequence[int], dtype: torch.dtype, scale: str) -> None:
+        super().__init__(ignore, ["re:.*"], (block[0], block[1]), dtype)
+        self._scale = f".{scale}"
+
+    def _usual(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The tensors with the names that the base class expects."""
+        ends = self._scale, ".weight_scale_inv"
+        return {n.removesuffix(ends[0]) + ends[1] if n.endswith(ends[0]) else n: t for n, t in tensors.items()}
+
+    def get_dependencies(self, weight_name: str) -> set[str]:
+        """As of the base class."""
+        found = super().get_dependencies(weight_name)
+        return {name.removesuffix(".weight_scale_inv") + self._scale for name in found}
+
+    def validate(self, tensors: dict[str, torch.Tensor]) -> None:
+        """As of the base class, for the weights alone."""
+        super().validate(self._usual(_weights(tensors)))
 
     def process(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """As of the base class, in contiguous memory."""
-        return {name: tensor.contiguous() for name, tensor in super().process(tensors).items()}
+        found = super().process(self._usual(_weights(tensors)))
+        return {name: tensor.contiguous() for name, tensor in found.items()}
 
 
 def _weights(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -99,40 +129,72 @@ def dequantize(folder: Path, output: Path, trust_remote_code: bool = False) -> D
             compressed-tensors cannot convert; names the tool that can where there is one.
         CheckpointError: a file of the model is missing or damaged.
     """
-    if os.path.lexists(output):
-        raise InputError(f"`output_dir` {output}: already exists; remove it or choose another folder")
+    refuse_existing(output)
     config = read_model_config(folder)
     method, section = quantization_of(config, folder)
     tensors, dtype = find_tensors(folder), weight_dtype(config, folder)
-    companions = find_companions(folder, trust_remote_code)
+    files = [*sorted({info.file.relative_to(folder) for info in tensors.values()})]
+    files += find_companions(folder, trust_remote_code)
+    files += [Path(INDEX_FILE)] if (folder / INDEX_FILE).is_file() and Path(SINGLE_FILE) not in files else []
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f"{output.name}.", dir=output.parent) as name, _quiet():
-            room = Path(name)
-            source = _linked(folder, room / "source", tensors, companions)
-            if method == "awq":
-                packed = _folder(room / "packed")
-                convert_checkpoint(source, packed, AutoAWQConverter.from_autoawq_config(section))
-                source, tensors = packed, find_tensors(packed)
-                section = quantization_of(read_model_config(source), source)[1]
-            # The converters take every weight that is not ignored for a quantized one.
-            ignore = [_module(n) for n, info in tensors.items() if _is_dense_weight(n, info, tensors)]
-            if method == "fp8":
-                converter: Any = _BlockDequantizer(ignore, ["re:.*"], tuple(section["weight_block_size"]), dtype)
-            else:
-                converter = _Dequantizer(source, section, ignore, dtype)
-            dense = _folder(room / "dense")
-            convert_checkpoint(source, dense, converter)
-            nbytes = ModelSource(dense, trust_remote_code).weights.nbytes
-            dense.rename(output)
+        made = tempfile.TemporaryDirectory(prefix=f"{output.name}.", dir=output.parent)
     except OSError as error:
         raise InputError(f"`output_dir` {output}: cannot be written ({reason_of(error)})") from None
-    except Exception as error:  # the converters raise many kinds for what they do not expect
-        raise InputError(
-            f"{folder}: compressed-tensors cannot dequantize it ({method}: {reason_of(error)}); start from the dense "
-            "model"
-        ) from None
+    with made as name:
+        dense = Path(name) / "dense"
+        try:
+            with as_interruption(), _quiet():
+                source = _linked(folder, _folder(Path(name) / "source"), files)
+                _write_config(source, config if trust_remote_code else without_local_code(config), section)
+                if method == "awq":
+                    packed = _folder(Path(name) / "packed")
+                    convert_checkpoint(source, packed, AutoAWQConverter.from_autoawq_config(section))
+                    source, tensors = packed, find_tensors(packed)
+                    section = quantization_of(read_model_config(source), source)[1]
+                convert_checkpoint(source, _folder(dense), _converter(source, method, section, tensors, dtype))
+                nbytes = ModelSource(dense, trust_remote_code).weights.nbytes
+                dense.rename(output)
+        except Exception as error:  # the converters raise many kinds for what they do not expect
+            reason = reason_of(error).replace(str(dense), str(output))
+            if "No space left" in reason or "os error 28" in reason:
+                raise InputError(f"`output_dir` {output}: no space left on the disk") from None
+            raise InputError(f"{folder}: cannot be made dense ({method}: {reason})") from None
     return Dequantized(method, dtype, nbytes)
+
+
+def refuse_existing(output: Path) -> None:
+    """Refuse an output folder that exists; raises InputError."""
+    if os.path.lexists(output):
+        raise InputError(f"`output_dir` {output}: already exists; remove it or choose another folder")
+
+
+def _write_config(folder: Path, config: Mapping[str, Any], section: Mapping[str, Any]) -> None:
+    """Write config.json with its quantization section at the top alone, where the converters look for it."""
+    usual = {**without_sections(config), "quantization_config": {**section, "ignore": section.get("ignore") or []}}
+    (folder / "config.json").write_text(json.dumps(usual, indent=2) + "\n", encoding="utf-8")
+
+
+def _converter(
+    source: Path, method: str, section: Mapping[str, Any], tensors: Mapping[str, TensorInfo], dtype: torch.dtype
+) -> Any:
+    """The converter of a quantized checkpoint; raises InputError for groups that it would take for others."""
+    # The converters take every weight that is not ignored for a quantized one.
+    ignore = [_module(n) for n, info in tensors.items() if _is_dense_weight(n, info, tensors)]
+    if method == "fp8":
+        return _BlockDequantizer(ignore, section["weight_block_size"], dtype, "weight_scale_inv")
+    converter = _Dequantizer(source, section, ignore, dtype)
+    blocks = {
+        tuple(scheme.weights.block_structure or ()) if scheme.weights.strategy == "block" else None
+        for scheme in converter.quant_config.config_groups.values()
+        if scheme.weights is not None
+    }
+    if blocks == {None}:
+        return converter
+    (block, *others) = blocks
+    if others or block is None:
+        raise InputError("config.json: has groups of weights in blocks beside others")
+    return _BlockDequantizer(ignore, block, dtype, "weight_scale")
 
 
 def _module(name: str) -> str:
@@ -150,11 +212,9 @@ def _folder(path: Path) -> Path:
     return path
 
 
-def _linked(folder: Path, target: Path, tensors: Mapping[str, TensorInfo], companions: list[Path]) -> Path:
-    """A folder with links to the files of a model that its dense version needs, since the converter copies all."""
-    weights = {info.file.relative_to(folder) for info in tensors.values()}
-    index = [name for name in (INDEX_FILE,) if (folder / name).is_file() and weights != {Path(SINGLE_FILE)}]
-    for path in (Path("config.json"), *map(Path, index), *sorted(weights), *companions):
+def _linked(folder: Path, target: Path, files: Iterable[Path]) -> Path:
+    """A folder with links to some files of a model, since the converter copies all that it finds."""
+    for path in files:
         (target / path).parent.mkdir(parents=True, exist_ok=True)
         (target / path).symlink_to((folder / path).resolve())
     return target

@@ -1,6 +1,7 @@
 """Refuses models whose weights are quantized already: low-rank factors are fitted to dense floating-point weights."""
 
 import re
+import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -65,16 +66,22 @@ def quantization_of(config: Mapping[str, Any], folder: Path) -> tuple[str, dict[
 
 
 def _is_convertible(method: Any, section: Any) -> bool:
-    """Whether the converters of compressed-tensors make it dense."""
-    if not isinstance(section, dict):
+    """Whether the converters of compressed-tensors make it dense: without rotations that run with the model."""
+    if not isinstance(section, dict) or section.get("transform_config") or _is_sparse(section):
         return False
     return bool(section.get("weight_block_size")) if method == "fp8" else method in ("compressed-tensors", "awq")
+
+
+def _is_sparse(section: Mapping[str, Any]) -> bool:
+    """Whether weights are stored without their zeros."""
+    sparsity = section.get("sparsity_config")
+    return isinstance(sparsity, dict) and sparsity.get("format", "dense") != "dense"
 
 
 def _advice(method: Any, section: Any, folder: Path) -> str:
     """What to do with a quantized model."""
     if _is_convertible(method, section):
-        return f"start from the dense model, or make it dense: pgsvd-vllm dequantize {folder} -o DIR"
+        return f"start from the dense model, or make it dense: pgsvd-vllm dequantize {shlex.quote(str(folder))} -o DIR"
     tool = _TOOLS.get(str(method))
     return "start from the dense model" + (f", or {tool}" if tool else "")
 
@@ -86,6 +93,12 @@ def _sections(config: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, 
             yield f"{path}{key}", value
         elif isinstance(value, dict):
             yield from _sections(value, f"{path}{key}.")
+
+
+def without_sections(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json without the sections that describe quantized weights, at any depth."""
+    kept = {key: value for key, value in config.items() if key not in SECTIONS}
+    return {key: without_sections(value) if isinstance(value, dict) else value for key, value in kept.items()}
 
 
 def refuse_other_tensors(model: PreTrainedModel, weights: StoredWeights) -> None:

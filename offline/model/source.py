@@ -281,7 +281,9 @@ class ModelSource:
 
 def weight_dtype(config: Mapping[str, Any], folder: Path) -> torch.dtype:
     """The dtype that a config.json names, float32 if it names none; raises InputError if weights cannot have it."""
-    name = config.get("dtype") or config.get("torch_dtype") or "auto"
+    text = config.get("text_config")
+    parts = (config, text if isinstance(text, dict) else {})
+    name = next((part[key] for part in parts for key in ("dtype", "torch_dtype") if part.get(key)), "auto")
     if name == "auto" or isinstance(name, dict):  # a dict has one dtype per part of the model
         return torch.float32
     dtype = {**DTYPES, "float64": torch.float64}.get(str(name).removeprefix("torch."))

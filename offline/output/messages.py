@@ -37,7 +37,9 @@ def describe(plan: Plan) -> str:
 
 def _form_line(plan: Plan) -> str:
     """The default form of low-rank matrices, where it depends on the machine that will serve the model."""
-    if plan.options.form is not None or plan.options.serve_on != "gpu" or not plan.settings.measured:
+    options = plan.options
+    wide = any(storage.scheme is None or storage.scheme.num_bits == 8 for storage in plan.settings.storages)
+    if options.form is not None or options.serve_on != "gpu" or not plan.settings.measured or not wide:
         return ""
     return (
         "\nform: factors, which GPUs run faster than the pivot form; at the same size the pivot form loses less "

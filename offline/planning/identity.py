@@ -17,6 +17,8 @@ from pgsvd_vllm.offline.state.manifest import Manifest
 CALIBRATION_VERSION = "6"
 # Recorded for a run whose distillation does not fit into memory, so that a resumed one is the same.
 DISTILLATION, LEFT_OUT = "distillation", "left out"
+# Recorded since their defaults depend on the machine: where the model is served, and the number of windows.
+SERVE_ON, SAMPLES = "serve on", "samples"
 
 
 def manifest(plan: Plan) -> Manifest:
@@ -42,7 +44,9 @@ def manifest(plan: Plan) -> Manifest:
         "set of projections": _projections(plan.projections.layers),
         "program version": CALIBRATION_VERSION,
     }
-    kept = {"sensitivity": plan.settings.sensitivity}
+    kept = {"sensitivity": plan.settings.sensitivity, SERVE_ON: str(plan.options.serve_on)}
+    if plan.options.num_calibration_samples is not None:
+        kept[SAMPLES] = str(plan.options.num_calibration_samples)
     if plan.short_of_memory:
         kept[DISTILLATION] = LEFT_OUT
     return Manifest(identity, kept, _environment(plan.settings.device))

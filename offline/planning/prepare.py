@@ -1,9 +1,10 @@
 """Makes the plan of a request that fits the machine, and opens the state of its run."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from pgsvd_vllm.offline.options import CompressOptions
-from pgsvd_vllm.offline.planning.identity import DISTILLATION, LEFT_OUT, manifest
+from pgsvd_vllm.offline.planning.identity import DISTILLATION, LEFT_OUT, SAMPLES, SERVE_ON, manifest
 from pgsvd_vllm.offline.planning.plan import Plan, make_plan
 from pgsvd_vllm.offline.planning.resources import fit_distillation, fit_into_memory
 from pgsvd_vllm.offline.ranks.pareto import check_latency, check_size
@@ -14,8 +15,8 @@ from pgsvd_vllm.offline.settings import FORWARD, MEASURED
 def prepare(options: CompressOptions, say: Callable[[str], None]) -> Plan:
     """The plan of a request, with every setting resolved.
 
-    A resumed run measures sensitivities as when it began, regardless of the memory that is free now, and leaves out the
-    distillation that did not fit into memory.
+    A resumed run measures sensitivities as when it began, regardless of the memory that is free now, leaves out the
+    distillation that did not fit into memory, and keeps the defaults of the machine where it began.
 
     Args:
         options: the request.
@@ -25,12 +26,12 @@ def prepare(options: CompressOptions, say: Callable[[str], None]) -> Plan:
         InputError: as of `make_plan`, or no choice reaches the requested latency or size.
         CheckpointError: a file of the model is missing or damaged.
     """
-    plan = make_plan(options)
+    recorded = recorded_settings(options.output) if options.resume else {}
+    plan = make_plan(_as_begun(options, recorded))
     if plan.latencies is not None:
         check_latency(plan.projections, plan.target)
     if plan.target.itemsizes is not None:
         check_size(plan.projections, plan.target)
-    recorded = recorded_settings(options.output) if options.resume else {}
     if recorded.get(DISTILLATION) == LEFT_OUT and plan.settings.dose is not None and plan.settings.dose.by_default:
         plan = plan.without_distillation()
     plan = fit_distillation(plan, say)
@@ -39,6 +40,15 @@ def prepare(options: CompressOptions, say: Callable[[str], None]) -> Plan:
         if begun is not None:
             return plan.with_sensitivity(begun)
     return fit_into_memory(plan, say)
+
+
+def _as_begun(options: CompressOptions, recorded: dict[str, str]) -> CompressOptions:
+    """The options of a resumed run with the recorded defaults that depend on the machine."""
+    if options.serve_on is None and recorded.get(SERVE_ON) in ("cpu", "gpu"):
+        options = replace(options, serve_on=recorded[SERVE_ON])
+    if options.num_calibration_samples is None and recorded.get(SAMPLES, "").isdecimal():
+        options = replace(options, num_calibration_samples=int(recorded[SAMPLES]))
+    return options
 
 
 def _begun(options: CompressOptions, layers: int, recorded: dict[str, str]) -> str | None:

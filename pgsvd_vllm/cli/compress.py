@@ -104,8 +104,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="train all factors by knowledge distillation from the dense model, on the calibration text and more text "
         "of its kind: for so many minutes (20 if no number is given), or on so many tokens with k or M, such as 500k; "
         "0 leaves it out; with 4 bits a third of it trains their scales. Default: 102k tokens, at most two passes, "
-        "fewer or none for large models on a CPU; none if memory or text is short, for models that take images, with "
-        "--include experts, or without measured sensitivities. Keeps the whole model in memory",
+        "up to 410k on a GPU, fewer or none for large models on a CPU; none if memory or text is short, for models "
+        "that take images, with --include experts, or without measured sensitivities. Keeps the whole model in memory",
     )
     parser.add_argument(
         "--bits",

@@ -21,10 +21,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Write the dense model; returns the exit status and raises PgsvdError."""
-    from pgsvd_vllm.offline.model.dequantize import dequantize
+    from pgsvd_vllm.offline.model.dequantize import dequantize, refuse_existing
     from pgsvd_vllm.offline.model.hub import resolve_folder
 
     output = arguments.output_dir
+    refuse_existing(output)  # before a download
     folder = resolve_folder(arguments.model, arguments.trust_remote_code)
     made = dequantize(folder, output, arguments.trust_remote_code)
     dtype = str(made.dtype).removeprefix("torch.")

@@ -1,4 +1,4 @@
-"""Judge a compressed model beside its base: perplexity, tasks, answers; status 3 if too little is kept.
+"""Compare a compressed model with its base: perplexity, tasks, answers; status 3 if too little is kept.
 
 Both models are measured on the same samples in one run.
 """
@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pgsvd_vllm.errors import InputError
+from pgsvd_vllm.errors import InputError, reason_of
 
 if TYPE_CHECKING:
     from pgsvd_vllm.evaluation.recovery import Row
@@ -24,6 +24,7 @@ PROMPTS = (
 ANSWER_TOKENS = 60
 LEAST_WINDOWS = 2
 TOO_LITTLE_KEPT = 3
+LABELS = ("compressed", "base")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -33,8 +34,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dataset",
         metavar="NAME|FILE|FOLDER",
-        help="text for perplexity, as of compress (default: docstrings of Python's standard library, which python-docs "
-        "does not contain); take text that calibration has not seen",
+        help="text for perplexity, in the formats of compress --dataset (default: docstrings of Python's standard "
+        "library, which python-docs does not contain); take text that calibration has not seen: hub sets are read from "
+        "their split train, as for calibration",
     )
     parser.add_argument(
         "--num-samples",
@@ -62,6 +64,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="what runs the tasks: vLLM (default where it is installed) or transformers",
     )
     parser.add_argument(
+        "--model-args",
+        default="",
+        metavar="KEY=VALUE,...",
+        help="further arguments of lm_eval's backend, such as tensor_parallel_size=2,max_model_len=4096",
+    )
+    parser.add_argument(
         "--prompt",
         action="append",
         metavar="TEXT",
@@ -73,7 +81,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         type=float,
         metavar="R",
         help="end with status 3 if a measurement keeps less than this share of the base's quality, such as 0.97: of "
-        "its score, or of the inverse of its perplexity",
+        "its score, or of the inverse of its perplexity; every task of a group is a measurement",
     )
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default auto: a GPU if available)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the measurements and the answers")
@@ -86,37 +94,54 @@ def run(arguments: argparse.Namespace) -> int:
     from pgsvd_vllm.evaluation.recovery import table
     from pgsvd_vllm.offline.model.hub import resolve_folder
 
-    names = [arguments.model] if arguments.against is None else [arguments.model, arguments.against]
-    folders = [resolve_folder(name, arguments.trust_remote_code) for name in names]
+    folders = [resolve_folder(arguments.model, arguments.trust_remote_code)]
+    if arguments.against is not None:
+        try:
+            folders.append(resolve_folder(arguments.against, arguments.trust_remote_code))
+        except InputError as error:
+            raise InputError(str(error).replace("MODEL", "--against", 1)) from None
     prompts = [] if arguments.no_answers else list(arguments.prompt or PROMPTS)
     rows, answers = _texts(arguments, folders, prompts)
-    rows += _tasks(arguments, folders)
     if rows:
         print("\n".join(table(rows)))
     for number, prompt in enumerate(prompts):
         print(f"\n> {prompt}")
-        for label, given in zip(("compressed", "base      "), answers, strict=False):
-            print(f"  {label}  " + given[number].replace("\n", "\n              "))
-    least = arguments.min_recovery
-    poor = [row for row in rows if not row.is_finite or (least is not None and not (row.recovery or 0.0) >= least)]
+        for label, given in zip(LABELS, answers, strict=False):
+            print(f"  {label:10}  " + given[number].replace("\n", "\n              "))
+    spoken = [
+        {"prompt": prompt, **{label: given[n] for label, given in zip(LABELS, answers, strict=False)}}
+        for n, prompt in enumerate(prompts)
+    ]
+    _write(arguments, rows, spoken)
+    scores = _tasks(arguments, folders)
+    if scores:
+        print("\n".join(table(scores)))
+        rows += scores
+        _write(arguments, rows, spoken)
+    poor = [row for row in rows if not _is_ok(row, arguments.min_recovery)]
     for row in poor:
-        kept = "not a finite number" if not row.is_finite else f"{row.recovery:.1%} kept, {least:.1%} required"
-        print(f"{row.name}, {row.unit}: {kept}")
-    if arguments.json:
-        found = {
-            "model": arguments.model,
-            "against": arguments.against,
-            "rows": [_plain(row) | {"ok": row not in poor} for row in rows],
-            "answers": [
-                {"prompt": prompt, **dict(zip(("compressed", "base"), (a[n] for a in answers), strict=False))}
-                for n, prompt in enumerate(prompts)
-            ],
-        }
-        try:
-            arguments.json.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise InputError(f"--json {arguments.json}: cannot be written ({error.strerror})") from None
+        reason = "not a finite number"
+        if row.is_finite:
+            reason = f"{row.recovery:.1%} kept, {arguments.min_recovery:.1%} required"
+        print(f"{row.name}, {row.unit}: {reason}")
     return TOO_LITTLE_KEPT if poor else 0
+
+
+def _is_ok(row: "Row", least: float | None) -> bool:
+    """Whether a measurement is a number and keeps enough."""
+    return row.is_finite and (least is None or (row.recovery or 0.0) >= least)
+
+
+def _write(arguments: argparse.Namespace, rows: "list[Row]", answers: list[dict[str, str]]) -> None:
+    """Write what has been measured so far to --json; raises InputError if it cannot be written."""
+    if not arguments.json:
+        return
+    measured = [_plain(row) | {"ok": _is_ok(row, arguments.min_recovery)} for row in rows]
+    found = {"model": arguments.model, "against": arguments.against, "rows": measured, "answers": answers}
+    try:
+        arguments.json.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"--json {arguments.json}: cannot be written ({error.strerror})") from None
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -135,8 +160,12 @@ def _check(arguments: argparse.Namespace) -> None:
         raise InputError("--tasks: lm_eval is not installed; pip install 'pgsvd-vllm[eval]'")
     if arguments.backend == "vllm" and find_spec("vllm") is None:
         raise InputError("--backend vllm: vLLM is not installed; install it or choose hf")
-    if arguments.json and not arguments.json.resolve().parent.is_dir():
-        raise InputError(f"--json {arguments.json}: cannot be written (no such folder)")
+    if arguments.json and (arguments.json.is_dir() or not arguments.json.resolve().parent.is_dir()):
+        raise InputError(f"--json {arguments.json}: is a folder, or lies in none; name a file to write")
+    if arguments.tasks:
+        from pgsvd_vllm.evaluation.tasks import check_tasks
+
+        check_tasks(arguments.tasks)
 
 
 def _texts(
@@ -145,32 +174,38 @@ def _texts(
     """The row of perplexity, and the answers of every model."""
     if not arguments.num_samples and not prompts:
         return [], []
-    from pgsvd_vllm.evaluation.models import greedy_answers, load_model
+    from pgsvd_vllm.evaluation.models import greedy_answers, load_model, longest_window, release
     from pgsvd_vllm.evaluation.perplexity import held_out_prose, spread_windows, window_losses
     from pgsvd_vllm.evaluation.recovery import compared
     from pgsvd_vllm.offline.data.text import load_tokenizer, read_documents
     from pgsvd_vllm.offline.model.device import pick_device
 
-    count, length, name = arguments.num_samples, arguments.max_seq_length, arguments.dataset or "docstrings"
+    count, name = arguments.num_samples, arguments.dataset or "docstrings"
     tokenizer: Any = load_tokenizer(folders[0], arguments.trust_remote_code)
-    windows = None
-    if count:
-        # Hub sets are read only so far; the windows then lie in what was read.
-        documents = read_documents(name, 2 * count * length, tokenizer) if arguments.dataset else [held_out_prose()]
-        try:
-            windows = spread_windows(tokenizer, documents, count, length)
-        except InputError as error:
-            raise InputError(f"--dataset {name}: {error}; give more text, or smaller --num-samples") from None
-    device, losses, answers = pick_device(arguments.device), [], []
-    for folder, label in zip(folders, ("compressed", "base"), strict=False):
+    device, windows, losses, answers = pick_device(arguments.device), None, [], []
+    for folder, label in zip(folders, LABELS, strict=False):
         model = load_model(folder, device, arguments.trust_remote_code)
-        if windows is not None:
-            losses.append(window_losses(model, windows, desc=f"perplexity of {label}"))
-        answers.append(greedy_answers(model, tokenizer, prompts, ANSWER_TOKENS))
+        if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+            raise InputError(f"{folder}: has fewer embeddings than the tokenizer of {folders[0]} has tokens")
+        length = longest_window(model, arguments.max_seq_length)
+        if count and windows is None:
+            # Hub sets are read only so far; the windows then lie in what was read.
+            documents = read_documents(name, 2 * count * length, tokenizer) if arguments.dataset else [held_out_prose()]
+            try:
+                windows = spread_windows(tokenizer, documents, count, length)
+            except InputError as error:
+                raise InputError(f"--dataset {name}: {error}; give more text, or smaller --num-samples") from None
+        try:
+            if windows is not None:
+                losses.append(window_losses(model, windows[:, :length], desc=f"perplexity of {label}"))
+            answers.append(greedy_answers(model, tokenizer, prompts, ANSWER_TOKENS))
+        except Exception as error:  # lack of memory, chat templates, and what else transformers meets
+            raise InputError(f"{folder}: cannot be evaluated ({reason_of(error)})") from None
         del model
-    if not losses:
+        release()
+    if windows is None:
         return [], answers
-    described = f"{name} ({count} x {length} tokens)"
+    described = f"{name} ({count} x {windows.shape[1]} tokens)"
     return [compared(described, "perplexity", losses[0], losses[1] if len(losses) > 1 else None)], answers
 
 
@@ -179,10 +214,11 @@ def _tasks(arguments: argparse.Namespace, folders: list[Path]) -> list["Row"]:
     if not arguments.tasks:
         return []
     from pgsvd_vllm.evaluation.recovery import compared
-    from pgsvd_vllm.evaluation.tasks import score
+    from pgsvd_vllm.evaluation.tasks import Job, score
 
     backend = arguments.backend or ("vllm" if find_spec("vllm") else "hf")
-    found = [score(folder, arguments.tasks, backend, arguments.limit) for folder in folders]
+    given = (arguments.limit, arguments.device, arguments.model_args, arguments.trust_remote_code)
+    found = [score(Job(str(folder), arguments.tasks, backend, *given)) for folder in folders]
     return [
         compared(task, name, values, found[1][task][1] if len(found) > 1 else None)
         for task, (name, values) in found[0].items()

@@ -36,7 +36,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--gpu",
         choices=["H100", "H200"],
         help="compute the latencies of this GPU in CUDA graphs instead of measuring this machine; needs no GPU and no "
-        "vLLM (docs/kernels.md: within 15 %% of measured layers)",
+        "vLLM (docs/kernels.md: measured speed-ups within 15 %%)",
     )
     parser.add_argument("--trust-remote-code", action="store_true", help="run model code from the model's repository")
 
@@ -63,8 +63,8 @@ def run(arguments: argparse.Namespace) -> int:
         write_latencies(table, arguments.output)
     except OSError as error:
         raise InputError(f"--output {arguments.output}: cannot be written ({error.strerror})") from None
-    shapes, count = len(table.shapes), table.tokens
-    print(f"wrote {arguments.output}: {shapes} shapes, {count} tokens, {table.dtype}, {table.machine}")
+    tokens = f"{table.tokens} token" + ("s" if table.tokens > 1 else "")
+    print(f"wrote {arguments.output}: {len(table.shapes)} shapes, {tokens}, {table.dtype}, {table.machine}")
     return 0
 
 

@@ -1,1 +1,1 @@
-"""Judges a checkpoint beside its base: perplexity, tasks of lm_eval, and answers."""
+"""Compares a checkpoint with its base: perplexity, tasks of lm_eval, and answers."""

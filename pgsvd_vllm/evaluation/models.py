@@ -1,5 +1,6 @@
 """Loads dense and compressed models for evaluation in transformers, and asks them."""
 
+import gc
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,28 +12,47 @@ import pgsvd_vllm.hf  # noqa: F401  (registers the format)
 from pgsvd_vllm.errors import InputError, reason_of
 from pgsvd_vllm.families import DUAL_ENCODERS
 from pgsvd_vllm.format.reader import read_config
+from pgsvd_vllm.hf.transformers_compat import CAUSAL_LM_CLASSES, IMAGE_TEXT_TO_TEXT_CLASSES
 from pgsvd_vllm.offline.model.device import gemm_dtype
 
 
 def load_model(folder: Path, device: torch.device, trust_remote_code: bool) -> Any:
-    """A language model or vision-language model, in a dtype that the device multiplies in.
+    """A language model or vision-language model, in float32 where the device has no instructions for its dtype.
 
     Raises:
-        InputError: transformers cannot load it, or it is a dual encoder.
+        InputError: transformers cannot load it, tensors are missing, it predicts no text, or memory is short.
         CheckpointError: config.json is missing or damaged.
     """
-    architectures = read_config(folder).get("architectures") or []
-    if any(name in DUAL_ENCODERS for name in architectures):
-        raise InputError(f"{folder}: {', '.join(architectures)} predicts no text; evaluate takes models that do")
-    failures = []
-    for auto_class in (AutoModelForCausalLM, AutoModelForImageTextToText):
-        try:
-            model: Any = auto_class.from_pretrained(folder, dtype="auto", trust_remote_code=trust_remote_code)
-        except Exception as error:  # transformers raises many kinds
-            failures.append(reason_of(error))
-        else:
-            return model.to(device, gemm_dtype(device, model.dtype)).eval()
-    raise InputError(f"{folder}: transformers cannot load it ({failures[0]})")
+    named = [str(name) for name in read_config(folder).get("architectures") or []]
+    if any(name in DUAL_ENCODERS for name in named):
+        raise InputError(f"{folder}: {', '.join(named)} predicts no text; evaluate takes models that do")
+    images = IMAGE_TEXT_TO_TEXT_CLASSES.intersection(named) and not CAUSAL_LM_CLASSES.intersection(named)
+    auto_class: Any = AutoModelForImageTextToText if images else AutoModelForCausalLM
+    try:
+        model, found = auto_class.from_pretrained(
+            folder, dtype="auto", trust_remote_code=trust_remote_code, output_loading_info=True
+        )
+        dtype = gemm_dtype(device, model.dtype)
+        # A cast to its own dtype would round float32 buffers, such as rotary frequencies.
+        model = model.to(device) if dtype == model.dtype else model.to(device, dtype)
+    except Exception as error:  # transformers raises many kinds
+        raise InputError(f"{folder}: transformers cannot load it ({reason_of(error)})") from None
+    if found["missing_keys"]:
+        raise InputError(f"{folder}: tensor {min(found['missing_keys'])} that the architecture needs is missing")
+    return model.eval()
+
+
+def longest_window(model: Any, wanted: int) -> int:
+    """The tokens of a window: as many as wanted, or as the model has positions."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return min(wanted, limit) if isinstance(limit, int) and limit > 0 else wanted
+
+
+def release() -> None:
+    """Return the memory of models that are gone to the device, for another process."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 @torch.inference_mode()

@@ -66,8 +66,9 @@ def compared(name: str, unit: str, values: torch.Tensor, base: torch.Tensor | No
         mine, theirs = total(means[..., 0]), total(means[..., 1])
         return theirs / mine if kind == "perplexity" else mine / theirs
 
-    drawn = torch.randint(len(pairs), (DRAWS, len(pairs)), generator=torch.Generator().manual_seed(0))
-    spread = recovery(pairs[drawn].mean(1))
+    generator = torch.Generator().manual_seed(0)
+    means = [pairs[torch.randint(len(pairs), (len(pairs),), generator=generator)].mean(0) for _ in range(DRAWS)]
+    spread = recovery(torch.stack(means))
     ends = spread.quantile(torch.tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2], dtype=spread.dtype))
     low, high = ends.tolist()
     return Row(name, unit, len(values), value, total(base.mean()).item(), recovery(pairs.mean(0)).item(), low, high)

@@ -2,15 +2,18 @@
 
     python -m pgsvd_vllm.evaluation.tasks JOB RESULT
 
-JOB is the JSON of `score`'s arguments; RESULT is the file for task -> [name of the score, the score of every sample],
-or for `error` -> the reason.
+JOB is a `Job` as JSON; RESULT is the file for task -> [name of the score, the score of every sample],
+or for ERROR -> the reason.
 """
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,8 @@ from pgsvd_vllm.errors import InputError, reason_of
 
 # File number of standard error, where lm_eval's progress goes.
 STDERR = 2
+# Stands for a task's name in a result that is none.
+ERROR = "error:"
 # Scores of a sample, the first that it has.
 SCORES = ("acc", "exact_match")
 # A task whose rows have a query, choices and the index of the right one (`gold`).
@@ -41,91 +46,143 @@ metric_list:
 """
 
 
-def score(folder: Path, tasks: Sequence[str], backend: str, limit: int | None) -> dict[str, tuple[str, torch.Tensor]]:
-    """The scores of a model: task -> name of the score, and float64 [samples].
+@dataclass(frozen=True)
+class Job:
+    """What to score.
 
-    Args:
+    Attributes:
         folder: of a dense or compressed model.
         tasks: names that lm_eval knows, or .jsonl files whose rows have `query`, `choices` and `gold`.
         backend: of lm_eval: `vllm`, or `hf` for transformers.
         limit: samples of each task; None for all.
+        device: `auto`, `cpu`, `cuda` or `cuda:N`.
+        model_args: further arguments of the backend, as lm_eval writes them: KEY=VALUE,...
+        trust_remote_code: run modelling code from the model's repository.
+    """
+
+    folder: str
+    tasks: Sequence[str]
+    backend: str
+    limit: int | None = None
+    device: str = "auto"
+    model_args: str = ""
+    trust_remote_code: bool = False
+
+
+def check_tasks(tasks: Sequence[str]) -> None:
+    """Refuse tasks that do not exist; raises InputError."""
+    files = [Path(task) for task in tasks if task.endswith(".jsonl")]
+    for file in files:
+        if not file.is_file():
+            raise InputError(f"--tasks {file}: no such file")
+    stems = [file.stem for file in files]
+    for file in files:
+        if stems.count(file.stem) > 1:
+            raise InputError(f"--tasks {file}: another file has the same name; rename one")
+    named = [task for task in tasks if not task.endswith(".jsonl")]
+    if named:
+        from lm_eval.tasks import TaskManager
+
+        manager = TaskManager()
+        for task in named:
+            if not manager.match_tasks([task]):
+                raise InputError(f"--tasks {task}: lm_eval knows no such task; lm_eval ls tasks lists them")
+
+
+def score(job: Job) -> dict[str, tuple[str, torch.Tensor]]:
+    """The scores of a model: task -> name of the score, and float64 [samples].
 
     Raises:
-        InputError: a file does not exist, or lm_eval fails.
+        InputError: lm_eval fails.
     """
-    for task in tasks:
-        if task.endswith(".jsonl") and not Path(task).is_file():
-            raise InputError(f"--tasks {task}: no such file")
+    environment = dict(os.environ)
+    if job.backend == "vllm" and job.device.startswith("cuda:"):
+        environment["CUDA_VISIBLE_DEVICES"] = job.device.removeprefix("cuda:")
     with tempfile.TemporaryDirectory() as room:
         result = Path(room) / "result.json"
-        job = {"folder": str(folder), "tasks": list(tasks), "backend": backend, "limit": limit}
-        command = [sys.executable, "-m", "pgsvd_vllm.evaluation.tasks", json.dumps(job), str(result)]
-        status = subprocess.run(command, stdout=STDERR).returncode
-        found: dict[str, Any] = {"error": f"status {status}"}
+        command = [sys.executable, "-m", "pgsvd_vllm.evaluation.tasks", json.dumps(asdict(job)), str(result)]
+        # A group of its own: vLLM's engine is another process, which must not outlive an interruption.
+        process = subprocess.Popen(command, stdout=STDERR, env=environment, start_new_session=True)
+        try:
+            status = process.wait()
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            raise
+        found: dict[str, Any] = {ERROR: f"status {status}"}
         if result.is_file():
             found = json.loads(result.read_text(encoding="utf-8"))
-    if "error" in found:
-        raise InputError(f"--tasks {' '.join(tasks)}: lm_eval cannot score {folder} ({found['error']})")
+    if ERROR in found:
+        raise InputError(f"--tasks {' '.join(job.tasks)}: lm_eval cannot score {job.folder} ({found[ERROR]})")
     return {task: (name, torch.tensor(values, dtype=torch.float64)) for task, (name, values) in found.items()}
 
 
-def _model(folder: Path, backend: str) -> Any:
+def _model(job: Job) -> Any:
     """lm_eval's model of a folder."""
+    from lm_eval.utils import simple_parse_args_string
+
     from pgsvd_vllm.format.reader import read_config
 
-    is_ours = read_config(folder).get("quantization_config", {}).get("quant_method") == "pgsvd"
-    if backend == "vllm":
+    folder = Path(job.folder)
+    section = read_config(folder).get("quantization_config")
+    is_ours = isinstance(section, dict) and section.get("quant_method") == "pgsvd"
+    given = simple_parse_args_string(job.model_args or None)
+    if job.backend == "vllm":
         from lm_eval.models.vllm_causallms import VLLM
 
-        return VLLM(pretrained=str(folder), dtype="auto", load_format="pgsvd" if is_ours else "auto", batch_size="auto")
+        usual = {"dtype": "auto", "load_format": "pgsvd" if is_ours else "auto", "batch_size": "auto"}
+        return VLLM(pretrained=job.folder, trust_remote_code=job.trust_remote_code, **{**usual, **given})
     from lm_eval.models.huggingface import HFLM
 
     from pgsvd_vllm.evaluation.models import load_model
     from pgsvd_vllm.offline.data.text import load_tokenizer
     from pgsvd_vllm.offline.model.device import pick_device
 
-    model = load_model(folder, pick_device("auto"), trust_remote_code=False)
-    return HFLM(pretrained=model, tokenizer=load_tokenizer(folder), batch_size=16, max_length=2048)
+    model = load_model(folder, pick_device(job.device), job.trust_remote_code)
+    tokenizer = load_tokenizer(folder, job.trust_remote_code)
+    return HFLM(pretrained=model, tokenizer=tokenizer, **{"batch_size": 16, **given})
 
 
-def _run(folder: Path, tasks: Sequence[str], backend: str, limit: int | None) -> dict[str, tuple[str, list[float]]]:
+def _run(job: Job) -> dict[str, tuple[str, list[float]]]:
     """The scores of every sample, in the order of the samples."""
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
     with tempfile.TemporaryDirectory() as definitions:
         names = {}
-        for task in tasks:
-            name = f"local_{Path(task).stem}" if task.endswith(".jsonl") else task
-            names[name] = Path(task).stem if task.endswith(".jsonl") else task
-            if name != task:
-                text = DEFINITION.format(name=name, file=Path(task).resolve())
-                (Path(definitions) / f"{name}.yaml").write_text(text, encoding="utf-8")
+        for task in job.tasks:
+            is_file = task.endswith(".jsonl")
+            name = f"local_{Path(task).stem}" if is_file else task
+            names[name] = Path(task).stem if is_file else task
+            if is_file:
+                text = DEFINITION.format(name=json.dumps(name), file=json.dumps(str(Path(task).resolve())))
+                (Path(definitions) / f"{len(names)}.yaml").write_text(text, encoding="utf-8")
         results: Any = simple_evaluate(
-            _model(folder, backend),
+            _model(job),
             tasks=list(names),
             task_manager=TaskManager(include_path=definitions),
-            limit=limit,
+            limit=job.limit,
             bootstrap_iters=0,
             log_samples=True,
         )
     found = {}
     for name, samples in results["samples"].items():
-        key = next((key for key in SCORES if key in samples[0]), None)
+        # A sample stands once for each of the task's filters.
+        own = [sample for sample in samples if sample["filter"] == samples[0]["filter"]]
+        key = next((key for key in SCORES if key in own[0]), None)
         if key is None:
-            raise InputError(f"task {name}: has none of the scores {', '.join(SCORES)} for a sample")
-        ordered = sorted(samples, key=lambda sample: sample["doc_id"])
+            raise InputError(f"task {name} has none of the scores {', '.join(SCORES)} for a sample")
+        ordered = sorted(own, key=lambda sample: sample["doc_id"])
         found[names.get(name, name)] = key, [float(sample[key]) for sample in ordered]
     return found
 
 
 def _main() -> None:
-    job = json.loads(sys.argv[1])
     found: dict[str, Any]
     try:
-        found = _run(Path(job["folder"]), job["tasks"], job["backend"], job["limit"])
+        found = _run(Job(**json.loads(sys.argv[1])))
     except Exception as error:  # lm_eval, vLLM and transformers raise many kinds
-        found = {"error": reason_of(error)}
+        found = {ERROR: reason_of(error)}
     Path(sys.argv[2]).write_text(json.dumps(found), encoding="utf-8")
 
 

@@ -202,7 +202,7 @@ def test_a_model_for_gpus_has_plain_factors(
 ) -> None:
     costs, small = tmp_path / "costs.json", [*FAST[:4], "--dataset", "python-docs", "--refine", "0", "--dry-run"]
     assert main(["profile", str(tiny_model), "-o", str(costs), "--gpu", "H100", "--dtype", "float16"]) == 0
-    assert "4 shapes, 1 tokens, float16, NVIDIA H100, computed" in capsys.readouterr().out
+    assert "4 shapes, 1 token, float16, NVIDIA H100, computed" in capsys.readouterr().out
     assert read_latencies(costs).device == "gpu"
     given = ["compress", str(tiny_model), "-o", str(tmp_path / "out"), *small]
     # Layers this small gain nothing on a GPU.
@@ -216,7 +216,7 @@ def test_a_model_for_gpus_has_plain_factors(
 @pytest.mark.parametrize(
     ("values", "forms"),
     [
-        ({}, {"pivot"}),
+        ({"device": "cpu"}, {"pivot"}),
         ({"serve_on": "gpu"}, {"factors"}),
         ({"serve_on": "gpu", "form": "pivot"}, {"pivot"}),
         ({"serve_on": "gpu", "baseline": "pifa"}, {"pivot"}),

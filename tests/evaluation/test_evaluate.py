@@ -14,9 +14,10 @@ from transformers import AutoModelForCausalLM
 
 import pgsvd_vllm.hf  # noqa: F401  (registers the format)
 from pgsvd_vllm.cli import main
+from pgsvd_vllm.evaluation import models, tasks
 from pgsvd_vllm.evaluation.perplexity import held_out_prose, spread_windows
 from pgsvd_vllm.evaluation.recovery import compared
-from pgsvd_vllm.evaluation.tasks import score
+from pgsvd_vllm.evaluation.tasks import Job, score
 from pgsvd_vllm.offline.data.text import load_tokenizer
 
 SMALL = ["--num-samples", "6", "--max-seq-length", "64"]
@@ -123,7 +124,7 @@ def test_scores_are_those_of_float64(
 def test_vllm_scores_as_transformers(tiny_compressed: Path, questions: Path) -> None:
     pytest.importorskip("lm_eval", reason="lm_eval is not installed")
     pytest.importorskip("vllm", reason="vLLM is not installed")
-    name, found = score(tiny_compressed, [str(questions)], "vllm", None)["quiz"]
+    name, found = score(Job(str(tiny_compressed), [str(questions)], "vllm", model_args="max_model_len=256"))["quiz"]
     assert name == "acc"
     # Choices whose log-probabilities differ by less than rounding may fall either way.
     assert sum(a != b for a, b in zip(found.tolist(), reference_scores(tiny_compressed, questions), strict=True)) <= 1
@@ -145,6 +146,44 @@ def test_the_interval_is_that_of_paired_samples() -> None:
     assert (scores.value, scores.base, scores.recovery) == (1.0, 0.75, pytest.approx(4 / 3))
 
 
+def test_windows_are_no_longer_than_the_model_reaches(tiny_model: Path, tmp_path: Path) -> None:
+    given = ["--num-samples", "2", "--max-seq-length", "4096", "--no-answers", "--json", tmp_path / "found.json"]
+    assert evaluated(tiny_model, *given) == 0
+    assert json.loads((tmp_path / "found.json").read_text())["rows"][0]["name"] == "docstrings (2 x 512 tokens)"
+
+
+def test_float32_buffers_stay_as_they_are(smollm2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "gemm_dtype", lambda _device, dtype: dtype)
+    model = models.load_model(smollm2, torch.device("cpu"), trust_remote_code=False)
+    assert model.dtype == torch.bfloat16
+    assert model.model.rotary_emb.inv_freq.dtype == torch.float32
+
+
+def test_tasks_are_checked_before_any_model_is_loaded(
+    tiny_model: Path, questions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("lm_eval", reason="lm_eval is not installed")
+    again = tmp_path / questions.name
+    shutil.copy(questions, again)
+    for given, culprit in (
+        (["/nonexistent.jsonl"], "/nonexistent.jsonl: no such file"),
+        (["no_such_task"], "lm_eval knows no such task"),
+        ([questions, again], "another file has the same name"),
+    ):
+        assert evaluated(tiny_model, "--tasks", *given) == 2
+        assert culprit in capsys.readouterr().err
+
+
+def test_a_sample_counts_once_however_many_filters_a_task_has(
+    tiny_model: Path, questions: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("lm_eval", reason="lm_eval is not installed")
+    filters = "".join(f"  - name: {name}\n    filter:\n      - function: take_first\n" for name in ("one", "two"))
+    monkeypatch.setattr(tasks, "DEFINITION", f"{tasks.DEFINITION}filter_list:\n{filters}")
+    found = tasks._run(Job(str(tiny_model), [str(questions)], "hf"))
+    assert len(found["quiz"][1]) == 24
+
+
 @pytest.mark.parametrize(
     ("arguments", "culprit"),
     [
@@ -156,7 +195,8 @@ def test_the_interval_is_that_of_paired_samples() -> None:
         (["--json", "/nonexistent/rows.json"], "--json /nonexistent/rows.json"),
         (["--dataset", "/nonexistent.txt", "--no-answers"], "/nonexistent.txt: no such file"),
         (["--num-samples", "100000", "--max-seq-length", "512"], "windows of 512 tokens, 100000 are needed"),
-        (["--num-samples", "0", "--no-answers", "--tasks", "/nonexistent.jsonl"], "/nonexistent.jsonl: no such file"),
+        (["--json", "/"], "--json /"),
+        (["--against", "/nonexistent"], "--against /nonexistent: no such folder"),
     ],
     ids=str,
 )

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -103,13 +104,13 @@ def awq(weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
     return parts, value.view(numbers.shape).T
 
 
-def blocks(weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
-    """A weight in FP8 with a scale for every block of 128 x 128, the last ones smaller."""
+def blocks(weight: torch.Tensor, name: str = "weight_scale_inv") -> tuple[Tensors, torch.Tensor]:
+    """A weight in FP8 with a scale, of a given name, for every block of 128 x 128; the last ones are smaller."""
     rows, columns = (-(-size // 128) for size in weight.shape)
     scale = torch.rand(rows, columns) + 0.5
     each = scale.repeat_interleave(128, 0)[: len(weight)].repeat_interleave(128, 1)[:, : weight.shape[1]]
     raw = (weight / each).to(FP8)
-    return {"weight": raw, "weight_scale_inv": scale}, raw.double() * each.double()
+    return {"weight": raw, name: scale}, raw.double() * each.double()
 
 
 def section_of(arguments: dict[str, Any], format_name: str) -> dict[str, Any]:
@@ -136,6 +137,10 @@ KINDS: dict[str, tuple[dict[str, Any], Callable[[torch.Tensor], tuple[Tensors, t
         by_library({**INT4, "symmetric": False}),
     ),
     "fp8 in blocks": ({"quant_method": "fp8", "weight_block_size": [128, 128]}, blocks),
+    "compressed-tensors in blocks": (
+        section_of({**FLOAT, "strategy": "block", "block_structure": [128, 128]}, "float-quantized"),
+        partial(blocks, name="weight_scale"),
+    ),
     "awq": ({"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}, awq),
 }
 
@@ -176,6 +181,21 @@ def test_scales_may_lie_in_another_file(dense: Path, tmp_path: Path) -> None:
         torch.testing.assert_close(source.weights.tensor(name).double(), value, rtol=2**-7, atol=1e-6)
 
 
+def test_the_section_may_be_anywhere_and_local_code_is_left_out(dense: Path, tmp_path: Path) -> None:
+    section, quantize = KINDS["int8"]
+    folder, expected = quantized_copy(dense, tmp_path / "quantized", {**section, "ignore": None}, quantize)
+    config = json.loads((folder / "config.json").read_text())
+    moved = config.pop("quantization_config")
+    config |= {"compression_config": moved, "auto_map": {"AutoConfig": "code.Config"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    dequantize(folder, tmp_path / "made")
+    made = json.loads((tmp_path / "made" / "config.json").read_text())
+    assert not {"compression_config", "quantization_config", "auto_map"} & made.keys()
+    source = ModelSource(tmp_path / "made")
+    name = "model.layers.0.mlp.up_proj.weight"
+    torch.testing.assert_close(source.weights.tensor(name).double(), expected[name], rtol=2**-7, atol=1e-6)
+
+
 def test_the_command_makes_what_compress_takes(
     dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], one_thread: None
 ) -> None:
@@ -190,12 +210,16 @@ def test_the_command_makes_what_compress_takes(
 @pytest.mark.parametrize(
     ("section", "culprit"),
     [
+        *(
+            ({"quant_method": "compressed-tensors", **part}, "does not convert")
+            for part in ({"transform_config": {"config_groups": {"R1": {}}}}, {"sparsity_config": {"format": "24"}})
+        ),
         (None, "has no quantization_config"),
         ({"quant_method": "gptq", "bits": 4}, "gptqmodel.utils.model_dequant.dequantize_model"),
         ({"quant_method": "bitsandbytes"}, r"dequantize\(\) and save_pretrained"),
         ({"quant_method": "mxfp4"}, "Mxfp4Config"),
         ({"quant_method": "fp8", "activation_scheme": "static"}, "start from the dense model"),
-        ({"quant_method": "compressed-tensors", "config_groups": {"a": {"targets": 3}}}, "cannot dequantize it"),
+        ({"quant_method": "compressed-tensors", "config_groups": {"a": {"targets": 3}}}, "cannot be made dense"),
         ("awq", "start from the dense model"),
     ],
     ids=str,

@@ -147,18 +147,19 @@ def test_texts_that_are_long_enough_are_held_out_in_part(
     text = tmp_path / "text.txt"
     text.write_text(" ".join(map(str, range(4000))), encoding="utf-8")
     tokens = len(tokenize(load_tokenizer(tiny_model), [text.read_text(encoding="utf-8")], "t").ids)
-    plan = make_plan(
-        CompressOptions(
-            str(tiny_model),
-            tmp_path / "o",
-            dataset=(str(text),),
-            num_calibration_samples=windows,
-            max_seq_length=tokens // windows,
-        )
-    )
-    assert len(plan.data.windows.ids) == windows - held_out
-    assert len(plan.data.windows.others) == held_out
-    assert (plan.settings.dose is not None) == bool(held_out)
+    given: dict[str, Any] = {
+        "dataset": (str(text),),
+        "num_calibration_samples": windows,
+        "max_seq_length": tokens // windows,
+    }
+    # All methods share one calibration.
+    methods: tuple[dict[str, Any], ...] = ({}, {"refine": 0}, {"baseline": "svd"}, {"sensitivity": "forward"})
+    plans = [make_plan(CompressOptions(str(tiny_model), tmp_path / "o", **given, **method)) for method in methods]
+    for plan in plans:
+        assert len(plan.data.windows.ids) == windows - held_out
+        assert len(plan.data.windows.others) == held_out
+        assert plan.data.sha256 == plans[0].data.sha256
+    assert [plan.settings.dose is not None for plan in plans] == [bool(held_out), False, False, False]
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,20 @@ def test_a_resumed_run_keeps_its_sensitivities(
     assert section["sensitivity"] == begun
 
 
+def test_a_resumed_run_keeps_the_defaults_of_the_machine_where_it_began(tiny_model: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    text: dict[str, Any] = {"dataset": ("python-docs",), "max_seq_length": 48, "ratio": 0.3, "refine": 0}
+    begun = CompressOptions(str(tiny_model), output, num_calibration_samples=20, serve_on="gpu", **text)
+    with pytest.raises(Stopped):
+        compress(begun, say=stop_at("ranks by"))
+    # As the defaults of another machine would be.
+    compress(CompressOptions(str(tiny_model), output, resume=True, **text))
+    section = json.loads((output / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+    assert section["serve_on"] == "gpu"
+    assert {module["form"] for module in section["modules"].values()} == {"factors"}
+    assert section["calibration"]["tokens"] == 20 * 48
+
+
 def test_finished_factors_survive_a_resume_with_less_memory(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
