@@ -11,8 +11,16 @@ from pgsvd_vllm.format.quantization import PACKED, SCALE, Scheme, dequantize, un
 from pgsvd_vllm.format.schema import FORMS
 
 
+def rounded(exact: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A float32 parameter as it will be stored, float32; its gradient is that before the rounding."""
+    return exact + (exact.to(dtype).float() - exact).detach()
+
+
 class TrainedProjection(nn.Module):
     """A factored projection whose float32 parameters are trained; it computes in the dtype of its input.
+
+    It computes with the parameters as they will be stored, also where that dtype is narrower than the input's: a pivot
+    form that is trained in float32 and rounded in the end loses part of the gain (docs/dev/log.md).
 
     Attributes:
         rate: Adam's learning rate for one step per window is this times the root of the initial divergence (in nats, at
@@ -46,12 +54,14 @@ class TrainedProjection(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """y [..., out] for x [..., in], in x's dtype."""
-        up = self.up.to(x.dtype)
+        down, up = (
+            rounded(p, self.tensors[n].dtype).to(x.dtype) for n, p in zip(self.names, (self.down, self.up), strict=True)
+        )
         if self.others is not None:
             # Scattering rows of the up factor is three times faster than scattering columns of the outputs.
             self.unit = self.unit.to(x.dtype)
             up = self.unit.index_copy(0, self.others, up)
-        return F.linear(F.linear(x, self.down.to(x.dtype)), up, self.bias)
+        return F.linear(F.linear(x, down), up, self.bias)
 
     def stored(self) -> dict[str, torch.Tensor]:
         """The current tensors by suffix, on the CPU, in the dtypes of the initial factors."""
@@ -92,8 +102,7 @@ class TrainedScales(nn.Module):
 
     def _scale(self, suffix: str) -> torch.Tensor:
         """The scale as it will be stored, float32; its gradient is that of the scale before the rounding."""
-        exact = self.initial[suffix] * (1 + self.changes[suffix])
-        return exact + (exact.to(self.tensors[f"{suffix}{SCALE}"].dtype).float() - exact).detach()
+        return rounded(self.initial[suffix] * (1 + self.changes[suffix]), self.tensors[f"{suffix}{SCALE}"].dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """y [..., out] for x [..., in], in x's dtype."""
