@@ -58,6 +58,13 @@ def options(**values: Any) -> CompressOptions:
     return CompressOptions("m", Path("o"), **values)
 
 
+def numbers(model: Path, folder: Path) -> tuple[Path, int]:
+    """A text file, and its tokens."""
+    text = " ".join(map(str, range(4000)))
+    (folder / "text.txt").write_text(text, encoding="utf-8")
+    return folder / "text.txt", len(tokenize(load_tokenizer(model), [text], "t").ids)
+
+
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
@@ -120,9 +127,7 @@ def test_one_amount_alone() -> None:
 def test_the_default_takes_no_calibration_windows_away(
     spare: int, distilled: bool, tiny_model: Path, tmp_path: Path
 ) -> None:
-    text = tmp_path / "text.txt"
-    text.write_text(" ".join(map(str, range(4000))), encoding="utf-8")
-    tokens = len(tokenize(load_tokenizer(tiny_model), [text.read_text(encoding="utf-8")], "t").ids)
+    text, tokens = numbers(tiny_model, tmp_path)
     given: dict[str, Any] = {
         "dataset": (str(text),),
         "num_calibration_samples": 30,
@@ -144,9 +149,7 @@ def test_the_default_takes_no_calibration_windows_away(
 def test_texts_that_are_long_enough_are_held_out_in_part(
     windows: int, held_out: int, tiny_model: Path, tmp_path: Path
 ) -> None:
-    text = tmp_path / "text.txt"
-    text.write_text(" ".join(map(str, range(4000))), encoding="utf-8")
-    tokens = len(tokenize(load_tokenizer(tiny_model), [text.read_text(encoding="utf-8")], "t").ids)
+    text, tokens = numbers(tiny_model, tmp_path)
     given: dict[str, Any] = {
         "dataset": (str(text),),
         "num_calibration_samples": windows,
