@@ -101,12 +101,12 @@ def evaluation_texts(
     Raises:
         InputError: a text holds fewer.
     """
+    tokenizer = load_tokenizer(folder)
     texts = {"wikitext": [paper_form((wikitext / "wiki.test.raw").read_text(encoding="utf-8"))]}
     others: list[str] = []
     if c4:
-        documents = list(read_documents(str(c4), 4 * count * LENGTH, load_tokenizer(folder)))
+        documents = list(read_documents(str(c4), 4 * count * LENGTH, tokenizer))
         others, texts["c4"] = documents[::2], documents[1::2]
-    tokenizer = load_tokenizer(folder)
     windows = {name: spread_windows(tokenizer, documents, count, LENGTH) for name, documents in texts.items()}
     return windows, others
 

@@ -13,7 +13,15 @@ from pgsvd_vllm.offline.data.sampled.captions import Captions
 from pgsvd_vllm.offline.data.sampled.self_text import Machine, Sampling, SelfText, piece_length, rows_in_memory, sum_of
 from pgsvd_vllm.offline.data.text import load_tokenizer, read_documents
 from pgsvd_vllm.offline.data.text_worth import check_worth
-from pgsvd_vllm.offline.data.tokens import Windows, as_windows, cut_windows, mix_windows, no_windows, tokenize
+from pgsvd_vllm.offline.data.tokens import (
+    Windows,
+    as_windows,
+    cut_windows,
+    mix_windows,
+    no_windows,
+    tokenize,
+    window_length,
+)
 from pgsvd_vllm.offline.model.batch import Batch, text_batches
 from pgsvd_vllm.offline.model.source import ModelSource
 from pgsvd_vllm.offline.model.towers import LANGUAGE
@@ -152,9 +160,7 @@ class DataReader:
         assert options.dataset is not None
         self._options, self._source, self._machine, self._datasets = options, source, machine, options.dataset
         self._dose = dose
-        limit = getattr(source.config.get_text_config(), "max_position_embeddings", None)
-        # XLNet's -1 means any length.
-        self._length = min(options.max_seq_length, limit) if limit and limit > 0 else options.max_seq_length
+        self._length = window_length(source.config, options.max_seq_length)
 
     def read(self, sample: bool) -> CalibrationSet:
         """The calibration set, with `tokens_per_pixel` still 0.

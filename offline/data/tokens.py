@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from tokenizers import Encoding
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from pgsvd_vllm.errors import InputError, reason_of
 from pgsvd_vllm.offline.options import HELD_OUT
@@ -151,6 +151,13 @@ def _first_token(encoded: Encoding, position: int) -> int:
         return span[0] if span else 0
 
     return bisect_left(range(len(encoded)), position, key=start)
+
+
+def window_length(config: PretrainedConfig, wanted: int) -> int:
+    """The tokens of a window for a model of a configuration: as many as wanted, or as it has positions."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    # XLNet's -1 means any length.
+    return min(wanted, limit) if limit and limit > 0 else wanted
 
 
 def cut_windows(text: TokenizedText, count: int, length: int, seed: int, spare: int = 0) -> Windows:

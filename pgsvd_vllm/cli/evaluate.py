@@ -174,10 +174,11 @@ def _texts(
     """The row of perplexity, and the answers of every model."""
     if not arguments.num_samples and not prompts:
         return [], []
-    from pgsvd_vllm.evaluation.models import greedy_answers, load_model, longest_window, release
+    from pgsvd_vllm.evaluation.models import greedy_answers, load_model, release
     from pgsvd_vllm.evaluation.perplexity import held_out_prose, spread_windows, window_losses
     from pgsvd_vllm.evaluation.recovery import compared
     from pgsvd_vllm.offline.data.text import load_tokenizer, read_documents
+    from pgsvd_vllm.offline.data.tokens import window_length
     from pgsvd_vllm.offline.model.device import pick_device
 
     count, name = arguments.num_samples, arguments.dataset or "docstrings"
@@ -187,7 +188,7 @@ def _texts(
         model = load_model(folder, device, arguments.trust_remote_code)
         if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
             raise InputError(f"{folder}: has fewer embeddings than the tokenizer of {folders[0]} has tokens")
-        length = longest_window(model, arguments.max_seq_length)
+        length = window_length(model.config, arguments.max_seq_length)
         if count and windows is None:
             # Hub sets are read only so far; the windows then lie in what was read.
             documents = read_documents(name, 2 * count * length, tokenizer) if arguments.dataset else [held_out_prose()]

@@ -42,12 +42,6 @@ def load_model(folder: Path, device: torch.device, trust_remote_code: bool) -> A
     return model.eval()
 
 
-def longest_window(model: Any, wanted: int) -> int:
-    """The tokens of a window: as many as wanted, or as the model has positions."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return min(wanted, limit) if isinstance(limit, int) and limit > 0 else wanted
-
-
 def release() -> None:
     """Return the memory of models that are gone to the device, for another process."""
     gc.collect()

@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
@@ -52,10 +51,10 @@ def compared(name: str, unit: str, values: torch.Tensor, base: torch.Tensor | No
         values: float64 [count], of each window its loss in nats per token, or of each question its score.
         base: the same of the base.
     """
-    kind: Literal["perplexity", "score"] = "perplexity" if unit == "perplexity" else "score"
+    of_losses = unit == "perplexity"
 
     def total(mean: torch.Tensor) -> torch.Tensor:
-        return mean.exp() if kind == "perplexity" else mean
+        return mean.exp() if of_losses else mean
 
     value = total(values.mean()).item()
     if base is None:
@@ -64,7 +63,7 @@ def compared(name: str, unit: str, values: torch.Tensor, base: torch.Tensor | No
 
     def recovery(means: torch.Tensor) -> torch.Tensor:
         mine, theirs = total(means[..., 0]), total(means[..., 1])
-        return theirs / mine if kind == "perplexity" else mine / theirs
+        return theirs / mine if of_losses else mine / theirs
 
     generator = torch.Generator().manual_seed(0)
     means = [pairs[torch.randint(len(pairs), (len(pairs),), generator=generator)].mean(0) for _ in range(DRAWS)]
