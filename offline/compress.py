@@ -1,6 +1,5 @@
 """The pipeline of a run: plan, calibrate, choose ranks, factorize, distill, quantize, write."""
 
-import errno
 import hashlib
 import os
 import re
@@ -10,7 +9,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from pgsvd_vllm.errors import ChoiceError, InputError, PgsvdError, as_interruption, reason_of
+from pgsvd_vllm.errors import DISK_FULL, ChoiceError, InputError, PgsvdError, as_interruption, refusal_of
 from pgsvd_vllm.format.schema import FactoredModule
 from pgsvd_vllm.offline.calibration.collect import Calibration, loss_energies, output_energies
 from pgsvd_vllm.offline.calibration.token_coverage import find_coverage
@@ -129,20 +128,14 @@ def _request(options: CompressOptions) -> str:
 
 
 def _failure(error: Exception, options: CompressOptions) -> str | None:
-    """What the system refused, for the user; None for another error.
-
-    safetensors reports a full disk and other failures of the system as errors of its own kind, torch a lack of memory.
-    """
+    """What the system refused, for the user; None for another error."""
     if isinstance(error, MemoryError) or re.search(r"can't allocate memory|out of memory", str(error)):
         return f"{options.model}: not enough memory is free"
-    found = re.search(r"\(os error (\d+)\)", str(error))
-    number = error.errno if isinstance(error, OSError) and error.errno else int(found[1]) if found else None
-    if number in (errno.ENOSPC, errno.EDQUOT):
-        return f"--output-dir {options.output}: the disk is full; make room"
-    if number is None and not isinstance(error, OSError):
+    refused = refusal_of(error)
+    if refused is None:
         return None
-    name = getattr(error, "filename", None) or f"--output-dir {options.output}"
-    return f"{name}: {os.strerror(number) if number else reason_of(error)}"
+    place = None if refused == DISK_FULL else getattr(error, "filename", None)
+    return f"{place or f'--output-dir {options.output}'}: {refused}"
 
 
 def _kept(state: RunState) -> str:

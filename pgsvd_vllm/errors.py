@@ -1,11 +1,15 @@
 """The errors a user can cause, each with a message that names what to change, and parts of messages."""
 
 import contextlib
+import errno
+import os
+import re
 from collections.abc import Iterator
 
 # Characters of a longer message that are shown, of its begin and of its end: a file may hold a name of any length.
 BEGIN_SHOWN, END_SHOWN = 1200, 400
 
+DISK_FULL = "the disk is full; make room"
 # Signals that have asked this process to end.
 signals: list[int] = []
 
@@ -28,6 +32,20 @@ def as_interruption() -> Iterator[None]:
 def reason_of(error: Exception) -> str:
     """The first line of an error's message, or its class where the message is empty."""
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def refusal_of(error: Exception) -> str | None:
+    """What the system refused, such as a write to a full disk; None for an error of another kind.
+
+    safetensors reports a full disk and other failures of the system as errors of its own kind.
+    """
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    number = error.errno if isinstance(error, OSError) and error.errno else int(found[1]) if found else None
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        return DISK_FULL
+    if number is None and not isinstance(error, OSError):
+        return None
+    return os.strerror(number) if number else reason_of(error)
 
 
 def bytes_text(count: float) -> str:

@@ -23,6 +23,7 @@ OFFLINE_ROOMS = (
         "offline.rounding",
         "offline.planning",
         "offline.output",
+        "offline.convert",
         "offline.compress",
     ),
 )

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from pgsvd_vllm.errors import InputError
-from pgsvd_vllm.format.schema import FACTOR_SUFFIXES
+from pgsvd_vllm.format.schema import FACTOR_SUFFIXES, QUANT_METHOD
 from pgsvd_vllm.offline.model.weights import StoredWeights
 
 # Sections of config.json that describe quantized weights: of transformers, of old versions of compressed-tensors and
@@ -79,7 +79,9 @@ def _is_sparse(section: Mapping[str, Any]) -> bool:
 
 
 def _advice(method: Any, section: Any, folder: Path) -> str:
-    """What to do with a quantized model."""
+    """What to do with a quantized or factored model."""
+    if method == QUANT_METHOD:
+        return f"start from the dense model, or make it dense: pgsvd-vllm export {shlex.quote(str(folder))} -o DIR"
     if _is_convertible(method, section):
         return f"start from the dense model, or make it dense: pgsvd-vllm dequantize {shlex.quote(str(folder))} -o DIR"
     tool = _TOOLS.get(str(method))

@@ -84,7 +84,7 @@ class ModelSource:
         self.folder, self.trust_remote_code = folder, trust_remote_code
         self.config_json = read_model_config(folder)
         refuse_quantized_config(self.config_json, folder)
-        self.auto_class: Any = self._kind()
+        self.auto_class: Any = auto_class_of(self.config_json, folder)
         self.weight_dtype = weight_dtype(self.config_json, folder)
         tensors = find_tensors(folder)
         refuse_more_layers(self.config_json, len(tensors), folder)
@@ -145,26 +145,6 @@ class ModelSource:
         """The ids of placeholder tokens for images and videos."""
         names = ("image_token_id", "image_token_index", "video_token_id")
         return {token for name in names if (token := getattr(self.config, name, None)) is not None}
-
-    def _kind(self) -> Any:
-        """The auto class of transformers that loads the model; raises InputError if it cannot be compressed."""
-        config = self.config_json
-        named = config.get("architectures")
-        architectures = [str(name) for name in named] if isinstance(named, list) else []
-        for names, auto_class in KINDS:
-            if any(name in names for name in architectures):
-                return auto_class
-        if "auto_map" in config:
-            return AutoModelForCausalLM
-        if not any(architectures):
-            raise InputError(
-                f"{self.folder}/config.json: architectures is missing or empty; it must be a list with the name of the "
-                'model\'s class in transformers, such as ["LlamaForCausalLM"]'
-            )
-        raise InputError(
-            f"{self.folder}/config.json: architecture {', '.join(architectures)} is not supported; "
-            "supported are causal language models and vision-language models of transformers, CLIP and SigLIP"
-        )
 
     def _cannot_build(self, error: Exception) -> InputError:
         """The error for a model that transformers cannot build, with the reason."""
@@ -277,6 +257,31 @@ class ModelSource:
         finally:
             for name, parameter in list(layer.named_parameters()):
                 _set(layer, name, torch.empty_like(parameter, device="meta"))
+
+
+def auto_class_of(config: Mapping[str, Any], folder: Path) -> Any:
+    """The auto class of transformers that loads a model; raises InputError if it cannot be compressed.
+
+    Args:
+        config: config.json as read.
+        folder: of the model, for errors.
+    """
+    named = config.get("architectures")
+    architectures = [str(name) for name in named] if isinstance(named, list) else []
+    for names, auto_class in KINDS:
+        if any(name in names for name in architectures):
+            return auto_class
+    if "auto_map" in config:
+        return AutoModelForCausalLM
+    if not any(architectures):
+        raise InputError(
+            f"{folder}/config.json: architectures is missing or empty; it must be a list with the name of the "
+            'model\'s class in transformers, such as ["LlamaForCausalLM"]'
+        )
+    raise InputError(
+        f"{folder}/config.json: architecture {', '.join(architectures)} is not supported; "
+        "supported are causal language models and vision-language models of transformers, CLIP and SigLIP"
+    )
 
 
 def weight_dtype(config: Mapping[str, Any], folder: Path) -> torch.dtype:

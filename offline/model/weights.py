@@ -155,7 +155,7 @@ class StoredWeights:
             InputError: it holds NaN or infinity; names the tensor and the file.
         """
         file = self.tensors[name].file
-        (tensor,) = (tensor for _, tensor in _read(file, [self._named.in_file[name]]))
+        (tensor,) = (tensor for _, tensor in read_tensors(file, [self._named.in_file[name]]))
         if not is_finite(tensor):
             raise InputError(f"{file}: tensor {name} holds NaN or infinity; the checkpoint is damaged")
         return tensor
@@ -173,7 +173,7 @@ class StoredWeights:
         unused = set(self.unused)
         names = {original: name for name, original in self._named.in_file.items()}
         for path, group in groupby(sorted(self.tensors, key=lambda n: self.tensors[n].file), self._file):
-            for original, tensor in _read(path, [self._named.in_file[name] for name in group]):
+            for original, tensor in read_tensors(path, [self._named.in_file[name] for name in group]):
                 name = names[original]
                 if not is_finite(tensor):
                     raise InputError(f"{path}: tensor {original} holds NaN or infinity; the checkpoint is damaged")
@@ -185,7 +185,7 @@ class StoredWeights:
                         "bfloat16"
                     )
         for original, (info, first) in self._named.duplicates.items():
-            ((_, tensor),) = _read(info.file, [original])
+            ((_, tensor),) = read_tensors(info.file, [original])
             if not torch.equal(tensor, self.read(first).to(tensor.dtype)):
                 raise InputError(
                     f"{info.file}: tensor {original} differs from {first}, to which config.json ties it; delete the "
@@ -219,7 +219,7 @@ class StoredWeights:
             raise InputError(f"{self.folder}: tensor {name} has shape {found}, the architecture needs {tuple(shape)}")
 
 
-def _read(path: Path, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+def read_tensors(path: Path, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
     """Name and data of some tensors of a safetensors file; raises InputError if it cannot be read."""
     try:
         with safe_open(path, framework="pt") as file:

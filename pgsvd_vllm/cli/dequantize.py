@@ -21,7 +21,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Write the dense model; returns the exit status and raises PgsvdError."""
-    from pgsvd_vllm.offline.model.dequantize import dequantize, refuse_existing
+    from pgsvd_vllm.offline.convert.dequantize import dequantize
+    from pgsvd_vllm.offline.convert.new_folder import refuse_existing
     from pgsvd_vllm.offline.model.hub import resolve_folder
 
     output = arguments.output_dir

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from pgsvd_vllm.format.checksums import KEY, file_sum
-from pgsvd_vllm.format.schema import INDEX_NAME, WEIGHTS_STEM
+from pgsvd_vllm.format.schema import WEIGHTS_STEM
 
 
 def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
@@ -33,17 +33,18 @@ def give_usual_permissions(path: Path) -> None:
     path.chmod(0o666 & ~umask)
 
 
-def write_index(folder: Path, weight_map: Mapping[str, str], total_size: int) -> None:
+def write_index(folder: Path, weight_map: Mapping[str, str], total_size: int, stem: str = WEIGHTS_STEM) -> None:
     """Write the index of a checkpoint's weight files, with their checksums.
 
     Args:
         folder: of the weight files and the index.
         weight_map: tensor name -> file name.
         total_size: bytes of all tensors.
+        stem: begin of the index's name.
     """
     sums = {name: file_sum(folder / name) for name in sorted(set(weight_map.values()))}
     index = {"metadata": {"total_size": total_size, KEY: sums}, "weight_map": dict(sorted(weight_map.items()))}
-    (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 class TensorWriter:
@@ -52,13 +53,14 @@ class TensorWriter:
     Args:
         folder: an existing folder.
         max_bytes: of the tensors in one file; a larger tensor gets a file of its own.
+        stem: begin of the files' names; that of this format, or `model` for a dense model.
 
     Attributes:
         numel: elements of all tensors added so far; of packed ones the elements of their matrices.
     """
 
-    def __init__(self, folder: Path, max_bytes: int = 2 * 1024**3) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, max_bytes: int = 2 * 1024**3, stem: str = WEIGHTS_STEM) -> None:
+        self.folder, self.stem = folder, stem
         self.max_bytes = max_bytes
         self._pending: dict[str, torch.Tensor] = {}
         self._pending_bytes = 0
@@ -87,7 +89,7 @@ class TensorWriter:
         return sum(len(names) for names in self._files) + len(self._pending)
 
     def _temporary(self, number: int) -> Path:
-        return self.folder / f"{WEIGHTS_STEM}-{number:05d}.safetensors"
+        return self.folder / f"{self.stem}-{number:05d}.safetensors"
 
     def _flush(self) -> None:
         self._files.append(list(self._pending))
@@ -102,8 +104,8 @@ class TensorWriter:
         count = len(self._files)
         weight_map = {}
         for number, names in enumerate(self._files, 1):
-            final = f"{WEIGHTS_STEM}-{number:05d}-of-{count:05d}.safetensors"
+            final = f"{self.stem}-{number:05d}-of-{count:05d}.safetensors"
             self._temporary(number).rename(self.folder / final)
             weight_map.update(dict.fromkeys(names, final))
-        write_index(self.folder, weight_map, self._total_bytes)
+        write_index(self.folder, weight_map, self._total_bytes, self.stem)
         return self._total_bytes

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from pgsvd_vllm.cli import main
 from pgsvd_vllm.errors import InputError
 from pgsvd_vllm.offline.compress import compress
-from pgsvd_vllm.offline.model.dequantize import dequantize
+from pgsvd_vllm.offline.convert.dequantize import dequantize
 from pgsvd_vllm.offline.model.source import ModelSource
 from pgsvd_vllm.offline.options import CompressOptions
 from tests.conftest import save_tiny_model

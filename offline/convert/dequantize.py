@@ -1,8 +1,6 @@
 """Makes a dense checkpoint of a quantized one, with the converters of compressed-tensors, one weight file at a time."""
 
 import json
-import os
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,8 +17,9 @@ from compressed_tensors.entrypoints.convert import (
 )
 from loguru import logger
 
-from pgsvd_vllm.errors import InputError, as_interruption, reason_of
+from pgsvd_vllm.errors import InputError, as_interruption, reason_of, refusal_of
 from pgsvd_vllm.format.reader import TensorInfo
+from pgsvd_vllm.offline.convert.new_folder import NEW, new_folder, refuse_existing
 from pgsvd_vllm.offline.model.companions import find_companions, without_local_code
 from pgsvd_vllm.offline.model.model_folder import INDEX_FILE, SINGLE_FILE, read_model_config
 from pgsvd_vllm.offline.model.quantized import DENSE_DTYPES, quantization_of, without_sections
@@ -136,37 +135,25 @@ def dequantize(folder: Path, output: Path, trust_remote_code: bool = False) -> D
     files = [*sorted({info.file.relative_to(folder) for info in tensors.values()})]
     files += find_companions(folder, trust_remote_code)
     files += [Path(INDEX_FILE)] if (folder / INDEX_FILE).is_file() and Path(SINGLE_FILE) not in files else []
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        made = tempfile.TemporaryDirectory(prefix=f"{output.name}.", dir=output.parent)
-    except OSError as error:
-        raise InputError(f"`output_dir` {output}: cannot be written ({reason_of(error)})") from None
-    with made as name:
-        dense = Path(name) / "dense"
+    with new_folder(output) as scratch:
+        dense = scratch / NEW
         try:
             with as_interruption(), _quiet():
-                source = _linked(folder, _folder(Path(name) / "source"), files)
+                source = _linked(folder, _folder(scratch / "source"), files)
                 _write_config(source, config if trust_remote_code else without_local_code(config), section)
                 if method == "awq":
-                    packed = _folder(Path(name) / "packed")
+                    packed = _folder(scratch / "packed")
                     convert_checkpoint(source, packed, AutoAWQConverter.from_autoawq_config(section))
                     source, tensors = packed, find_tensors(packed)
                     section = quantization_of(read_model_config(source), source)[1]
-                convert_checkpoint(source, _folder(dense), _converter(source, method, section, tensors, dtype))
+                convert_checkpoint(source, dense, _converter(source, method, section, tensors, dtype))
                 nbytes = ModelSource(dense, trust_remote_code).weights.nbytes
-                dense.rename(output)
         except Exception as error:  # the converters raise many kinds for what they do not expect
+            if refusal_of(error) is not None:
+                raise
             reason = reason_of(error).replace(str(dense), str(output))
-            if "No space left" in reason or "os error 28" in reason:
-                raise InputError(f"`output_dir` {output}: no space left on the disk") from None
             raise InputError(f"{folder}: cannot be made dense ({method}: {reason})") from None
     return Dequantized(method, dtype, nbytes)
-
-
-def refuse_existing(output: Path) -> None:
-    """Refuse an output folder that exists; raises InputError."""
-    if os.path.lexists(output):
-        raise InputError(f"`output_dir` {output}: already exists; remove it or choose another folder")
 
 
 def _write_config(folder: Path, config: Mapping[str, Any], section: Mapping[str, Any]) -> None:

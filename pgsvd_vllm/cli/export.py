@@ -1,0 +1,35 @@
+"""Make a dense model of a checkpoint, for engines that do not know low-rank factors (llama.cpp, TGI, MLX).
+
+The dense model is as large as the base was; what compression has lost stays lost.
+"""
+
+import argparse
+from pathlib import Path
+
+from pgsvd_vllm.errors import bytes_text
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the options."""
+    parser.add_argument("dir", metavar="DIR", help="folder or Hugging Face id of a model written by pgsvd-vllm")
+    parser.add_argument(
+        "-o", "--output-dir", required=True, type=Path, metavar="DENSE", help="folder to write; must not exist"
+    )
+    parser.add_argument("--trust-remote-code", action="store_true", help="run model code from the model's repository")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Write the dense model; returns the exit status and raises PgsvdError."""
+    from pgsvd_vllm.offline.convert.export import export
+    from pgsvd_vllm.offline.convert.new_folder import refuse_existing
+    from pgsvd_vllm.offline.model.hub import resolve_folder
+
+    output = arguments.output_dir
+    refuse_existing(output)  # before a download
+    folder = resolve_folder(arguments.dir, arguments.trust_remote_code)
+    made = export(folder, output, arguments.trust_remote_code)
+    print(
+        f"wrote {output}: {made.projections} projections made dense, "
+        f"{bytes_text(made.nbytes)} (the checkpoint has {bytes_text(made.nbytes_before)})"
+    )
+    return 0
