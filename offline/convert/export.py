@@ -8,17 +8,18 @@ from typing import Any
 
 import torch
 from tqdm.auto import tqdm
-from transformers import AutoConfig
+from transformers import PreTrainedModel
 
-from pgsvd_vllm.errors import CheckpointError, InputError, reason_of
+from pgsvd_vllm.errors import CheckpointError
 from pgsvd_vllm.format.dtypes import is_finite
 from pgsvd_vllm.format.lowrank import dequantized, reconstruct
 from pgsvd_vllm.format.reader import Checkpoint, open_checkpoint
 from pgsvd_vllm.format.writer import TensorWriter
-from pgsvd_vllm.hf.transformers_compat import Conv1D, skeleton
+from pgsvd_vllm.hf.transformers_compat import Conv1D
 from pgsvd_vllm.offline.convert.new_folder import NEW, new_folder, refuse_existing
+from pgsvd_vllm.offline.convert.skeleton import dense_skeleton
 from pgsvd_vllm.offline.model.companions import without_local_code
-from pgsvd_vllm.offline.model.source import ModelSource, auto_class_of, weight_dtype
+from pgsvd_vllm.offline.model.source import ModelSource, weight_dtype
 from pgsvd_vllm.offline.model.weights import fits, read_tensors
 from pgsvd_vllm.offline.output.checkpoint import copy_companions
 
@@ -64,7 +65,7 @@ def export(folder: Path, output: Path, trust_remote_code: bool = False) -> Expor
         dense = scratch / NEW
         (dense / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         copy_companions(folder, dense, trust_remote_code)
-        transposed = _transposed(config, dense, folder, trust_remote_code)
+        transposed = _transposed(dense_skeleton(dense, config, folder, trust_remote_code))
         writer = TensorWriter(dense, stem=DENSE_STEM)
         done = set()
         for name in tqdm(checkpoint.tensors, desc="export", unit="tensor"):
@@ -86,21 +87,8 @@ def _dense_config(config: Mapping[str, Any], trust_remote_code: bool) -> dict[st
     return dense if trust_remote_code else without_local_code(dense)
 
 
-def _transposed(config: Mapping[str, Any], dense: Path, folder: Path, trust_remote_code: bool) -> set[str]:
-    """The modules that store their weights transposed, as GPT-2's do, under their names in the checkpoint.
-
-    Args:
-        config: of the dense model.
-        dense: folder with this config.json.
-        folder: of the checkpoint, for errors.
-        trust_remote_code: run the model's own code.
-    """
-    auto_class = auto_class_of(config, folder)
-    try:
-        auto = AutoConfig.from_pretrained(dense, trust_remote_code=trust_remote_code)
-        model = skeleton(auto_class, auto, torch.float32, trust_remote_code)
-    except Exception as error:  # transformers raises many kinds for a config it cannot use
-        raise InputError(f"{folder}/config.json: transformers cannot build this model: {reason_of(error)}") from None
+def _transposed(model: PreTrainedModel) -> set[str]:
+    """The modules that store their weights transposed, as GPT-2's do, under their names in the checkpoint."""
     found = [name for name, module in model.named_modules() if isinstance(module, Conv1D)]
     return {*found, *(name.removeprefix(f"{model.base_model_prefix}.") for name in found)}
 

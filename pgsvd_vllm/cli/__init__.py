@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TextIO, cast
 
 import pgsvd_vllm
-from pgsvd_vllm.cli import compress, dequantize, env, evaluate, export, inspect, profile, tune, verify
+from pgsvd_vllm.cli import compress, convert, dequantize, env, evaluate, export, inspect, profile, tune, verify
 from pgsvd_vllm.cli.flags import refuse_empty, with_flags
 from pgsvd_vllm.cli.output import Output, open_missing_streams
 from pgsvd_vllm.cli.stop import Stop
@@ -16,6 +16,7 @@ from pgsvd_vllm.errors import PgsvdError, as_interruption
 COMMANDS = {
     "compress": compress,
     "evaluate": evaluate,
+    "convert": convert,
     "dequantize": dequantize,
     "export": export,
     "profile": profile,

@@ -17,12 +17,14 @@ _SHORT = re.compile(r"(-[a-zA-Z])(/.*)", re.DOTALL)
 
 @cache
 def _flags() -> dict[str, str]:
-    """Field -> flag of every option of `compress`, whose code names fields."""
-    from pgsvd_vllm.cli import compress
+    """Field -> flag of every option of the commands whose code names fields."""
+    from pgsvd_vllm.cli import compress, convert
 
-    parser = argparse.ArgumentParser(add_help=False)
-    compress.configure(parser)
-    strings = [string for action in parser._actions for string in action.option_strings if string.startswith("--")]
+    strings = []
+    for command in (compress, convert):
+        parser = argparse.ArgumentParser(add_help=False)
+        command.configure(parser)
+        strings += [string for action in parser._actions for string in action.option_strings if string[:2] == "--"]
     return {string.removeprefix("--").replace("-", "_"): string for string in strings}
 
 

@@ -46,6 +46,7 @@ __all__ = [
     "AUTO_QUANTIZER_MAPPING",
     "CAUSAL_LM_CLASSES",
     "IMAGE_TEXT_TO_TEXT_CLASSES",
+    "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
     "Concatenate",
     "Conv1D",
     "DynamicCache",
