@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import pgsvd_vllm.hf  # noqa: F401  (registers the format)
-from benchmarks.quality import MODELS, evaluation_texts, factored, quality_plan, save, with_options
+from benchmarks.quality import MODELS, evaluation_texts, quality_plan, save
 from pgsvd_vllm.errors import InputError
 from pgsvd_vllm.evaluation.perplexity import perplexity
 from pgsvd_vllm.format.quantization import Scheme
@@ -38,6 +38,7 @@ from pgsvd_vllm.offline.planning.prepare import open_state
 from pgsvd_vllm.offline.rounding.error_compensated import round_matrix, to_grid
 from pgsvd_vllm.offline.rounding.forms import damped
 from pgsvd_vllm.offline.run_state import RunState
+from pgsvd_vllm.offline.sweep import factored, with_options
 
 RATIOS, QUICK_RATIOS = (0.1, 0.2, 0.3, 0.4), (0.2, 0.4)
 FORMS = ("pivot", "factors")
@@ -131,7 +132,7 @@ def models(plan: Plan, state: RunState, cases: list[Case]) -> Iterator[tuple[Cas
             continue
         own = with_options(plan, **case.options)
         calibrate(own, state)  # tries bits where they are chosen
-        write_checkpoint(own, state, factored(own, state))
+        write_checkpoint(own, state, factored(own, state, print))
         bits = stored_bits(state.checkpoint, own)
         yield case, AutoModelForCausalLM.from_pretrained(state.checkpoint, dtype="auto"), bits
         shutil.rmtree(state.checkpoint, ignore_errors=True)

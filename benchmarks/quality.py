@@ -16,7 +16,6 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,19 +27,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import pgsvd_vllm.hf  # noqa: F401  (registers the format)
 from pgsvd_vllm.errors import InputError
 from pgsvd_vllm.evaluation.perplexity import perplexity, spread_windows
-from pgsvd_vllm.offline.compress import calibrate, measured_spectra, store_layers
+from pgsvd_vllm.offline.compress import calibrate
 from pgsvd_vllm.offline.data.text import load_tokenizer, read_documents
 from pgsvd_vllm.offline.options import CompressOptions
 from pgsvd_vllm.offline.output.checkpoint import write_checkpoint
-from pgsvd_vllm.offline.output.messages import ranks_line
-from pgsvd_vllm.offline.output.outcome import Choice
-from pgsvd_vllm.offline.planning.dose import dose_of, dose_on
 from pgsvd_vllm.offline.planning.identity import CALIBRATION_VERSION
 from pgsvd_vllm.offline.planning.plan import Plan, make_plan
 from pgsvd_vllm.offline.planning.prepare import open_state
-from pgsvd_vllm.offline.ranks.select import choose_ranks, measured_front
 from pgsvd_vllm.offline.run_state import RunState
-from pgsvd_vllm.offline.settings import resolve_settings
+from pgsvd_vllm.offline.sweep import factored, with_options
 from tests.support import reference_model
 
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
@@ -152,29 +147,10 @@ def quality_plan(
     )
 
 
-def with_options(plan: Plan, **changes: Any) -> Plan:
-    """The plan for other options on the same model and calibration data."""
-    options = replace(plan.options, **changes)
-    device, dtype = plan.settings.device, plan.settings.compute_dtype
-    dose = dose_on(dose_of(options, plan.source, device.type), plan.data.windows)
-    settings = resolve_settings(options, device, dtype, dose)
-    return replace(plan, options=options, settings=settings)
-
-
-def factored(plan: Plan, state: RunState) -> Choice:
-    """Choose the ranks and bits of a plan, factor its projections, distill and quantize them as its settings say."""
-    spectra = measured_spectra(plan, state)
-    front = measured_front(plan.projections, spectra, plan.target)
-    allocation = choose_ranks(plan.projections, spectra, plan.target, front)
-    print(ranks_line(plan, allocation), flush=True)
-    store_layers(plan, state, allocation.modules, print)
-    return Choice(allocation, front)
-
-
 def compressed(plan: Plan, state: RunState, method: str, ratio: float, minutes: float) -> PreTrainedModel:
     """The model of one case, in the dtype it is stored in; `minutes` of distillation if the method has it."""
     plan = with_options(plan, ratio=ratio, **METHODS[method], **({"refine": minutes} if method == REFINED else {}))
-    write_checkpoint(plan, state, factored(plan, state))
+    write_checkpoint(plan, state, factored(plan, state, print))
     # Weights are mapped from the files: these must stay until the model has been evaluated.
     return AutoModelForCausalLM.from_pretrained(state.checkpoint, dtype="auto")
 

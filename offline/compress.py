@@ -61,7 +61,7 @@ def compress(
     look(plan)
     if not options.resume:
         refuse_begun(options.output)
-    plan = _with_text(plan, options, say)
+    plan = with_text(plan, options, say)
     state = open_state(plan, say)
     keep = state.has_any_layer  # a resumed run keeps its finished layers
     try:
@@ -96,7 +96,7 @@ def compress(
         state.close()
 
 
-def _with_text(plan: Plan, options: CompressOptions, say: Say) -> Plan:
+def with_text(plan: Plan, options: CompressOptions, say: Say) -> Plan:
     """The plan with its text sampled; where the default cannot be sampled, with Python's documentation instead."""
     try:
         with as_interruption():
@@ -200,7 +200,7 @@ def store_layers(plan: Plan, state: RunState, modules: Mapping[str, FactoredModu
 
 def _factor_and_write(plan: Plan, state: RunState, say: Say) -> CompressResult:
     """Choose ranks, factor and write the checkpoint of a calibrated run into the state's folder."""
-    plan, tokens = _without_uncovered(plan, state, say)
+    plan, tokens = without_uncovered(plan, state, say)
     spectra = measured_spectra(plan, state)
     front = measured_front(plan.projections, spectra, plan.target)
     if front is not None:
@@ -216,7 +216,7 @@ def _factor_and_write(plan: Plan, state: RunState, say: Say) -> CompressResult:
     return write_checkpoint(plan, state, Choice(allocation, front, tokens, head))
 
 
-def _without_uncovered(plan: Plan, state: RunState, say: Say) -> tuple[Plan, dict[str, int]]:
+def without_uncovered(plan: Plan, state: RunState, say: Say) -> tuple[Plan, dict[str, int]]:
     """The plan without projections that too few tokens reach, and the tokens of each MoE expert and projector."""
     coverage = find_coverage(plan.projections, plan.settings, state)
     left = coverage.leave_dense(plan.projections, say)

@@ -25,6 +25,7 @@ OFFLINE_ROOMS = (
         "offline.output",
         "offline.convert",
         "offline.compress",
+        "offline.sweep",
     ),
 )
 RULES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -36,7 +37,8 @@ RULES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "serving": ((*FORMAT, "parallel", "hf", "kernels", "serving"), ()),
     "plugin": (("serving",), ("torch", "transformers")),
     "evaluation": ((*FORMAT, "hf", "offline.data", "offline.model", "evaluation"), ("vllm",)),
-    "cli": ((*FORMAT, "parallel", "hf", "kernels", "serving", "offline", "evaluation", "cli"), ()),
+    "report": ((*FORMAT, "report"), ("torch", "transformers", "vllm")),
+    "cli": ((*FORMAT, "parallel", "hf", "kernels", "serving", "offline", "evaluation", "report", "cli"), ()),
     **dict.fromkeys(OFFLINE_GROUND, ((*GROUND, "format.quantization", "offline.options", "offline.linalg"), ("vllm",))),
     **{
         room: ((*FORMAT, "hf", *OFFLINE_GROUND, *OFFLINE_ROOMS[: number + 1]), ("vllm",))

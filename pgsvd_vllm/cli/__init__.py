@@ -7,7 +7,20 @@ from collections.abc import Sequence
 from typing import TextIO, cast
 
 import pgsvd_vllm
-from pgsvd_vllm.cli import compress, convert, dequantize, env, evaluate, export, inspect, profile, tune, verify
+from pgsvd_vllm.cli import (
+    compress,
+    convert,
+    dequantize,
+    env,
+    evaluate,
+    export,
+    inspect,
+    pareto,
+    profile,
+    report,
+    tune,
+    verify,
+)
 from pgsvd_vllm.cli.flags import refuse_empty, with_flags
 from pgsvd_vllm.cli.output import Output, open_missing_streams
 from pgsvd_vllm.cli.stop import Stop
@@ -15,6 +28,7 @@ from pgsvd_vllm.errors import PgsvdError, as_interruption
 
 COMMANDS = {
     "compress": compress,
+    "pareto": pareto,
     "evaluate": evaluate,
     "convert": convert,
     "dequantize": dequantize,
@@ -22,6 +36,7 @@ COMMANDS = {
     "profile": profile,
     "tune": tune,
     "inspect": inspect,
+    "report": report,
     "verify": verify,
     "env": env,
 }

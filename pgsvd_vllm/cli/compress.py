@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from pgsvd_vllm.cli.flags import shareable_command, with_flags
 from pgsvd_vllm.cli.served_by import serving_lines
-from pgsvd_vllm.errors import InputError, bytes_text
+from pgsvd_vllm.errors import InputError, PgsvdError, bytes_text
 
 if TYPE_CHECKING:
     from pgsvd_vllm.offline.planning.plan import Plan
@@ -287,9 +287,26 @@ def run(arguments: argparse.Namespace) -> int:
         f"{result.parameters_after / 1e6:.1f} M parameters ({total:.1%} of the model and {linear:.1%} of its "
         f"projections removed; {1 - total:.1%} kept) in {duration(time.monotonic() - start)}"
     )
+    _write_page(result.output)
     pooling = " --runner pooling" if result.is_dual_encoder else ""
     print(f"serve it:  vllm serve {shlex.quote(str(result.output))} --load-format pgsvd{pooling}")
     return 0
+
+
+def _write_page(folder: Path) -> None:
+    """Write the checkpoint's report, where its libraries are installed; the checkpoint is complete without it."""
+    from pgsvd_vllm.cli.report import REPORT, write_report
+    from pgsvd_vllm.report.page import missing_libraries
+
+    if missing_libraries():
+        print("no report.html: pip install 'pgsvd-vllm[plot]', then pgsvd-vllm report DIR")
+        return
+    try:
+        write_report(folder, folder / REPORT)
+    except PgsvdError as error:
+        print(f"WARNING: no report.html: {error}")
+        return
+    print(f"report:    {folder / REPORT}")
 
 
 def _say_serving(plan: "Plan") -> None:

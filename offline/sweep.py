@@ -1,0 +1,106 @@
+"""Many sizes and methods from one calibration."""
+
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from pgsvd_vllm.errors import ChoiceError
+from pgsvd_vllm.offline.compress import calibrate, measured_spectra, store_layers, without_uncovered
+from pgsvd_vllm.offline.output.checkpoint import write_checkpoint
+from pgsvd_vllm.offline.output.messages import ranks_line
+from pgsvd_vllm.offline.output.outcome import Choice, CompressResult
+from pgsvd_vllm.offline.planning.dose import dose_of, dose_on
+from pgsvd_vllm.offline.planning.plan import Plan
+from pgsvd_vllm.offline.planning.resources import check_disk, disk_bytes
+from pgsvd_vllm.offline.ranks.select import choose_ranks, measured_front
+from pgsvd_vllm.offline.run_state import RunState
+from pgsvd_vllm.offline.settings import resolve_settings
+
+Say = Callable[[str], None]
+# Method -> the options that select it. The first is as `compress` does it; `pgsvd` has the same ranks without the
+# error-aware fit and distillation, which take most of the time.
+METHODS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "pgsvd": {"sequential": False, "refine": 0.0},
+    "uniform": {"sensitivity": "uniform"},
+    "pifa": {"baseline": "pifa"},
+    "svd-llm": {"baseline": "svd-llm"},
+    "asvd": {"baseline": "asvd"},
+    "svd": {"baseline": "svd"},
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One size by one method.
+
+    Attributes:
+        method: a key of METHODS.
+        ratio: share of the projections' parameters to remove.
+    """
+
+    method: str
+    ratio: float
+
+
+def with_options(plan: Plan, **changes: Any) -> Plan:
+    """The plan for other options on the same model and calibration data."""
+    options = replace(plan.options, **changes)
+    device, dtype = plan.settings.device, plan.settings.compute_dtype
+    dose = dose_on(dose_of(options, plan.source, device.type), plan.data.windows)
+    settings = resolve_settings(options, device, dtype, dose)
+    return replace(plan, options=options, settings=settings)
+
+
+def factored(plan: Plan, state: RunState, say: Say, tokens: Mapping[str, int] | None = None) -> Choice:
+    """Choose the ranks and bits of a plan, factor its projections, distill and quantize them as its settings say.
+
+    Args:
+        plan: of the case.
+        state: of the calibrated run.
+        say: called with progress lines.
+        tokens: that reach each MoE expert and projector.
+
+    Raises:
+        ChoiceError: no ranks give the size.
+        InputError: as of `store_layers`.
+    """
+    spectra = measured_spectra(plan, state)
+    front = measured_front(plan.projections, spectra, plan.target)
+    allocation = choose_ranks(plan.projections, spectra, plan.target, front)
+    say(ranks_line(plan, allocation))
+    store_layers(plan, state, allocation.modules, say)
+    return Choice(allocation, front, dict(tokens or {}))
+
+
+def sweep(plan: Plan, state: RunState, cases: Sequence[Case], say: Say) -> Iterator[tuple[Case, CompressResult | str]]:
+    """Calibrate, and write the checkpoint of each case into the state's checkpoint folder, one after the other.
+
+    Args:
+        plan: of the model and its calibration data, with measured or forward sensitivities.
+        state: of the run.
+        cases: to make; those of one size should follow each other.
+        say: called with progress lines.
+
+    Yields:
+        Each case, and what was written, or why no ranks give its size. The folder holds it until the next case.
+
+    Raises:
+        InputError: as of the stages of `compress`.
+    """
+    check_disk(plan, disk_bytes(plan) - state.used_bytes, state.folder)
+    plan.source.weights.check_values(plan.settings.store_dtype or plan.source.weight_dtype)
+    calibrate(plan, state)
+    plan, tokens = without_uncovered(plan, state, say)
+    for case in cases:
+        changes = METHODS[case.method]
+        # Where gradients do not fit into memory the run measures by forward passes.
+        measured = {} if {"sensitivity", "baseline"} & changes.keys() else {"sensitivity": plan.settings.sensitivity}
+        own = with_options(plan, ratio=case.ratio, **measured, **changes)
+        try:
+            result: CompressResult | str = write_checkpoint(own, state, factored(own, state, say, tokens))
+        except ChoiceError as error:
+            result = str(error)
+        yield case, result
+        shutil.rmtree(state.checkpoint, ignore_errors=True)
