@@ -38,7 +38,7 @@ from pgsvd_vllm.offline.planning.prepare import open_state
 from pgsvd_vllm.offline.rounding.error_compensated import round_matrix, to_grid
 from pgsvd_vllm.offline.rounding.forms import damped
 from pgsvd_vllm.offline.run_state import RunState
-from pgsvd_vllm.offline.sweep import factored, with_options
+from pgsvd_vllm.offline.sweep.run import factored, with_options
 
 RATIOS, QUICK_RATIOS = (0.1, 0.2, 0.3, 0.4), (0.2, 0.4)
 FORMS = ("pivot", "factors")

@@ -35,7 +35,7 @@ from pgsvd_vllm.offline.planning.identity import CALIBRATION_VERSION
 from pgsvd_vllm.offline.planning.plan import Plan, make_plan
 from pgsvd_vllm.offline.planning.prepare import open_state
 from pgsvd_vllm.offline.run_state import RunState
-from pgsvd_vllm.offline.sweep import factored, with_options
+from pgsvd_vllm.offline.sweep.run import factored, with_options
 from tests.support import reference_model
 
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)

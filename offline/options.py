@@ -123,6 +123,7 @@ class CompressOptions:
         dtype: of the written tensors and of calibration; `auto` keeps each tensor's own.
         device: that computes; `auto` is a GPU if torch sees one.
         resume: continue an interrupted run.
+        revision: branch, tag or commit of a hub id; None for main.
         trust_remote_code: run modelling code from the model's repository.
         command: the command line, for the checkpoint's description.
     """
@@ -153,6 +154,7 @@ class CompressOptions:
     dtype: str = "auto"
     device: str = "auto"
     resume: bool = False
+    revision: str | None = None
     trust_remote_code: bool = False
     command: str = ""
 

@@ -18,6 +18,7 @@ from pgsvd_vllm.format.reader import TensorInfo, check_data, open_checkpoint, re
 from pgsvd_vllm.format.schema import FLOAT_DTYPES, FORMAT_VERSION, LOAD_GUARD, QUANT_METHOD
 from pgsvd_vllm.format.writer import TensorWriter
 from pgsvd_vllm.hf.transformers_compat import tied_weights
+from pgsvd_vllm.hf.weight_mapping import stored_tensors
 from pgsvd_vllm.offline.convert.base_config import WRAPPED, base_config
 from pgsvd_vllm.offline.convert.layouts import TOOLS, Pair, find_pairs
 from pgsvd_vllm.offline.convert.new_folder import NEW, new_folder, refuse_existing
@@ -34,7 +35,6 @@ _WRAPPER = "wrapped_model."
 # Tensors that are no parameters of the dense model: tables of positions, and the other names of shared bases.
 _DROPPED = re.compile(r"\.rotary_emb\.inv_freq$|_basis\.")
 _PICKLES = ("*.pt", "*.pth", "*.bin", "*.pkl")
-_ENDS = ("weight", "bias")
 _TOKENIZER = ("tokenizer*", "*vocab*", "*.model", "*.tiktoken")
 
 
@@ -76,7 +76,8 @@ def convert(folder: Path, output: Path, base: Path | None = None, base_name: str
     """
     refuse_existing(output)
     _refuse_pickles(folder)
-    theirs = read_model_config(folder)
+    # A folder of tensors alone will do where the dense model is given.
+    theirs = {} if base is not None and not (folder / "config.json").exists() else read_model_config(folder)
     refuse_quantized_config(theirs, folder)
     config = without_local_code(base_config(theirs, folder) if base is None else read_config(base))
     refuse_quantized_config(config, folder if base is None else base)
@@ -93,13 +94,13 @@ def convert(folder: Path, output: Path, base: Path | None = None, base_name: str
         writing.run(model, config)
         copied = find_companions(folder if base is None else base, remote_code=False)
         copy_companions(folder if base is None else base, made, trust_remote_code=False)
-        head = next((name for name in pairs if name == _head_name(model)), None)
+        head = _head_name(model)
         config["transformers_weights"] = LOAD_GUARD
         config["quantization_config"] = {
             "quant_method": QUANT_METHOD,
             "version": FORMAT_VERSION,
             "modules": writing.table,
-            "head": head,
+            "head": head if head in pairs else None,
             "tensors": writing.writer.count,
             "method": f"converted from {tool}",
             "base_model": public_name(base_name or str(theirs.get("base_model_id") or folder)),
@@ -129,8 +130,9 @@ def _refuse_pickles(folder: Path) -> None:
         )
     raise InputError(
         f"{folder}: holds {found[0]}, a pickle, which could run any code and is not read. Where you trust it, load it "
-        "with the tool that wrote it and save the tensors: safetensors.torch.save_file({name: tensor.clone() for name, "
-        "tensor in model.state_dict().items()}, 'model.safetensors'), beside the base model's config.json and tokenizer"
+        "with the tool that wrote it and save the tensors: safetensors.torch.save_file({name: "
+        "tensor.contiguous().clone() for name, tensor in model.state_dict().items()}, 'model.safetensors'), beside "
+        "the base model's config.json and tokenizer"
     )
 
 
@@ -182,32 +184,48 @@ class _Writing:
         Raises:
             InputError: a tensor is missing, superfluous, not finite or of a wrong shape; names it.
         """
-        tied = dict(tied_weights(model))
-        if f"{_head_name(model)}.weight" in tied and _head_name(model) in self.pairs:
+        tied, head = dict(tied_weights(model)), _head_name(model)
+        if head in self.pairs and f"{head}.weight" in tied:
             config["tie_word_embeddings"] = False
-            tied.pop(f"{_head_name(model)}.weight")
-        shapes = {name: parameter.shape for name, parameter in model.state_dict().items()}
+            del tied[f"{head}.weight"]
+        # What the checkpoint would hold if nothing was factored: name -> the tensor that it is read from.
+        parts = {one for pair in self.pairs.values() for one in (pair.v, pair.u, pair.pivots, pair.others) if one}
+        biases = {pair.bias: f"{name}.bias" for name, pair in self.pairs.items() if pair.bias}
+        plain = {biases.get(name, name): name for name in self.tensors if name not in parts and not self._is_left(name)}
+        weights = {f"{name}.weight": name for name in self.pairs}
+        for name in plain.keys() & weights.keys():
+            raise InputError(f"{self.tensors[name][1].file}: tensor {name} is stored beside its own factors")
+        stored = stored_tensors(model, [*plain, *weights])
         used: set[str] = set()
-        for name in tqdm(shapes, desc="convert", unit="tensor"):
-            module, _, end = name.rpartition(".")
-            pair = self.pairs.get(module) if end in _ENDS else None
-            if pair is not None and end == "weight":
-                self._write_factors(module, pair)
-                used |= {one for one in (pair.v, pair.u, pair.pivots, pair.others) if one}
-                continue
-            source = pair.bias if pair is not None and pair.bias else name
+        for name, parameter in model.state_dict().items():
             if name in tied:
-                self._check_tied(name, tied[name])
+                self._check_tied(name, tied[name], plain)
                 used.add(name)
                 continue
-            if source not in self.tensors:
+            if name not in stored:
                 raise InputError(f"{self.folder}: tensor {name} of {type(model).__name__} is missing")
-            used.add(source)
-            tensor = self._read(source)
-            if tensor.shape != shapes[name]:
-                raise InputError(f"{self.folder}: {source} has shape {tuple(tensor.shape)}, not {tuple(shapes[name])}")
-            self.writer.add(name, tensor)
-        self._refuse_others(used, type(model).__name__)
+            found = stored[name]
+            used |= set(found.names)
+            source = plain.get(found.names[0])
+            if found.converter is None and source is not None and self.tensors[source][1].shape != parameter.shape:
+                shapes = self.tensors[source][1].shape, tuple(parameter.shape)
+                raise InputError(f"{self.folder}: {source} has shape {shapes[0]}, not {shapes[1]}")
+        for name in plain.keys() - used:
+            raise InputError(
+                f"{self.tensors[plain[name]][1].file}: tensor {plain[name]} belongs neither to {type(model).__name__} "
+                f"nor to factors of {', '.join(TOOLS)}"
+            )
+        for name in tqdm([*plain, *weights], desc="convert", unit="tensor"):
+            if name in weights:
+                self._write_factors(weights[name], self.pairs[weights[name]])
+            elif name not in tied:
+                self.writer.add(name, self._read(plain[name]))
+
+    def _is_left(self, name: str) -> bool:
+        """Whether a tensor is no parameter: tables of positions, other names of shared bases, what an exporter left."""
+        # KFAC-SVD/LEMS leaves a weight of one element beside its factors.
+        beside = name.removesuffix(".weight") in self.pairs and self.tensors[name][1].numel == 1
+        return beside or _DROPPED.search(name) is not None
 
     def _read(self, name: str, dtypes: tuple[str, ...] = DENSE_DTYPES) -> torch.Tensor:
         """A tensor of the other checkpoint; raises InputError if it is not finite or not of one of the dtypes."""
@@ -246,20 +264,10 @@ class _Writing:
         rows = c[others.argsort()][:, order]
         return {"weight_p": p[order], "weight_c": rows, "pivots": pivots[order].int()}
 
-    def _check_tied(self, name: str, kept: str) -> None:
+    def _check_tied(self, name: str, kept: str, plain: Mapping[str, str]) -> None:
         """Refuse a tied tensor that is stored a second time with other values; raises InputError."""
-        if name in self.tensors and not torch.equal(self._read(name), self._read(kept)):
+        if name in plain and kept in plain and not torch.equal(self._read(plain[name]), self._read(plain[kept])):
             raise InputError(
                 f"{self.folder}: tensor {name} differs from {kept}, to which config.json ties it; set "
                 "tie_word_embeddings to false, or delete the wrong one"
             )
-
-    def _refuse_others(self, used: set[str], model: str) -> None:
-        """Refuse tensors that the dense model does not have; raises InputError."""
-        for name, (_, info) in self.tensors.items():
-            # KFAC-SVD/LEMS leaves an empty weight of one element beside its factors.
-            is_left = name.removesuffix(".weight") in self.pairs and info.numel == 1
-            if name not in used and not is_left and not _DROPPED.search(name):
-                raise InputError(
-                    f"{info.file}: tensor {name} belongs neither to {model} nor to factors of {', '.join(TOOLS)}"
-                )

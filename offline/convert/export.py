@@ -10,7 +10,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from pgsvd_vllm.errors import CheckpointError
+from pgsvd_vllm.errors import CheckpointError, InputError
 from pgsvd_vllm.format.dtypes import is_finite
 from pgsvd_vllm.format.lowrank import dequantized, reconstruct
 from pgsvd_vllm.format.reader import Checkpoint, open_checkpoint
@@ -60,6 +60,11 @@ def export(folder: Path, output: Path, trust_remote_code: bool = False) -> Expor
     refuse_existing(output)
     checkpoint = open_checkpoint(folder)
     config = _dense_config(checkpoint.config, trust_remote_code)
+    if "auto_map" in checkpoint.config and "auto_map" not in config:
+        raise InputError(
+            f"{folder}/config.json: the model needs modelling code from its own repository; read it, then allow it to "
+            "run with `trust_remote_code`"
+        )
     served = weight_dtype(config, folder)
     with new_folder(output) as scratch:
         dense = scratch / NEW

@@ -52,26 +52,28 @@ class Layout:
         """The tensors of a projection; None if it has no factors here.
 
         Raises:
-            InputError: one of its two factors is missing.
+            InputError: one of its tensors is missing.
         """
 
         def filled(template: str) -> str:
             return template.format(p=name, s=name.removesuffix("_proj")) if template else ""
 
-        v, u, *others = map(filled, (self.v, self.u, self.bias, self.pivots, self.others))
+        v, u, bias, *rows = map(filled, (self.v, self.u, self.bias, self.pivots, self.others))
         if not has(v) and not has(u):
             return None
-        for one in (v, u):
-            if not has(one):
-                raise InputError(f"tensor {one}, a factor of {name} ({self.tool}), is missing")
-        return Pair(v, u, *(one if one and has(one) else "" for one in others))
+        # PIFA leaves some projections as plain factors.
+        rows = rows if any(map(has, rows)) else ["", ""]
+        for one in (v, u, *rows):
+            if one and not has(one):
+                raise InputError(f"tensor {one}, a part of {name} ({self.tool}), is missing")
+        return Pair(v, u, bias if has(bias) else "", *rows)
 
 
 AB = ("{p}.ALinear.weight", "{p}.BLinear.weight", "{p}.ALinear.bias")
 LAYOUTS = (
     Layout("KFAC-SVD/LEMS", "{p}.mod_a.weight", "{p}.mod_b.weight", "{p}.bias"),
     Layout("ASVD", AB[1], AB[0], AB[2]),
-    Layout("Dobi-SVD", AB[0], AB[1], AB[2]),
+    Layout("Dobi-SVD", AB[0], AB[1], ""),  # its biases are on the wrong factor, or random
     Layout("SVD-LLM", "{s}_v_proj.weight", "{s}_u_proj.weight", "{s}_u_proj.bias"),
     Layout("Zero-Sum-SVD", "{p}.v_proj.weight", "{p}.u_proj.weight", "{p}.u_proj.bias"),
     Layout("Lillama", "{p}.0.weight", "{p}.1.weight", "{p}.1.bias"),

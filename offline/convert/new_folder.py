@@ -6,8 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from pgsvd_vllm.errors import DISK_FULL, InputError, PgsvdError, as_interruption, reason_of, refusal_of
 
 
@@ -42,9 +40,9 @@ def new_folder(output: Path) -> Iterator[Path]:
             with as_interruption():
                 yield Path(name)
             new.rename(output)
-        except PgsvdError:
-            raise
-        except (OSError, SafetensorError) as error:
+        except PgsvdError as error:
+            raise type(error)(str(error).replace(str(new), str(output))) from None
+        except Exception as error:  # the converters raise many kinds
             refused = refusal_of(error)
             if refused is None:
                 raise

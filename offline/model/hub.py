@@ -4,7 +4,14 @@ import os
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 from pgsvd_vllm.errors import InputError, reason_of
 from pgsvd_vllm.offline.model.companions import COMPANIONS, REMOTE_CODE
@@ -38,20 +45,24 @@ def public_name(name: str) -> str:
     return path.name
 
 
-def resolve_folder(model: str, trust_remote_code: bool = False) -> Path:
+def resolve_folder(model: str, trust_remote_code: bool = False, revision: str | None = None) -> Path:
     """The local folder of a model; a hub id is downloaded.
 
     Args:
         model: a folder, or a hub id.
         trust_remote_code: download the model's modelling code as well.
+        revision: branch, tag or commit of a hub id; None for main.
 
     Raises:
-        InputError: there is no such folder, and neither the hub nor its cache has such an id.
+        InputError: there is no such folder, and neither the hub nor its cache has such an id; says how to log in for
+            models that need it.
     """
     if not model.strip():
         raise InputError("MODEL: is empty; name a folder or a hub id")
     folder = Path(model)
     if os.path.isdir(folder):  # unlike Path.is_dir, also for a name that is too long
+        if revision is not None:
+            raise InputError(f"`revision` {revision}: is for an id of the hub; MODEL {model} is a folder")
         return folder
     if os.path.isfile(folder):
         raise InputError(f"MODEL {model}: no such folder, it is a file; pass the folder of a model in safetensors")
@@ -60,9 +71,21 @@ def resolve_folder(model: str, trust_remote_code: bool = False) -> Path:
     if os.path.exists(folder) or model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise InputError(f"MODEL {model}: no such folder")
     try:
-        return Path(
-            snapshot_download(model, allow_patterns=hub_patterns(trust_remote_code), ignore_patterns=list(HUB_IGNORED))
-        )
+        patterns = hub_patterns(trust_remote_code)
+        found = snapshot_download(model, revision=revision, allow_patterns=patterns, ignore_patterns=list(HUB_IGNORED))
+        return Path(found)
+    except GatedRepoError:
+        raise InputError(
+            f"MODEL {model}: its owner grants access on request; ask for it on the model's page, then log in with: "
+            "hf auth login"
+        ) from None
+    except RevisionNotFoundError:
+        raise InputError(f"`revision` {revision}: MODEL {model} has no such branch, tag or commit") from None
+    except RepositoryNotFoundError:
+        raise InputError(
+            f"MODEL {model}: no such folder, and the hub shows no such model; if it is private, log in with: "
+            "hf auth login"
+        ) from None
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = reason_of(error)
         raise InputError(f"MODEL {model}: no such folder, and the hub does not provide it ({reason})") from None

@@ -116,7 +116,7 @@ def make_plan(options: CompressOptions) -> Plan:
     """
     check_options(options)
     device = pick_device(options.device)
-    folder = resolve_folder(options.model, options.trust_remote_code)
+    folder = resolve_folder(options.model, options.trust_remote_code, options.revision)
     source = ModelSource(folder, options.trust_remote_code, "experts" in options.include)
     find_companions(folder, options.trust_remote_code)  # refuses those that cannot be copied in the end
     dose = dose_of(options, source, device.type)

@@ -12,9 +12,10 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pgsvd_vllm.cli.checkpoint_argument import add_revision
 from pgsvd_vllm.cli.flags import shareable_command, with_flags
 from pgsvd_vllm.cli.served_by import serving_lines
-from pgsvd_vllm.errors import InputError, PgsvdError, bytes_text
+from pgsvd_vllm.errors import InputError, bytes_text, reason_of
 
 if TYPE_CHECKING:
     from pgsvd_vllm.offline.planning.plan import Plan
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
     parser.add_argument("model", metavar="MODEL", help="local model folder or Hugging Face id")
+    add_revision(parser)
     parser.add_argument(
         "-o", "--output-dir", required=True, type=Path, metavar="DIR", help="folder to write; must not exist"
     )
@@ -238,6 +240,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise InputError("--head-tolerance: needs --include lm_head")
     options = CompressOptions(
         model=arguments.model,
+        revision=arguments.revision,
         output=arguments.output_dir,
         ratio=arguments.ratio,
         tolerance=arguments.tolerance,
@@ -303,8 +306,8 @@ def _write_page(folder: Path) -> None:
         return
     try:
         write_report(folder, folder / REPORT)
-    except PgsvdError as error:
-        print(f"WARNING: no report.html: {error}")
+    except Exception as error:  # of the plotting library: hours of work are not to end with an error
+        print(f"WARNING: no report.html: {reason_of(error)}")
         return
     print(f"report:    {folder / REPORT}")
 

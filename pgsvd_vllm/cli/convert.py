@@ -8,13 +8,15 @@ import shlex
 import sys
 from pathlib import Path
 
+from pgsvd_vllm.cli.checkpoint_argument import add_revision
 from pgsvd_vllm.cli.flags import shareable_command
-from pgsvd_vllm.errors import bytes_text
+from pgsvd_vllm.errors import InputError, bytes_text
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
     parser.add_argument("source", metavar="SRC", help="local folder or Hugging Face id of the other tool's checkpoint")
+    add_revision(parser)
     parser.add_argument(
         "-o", "--output-dir", required=True, type=Path, metavar="DIR", help="folder to write; must not exist"
     )
@@ -33,8 +35,11 @@ def run(arguments: argparse.Namespace) -> int:
 
     output = arguments.output_dir
     refuse_existing(output)  # before a download
-    folder = resolve_folder(arguments.source)
-    base = None if arguments.base is None else resolve_folder(arguments.base)
+    folder = resolve_folder(arguments.source, revision=arguments.revision)
+    try:
+        base = None if arguments.base is None else resolve_folder(arguments.base)
+    except InputError as error:
+        raise InputError(str(error).replace("MODEL", "--base", 1)) from None
     made = convert(folder, output, base, arguments.base or "", shareable_command(sys.argv[1:]))
     print(
         f"wrote {output}: {made.projections} projections as {made.tool} factored them, {made.removed:.1%} of their "

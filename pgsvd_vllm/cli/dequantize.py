@@ -7,12 +7,14 @@ import argparse
 import shlex
 from pathlib import Path
 
+from pgsvd_vllm.cli.checkpoint_argument import add_revision
 from pgsvd_vllm.errors import bytes_text
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
     parser.add_argument("model", metavar="MODEL", help="local folder or Hugging Face id of a quantized model")
+    add_revision(parser)
     parser.add_argument(
         "-o", "--output-dir", required=True, type=Path, metavar="DIR", help="folder to write; must not exist"
     )
@@ -27,7 +29,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     output = arguments.output_dir
     refuse_existing(output)  # before a download
-    folder = resolve_folder(arguments.model, arguments.trust_remote_code)
+    folder = resolve_folder(arguments.model, arguments.trust_remote_code, arguments.revision)
     made = dequantize(folder, output, arguments.trust_remote_code)
     dtype = str(made.dtype).removeprefix("torch.")
     print(f"wrote {output}: {bytes_text(made.nbytes)}, dense in {dtype} (was {made.method})")

@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pgsvd_vllm.cli.checkpoint_argument import add_revision
 from pgsvd_vllm.errors import InputError, reason_of
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ LABELS = ("compressed", "base")
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
     parser.add_argument("model", metavar="DIR", help="compressed (or any) model: local folder or Hugging Face id")
+    add_revision(parser)
     parser.add_argument("--against", metavar="BASE", help="the dense model, a folder or id, measured in the same run")
     parser.add_argument(
         "--dataset",
@@ -94,7 +96,7 @@ def run(arguments: argparse.Namespace) -> int:
     from pgsvd_vllm.evaluation.recovery import table
     from pgsvd_vllm.offline.model.hub import resolve_folder
 
-    folders = [resolve_folder(arguments.model, arguments.trust_remote_code)]
+    folders = [resolve_folder(arguments.model, arguments.trust_remote_code, arguments.revision)]
     if arguments.against is not None:
         try:
             folders.append(resolve_folder(arguments.against, arguments.trust_remote_code))
@@ -150,22 +152,17 @@ def _check(arguments: argparse.Namespace) -> None:
         raise InputError(f"--num-samples {arguments.num_samples}: must be 0 or at least {LEAST_WINDOWS}")
     if arguments.max_seq_length < 8:
         raise InputError(f"--max-seq-length {arguments.max_seq_length}: must be at least 8")
-    if arguments.limit is not None and arguments.limit < 1:
-        raise InputError(f"--limit {arguments.limit}: must be at least 1")
     if arguments.min_recovery is not None and not 0 < arguments.min_recovery < math.inf:
         raise InputError(f"--min-recovery {arguments.min_recovery}: must be a positive share, such as 0.97")
     if arguments.min_recovery is not None and arguments.against is None:
         raise InputError("--min-recovery: is a share of a base's quality; name the base with --against")
-    if arguments.tasks and find_spec("lm_eval") is None:
-        raise InputError("--tasks: lm_eval is not installed; pip install 'pgsvd-vllm[eval]'")
     if arguments.backend == "vllm" and find_spec("vllm") is None:
         raise InputError("--backend vllm: vLLM is not installed; install it or choose hf")
     if arguments.json and (arguments.json.is_dir() or not arguments.json.resolve().parent.is_dir()):
         raise InputError(f"--json {arguments.json}: is a folder, or lies in none; name a file to write")
-    if arguments.tasks:
-        from pgsvd_vllm.evaluation.tasks import check_tasks
+    from pgsvd_vllm.evaluation.tasks import check_tasks
 
-        check_tasks(arguments.tasks)
+    check_tasks(arguments.tasks or (), arguments.limit)
 
 
 def _texts(
@@ -175,13 +172,13 @@ def _texts(
     if not arguments.num_samples and not prompts:
         return [], []
     from pgsvd_vllm.evaluation.models import greedy_answers, load_model, release
-    from pgsvd_vllm.evaluation.perplexity import held_out_prose, spread_windows, window_losses
+    from pgsvd_vllm.evaluation.perplexity import text_windows, window_losses
     from pgsvd_vllm.evaluation.recovery import compared
-    from pgsvd_vllm.offline.data.text import load_tokenizer, read_documents
+    from pgsvd_vllm.offline.data.text import load_tokenizer
     from pgsvd_vllm.offline.data.tokens import window_length
     from pgsvd_vllm.offline.model.device import pick_device
 
-    count, name = arguments.num_samples, arguments.dataset or "docstrings"
+    count, described = arguments.num_samples, ""
     tokenizer: Any = load_tokenizer(folders[0], arguments.trust_remote_code)
     device, windows, losses, answers = pick_device(arguments.device), None, [], []
     for folder, label in zip(folders, LABELS, strict=False):
@@ -190,12 +187,7 @@ def _texts(
             raise InputError(f"{folder}: has fewer embeddings than the tokenizer of {folders[0]} has tokens")
         length = window_length(model.config, arguments.max_seq_length)
         if count and windows is None:
-            # Hub sets are read only so far; the windows then lie in what was read.
-            documents = read_documents(name, 2 * count * length, tokenizer) if arguments.dataset else [held_out_prose()]
-            try:
-                windows = spread_windows(tokenizer, documents, count, length)
-            except InputError as error:
-                raise InputError(f"--dataset {name}: {error}; give more text, or smaller --num-samples") from None
+            described, windows = text_windows(arguments.dataset, tokenizer, count, length, "--dataset")
         try:
             if windows is not None:
                 losses.append(window_losses(model, windows[:, :length], desc=f"perplexity of {label}"))
@@ -206,7 +198,6 @@ def _texts(
         release()
     if windows is None:
         return [], answers
-    described = f"{name} ({count} x {windows.shape[1]} tokens)"
     return [compared(described, "perplexity", losses[0], losses[1] if len(losses) > 1 else None)], answers
 
 

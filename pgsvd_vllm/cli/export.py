@@ -6,12 +6,13 @@ The dense model is as large as the base was; what compression has lost stays los
 import argparse
 from pathlib import Path
 
+from pgsvd_vllm.cli.checkpoint_argument import add_checkpoint
 from pgsvd_vllm.errors import bytes_text
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
-    parser.add_argument("dir", metavar="DIR", help="folder or Hugging Face id of a model written by pgsvd-vllm")
+    add_checkpoint(parser)
     parser.add_argument(
         "-o", "--output-dir", required=True, type=Path, metavar="DENSE", help="folder to write; must not exist"
     )
@@ -26,7 +27,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     output = arguments.output_dir
     refuse_existing(output)  # before a download
-    folder = resolve_folder(arguments.dir, arguments.trust_remote_code)
+    folder = resolve_folder(arguments.dir, arguments.trust_remote_code, arguments.revision)
     made = export(folder, output, arguments.trust_remote_code)
     print(
         f"wrote {output}: {made.projections} projections made dense, "

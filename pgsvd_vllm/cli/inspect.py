@@ -3,11 +3,13 @@
 import argparse
 import math
 from collections import Counter
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
+from pgsvd_vllm.cli.checkpoint_argument import add_checkpoint, checkpoint_folder
 from pgsvd_vllm.errors import CheckpointError, InputError, bytes_text
-from pgsvd_vllm.format.reader import Checkpoint, open_checkpoint, read_json
+from pgsvd_vllm.format.module_report import module_rows
+from pgsvd_vllm.format.reader import Checkpoint, open_checkpoint
 from pgsvd_vllm.format.schema import REPORT_NAME
 
 # Widest column of names; longer names stick out.
@@ -16,7 +18,7 @@ MAX_WIDTH = 100
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
-    parser.add_argument("dir", metavar="DIR", type=Path, help="a folder written by pgsvd-vllm compress")
+    add_checkpoint(parser)
     parser.add_argument(
         "-tp",
         "--tp",
@@ -32,8 +34,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Print the table; returns the exit status and raises InputError or CheckpointError."""
     if arguments.tp < 1:
         raise InputError(f"--tp {arguments.tp}: must be 1 or more")
-    checkpoint = open_checkpoint(arguments.dir)
-    rows = _report_rows(checkpoint)
+    checkpoint = open_checkpoint(checkpoint_folder(arguments))
+    rows = module_rows(checkpoint)
     try:
         where = checkpoint.folder / REPORT_NAME
         lines = table(checkpoint, rows)
@@ -45,48 +47,6 @@ def run(arguments: argparse.Namespace) -> int:
         raise CheckpointError(f"{where}: malformed ({type(error).__name__}: {error})") from None
     print("\n".join(lines))
     return 0
-
-
-def _report_rows(checkpoint: Checkpoint) -> list[dict[str, Any]]:
-    """The rows of the per-module report, or of the module table if the checkpoint has no report."""
-    path = checkpoint.folder / REPORT_NAME
-    known = {name: checkpoint.shape(name) for name in checkpoint.modules}
-    shapes = {name: known[name] for name in checkpoint.factored}
-    if path.is_file():
-        rows = read_json(path).get("modules")
-        if not isinstance(rows, list) or not all(map(_is_report_row, rows)):
-            raise CheckpointError(f"{path}: malformed report; delete it to see the table without errors")
-        reported = {row["name"]: (row["out_features"], row["in_features"], row["rank"]) for row in rows}
-        factored = {name: shape for name, shape in reported.items() if shape[2] is not None}
-        if factored != shapes or len(reported) < len(rows):
-            differing = next((name for name in [*shapes, *factored] if shapes.get(name) != factored.get(name)), "a row")
-            raise CheckpointError(
-                f"{path}: does not describe this checkpoint, {differing} differs; delete it to see the table without "
-                "errors"
-            )
-        return rows
-    return [
-        {"name": name, "out_features": out, "in_features": width, "rank": rank or None, "error": None}
-        for name, (out, width, rank) in known.items()
-    ]
-
-
-def _is_report_row(row: Any) -> bool:
-    """Whether a row of the report has every field, each of its type."""
-
-    def is_size(value: Any) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-    return (
-        isinstance(row, dict)
-        and isinstance(row.get("name"), str)
-        and is_size(row.get("out_features"))
-        and is_size(row.get("in_features"))
-        and "rank" in row
-        and (row["rank"] is None or is_size(row["rank"]))
-        and "error" in row
-        and (row["error"] is None or isinstance(row["error"], int | float))
-    )
 
 
 def table(checkpoint: Checkpoint, rows: list[dict[str, Any]]) -> list[str]:
@@ -159,37 +119,50 @@ def tensor_parallel(checkpoint: Checkpoint, tp_size: int) -> list[str]:
 
 def summary(checkpoint: Checkpoint) -> list[str]:
     """Lines with the totals and the origin of the checkpoint."""
+    return ["", *(f"{name:21} {value}" for name, value in facts(checkpoint))]
+
+
+def facts(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
+    """Name and value of the totals and the origin of a checkpoint.
+
+    Raises:
+        CheckpointError: config.json has values of other types; names it.
+    """
+    try:
+        yield from _facts(checkpoint)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        where = checkpoint.folder / "config.json"
+        raise CheckpointError(f"{where}: malformed ({type(error).__name__}: {error})") from None
+
+
+def _facts(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
     section = checkpoint.quantization_config
     modules = checkpoint.modules
     sizes = {name: sum(info.nbytes for info in checkpoint.stored(name)) for name in modules}
     total = sum(info.nbytes for info in checkpoint.tensors.values())
     part = sum(sizes[name] for name in checkpoint.factored)
     tolerance = ", ".join(f"{tower} {value:.4f}" for tower, value in section.get("tolerance", {}).items())
-    ratio, calibration = section.get("ratio", {}), section.get("calibration", {})
-    lines = [
-        "",
-        f"factored projections  {len(checkpoint.factored)}, {bytes_text(part)} of {bytes_text(total)}",
-        f"method                {section.get('method')}, ranks by "
-        + (section.get("baseline") or (f"tolerance {tolerance}" if tolerance else "measured losses")),
-    ]
+    ratio, calibration = section.get("ratio", {}), section.get("calibration")
+    yield "factored projections", f"{len(checkpoint.factored)}, {bytes_text(part)} of {bytes_text(total)}"
+    rule = section.get("baseline") or (f"tolerance {tolerance}" if tolerance else "measured losses")
+    yield "method", f"{section.get('method')}" + ("" if calibration is None else f", ranks by {rule}")
     forms = Counter(modules[name].form for name in checkpoint.factored)
     served = {"cpu": ", for serving on CPUs", "gpu": ", for serving on GPUs"}.get(str(section.get("serve_on")), "")
     if forms:
         counts = " and ".join(f"{count} in the form {form}" for form, count in forms.most_common())
-        lines.append(f"stored                {counts}{served}")
+        yield "stored", f"{counts}{served}"
     schemes = sorted({scheme.name for module in modules.values() for scheme in module.schemes.values()})
     if schemes:
         shapes = [checkpoint.shape(name) for name in modules]
         bits = 8 * sum(sizes.values()) / sum(out * width for out, width, _ in shapes)
-        lines.append(f"quantized             {' and '.join(schemes)}: {bits:.2f} bits per weight of the projections")
+        yield "quantized", f"{' and '.join(schemes)}: {bits:.2f} bits per weight of the projections"
     if ratio:
-        lines.append(
-            f"removed               {ratio['linear']:.1%} of the projections, {ratio['total']:.1%} of the model "
-            f"(kept: {1 - ratio['linear']:.1%} and {1 - ratio['total']:.1%})"
+        yield (
+            "removed",
+            f"{ratio['linear']:.1%} of the projections, {ratio['total']:.1%} of the model "
+            f"(kept: {1 - ratio['linear']:.1%} and {1 - ratio['total']:.1%})",
         )
-    lines.append(f"calibration           {calibration.get('name')}, {calibration.get('tokens')} tokens")
-    lines.append(
-        f"base model            {section.get('base_model')} (revision {section.get('base_revision') or 'unknown'})"
-    )
-    lines.append(f"made by               pgsvd-vllm {section.get('tool_version')}: {section.get('command')}")
-    return lines
+    if calibration is not None:
+        yield "calibration", f"{calibration.get('name')}, {calibration.get('tokens')} tokens"
+    yield "base model", f"{section.get('base_model')} (revision {section.get('base_revision') or 'unknown'})"
+    yield "made by", f"pgsvd-vllm {section.get('tool_version')}: {section.get('command')}"

@@ -5,6 +5,7 @@ compress loses less. Needs pip install 'pgsvd-vllm[plot]'.
 """
 
 import argparse
+import hashlib
 import json
 import math
 import shlex
@@ -12,19 +13,25 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pgsvd_vllm.errors import InputError, bytes_text, refusal_of
+from pgsvd_vllm.cli.checkpoint_argument import add_revision
+from pgsvd_vllm.cli.flags import with_flags
+from pgsvd_vllm.errors import InputError, PgsvdError, bytes_text, refusal_of
+from pgsvd_vllm.offline.sweep.methods import METHODS, Case
 
 if TYPE_CHECKING:
-    from pgsvd_vllm.offline.sweep import Case
+    from pgsvd_vllm.offline.planning.plan import Plan
 
-METHODS = ("full", "pgsvd", "uniform", "pifa", "svd-llm", "asvd", "svd")
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
 DENSE = "dense"
+LENGTH = 1024
+# The charts that a run may write.
+CHARTS = ("removed", "bytes", "predicted")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
     parser.add_argument("model", metavar="MODEL", help="local model folder or Hugging Face id")
+    add_revision(parser)
     parser.add_argument(
         "-o",
         "--output-dir",
@@ -45,7 +52,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--methods",
         nargs="+",
-        choices=METHODS,
+        choices=list(METHODS),
         default=["pgsvd"],
         help="pgsvd: our ranks, factored in one step (default); full: all that compress does, which takes much longer; "
         "uniform: the paper's one tolerance; and the baselines of compress",
@@ -58,7 +65,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--num-calibration-samples", type=int, metavar="N", help="windows, as of compress")
     parser.add_argument(
-        "--max-seq-length", type=int, default=1024, metavar="L", help="tokens per window (default 1024)"
+        "--max-seq-length", type=int, default=LENGTH, metavar="L", help=f"tokens per window (default {LENGTH})"
     )
     parser.add_argument(
         "--eval-dataset",
@@ -78,57 +85,69 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure all sizes and write the page; returns the exit status and raises PgsvdError."""
-    from pgsvd_vllm.report.page import check_libraries
-    from pgsvd_vllm.report.sweep_report import front_of, sweep_charts, sweep_report
-
     _check(arguments)
-    check_libraries()
-    folder: Path = arguments.output_dir
     start = time.monotonic()
-    found = _Results(folder, _request(arguments))
-    _measure(arguments, found)
-    rows = found.rows(arguments.methods, arguments.ratios)
-    title = f"{found.values['model']}: sizes and quality"
-    facts = [
-        ("calibrated on", str(found.values["calibration"])),
-        ("perplexity on", f"{found.values['text']}, dense {found.values['dense']:.3f}"),
-    ]
-    charts = sweep_charts(rows)
-    for name, svg in charts.items():
-        (folder / f"pareto-{name}.svg").write_text(svg, encoding="utf-8")
-    (folder / "pareto.html").write_text(sweep_report(title, facts, rows, charts), encoding="utf-8")
-    front = front_of(rows)
-    print(f"{'method':8} {'removed':>8} {'MB':>8} {'x dense':>8}")
-    for n, row in enumerate(rows):
-        multiple = "failed" if row["multiple"] is None else f"{row['multiple']:.3f}"
-        mark = "  on the front" if n in front else ""
-        print(f"{row['method']:8} {row['removed']:8.1%} {row['bytes'] / 1e6:8.1f} {multiple:>8}{mark}")
-    print(f"wrote {folder / 'pareto.html'} after {time.monotonic() - start:.0f} s")
-    given = "".join(f" --dataset {shlex.quote(name)}" for name in arguments.dataset or ())
-    print(
-        f"compress one of them:  pgsvd-vllm compress {shlex.quote(arguments.model)} -o DIR --ratio R{given} "
-        f"--calibration {shlex.quote(str(folder / 'calibration'))}"
-    )
+    try:
+        found = _Results(arguments.output_dir, _request(arguments))
+        _measure(arguments, found)
+        _write(arguments.output_dir, found)
+    except PgsvdError:
+        raise
+    except Exception as error:  # of the system; safetensors and torch have kinds of their own
+        lacks_memory = "memory" in f"{type(error).__name__} {error}".lower()
+        refused = "not enough memory is free" if lacks_memory else refusal_of(error)
+        if refused is None:
+            raise
+        raise InputError(
+            f"--output-dir {arguments.output_dir}: {refused}; what is finished is kept, repeat the command"
+        ) from None
+    print(f"wrote {arguments.output_dir / 'pareto.html'} after {time.monotonic() - start:.0f} s")
+    print(f"compress one of them:  {_compress_line(arguments)}")
     return 0
 
 
 def _check(arguments: argparse.Namespace) -> None:
     """Refuse values that cannot work, before any model is loaded; raises InputError."""
+    from pgsvd_vllm.evaluation.tasks import check_tasks
+    from pgsvd_vllm.report.page import check_libraries
+
+    check_libraries()
+    arguments.ratios, arguments.methods = sorted(set(arguments.ratios)), list(dict.fromkeys(arguments.methods))
     for ratio in arguments.ratios:
         if not 0 < ratio < 1:
             raise InputError(f"--ratios {ratio}: must be between 0 and 1")
     if arguments.num_samples < 2:
         raise InputError(f"--num-samples {arguments.num_samples}: must be at least 2")
-    if arguments.tasks:
-        from pgsvd_vllm.evaluation.tasks import check_tasks
-
-        check_tasks(arguments.tasks)
+    check_tasks(arguments.tasks, arguments.limit)
 
 
-def _request(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What the measured values depend on, but for method and size."""
-    names = ("model", "dataset", "num_calibration_samples", "max_seq_length", "eval_dataset", "num_samples", "tasks")
-    return {name: getattr(arguments, name) for name in (*names, "limit", "seed")}
+def _request(arguments: argparse.Namespace) -> dict[str, str]:
+    """Option -> hash of its value, of those that the measured values depend on: a published file names no paths."""
+    names = ("model", "revision", "dataset", "num_calibration_samples", "max_seq_length", "seed")
+    judged = ("eval_dataset", "num_samples", "tasks", "limit")
+    values = {name: json.dumps(getattr(arguments, name)) for name in (*names, *judged)}
+    return {
+        f"--{name}".replace("_", "-"): hashlib.sha256(value.encode()).hexdigest()[:16] for name, value in values.items()
+    }
+
+
+def _compress_line(arguments: argparse.Namespace) -> str:
+    """The command that compresses with the same calibration."""
+    parts = ["pgsvd-vllm", "compress", arguments.model, "-o", "DIR", "--ratio", "R"]
+    for name in arguments.dataset or ():
+        parts += ["--dataset", name]
+    defaults: dict[str, Any] = {
+        "revision": None,
+        "num_calibration_samples": None,
+        "max_seq_length": LENGTH,
+        "seed": 0,
+        "device": "auto",
+    }
+    for name, default in defaults.items():
+        if getattr(arguments, name) != default:
+            parts += [f"--{name}".replace("_", "-"), str(getattr(arguments, name))]
+    parts += ["--trust-remote-code"] if arguments.trust_remote_code else []
+    return shlex.join([*parts, "--calibration", str(arguments.output_dir / "calibration")])
 
 
 class _Results:
@@ -139,68 +158,97 @@ class _Results:
         request: that the values are for.
 
     Raises:
-        InputError: the folder holds values for another request, or cannot be written.
+        InputError: the folder holds values for another request.
+        OSError: it cannot be written.
     """
 
-    def __init__(self, folder: Path, request: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, request: dict[str, str]) -> None:
         from pgsvd_vllm.format.reader import read_json
 
         self._path = folder / "pareto.json"
         self.values: dict[str, Any] = {"request": request, "cases": {}}
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"--output-dir {folder}: cannot be written ({error.strerror})") from None
+        folder.mkdir(parents=True, exist_ok=True)
         if self._path.is_file():
             self.values = read_json(self._path)
             old = self.values.get("request")
             if old != request or not isinstance(self.values.get("cases"), dict):
                 changed = [key for key in request if not isinstance(old, dict) or old.get(key) != request[key]]
-                raise InputError(
-                    f"{self._path}: made with other options ({', '.join(changed)}); choose another --output-dir"
-                )
+                raise InputError(f"{self._path}: made with another {', '.join(changed)}; choose another --output-dir")
+        self.save()  # before hours of work
 
-    def has(self, method: str, ratio: float) -> bool:
+    def has(self, case: Case) -> bool:
         """Whether a case is measured."""
-        return f"{method} {ratio}" in self.values["cases"]
+        return _key(case) in self.values["cases"]
 
-    def put(self, method: str, ratio: float, row: dict[str, Any]) -> None:
+    def put(self, case: Case, row: dict[str, Any]) -> None:
         """Keep the values of a case."""
-        self.values["cases"][f"{method} {ratio}"] = row
+        self.values["cases"][_key(case)] = row
         self.save()
 
     def save(self) -> None:
         """Write the file; an interruption leaves it as it was."""
         part = self._path.with_suffix(".writing")
-        part.write_text(json.dumps(self.values, indent=1) + "\n", encoding="utf-8")
+        part.write_text(json.dumps(self.values, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         part.replace(self._path)
 
-    def rows(self, methods: list[str], ratios: list[float]) -> list[dict[str, Any]]:
-        """The rows of the dense model and of the cases that could be made."""
-        cases = [self.values["cases"].get(f"{method} {ratio}") for method in methods for ratio in sorted(ratios)]
-        return [self.values["cases"][f"{DENSE} 0"], *(row for row in cases if row is not None and "bytes" in row)]
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """The rows of everything that was measured, by method and size."""
+        order = [DENSE, *METHODS]
+        return sorted(self.values["cases"].values(), key=lambda row: (order.index(row["method"]), row["ratio"]))
+
+
+def _key(case: Case) -> str:
+    return f"{case.method} {case.ratio}"
+
+
+def _write(folder: Path, found: _Results) -> None:
+    """Write the page and the charts, and print the table."""
+    from pgsvd_vllm.report.sweep_report import front_of, sweep_charts, sweep_report
+
+    rows, values = found.rows, found.values
+    facts = [
+        ("calibrated on", str(values["calibration"])),
+        ("perplexity on", f"{values['text']}, dense {values['dense']:.3f}"),
+    ]
+    charts = sweep_charts(rows)
+    for name in CHARTS:
+        path = folder / f"pareto-{name}.svg"
+        if name in charts:
+            path.write_text(charts[name], encoding="utf-8")
+        else:
+            path.unlink(missing_ok=True)
+    page = sweep_report(f"{values['model']}: sizes and quality", facts, rows, charts)
+    (folder / "pareto.html").write_text(page, encoding="utf-8")
+    front = front_of(rows)
+    print(f"{'method':8} {'removed':>8} {'MB':>8} {'x dense':>8}")
+    for n, row in enumerate(rows):
+        multiple = "failed" if row["multiple"] is None else f"{row['multiple']:.3f}"
+        mark = "  on the front" if n in front else ""
+        print(f"{row['method']:8} {row['removed']:8.1%} {row['bytes'] / 1e6:8.1f} {multiple:>8}{mark}")
 
 
 def _measure(arguments: argparse.Namespace, found: _Results) -> None:
     """Measure what is missing; raises PgsvdError as `compress`."""
-    todo = [(m, r) for r in sorted(arguments.ratios) for m in arguments.methods if not found.has(m, r)]
-    if not todo and found.has(DENSE, 0):
+    cases = [Case(method, ratio) for ratio in arguments.ratios for method in arguments.methods]
+    todo, dense = [case for case in cases if not found.has(case)], Case(DENSE, 0.0)
+    if not todo and found.has(dense):
         return
-    from safetensors import SafetensorError
-
-    from pgsvd_vllm.evaluation.perplexity import held_out_prose, spread_windows
+    from pgsvd_vllm.evaluation.perplexity import text_windows
     from pgsvd_vllm.offline.compress import with_text
-    from pgsvd_vllm.offline.data.text import load_tokenizer, read_documents
+    from pgsvd_vllm.offline.data.text import load_tokenizer
     from pgsvd_vllm.offline.data.tokens import window_length
-    from pgsvd_vllm.offline.model.hub import public_name, resolve_folder
+    from pgsvd_vllm.offline.model.hub import public_name
     from pgsvd_vllm.offline.options import CompressOptions
     from pgsvd_vllm.offline.output.report import data_name
     from pgsvd_vllm.offline.planning.prepare import open_state, prepare
-    from pgsvd_vllm.offline.sweep import Case, sweep
+    from pgsvd_vllm.offline.settings import MEASURED
+    from pgsvd_vllm.offline.sweep.run import sweep
 
     folder: Path = arguments.output_dir
     options = CompressOptions(
         model=arguments.model,
+        revision=arguments.revision,
         output=folder / "work",
         dataset=None if arguments.dataset is None else tuple(arguments.dataset),
         num_calibration_samples=arguments.num_calibration_samples,
@@ -211,73 +259,67 @@ def _measure(arguments: argparse.Namespace, found: _Results) -> None:
         resume=True,
         trust_remote_code=arguments.trust_remote_code,
     )
-    plan = prepare(options, print)
-    model = resolve_folder(arguments.model, arguments.trust_remote_code)
-    tokenizer = load_tokenizer(model, arguments.trust_remote_code)
-    length = window_length(plan.source.config, arguments.max_seq_length)
-    name, count = arguments.eval_dataset, arguments.num_samples
-    documents = read_documents(name, 2 * count * length, tokenizer) if name else [held_out_prose()]
+    plan = prepare(options, _say)
+    source = plan.source
+    tokenizer = load_tokenizer(source.folder, arguments.trust_remote_code)
+    length = window_length(source.config, arguments.max_seq_length)
+    text, windows = text_windows(arguments.eval_dataset, tokenizer, arguments.num_samples, length, "--eval-dataset")
+    plan = with_text(plan, options, _say)
+    found.values |= {"model": public_name(arguments.model), "calibration": data_name(plan), "text": text}
+    if not found.has(dense):
+        value, tasks = _judge(arguments, source.folder, plan, windows, DENSE)
+        if not math.isfinite(value):
+            raise InputError(f"MODEL {arguments.model}: its own perplexity on {text} is not a finite number")
+        found.values["dense"] = value
+        row = {"method": DENSE, "ratio": 0.0, "removed": 0.0, "bytes": source.weights.nbytes, "perplexity": value}
+        found.put(dense, {**row, "multiple": 1.0, "predicted": None, "tasks": tasks})
+    state = open_state(plan, _say)
     try:
-        windows = spread_windows(tokenizer, documents, count, length)
-    except InputError as error:
-        raise InputError(f"--eval-dataset {name}: {error}; give more text, or smaller --num-samples") from None
-    plan = with_text(plan, options, print)
-    found.values["model"], found.values["calibration"] = public_name(arguments.model), data_name(plan)
-    found.values["text"] = f"{name or 'docstrings'} ({count} x {length} tokens)"
-    if not found.has(DENSE, 0):
-        found.values["dense"], tasks = _judge(arguments, model, plan.settings.device, windows, "dense")
-        size = plan.source.weights.nbytes
-        row = {"method": DENSE, "ratio": 0.0, "removed": 0.0, "bytes": size, "perplexity": found.values["dense"]}
-        found.put(DENSE, 0, {**row, "multiple": 1.0, "predicted": None, "tasks": tasks})
-    state = open_state(plan, print)
-    try:
-        for case, result in sweep(plan, state, [Case(m, r) for m, r in todo], print):
+        for case, result in sweep(plan, state, todo, _say):
+            label = f"{case.method} {case.ratio:.1%}"
             if isinstance(result, str):
-                print(f"WARNING: {_label(case)}: {result}")
-                found.put(case.method, case.ratio, {"refused": result})
+                _say(f"WARNING: {label}: {result.replace('`ratio`', '--ratios')}")
                 continue
-            value, tasks = _judge(arguments, state.checkpoint, plan.settings.device, windows, _label(case))
-            size = sum(file.stat().st_size for file in state.checkpoint.glob("*.safetensors"))
+            value, tasks = _judge(arguments, state.checkpoint, plan, windows, label)
+            size = sum(info.stat().st_size for info in state.checkpoint.glob("*.safetensors"))
+            finite = math.isfinite(value)
+            in_nats = plan.settings.sensitivity == MEASURED
             row = {
                 "method": case.method,
                 "ratio": case.ratio,
                 "removed": result.ratios["linear"],
                 "bytes": size,
-                "perplexity": value if math.isfinite(value) else None,
-                "multiple": value / found.values["dense"] if math.isfinite(value) else None,
-                "predicted": result.choice.allocation.loss,
+                "perplexity": value if finite else None,
+                "multiple": value / found.values["dense"] if finite else None,
+                # From forward passes alone it is no number of nats.
+                "predicted": result.choice.allocation.loss if in_nats else None,
                 "tasks": tasks,
             }
-            found.put(case.method, case.ratio, row)
-            print(f"{_label(case)}: {bytes_text(size)}, perplexity {value:.3f}", flush=True)
+            found.put(case, row)
+            _say(f"{label}: {bytes_text(size)}, perplexity {value:.3f}")
         state.discard()
-    except (OSError, SafetensorError) as error:
-        refused = refusal_of(error)
-        if refused is None:
-            raise
-        raise InputError(f"--output-dir {folder}: {refused}; what is finished is kept, repeat the command") from None
     finally:
         state.close()
 
 
-def _label(case: "Case") -> str:
-    return f"{case.method} {case.ratio:.0%}"
-
-
 def _judge(
-    arguments: argparse.Namespace, folder: Path, device: Any, windows: Any, label: str
+    arguments: argparse.Namespace, folder: Path, plan: "Plan", windows: Any, label: str
 ) -> tuple[float, dict[str, float]]:
     """Perplexity and task scores of a model in a folder."""
     from pgsvd_vllm.evaluation.models import load_model, release
     from pgsvd_vllm.evaluation.perplexity import perplexity
+    from pgsvd_vllm.evaluation.tasks import Job, score
 
-    model = load_model(folder, device, arguments.trust_remote_code)
+    model = load_model(folder, plan.settings.device, arguments.trust_remote_code)
     value = perplexity(model, windows, desc=f"perplexity of {label}")
     del model
     release()
     if not arguments.tasks:
         return value, {}
-    from pgsvd_vllm.evaluation.tasks import Job, score
-
     job = Job(str(folder), arguments.tasks, "hf", arguments.limit, arguments.device, "", arguments.trust_remote_code)
     return value, {task: values.mean().item() for task, (_, values) in score(job).items()}
+
+
+def _say(line: str) -> None:
+    """Print a progress line with the flags of its options."""
+    print(with_flags(line), flush=True)

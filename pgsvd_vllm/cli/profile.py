@@ -8,6 +8,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pgsvd_vllm.cli.checkpoint_argument import add_revision
 from pgsvd_vllm.errors import InputError
 from pgsvd_vllm.format.latency_table import LatencyTable, write_latencies
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
     parser.add_argument("model", metavar="MODEL", help="local model folder or Hugging Face id")
+    add_revision(parser)
     parser.add_argument("-o", "--output", required=True, type=Path, metavar="FILE", help="JSON file to write")
     parser.add_argument(
         "--tokens",
@@ -57,7 +59,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise InputError(f"--output {arguments.output}: cannot be written (no such folder)")
     if arguments.output.is_dir():
         raise InputError(f"--output {arguments.output}: is a folder; name a file to write")
-    source = ModelSource(resolve_folder(arguments.model, arguments.trust_remote_code), arguments.trust_remote_code)
+    folder = resolve_folder(arguments.model, arguments.trust_remote_code, arguments.revision)
+    source = ModelSource(folder, arguments.trust_remote_code)
     table = _table(arguments, find_projections(source).flat)
     try:
         write_latencies(table, arguments.output)

@@ -5,8 +5,10 @@ It needs pip install 'pgsvd-vllm[plot]', and no network.
 
 import argparse
 from pathlib import Path
+from typing import Any
 
-from pgsvd_vllm.errors import InputError, bytes_text, reason_of
+from pgsvd_vllm.cli.checkpoint_argument import add_checkpoint, checkpoint_folder
+from pgsvd_vllm.errors import InputError, bytes_text
 from pgsvd_vllm.format.reader import open_checkpoint, read_json
 
 # The page's name in the checkpoint's folder.
@@ -15,8 +17,14 @@ REPORT = "report.html"
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
-    parser.add_argument("dir", metavar="DIR", type=Path, help="a folder written by pgsvd-vllm")
-    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help=f"page to write (default: DIR/{REPORT})")
+    add_checkpoint(parser)
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help=f"page to write (default: DIR/{REPORT}, or ./{REPORT} for an id)",
+    )
     parser.add_argument(
         "--evaluation", type=Path, metavar="JSON", help="what pgsvd-vllm evaluate DIR --json JSON wrote, to be shown"
     )
@@ -24,14 +32,31 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Write the page; returns the exit status and raises PgsvdError."""
-    evaluation = None if arguments.evaluation is None else read_json(arguments.evaluation)
-    output = arguments.output or arguments.dir / REPORT
-    size = write_report(arguments.dir, output, evaluation)
+    evaluation = None if arguments.evaluation is None else _measured(arguments.evaluation)
+    folder = checkpoint_folder(arguments)
+    output = arguments.output or (folder / REPORT if Path(arguments.dir).is_dir() else Path(REPORT))
+    size = write_report(folder, output, evaluation)
     print(f"wrote {output}: {bytes_text(size)}")
     return 0
 
 
-def write_report(folder: Path, output: Path, evaluation: dict[str, object] | None = None) -> int:
+def _measured(path: Path) -> dict[str, Any]:
+    """What `evaluate --json` wrote; raises InputError if another program did."""
+    found = read_json(path)
+    try:
+        for row in found["rows"]:
+            numbers = [row.get(key) for key in ("value", "base", "recovery", "low", "high")]
+            if not isinstance(row["name"], str) or not all(x is None or isinstance(x, int | float) for x in numbers):
+                raise TypeError("a row has values of other types")
+        for answer in found["answers"]:
+            if not isinstance(answer["prompt"], str):
+                raise TypeError("a prompt is no text")
+    except (AttributeError, KeyError, TypeError) as error:
+        raise InputError(f"--evaluation {path}: not written by pgsvd-vllm evaluate --json ({error})") from None
+    return found
+
+
+def write_report(folder: Path, output: Path, evaluation: dict[str, Any] | None = None) -> int:
     """Write the page of a checkpoint; returns its bytes.
 
     Args:
@@ -42,20 +67,14 @@ def write_report(folder: Path, output: Path, evaluation: dict[str, object] | Non
     Raises:
         PgsvdError: the checkpoint is damaged, a library is missing, or the file cannot be written.
     """
-    from pgsvd_vllm.cli.inspect import summary
+    from pgsvd_vllm.cli.inspect import facts
     from pgsvd_vllm.report.checkpoint_report import checkpoint_report
     from pgsvd_vllm.report.content import content_of
     from pgsvd_vllm.report.page import check_libraries
 
     check_libraries()
     checkpoint = open_checkpoint(folder)
-    facts = [(line[:22].strip(), line[22:].strip()) for line in summary(checkpoint) if line]
-    try:
-        page = checkpoint_report(content_of(checkpoint, facts), evaluation)
-    except (AttributeError, KeyError, TypeError) as error:
-        if evaluation is None:
-            raise
-        raise InputError(f"--evaluation: not written by pgsvd-vllm evaluate --json ({reason_of(error)})") from None
+    page = checkpoint_report(content_of(checkpoint, facts(checkpoint)), evaluation)
     try:
         output.write_text(page, encoding="utf-8")
     except OSError as error:

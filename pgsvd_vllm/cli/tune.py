@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+from pgsvd_vllm.cli.checkpoint_argument import add_checkpoint, checkpoint_folder
 from pgsvd_vllm.errors import InputError, reason_of
 from pgsvd_vllm.format.reader import open_checkpoint
 from pgsvd_vllm.kernels.layer_shape import LayerShape, layer_shape_of
@@ -21,7 +22,7 @@ SAME = 1.1
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
-    parser.add_argument("dir", metavar="DIR", type=Path, help="a folder written by pgsvd-vllm compress")
+    add_checkpoint(parser)
     parser.add_argument(
         "-o",
         "--output",
@@ -45,7 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
     tp_size = arguments.tensor_parallel_size
     if tp_size < 1:
         raise InputError(f"--tensor-parallel-size {tp_size}: must be 1 or more")
-    layers = list(grouped_layers(open_checkpoint(arguments.dir), tp_size))
+    layers = list(grouped_layers(open_checkpoint(checkpoint_folder(arguments)), tp_size))
     kinds: dict[LayerShape, LayerSizes] = {}
     for layer in layers:
         sizes = layer_shape_of(layer.shards, layer.columns)

@@ -4,19 +4,19 @@
 """
 
 import argparse
-from pathlib import Path
 
+from pgsvd_vllm.cli.checkpoint_argument import add_checkpoint, checkpoint_folder
 from pgsvd_vllm.format.reader import check_data, check_json_files, open_checkpoint
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
-    parser.add_argument("dir", metavar="DIR", type=Path, help="a folder written by pgsvd-vllm compress")
+    add_checkpoint(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Check the checkpoint and print a summary; returns the exit status, and raises CheckpointError at a fault."""
-    checkpoint = open_checkpoint(arguments.dir)
+    checkpoint = open_checkpoint(checkpoint_folder(arguments))
     check_json_files(checkpoint.folder)
     has_sums = check_data(checkpoint)
     files = {info.file for info in checkpoint.tensors.values()}

@@ -11,8 +11,10 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pgsvd_vllm.errors import InputError
+from pgsvd_vllm.offline.data.text import read_documents
 from pgsvd_vllm.offline.data.tokens import leading_tokens, tokenize
 from pgsvd_vllm.offline.model.device import gemm_dtype
+from pgsvd_vllm.offline.model.hub import public_name
 
 
 @contextlib.contextmanager
@@ -61,9 +63,9 @@ def window_losses(
 
 
 def perplexity(model: PreTrainedModel, windows: torch.Tensor, batch: int = 4, desc: str = "perplexity") -> float:
-    """Perplexity over token windows; arguments as of `window_losses`; NaN if a loss is not finite."""
-    mean = window_losses(model, windows, batch, desc).mean().item()
-    return math.exp(mean) if math.isfinite(mean) else math.nan
+    """Perplexity over token windows; arguments as of `window_losses`; NaN if it is not finite."""
+    value = window_losses(model, windows, batch, desc).mean().exp().item()
+    return value if math.isfinite(value) else math.nan
 
 
 def spread_windows(
@@ -84,6 +86,34 @@ def spread_windows(
         raise InputError(f"the text fills {available} windows of {length} tokens, {count} are needed")
     starts = [i * available // count * body for i in range(count)]
     return torch.stack([torch.cat([head, tokens[s : s + body]]) for s in starts])
+
+
+def text_windows(
+    name: str | None, tokenizer: PreTrainedTokenizerBase, count: int, length: int, option: str
+) -> tuple[str, torch.Tensor]:
+    """The windows that a command evaluates on, and a line that says which they are.
+
+    Args:
+        name: text set, file or folder as of `compress --dataset`; None for docstrings of Python's standard library.
+        tokenizer: of the models.
+        count: windows.
+        length: tokens of each.
+        option: that names the text, for errors.
+
+    Raises:
+        InputError: the text cannot be read, or is too short; names the option.
+    """
+    try:
+        # Hub sets are read only so far; the windows then lie in what was read.
+        documents = [held_out_prose()] if name is None else read_documents(name, 2 * count * length, tokenizer)
+        windows = spread_windows(tokenizer, documents, count, length)
+    except InputError as error:
+        text = str(error).replace("`dataset`", option).replace("--dataset", option)
+        if option not in text:
+            text = f"{option} {name or 'docstrings'}: {text}; give more text, or smaller --num-samples"
+        raise InputError(text) from None
+    shown = "docstrings" if name is None else public_name(name)
+    return f"{shown} ({count} x {length} tokens)", windows
 
 
 def held_out_prose(limit: int = 400_000) -> str:

@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +70,17 @@ class Job:
     trust_remote_code: bool = False
 
 
-def check_tasks(tasks: Sequence[str]) -> None:
-    """Refuse tasks that do not exist; raises InputError."""
+def check_tasks(tasks: Sequence[str], limit: int | None = None) -> None:
+    """Refuse tasks that do not exist or cannot run; raises InputError.
+
+    Args:
+        tasks: as of `Job`.
+        limit: samples of each.
+    """
+    if limit is not None and limit < 1:
+        raise InputError(f"--limit {limit}: must be at least 1")
+    if tasks and find_spec("lm_eval") is None:
+        raise InputError("--tasks: lm_eval is not installed; pip install 'pgsvd-vllm[eval]'")
     files = [Path(task) for task in tasks if task.endswith(".jsonl")]
     for file in files:
         if not file.is_file():

@@ -26,14 +26,12 @@ class Series:
         name: in the legend; empty for none.
         points: (x, y).
         notes: tooltip of each point.
-        is_line: whether the points are joined.
         marked: indices of points that stand out.
     """
 
     name: str
     points: Sequence[tuple[float, float]]
     notes: Sequence[str] = ()
-    is_line: bool = True
     marked: Collection[int] = ()
 
 
@@ -47,6 +45,7 @@ def _pyplot() -> Any:
     pyplot.rcParams.update(
         {
             "svg.fonttype": "none",
+            "text.parse_math": False,
             "svg.hashsalt": "pgsvd",
             "font.size": 9,
             "axes.spines.top": False,
@@ -89,7 +88,13 @@ def _svg(figure: Any, notes: dict[str, str]) -> str:
     return re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{prefix}", text)
 
 
-def lines(series: Sequence[Series], labels: tuple[str, str], log: bool = False, percent: bool = True) -> str:
+def lines(
+    series: Sequence[Series],
+    labels: tuple[str, str],
+    log: bool = False,
+    percent: bool = True,
+    here: tuple[str, float] | None = None,
+) -> str:
     """A line chart.
 
     Args:
@@ -97,6 +102,7 @@ def lines(series: Sequence[Series], labels: tuple[str, str], log: bool = False, 
         labels: of the two axes.
         log: logarithmic y axis.
         percent: x is a share, shown in percent.
+        here: name and x of a vertical line.
     """
     pyplot = _pyplot()
     from matplotlib.ticker import NullFormatter
@@ -107,15 +113,11 @@ def lines(series: Sequence[Series], labels: tuple[str, str], log: bool = False, 
         x = [100 * p[0] if percent else p[0] for p in one.points]
         y = [p[1] for p in one.points]
         color = f"C{number}"
-        if one.is_line:
-            axes.plot(x, y, color=color, label=one.name or None, linewidth=1.5)
+        axes.plot(x, y, color=color, label=one.name or None, linewidth=1.5)
         for place, note in enumerate(one.notes):
             key = f"mark{number}-{place}"
-            label = one.name if place == 0 and one.name and not one.is_line else None
             size, edge = (9, _INK) if place in one.marked else (5, color)
-            (mark,) = axes.plot(
-                x[place], y[place], "o", color=color, markersize=size, markeredgecolor=edge, label=label
-            )
+            (mark,) = axes.plot(x[place], y[place], "o", color=color, markersize=size, markeredgecolor=edge)
             mark.set_gid(key)
             notes[key] = note
     if log:
@@ -126,7 +128,9 @@ def lines(series: Sequence[Series], labels: tuple[str, str], log: bool = False, 
         axes.yaxis.set_minor_formatter("{x:g}" if high < 30 * low else NullFormatter())
     axes.set(xlabel=f"{labels[0]}, %" if percent else labels[0], ylabel=labels[1])
     axes.grid(alpha=0.25, which="both")
-    if any(one.name for one in series):
+    if here is not None:
+        axes.axvline(100 * here[1] if percent else here[1], color=_INK, linestyle="--", linewidth=1, label=here[0])
+    if here is not None or any(one.name for one in series):
         axes.legend()
     return _svg(figure, notes)
 

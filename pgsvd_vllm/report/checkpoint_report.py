@@ -3,9 +3,10 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from pgsvd_vllm.format.module_report import LOSSES, SHARES, Front
 from pgsvd_vllm.report.charts import Series, bars, heat_map, lines
-from pgsvd_vllm.report.content import Content, Projection
-from pgsvd_vllm.report.page import Cell, Section, render
+from pgsvd_vllm.report.content import Content, Projection, plain
+from pgsvd_vllm.report.page import Cell, Section, number, render
 
 # Rows of the table of projections; MoE models may have tens of thousands.
 MOST_ROWS = 2500
@@ -27,12 +28,12 @@ def _measured(evaluation: Mapping[str, Any]) -> Iterator[Section]:
     head = ("measured on", "unit", "compressed", "base", "kept", "95 % interval")
     rows = [
         [
-            Cell(str(row["name"])),
+            Cell(plain(str(row["name"]))),
             Cell(str(row["unit"])),
-            _number(row["value"], "{:.4g}"),
-            _number(row.get("base"), "{:.4g}"),
-            _number(row.get("recovery"), "{:.1%}"),
-            Cell("" if row.get("low") is None else f"{row['low']:.1%} to {row['high']:.1%}"),
+            number(row["value"], "{:.4g}"),
+            number(row.get("base"), "{:.4g}"),
+            number(row.get("recovery"), "{:.1%}"),
+            Cell("" if row.get("low") is None or row.get("high") is None else f"{row['low']:.1%} to {row['high']:.1%}"),
         ]
         for row in evaluation.get("rows", ())
     ]
@@ -45,12 +46,10 @@ def _measured(evaluation: Mapping[str, Any]) -> Iterator[Section]:
             "Answers",
             "Greedy.",
             head=("prompt", *names),
-            rows=[[Cell(str(one.get(name, "")), is_text=True) for name in ("prompt", *names)] for one in answers],
+            rows=[
+                [Cell(plain(str(one.get(name, ""))), is_text=True) for name in ("prompt", *names)] for one in answers
+            ],
         )
-
-
-def _number(value: float | None, form: str) -> Cell:
-    return Cell("-", -1.0) if value is None else Cell(form.format(value), value)
 
 
 def _sections(content: Content) -> Iterator[Section]:
@@ -65,7 +64,7 @@ def _sections(content: Content) -> Iterator[Section]:
         yield Section(
             f"Kept parameters by layer{of}",
             "The share of a projection's parameters that its factors have. Compression costs most where it is bright"
-            + (f"; {dense} of {len(row)} stay dense, since no rank of theirs pays." if dense else "."),
+            + (f"; {dense} of {len(row)} stay dense." if dense else "."),
             svg=heat_map(row),
         )
     yield Section("Where the bytes went", svg=bars(_bytes(content), "MB; pale: of the dense model"))
@@ -76,8 +75,8 @@ def _sections(content: Content) -> Iterator[Section]:
             "Of the stored factors on the calibration activations, relative to the dense output.",
             svg=lines(errors, ("layer", "relative error"), percent=False),
         )
-    if content.front:
-        yield Section("What another size would cost", svg=_front(content))
+    if content.front is not None:
+        yield Section("What another size would cost", svg=_front(content.front, content.removed))
     yield _table(content.projections)
 
 
@@ -110,15 +109,12 @@ def _errors(projections: Sequence[Projection]) -> list[Series]:
     return found
 
 
-def _front(content: Content) -> str:
-    """The front with the place of this checkpoint."""
-    share, loss = content.front_axes
-    notes = [f"{x:.0%} removed: {y:.3f}" for x, y in content.front]
-    series = [Series("", content.front, notes)]
-    if content.chosen is not None:
-        nearest = min(content.front, key=lambda point: abs(point[0] - float(content.chosen or 0)))
-        series.append(Series("this checkpoint", [nearest], [f"this checkpoint: {content.chosen:.1%} removed"], False))
-    return lines(series, (share, loss), log=True)
+def _front(front: Front, removed: float | None) -> str:
+    """The front, with the size of this checkpoint where it is measured in the same way."""
+    notes = [f"{x:.0%} removed: {y:.3g}" for x, y in front.points]
+    here = None if removed is None or front.share != "removed" else ("this checkpoint", removed)
+    labels = SHARES[front.share], LOSSES[front.loss]
+    return lines([Series("", front.points, notes)], labels, log=True, here=here)
 
 
 def _table(projections: Sequence[Projection]) -> Section:
@@ -130,7 +126,7 @@ def _table(projections: Sequence[Projection]) -> Section:
             Cell("dense", -1.0) if p.rank is None else Cell(str(p.rank), p.rank),
             Cell(f"{p.kept:.1%}", p.kept),
             Cell(f"{p.nbytes / 1e6:.2f}", p.nbytes),
-            _number(p.error, "{:.1%}"),
+            number(p.error, "{:.1%}"),
         ]
         for p in projections[:MOST_ROWS]
     ]

@@ -2,20 +2,18 @@
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from pgsvd_vllm.errors import CheckpointError
-from pgsvd_vllm.format.reader import Checkpoint, read_json
-from pgsvd_vllm.format.schema import REPORT_NAME
+from pgsvd_vllm.format.module_report import Front, front, module_rows
+from pgsvd_vllm.format.reader import Checkpoint
+from pgsvd_vllm.format.schema import FLOAT_DTYPES
 
 # A projection's name: the list of layers, the number of the layer, and the kind, of which experts form one.
 _NAME = re.compile(r"(.*?)\.(\d+)\.(.*)")
 _EXPERT = re.compile(r"\.\d+\.")
-# The share of the front's rows by their unit.
-_SHARES = ("removed", "time_removed", "bytes_removed")
-_LOSSES = ("loss_nats", "stream_error")
 
 
 @dataclass(frozen=True)
@@ -29,7 +27,7 @@ class Projection:
         kind: its name in the layer, such as `self_attn.q_proj`; the numbers of MoE experts are left out.
         out_features, in_features: shape of its weight.
         rank: None if it is dense.
-        nbytes: of its stored tensors; None if it is not part of the weight files.
+        nbytes: of its stored tensors.
         numel: of its matrices, those that are quantized included.
         error: relative output error of the stored factors on the calibration data; None if it is not known.
     """
@@ -59,9 +57,8 @@ class Content:
         title: of the page.
         facts: rows of name and value about the checkpoint as a whole.
         projections: in the order of the model.
-        front: (removed share, predicted loss), ascending; empty if it was not measured.
-        front_axes: what the two are.
-        chosen: the removed share of this checkpoint on the front's axis; None if it is not known.
+        front: predicted losses; None if they were not measured.
+        removed: share of the projections' parameters that is removed; None if it is not known.
         other_bytes: of all tensors that belong to no projection: embeddings, norms, an LM head.
         itemsize: bytes of an element of the dense model.
     """
@@ -69,9 +66,8 @@ class Content:
     title: str
     facts: list[tuple[str, str]]
     projections: list[Projection]
-    front: list[tuple[float, float]]
-    front_axes: tuple[str, str]
-    chosen: float | None
+    front: Front | None
+    removed: float | None
     other_bytes: int
     itemsize: int
 
@@ -84,67 +80,55 @@ def content_of(checkpoint: Checkpoint, facts: Iterable[tuple[str, str]]) -> Cont
         facts: rows of name and value about it.
 
     Raises:
-        CheckpointError: the per-module report beside the weights is malformed.
+        CheckpointError: the per-module report beside the weights is malformed, or describes another checkpoint.
     """
-    path = checkpoint.folder / REPORT_NAME
-    report = read_json(path) if path.is_file() else {}
-    try:
-        rows = report.get("modules") or [{"name": name} for name in checkpoint.modules]
-        projections = [_projection(checkpoint, row) for row in rows]
-        itemsize = 4 if checkpoint.config.get("dtype") == "float32" else 2
-        front, axes = _front(report.get("front") or [])
-        section = checkpoint.quantization_config
-        ratio = section.get("ratio") or {}
-        chosen = section.get("time_removed") if axes[0].startswith("GEMM") else ratio.get("linear")
-        if axes[0].startswith("bytes"):
-            dense = itemsize * sum(p.out_features * p.in_features for p in projections)
-            chosen = 1 - sum(p.nbytes for p in projections) / dense
-        total = sum(info.nbytes for info in checkpoint.tensors.values())
-        return Content(
-            title=str(section.get("base_model") or checkpoint.folder.name),
-            facts=list(facts),
-            projections=projections,
-            front=front,
-            front_axes=axes,
-            chosen=chosen,
-            other_bytes=total - sum(p.nbytes for p in projections),
-            itemsize=itemsize,
-        )
-    except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise CheckpointError(f"{path}: malformed ({type(error).__name__}: {error}); delete it") from None
+    projections = [_projection(checkpoint, row) for row in module_rows(checkpoint)]
+    section = checkpoint.quantization_config
+    ratio = section.get("ratio")
+    return Content(
+        title=plain(str(section.get("base_model") or checkpoint.folder.name)),
+        facts=[(name, plain(value)) for name, value in facts],
+        projections=projections,
+        front=front(checkpoint),
+        removed=ratio.get("linear") if isinstance(ratio, dict) else None,
+        other_bytes=sum(info.nbytes for info in checkpoint.tensors.values()) - sum(p.nbytes for p in projections),
+        itemsize=_itemsize(checkpoint),
+    )
+
+
+def plain(text: str) -> str:
+    """A text with escapes in place of control characters other than line breaks, which XML does not allow."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
+def _itemsize(checkpoint: Checkpoint) -> int:
+    """Bytes of an element in the dtype of most of the tensors that are not quantized."""
+    sizes: Counter[int] = Counter()
+    for info in checkpoint.tensors.values():
+        if info.dtype in FLOAT_DTYPES and info.numel:
+            sizes[info.nbytes // info.numel] += info.nbytes
+    return sizes.most_common(1)[0][0] if sizes else 2
 
 
 def _projection(checkpoint: Checkpoint, row: dict[str, Any]) -> Projection:
     """A projection from its row of the per-module report, or of the module table."""
-    name = row["name"]
+    name, out, width = row["name"], row["out_features"], row["in_features"]
     module = checkpoint.modules.get(name)
+    numel = out * width
     if module is not None:
-        out, width, _ = checkpoint.shape(name)
         numel = sum(math.prod(shape) for shape in module.shapes(out, width).values())
-    else:
-        out, width = row["out_features"], row["in_features"]
-        numel = out * width
-    stored = checkpoint.stored(name)
-    found = _NAME.fullmatch(name)
-    tower, layer, kind = (found[1], int(found[2]), found[3]) if found else (name, 0, name)
+    found = _NAME.fullmatch(plain(name))
+    tower, layer, kind = (found[1], int(found[2]), found[3]) if found else (plain(name), 0, plain(name))
     rank = None if module is None or module.is_dense else module.rank
-    error = None if rank is None else row.get("error")
-    kind = _EXPERT.sub(".*.", kind)
-    return Projection(name, tower, layer, kind, out, width, rank, sum(one.nbytes for one in stored), numel, error)
-
-
-def _front(rows: list[dict[str, float]]) -> tuple[list[tuple[float, float]], tuple[str, str]]:
-    """The points of the front, and what its axes are."""
-    if not rows:
-        return [], ("", "")
-    share = next(key for key in _SHARES if key in rows[0])
-    loss = next(key for key in _LOSSES if key in rows[0])
-    points = [(float(row[share]), float(row[loss])) for row in rows]
-    names = {
-        "removed": "parameters of the projections removed",
-        "time_removed": "GEMM time removed",
-        "bytes_removed": "bytes of the projections removed",
-        "loss_nats": "predicted loss, nats per token",
-        "stream_error": "predicted error of the residual stream",
-    }
-    return sorted(points), (names[share], names[loss])
+    return Projection(
+        plain(name),
+        tower,
+        layer,
+        _EXPERT.sub(".*.", kind),
+        out,
+        width,
+        rank,
+        sum(info.nbytes for info in checkpoint.stored(name)),
+        numel,
+        None if rank is None else row["error"],
+    )

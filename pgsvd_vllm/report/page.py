@@ -24,6 +24,11 @@ class Cell:
     is_text: bool = False
 
 
+def number(value: float | None, form: str) -> Cell:
+    """The cell of a number in a format, or of one that is not known."""
+    return Cell("-", -1.0) if value is None else Cell(form.format(value), value)
+
+
 @dataclass(frozen=True)
 class Section:
     """A part of a report.

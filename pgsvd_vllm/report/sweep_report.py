@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pgsvd_vllm.report.charts import Series, lines
-from pgsvd_vllm.report.page import Cell, Section, render
+from pgsvd_vllm.report.page import Cell, Section, number, render
 
 # Multiples of the dense perplexity beyond which a method is left out of the charts, which it would flatten.
 MOST = 20.0
@@ -85,10 +85,10 @@ def sweep_report(
             Cell(str(row["method"])),
             Cell(f"{row['removed']:.1%}", row["removed"]),
             Cell(f"{row['bytes'] / 1e6:.1f}", row["bytes"]),
-            _number(row.get("perplexity"), "{:.3f}"),
-            _number(row.get("multiple"), "{:.3f}"),
-            _number(row.get("predicted"), "{:.4f}"),
-            *(_number((row.get("tasks") or {}).get(task), "{:.1%}") for task in tasks),
+            number(row.get("perplexity"), "{:.3f}"),
+            number(row.get("multiple"), "{:.3f}"),
+            number(row.get("predicted"), "{:.4f}"),
+            *(number((row.get("tasks") or {}).get(task), "{:.1%}") for task in tasks),
             Cell("yes" if n in front else "", float(n in front)),
         ]
         for n, row in enumerate(rows)
@@ -106,7 +106,3 @@ def sweep_report(
         )
     sections.append(Section("All points", head=head, rows=table, sortable=True))
     return render(title, facts, sections)
-
-
-def _number(value: float | None, form: str) -> Cell:
-    return Cell("-", -1.0) if value is None else Cell(form.format(value), value)

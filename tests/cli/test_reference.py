@@ -4,6 +4,7 @@ import argparse
 
 import pytest
 
+from pgsvd_vllm.cli import COMMANDS
 from tests.cli_reference import DOCUMENT, parser_of, render, spelling
 
 
@@ -20,7 +21,7 @@ def test_a_stale_or_missing_table_is_found() -> None:
         render(document.replace("<!-- options of tune -->", ""))
 
 
-@pytest.mark.parametrize("command", ["compress", "evaluate", "dequantize", "profile", "tune", "inspect", "verify"])
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name != "env"])
 def test_every_option_has_a_help_text(command: str) -> None:
     assert all(action.help for action in parser_of(command)._actions if action.option_strings)
 

@@ -1,9 +1,13 @@
 """The report of a checkpoint is one page that shows its numbers and needs nothing from the network."""
 
+import html
 import json
 import re
+import shutil
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,7 +15,7 @@ from pgsvd_vllm.cli import main
 from pgsvd_vllm.format.reader import open_checkpoint
 from pgsvd_vllm.format.schema import REPORT_NAME
 from pgsvd_vllm.report.charts import Series, lines
-from pgsvd_vllm.report.content import content_of
+from pgsvd_vllm.report.content import content_of, plain
 from tests.conftest import save_tiny_model
 from tests.e2e.checkpoints import truncated, write_checkpoint
 
@@ -64,14 +68,69 @@ def test_every_projection_is_in_the_table_and_the_heat_map(tiny_compressed: Path
     assert sum("removed: " in note for note in page.notes) >= len(report["front"])
 
 
-def test_bytes_add_up(tiny_compressed: Path) -> None:
+def test_bytes_are_those_of_the_files(tiny_compressed: Path) -> None:
     checkpoint = open_checkpoint(tiny_compressed)
     content = content_of(checkpoint, [])
-    stored = sum(info.nbytes for info in checkpoint.tensors.values())
-    assert sum(p.nbytes for p in content.projections) + content.other_bytes == stored
-    assert content.chosen == pytest.approx(1 - sum(p.numel for p in content.projections)
-                                           / sum(p.out_features * p.in_features for p in content.projections),
-                                           abs=2e-3)  # fmt: skip
+    others = [name for name in checkpoint.tensors if "_proj." not in name]
+    assert len(others) == 8  # embeddings and norms
+    assert content.other_bytes == sum(checkpoint.tensors[name].nbytes for name in others)
+    for p in content.projections:
+        stored = [info.nbytes for name, info in checkpoint.tensors.items() if name.startswith(f"{p.name}.")]
+        assert p.nbytes == sum(stored) > 0
+    assert content.itemsize == 4
+    assert content.removed == pytest.approx(0.25, abs=5e-3)
+
+
+def copied(checkpoint: Path, folder: Path, name: str, change: Callable[[dict[str, Any]], object]) -> Path:
+    """A copy with one JSON file changed."""
+    shutil.copytree(checkpoint, folder)
+    value = json.loads((folder / name).read_text())
+    change(value)
+    (folder / name).write_text(json.dumps(value))
+    return folder
+
+
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype", None])
+def test_sizes_do_not_need_a_dtype_in_the_config(key: str | None, tiny_compressed: Path, tmp_path: Path) -> None:
+    def change(config: dict[str, Any]) -> None:
+        dtype = config.pop("dtype")
+        config.update({} if key is None else {key: dtype})
+
+    folder = copied(tiny_compressed, tmp_path / "copy", "config.json", change)
+    assert content_of(open_checkpoint(folder), []).itemsize == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "culprit"),
+    [
+        (REPORT_NAME, lambda r: r["modules"].pop(), "does not describe this checkpoint"),
+        (REPORT_NAME, lambda r: r["modules"][0].update(error="x"), "malformed report"),
+        (REPORT_NAME, lambda r: r.update(front=[{"size": 1}]), "malformed front"),
+        (REPORT_NAME, lambda r: r.update(front=[1]), "malformed front"),
+        ("config.json", lambda c: c["quantization_config"].update(tolerance=None), "config.json: malformed"),
+    ],
+    ids=["stale", "error", "front-key", "front-type", "tolerance"],
+)
+def test_a_damaged_description_is_named(
+    name: str,
+    change: Callable[[dict[str, Any]], object],
+    culprit: str,
+    tiny_compressed: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = copied(tiny_compressed, tmp_path / "copy", name, change)
+    (folder / "report.html").unlink()
+    assert main(["report", str(folder)]) == 2
+    assert culprit in capsys.readouterr().err
+    assert not (folder / "report.html").exists()
+
+
+def test_names_with_markup_and_dollars_are_shown_as_they_are() -> None:
+    names = ["$a_b$", "<script>", "a&b"]
+    chart = lines([Series(name, [(0.1, 1.0)], [f"note {name}"]) for name in names], ("x", "y"))
+    assert all(html.escape(name, quote=False) in chart for name in names)
+    assert plain("a\x00b\x1b[31m\n") == "a\\x00b\\x1b[31m\n"
 
 
 def test_the_page_loads_nothing(tiny_compressed: Path, tmp_path: Path) -> None:
@@ -99,7 +158,7 @@ def test_measurements_and_answers_are_shown(tiny_compressed: Path, tmp_path: Pat
     assert ["What?", "This\nand that", "That"] in rows
 
 
-@pytest.mark.parametrize("value", ['{"rows": [1]}', '{"rows": [{}]}', "[]", "no JSON"])
+@pytest.mark.parametrize("value", ['{"rows": [1]}', '{"rows": [{}], "answers": []}', "{}", "[]", "no JSON"])
 def test_another_file_is_refused(
     value: str, tiny_compressed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,6 +1,8 @@
 """`pareto` measures many sizes from one calibration, continues, and marks the front."""
 
 import json
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -35,17 +37,20 @@ def rows_of(folder: Path) -> dict[str, dict[str, Any]]:
     return json.loads((folder / "pareto.json").read_text())["cases"]
 
 
-def test_values_are_those_of_a_compressed_model(swept: Path, tiny_model: Path, tmp_path: Path) -> None:
+def test_values_are_those_of_a_compressed_model(
+    swept: Path, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], one_thread: None
+) -> None:
     rows = rows_of(swept)
-    assert list(rows) == ["dense 0", "pgsvd 0.2", "svd 0.2", "pgsvd 0.4", "svd 0.4"]
-    # The command that it prints, with the options of its methods.
-    arguments = ["compress", str(tiny_model), "-o", str(tmp_path / "out"), "--ratio", "0.4", "--no-sequential", *FEW]
-    assert main([*arguments, "--refine", "0", "--calibration", str(swept / "calibration")]) == 0
+    assert list(rows) == ["dense 0.0", "pgsvd 0.2", "svd 0.2", "pgsvd 0.4", "svd 0.4"]
+    assert run(tiny_model, swept, "--ratios", "0.4", "--methods", "pgsvd") == 0
+    (printed,) = re.findall(r"compress one of them:  pgsvd-vllm (.*)", capsys.readouterr().out)
+    line = [{"DIR": str(tmp_path / "out"), "R": "0.4"}.get(word, word) for word in shlex.split(printed)]
+    assert main([*line, "--no-sequential", "--refine", "0"]) == 0
     windows = spread_windows(load_tokenizer(tiny_model), [held_out_prose()], 4, 64)
     row = rows["pgsvd 0.4"]
-    for folder, value in ((tiny_model, rows["dense 0"]["perplexity"]), (tmp_path / "out", row["perplexity"])):
+    for folder, value in ((tiny_model, rows["dense 0.0"]["perplexity"]), (tmp_path / "out", row["perplexity"])):
         assert perplexity(AutoModelForCausalLM.from_pretrained(folder), windows) == pytest.approx(value, rel=1e-6)
-    assert row["multiple"] == pytest.approx(row["perplexity"] / rows["dense 0"]["perplexity"])
+    assert row["multiple"] == pytest.approx(row["perplexity"] / rows["dense 0.0"]["perplexity"])
     assert row["bytes"] == sum(f.stat().st_size for f in (tmp_path / "out").glob("*.safetensors"))
     assert row["removed"] == pytest.approx(0.4, abs=0.01)
     assert row["predicted"] > rows["pgsvd 0.2"]["predicted"] > 0
@@ -55,7 +60,8 @@ def test_values_are_those_of_a_compressed_model(swept: Path, tiny_model: Path, t
 def test_pages_and_charts_are_written(swept: Path) -> None:
     page = (swept / "pareto.html").read_text()
     assert "on the front" in page
-    assert all(f"{method}, {share}% removed" in page for method in ("pgsvd", "svd") for share in (20, 40))
+    notes = set(re.findall(r"(\w+), (\d\d)% removed", page))
+    assert {method for method, _ in notes} == {"pgsvd", "svd"}
     assert {path.name for path in swept.iterdir()} == {
         *("pareto.json", "pareto.html", "calibration"),
         *("pareto-removed.svg", "pareto-bytes.svg", "pareto-predicted.svg"),
@@ -72,12 +78,25 @@ def test_more_sizes_use_the_same_calibration(swept: Path, tiny_model: Path, one_
     assert found["pgsvd 0.2"]["predicted"] < found["pgsvd 0.3"]["predicted"] < found["pgsvd 0.4"]["predicted"]
 
 
-def test_a_size_that_is_out_of_reach_is_left_out(
+def test_a_size_that_is_out_of_reach_is_named_every_time(
     swept: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str], one_thread: None
 ) -> None:
-    assert run(tiny_model, swept, "--ratios", "0.2", "0.999", "--methods", "pgsvd") == 0
-    assert "WARNING: pgsvd 100%: " in capsys.readouterr().out
-    assert "bytes" not in rows_of(swept)["pgsvd 0.999"]
+    for _ in range(2):
+        assert run(tiny_model, swept, "--ratios", "0.2", "0.999", "--methods", "pgsvd") == 0
+        assert "WARNING: pgsvd 99.9%: --ratios 0.999" in capsys.readouterr().out
+    assert "pgsvd 0.999" not in rows_of(swept)
+
+
+def test_every_size_that_was_measured_is_shown(swept: Path, tiny_model: Path) -> None:
+    assert run(tiny_model, swept, "--ratios", "0.2", "--methods", "svd") == 0
+    page = (swept / "pareto.html").read_text()
+    assert page.count("<td>pgsvd</td>") >= 2
+    assert (swept / "pareto-predicted.svg").is_file()
+
+
+def test_published_files_name_no_paths(swept: Path, tiny_model: Path) -> None:
+    for name in ("pareto.json", "pareto.html"):
+        assert str(tiny_model.parent) not in (swept / name).read_text()
 
 
 @pytest.mark.parametrize(
@@ -85,8 +104,9 @@ def test_a_size_that_is_out_of_reach_is_left_out(
     [
         (("--ratios", "1.5"), "--ratios 1.5"),
         (("--num-samples", "1"), "--num-samples 1"),
-        (("--seed", "3"), "made with other options (seed)"),
+        (("--seed", "3"), "made with another --seed"),
         (("--tasks", "nowhere.jsonl"), "nowhere.jsonl"),
+        (("--limit", "0"), "--limit 0"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -101,3 +121,10 @@ def test_the_front_is_what_nothing_beats() -> None:
     points = [(10, 1.0), (8, 1.1), (8, 1.2), (6, 1.1), (7, None), (5, 3.0)]
     rows = [{"bytes": size, "multiple": multiple} for size, multiple in points]
     assert front_of(rows) == {0, 3, 5}
+
+
+def test_a_text_that_is_missing_is_named(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], one_thread: None
+) -> None:
+    assert run(tiny_model, tmp_path / "out", "--eval-dataset", str(tmp_path / "absent.txt")) == 2
+    assert f"--eval-dataset {tmp_path / 'absent.txt'}: no such file" in capsys.readouterr().err

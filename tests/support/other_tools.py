@@ -63,7 +63,7 @@ def _ends(v: str, u: str, bias: str, is_short: bool = False) -> Callable[[str], 
 NAMES = {
     "KFAC-SVD/LEMS": _ends(".mod_a.weight", ".mod_b.weight", ".bias"),
     "ASVD": _ends(".BLinear.weight", ".ALinear.weight", ".ALinear.bias"),
-    "Dobi-SVD": _ends(".ALinear.weight", ".BLinear.weight", ".ALinear.bias"),
+    "Dobi-SVD": _ends(".ALinear.weight", ".BLinear.weight", ""),  # it has no usable bias
     "SVD-LLM": _ends("_v_proj.weight", "_u_proj.weight", "_u_proj.bias", is_short=True),
     "Zero-Sum-SVD": _ends(".v_proj.weight", ".u_proj.weight", ".u_proj.bias"),
     "Lillama": _ends(".0.weight", ".1.weight", ".1.bias"),

@@ -1,11 +1,11 @@
-"""Many sizes and methods from one calibration."""
+"""Makes the checkpoints of many sizes and methods, one after the other."""
 
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-from pgsvd_vllm.errors import ChoiceError
+from pgsvd_vllm.errors import InputError
 from pgsvd_vllm.offline.compress import calibrate, measured_spectra, store_layers, without_uncovered
 from pgsvd_vllm.offline.output.checkpoint import write_checkpoint
 from pgsvd_vllm.offline.output.messages import ranks_line
@@ -16,39 +16,17 @@ from pgsvd_vllm.offline.planning.resources import check_disk, disk_bytes
 from pgsvd_vllm.offline.ranks.select import choose_ranks, measured_front
 from pgsvd_vllm.offline.run_state import RunState
 from pgsvd_vllm.offline.settings import resolve_settings
+from pgsvd_vllm.offline.state.work_files import WorkFileError
+from pgsvd_vllm.offline.sweep.methods import METHODS, Case
 
 Say = Callable[[str], None]
-# Method -> the options that select it. The first is as `compress` does it; `pgsvd` has the same ranks without the
-# error-aware fit and distillation, which take most of the time.
-METHODS: dict[str, dict[str, Any]] = {
-    "full": {},
-    "pgsvd": {"sequential": False, "refine": 0.0},
-    "uniform": {"sensitivity": "uniform"},
-    "pifa": {"baseline": "pifa"},
-    "svd-llm": {"baseline": "svd-llm"},
-    "asvd": {"baseline": "asvd"},
-    "svd": {"baseline": "svd"},
-}
-
-
-@dataclass(frozen=True)
-class Case:
-    """One size by one method.
-
-    Attributes:
-        method: a key of METHODS.
-        ratio: share of the projections' parameters to remove.
-    """
-
-    method: str
-    ratio: float
 
 
 def with_options(plan: Plan, **changes: Any) -> Plan:
     """The plan for other options on the same model and calibration data."""
     options = replace(plan.options, **changes)
     device, dtype = plan.settings.device, plan.settings.compute_dtype
-    dose = dose_on(dose_of(options, plan.source, device.type), plan.data.windows)
+    dose = None if plan.short_of_memory else dose_on(dose_of(options, plan.source, device.type), plan.data.windows)
     settings = resolve_settings(options, device, dtype, dose)
     return replace(plan, options=options, settings=settings)
 
@@ -84,7 +62,7 @@ def sweep(plan: Plan, state: RunState, cases: Sequence[Case], say: Say) -> Itera
         say: called with progress lines.
 
     Yields:
-        Each case, and what was written, or why no ranks give its size. The folder holds it until the next case.
+        Each case, and what was written, or why it cannot be made. The folder holds it until the next case.
 
     Raises:
         InputError: as of the stages of `compress`.
@@ -100,7 +78,9 @@ def sweep(plan: Plan, state: RunState, cases: Sequence[Case], say: Say) -> Itera
         own = with_options(plan, ratio=case.ratio, **measured, **changes)
         try:
             result: CompressResult | str = write_checkpoint(own, state, factored(own, state, say, tokens))
-        except ChoiceError as error:
+        except WorkFileError:
+            raise
+        except InputError as error:  # no ranks of this size, or factors beyond the dtype: others may work
             result = str(error)
         yield case, result
         shutil.rmtree(state.checkpoint, ignore_errors=True)

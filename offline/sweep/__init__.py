@@ -1,0 +1,1 @@
+"""Many sizes and methods from one calibration."""
