@@ -95,6 +95,7 @@ class CompressOptions:
             the projections' bytes.
         tolerance: relative output error allowed in every projection, instead of `ratio`; a dict has one per tower.
         target_bytes: largest size of the written weights in bytes, instead of `ratio`.
+        target_loss: largest predicted loss in nats per token, instead of `ratio`: the smallest model within it.
         sensitivity: `measured`, `forward` or `uniform`. None is `uniform` with a tolerance or a baseline; otherwise it
             is `measured`, or `forward` if gradients do not fit in memory.
         baseline: one of `BASELINES`, used instead of PGSVD for comparison; None for PGSVD.
@@ -133,6 +134,7 @@ class CompressOptions:
     ratio: float | dict[str, float] | None = None
     tolerance: float | dict[str, float] | None = None
     target_bytes: int | None = None
+    target_loss: float | None = None
     sensitivity: str | None = None
     baseline: str | None = None
     form: str | None = None
@@ -200,6 +202,7 @@ def check_options(options: CompressOptions) -> None:
     if options.refine is not None and options.refine_tokens is not None:
         raise InputError("`refine` and `refine_tokens`: give only one of them")
     _check_bits(options)
+    _check_target_loss(options)
     if options.num_calibration_samples is not None and options.num_calibration_samples < 1:
         raise InputError(f"--num-calibration-samples {options.num_calibration_samples}: must be at least 1")
     if not 0 < options.head_tolerance < 1:
@@ -226,15 +229,29 @@ def _check_bits(options: CompressOptions) -> None:
         raise InputError(f"--target-bytes {size}: must be positive")
     if size is not None and "lm_head" in options.include:
         raise InputError("--target-bytes: an LM head gets its rank by --head-tolerance; omit --include lm_head")
-    if bits == AUTO and options.ratio is None and size is None:
+    if bits == AUTO and options.ratio is None and size is None and options.target_loss is None:
         raise InputError(
-            "--bits auto: needs a size, --target-bytes of all weights or --ratio of the projections' bytes to remove"
+            "--bits auto: needs a size, --target-bytes of all weights or --ratio of the projections' bytes to remove, "
+            "or a --target-loss"
         )
     for given, name in ((bits == AUTO, "--bits auto"), (size is not None, "--target-bytes")):
         if given and (options.baseline is not None or options.sensitivity == "uniform"):
             raise InputError(f"{name}: needs measured losses; omit --baseline and --sensitivity uniform")
         if given and options.costs is not None:
             raise InputError(f"{name}: is about size; omit --objective latency")
+
+
+def _check_target_loss(options: CompressOptions) -> None:
+    """Refuse a predicted loss that nothing can choose by."""
+    loss = options.target_loss
+    if loss is None:
+        return
+    if not 0 < loss < math.inf:
+        raise InputError(f"--target-loss {loss}: must be a positive number of nats per token")
+    if options.ratio is not None or options.tolerance is not None or options.target_bytes is not None:
+        raise InputError("--target-loss: determines how much is removed; omit --ratio, --tolerance and --target-bytes")
+    if options.baseline is not None or options.sensitivity not in (None, "measured"):
+        raise InputError("--target-loss: needs losses in nats; omit --baseline, or give --sensitivity measured")
 
 
 def _check_folders(options: CompressOptions) -> None:

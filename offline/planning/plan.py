@@ -22,7 +22,7 @@ from pgsvd_vllm.offline.options import AUTO, DEFAULT_RATIO, CompressOptions, che
 from pgsvd_vllm.offline.planning.dose import dose_of, dose_on
 from pgsvd_vllm.offline.planning.weight_bytes import itemsizes_of, removed_bytes
 from pgsvd_vllm.offline.ranks.target import RankTarget
-from pgsvd_vllm.offline.settings import RunSettings, resolve_settings, store_dtype
+from pgsvd_vllm.offline.settings import MEASURED, RunSettings, resolve_settings, store_dtype
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,8 @@ class Plan:
     def target(self) -> RankTarget:
         """The target that the ranks must reach."""
         options = self.options
-        ratio = DEFAULT_RATIO if options.ratio is None and options.tolerance is None else options.ratio
+        others = (options.ratio, options.tolerance, options.target_loss)
+        ratio = DEFAULT_RATIO if others == (None, None, None) else options.ratio
         by_bytes = options.target_bytes is not None or options.bits == AUTO
         return RankTarget(
             ratio if self.removed_bytes is None else self.removed_bytes,
@@ -67,6 +68,7 @@ class Plan:
             self.latencies,
             self.itemsizes if by_bytes else None,
             options.target_bytes is not None,
+            options.target_loss,
         )
 
     def with_projections(self, projections: ProjectionSet) -> "Plan":
@@ -115,6 +117,8 @@ def make_plan(options: CompressOptions) -> Plan:
         CheckpointError: a file of the model is missing or damaged.
     """
     check_options(options)
+    if options.target_loss is not None:
+        options = replace(options, sensitivity=MEASURED)  # no other is in nats
     device = pick_device(options.device)
     folder = resolve_folder(options.model, options.trust_remote_code, options.revision)
     source = ModelSource(folder, options.trust_remote_code, "experts" in options.include)

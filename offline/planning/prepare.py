@@ -28,9 +28,9 @@ def prepare(options: CompressOptions, say: Callable[[str], None]) -> Plan:
     """
     recorded = recorded_settings(options.output) if options.resume else {}
     plan = make_plan(_as_begun(options, recorded))
-    if plan.latencies is not None:
+    if plan.latencies is not None and plan.target.loss is None:
         check_latency(plan.projections, plan.target)
-    if plan.target.itemsizes is not None:
+    if plan.target.itemsizes is not None and plan.target.loss is None:
         check_size(plan.projections, plan.target)
     if recorded.get(DISTILLATION) == LEFT_OUT and plan.settings.dose is not None and plan.settings.dose.by_default:
         plan = plan.without_distillation()

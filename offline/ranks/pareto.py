@@ -1,7 +1,7 @@
 """The Pareto front of size, or GEMM latency, and predicted loss: the ranks and bits with the least loss for a size."""
 
 import itertools
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -153,6 +153,26 @@ class LossFront:
         corner = bisect_left(self.removed, ratio) if at_least else self.corner(ratio)
         if corner == 0 and not at_least:
             raise too_small(ratio, self.removed[min(1, len(self.steps))])
+        return self._allocation(corner)
+
+    def within(self, loss: float) -> Allocation:
+        """The allocation that removes most within a predicted loss.
+
+        Args:
+            loss: in the units of `Allocation.loss`.
+
+        Raises:
+            ChoiceError: the first corner that removes anything has a larger one.
+        """
+        corner = bisect_right(self.losses, loss) - 1
+        if corner < 1:
+            least = self.losses[min(1, len(self.steps))]
+            raise ChoiceError(
+                f"`target_loss` {loss}: too small for this model; the smallest possible one is {least:.2g}"
+            )
+        return self._allocation(corner)
+
+    def _allocation(self, corner: int) -> Allocation:
         modules = dict(self.start)
         for step in self.steps[:corner]:
             modules.update(step)

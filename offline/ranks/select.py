@@ -92,6 +92,8 @@ def _joint(
     assert not isinstance(ratio, dict)
     assert not isinstance(tolerance, dict)
     front = front or measured_front(projections, spectra, target)
+    if front is not None and target.loss is not None:
+        return front.within(target.loss)
     if front is not None:
         assert ratio is not None
         return front.at(ratio, target.at_least)

@@ -23,6 +23,7 @@ class RankTarget:
         latencies: GEMM latencies of the serving machine.
         itemsizes: projection -> bytes of an element of its matrices that are not quantized.
         at_least: whether no less than `ratio` may be removed; otherwise the closest share is taken.
+        loss: largest predicted loss in nats per token, in place of a ratio.
     """
 
     ratio: float | dict[str, float] | None
@@ -32,6 +33,7 @@ class RankTarget:
     latencies: LatencyTable | None = None
     itemsizes: Mapping[str, int] | None = None
     at_least: bool = False
+    loss: float | None = None
 
     def of_towers(self) -> dict[str, "RankTarget"]:
         """Tower -> its target; empty if one ratio or tolerance holds for all towers."""

@@ -1,6 +1,7 @@
 """The `pgsvd-vllm` command: one file per sub-command; a user's error prints one line and exits with status 2."""
 
 import argparse
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ from pgsvd_vllm.cli import (
     verify,
 )
 from pgsvd_vllm.cli.flags import refuse_empty, with_flags
-from pgsvd_vllm.cli.output import Output, open_missing_streams
+from pgsvd_vllm.cli.output import Lines, Output, open_missing_streams
 from pgsvd_vllm.cli.stop import Stop
 from pgsvd_vllm.errors import PgsvdError, as_interruption
 
@@ -41,6 +42,8 @@ COMMANDS = {
     "env": env,
 }
 INTERNAL_ERROR, USER_ERROR = 1, 2
+# Between two states of a progress bar in a file or a pipe.
+BAR_SECONDS = "30"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -74,7 +77,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     advice = "repeat with --resume" if hasattr(arguments, "resume") else "repeat the command"
     streams = sys.stdout, sys.stderr
     output = Output(sys.stdout)
-    sys.stdout, sys.stderr = cast(TextIO, output), cast(TextIO, Output(sys.stderr, "\n\t\r"))
+    in_terminal = sys.stderr.isatty()
+    if not in_terminal:
+        os.environ.setdefault("TQDM_MININTERVAL", BAR_SECONDS)  # read when tqdm is imported
+    errors = Output(sys.stderr, "\n\t\r") if in_terminal else Lines(sys.stderr)
+    sys.stdout, sys.stderr = cast(TextIO, output), cast(TextIO, errors)
     stop = Stop(advice)
     try:
         status = _run(arguments, given, stop)

@@ -51,6 +51,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="instead of --ratio: largest size of the written weights, such as 500M or 3.5G (units are powers of 1000) "
         "or 4GiB; with --bits auto this is all that needs to be said",
     )
+    size.add_argument(
+        "--target-loss",
+        type=float,
+        metavar="NATS",
+        help="instead of --ratio: the smallest model within this predicted loss in nats per token, such as 0.1, which "
+        "multiplies perplexity by 1.1; the error-aware fit and distillation lower it, by half in what was measured",
+    )
     parser.add_argument(
         "--objective",
         choices=["size", "latency"],
@@ -245,6 +252,7 @@ def run(arguments: argparse.Namespace) -> int:
         ratio=arguments.ratio,
         tolerance=arguments.tolerance,
         target_bytes=arguments.target_bytes,
+        target_loss=arguments.target_loss,
         sensitivity=arguments.sensitivity,
         baseline=arguments.baseline,
         form=arguments.form,

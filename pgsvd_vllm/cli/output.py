@@ -5,7 +5,7 @@ import os
 import sys
 from typing import Any, TextIO
 
-from pgsvd_vllm.cli.printable import printable
+from pgsvd_vllm.cli.printable import MOVES, printable
 
 # The reader of a pipe has exited; the terminal is gone.
 GONE = (errno.EPIPE, errno.EIO)
@@ -55,6 +55,31 @@ class Output:
     def is_incomplete(self) -> bool:
         """Whether someone still waits for text that could not be written, as on a full disk."""
         return self.failure is not None and self.failure.errno not in GONE
+
+
+class Lines(Output):
+    """The stream of progress bars in a file or a pipe: each state of a bar is a line of its own.
+
+    Args:
+        stream: to write to.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__(stream, "\n\t")
+        self._is_in_line = False
+
+    def write(self, text: str) -> int:
+        """Write text; a bar that begins with a carriage return goes on a line of its own."""
+        if text.startswith("\r"):
+            found = text.strip("\r \n")
+            if found:
+                begin = "\n" if self._is_in_line else ""
+                super().write(f"{begin}{found}\n")
+                self._is_in_line = False
+        elif not MOVES.fullmatch(text) or (text == "\n" and self._is_in_line):  # not what moves between bars
+            super().write(text)
+            self._is_in_line = not text.endswith("\n")
+        return len(text)
 
 
 def open_missing_streams() -> None:

@@ -6,7 +6,7 @@ Names of tensors, modules and files come from files that others wrote.
 import re
 
 # Progress bars in several lines move between them by such texts.
-_MOVES = re.compile(r"(\n|\x1b\[A)+")
+MOVES = re.compile(r"(\n|\x1b\[A)+")
 
 
 def printable(text: str, encoding: str, kept: str = "\n\t") -> str:
@@ -17,7 +17,7 @@ def printable(text: str, encoding: str, kept: str = "\n\t") -> str:
         encoding: of the stream.
         kept: characters that stay as they are.
     """
-    if not text.isprintable() and not _MOVES.fullmatch(text):
+    if not text.isprintable() and not MOVES.fullmatch(text):
         text = "".join(c if c.isprintable() or c in kept else _escaped(c) for c in text)
     return text.encode(encoding, "backslashreplace").decode(encoding)
 

@@ -47,3 +47,17 @@ def test_output_on_a_full_disk_is_an_error(tiny_compressed: Path) -> None:
     assert done.stderr.splitlines() == [
         "pgsvd-vllm: error: cannot write to standard output ([Errno 28] No space left on device)"
     ]
+
+
+def test_progress_in_a_pipe_is_a_line_a_state(tiny_model: Path, tmp_path: Path) -> None:
+    """And few of them: a bar that ends within half a minute has its begin and its end."""
+    command = [sys.executable, "-c", CODE, "compress", str(tiny_model), "-o", str(tmp_path / "out"), *FEW]
+    done = subprocess.run(
+        [*command, "--dataset", "python-docs"], stderr=subprocess.PIPE, cwd="/", check=True
+    ).stderr.decode()
+    assert "\r" not in done
+    lines = done.splitlines()
+    assert all(line.strip() for line in lines)
+    calibrate = [line for line in lines if line.startswith("calibrate:")]
+    assert 1 <= len(calibrate) <= 3
+    assert "100%" in calibrate[-1]

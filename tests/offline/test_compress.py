@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from pgsvd_vllm.cli import main
-from pgsvd_vllm.errors import InputError, bytes_text
+from pgsvd_vllm.errors import ChoiceError, InputError, bytes_text
 from pgsvd_vllm.format.reader import check_data, open_checkpoint
 from pgsvd_vllm.offline.calibration.gram import LayerGrams, advance
 from pgsvd_vllm.offline.compress import compress
@@ -293,3 +293,16 @@ def test_an_unreachable_target_keeps_the_calibration(tiny_model: Path, tmp_path:
     assert not output.exists()
     compress(CompressOptions(str(tiny_model), output, ratio=0.3, resume=True, **SMALL))
     check_output(tiny_model, output)
+
+
+def test_a_target_loss_is_kept_and_used(tiny_model: Path, tmp_path: Path) -> None:
+    few = {"num_calibration_samples": 32, "max_seq_length": 64, "dataset": ("python-docs",), "refine": 0.0}
+    small = CompressOptions(str(tiny_model), tmp_path / "small", target_loss=0.02, **few)  # type: ignore[arg-type]
+    front = compress(small).choice
+    assert front.front is not None
+    losses = front.front.losses
+    assert front.allocation.loss == max(loss for loss in losses if loss <= 0.02)
+    assert section_of(tmp_path / "small")["sensitivity"] == "measured"
+    too_small = CompressOptions(str(tiny_model), tmp_path / "none", target_loss=1e-12, **few)  # type: ignore[arg-type]
+    with pytest.raises(ChoiceError, match="`target_loss` 1e-12: too small"):
+        compress(too_small)

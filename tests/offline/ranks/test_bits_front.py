@@ -14,7 +14,7 @@ from pgsvd_vllm.format.schema import FactoredModule
 from pgsvd_vllm.offline.model.projection import Projection, ProjectionSet
 from pgsvd_vllm.offline.ranks.pareto import FACTORED, ROUNDED, LossFront, Rounding, check_size, loss_front
 from pgsvd_vllm.offline.ranks.select import Spectra, choose_ranks
-from pgsvd_vllm.offline.ranks.stored import bits_per_weight, module_of
+from pgsvd_vllm.offline.ranks.stored import PLAIN, bits_per_weight, module_of
 from pgsvd_vllm.offline.ranks.target import RankTarget
 from pgsvd_vllm.offline.settings import Storage
 
@@ -195,3 +195,17 @@ def test_ignored_projections_keep_their_bytes() -> None:
     front = loss_front([DOWN], spectra([DOWN]), TARGET, ignored=[Q], rounding=ROUNDING)
     assert front.removed[0] == 0
     assert front.removed[-1] < DOWN.numel / (DOWN.numel + Q.numel)
+
+
+def test_a_loss_gives_the_smallest_model_within_it() -> None:
+    projections = [Q, K, DOWN, GATE]
+    front = loss_front(projections, spectra(projections), TARGET, rounding=ROUNDING)
+    for corner in range(1, len(front.steps) + 1):
+        above = front.losses[corner + 1] if corner < len(front.steps) else 2 * front.losses[corner]
+        for loss in (front.losses[corner], (front.losses[corner] + above) / 2):
+            found = front.within(loss)
+            assert found.loss == front.losses[corner]
+            kept = {name: module for name, module in modules_at(front, corner).items() if module != PLAIN}
+            assert found.modules == kept
+    with pytest.raises(ChoiceError, match="`target_loss` 1e-09: too small"):
+        front.within(1e-9)
