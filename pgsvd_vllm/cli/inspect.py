@@ -165,4 +165,5 @@ def _facts(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
     if calibration is not None:
         yield "calibration", f"{calibration.get('name')}, {calibration.get('tokens')} tokens"
     yield "base model", f"{section.get('base_model')} (revision {section.get('base_revision') or 'unknown'})"
-    yield "made by", f"pgsvd-vllm {section.get('tool_version')}: {section.get('command')}"
+    command = section.get("command")
+    yield "made by", f"pgsvd-vllm {section.get('tool_version')}" + (f": {command}" if command else "")

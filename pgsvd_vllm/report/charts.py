@@ -131,7 +131,7 @@ def lines(
     if here is not None:
         axes.axvline(100 * here[1] if percent else here[1], color=_INK, linestyle="--", linewidth=1, label=here[0])
     if here is not None or any(one.name for one in series):
-        axes.legend()
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4)  # above: lines may be anywhere
     return _svg(figure, notes)
 
 
