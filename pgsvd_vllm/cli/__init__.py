@@ -3,8 +3,10 @@
 import argparse
 import os
 import sys
+import textwrap
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from types import ModuleType
 from typing import TextIO, cast
 
 import pgsvd_vllm
@@ -27,21 +29,17 @@ from pgsvd_vllm.cli.output import Lines, Output, open_missing_streams
 from pgsvd_vllm.cli.stop import Stop
 from pgsvd_vllm.errors import PgsvdError, as_interruption
 
-COMMANDS = {
-    "compress": compress,
-    "pareto": pareto,
-    "evaluate": evaluate,
-    "convert": convert,
-    "dequantize": dequantize,
-    "export": export,
-    "profile": profile,
-    "tune": tune,
-    "inspect": inspect,
-    "report": report,
-    "verify": verify,
-    "env": env,
+# Task -> its commands.
+GROUPS: dict[str, dict[str, ModuleType]] = {
+    "compress": {"compress": compress, "pareto": pareto},
+    "judge": {"evaluate": evaluate, "report": report, "inspect": inspect, "verify": verify},
+    "convert": {"convert": convert, "export": export, "dequantize": dequantize},
+    "speed and support": {"profile": profile, "tune": tune, "env": env},
 }
+COMMANDS = {name: module for group in GROUPS.values() for name, module in group.items()}
 INTERNAL_ERROR, USER_ERROR = 1, 2
+# Columns of descriptions.
+WIDTH = 96
 # Between two states of a progress bar in a file or a pipe.
 BAR_SECONDS = "30"
 
@@ -51,14 +49,35 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="pgsvd-vllm",
         description="Compress Hugging Face models into low-rank factors and serve them with vLLM.",
-        epilog="Serve the result with: vllm serve DIR --load-format pgsvd",
+        epilog="\n".join([*_listed(), "", "Serve the result with: vllm serve DIR --load-format pgsvd"]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="%(prog)s [-h] [-V] COMMAND ...",
     )
     parser.add_argument("-V", "--version", action="version", version=f"pgsvd-vllm {pgsvd_vllm.__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="COMMAND", prog=parser.prog, help=argparse.SUPPRESS
+    )
     for name, module in COMMANDS.items():
-        first_line = (module.__doc__ or "").splitlines()[0]
-        module.configure(commands.add_parser(name, help=first_line, description=first_line))
+        paragraphs = (module.__doc__ or "").strip().split("\n\n")
+        examples = "".join(f"\n  pgsvd-vllm {line}" for line in module.EXAMPLES)
+        module.configure(
+            commands.add_parser(
+                name,
+                description="\n\n".join(textwrap.fill(paragraph, WIDTH) for paragraph in paragraphs),
+                epilog=f"examples:{examples}",
+                formatter_class=argparse.RawDescriptionHelpFormatter,
+            )
+        )
     return parser
+
+
+def _listed() -> Iterator[str]:
+    """The lines that list the commands by task."""
+    for title, group in GROUPS.items():
+        yield f"{title}:"
+        for name, module in group.items():
+            summary = (module.__doc__ or "").partition("\n")[0]
+            yield from textwrap.wrap(summary, WIDTH, initial_indent=f"  {name:10}  ", subsequent_indent=" " * 14)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,7 +1,4 @@
-"""Compress a model into a folder that vLLM serves.
-
-Heavy imports happen after the arguments have been checked.
-"""
+"""Compress a model into a folder that vLLM serves."""
 
 import argparse
 import math
@@ -19,6 +16,13 @@ from pgsvd_vllm.errors import InputError, bytes_text, reason_of
 
 if TYPE_CHECKING:
     from pgsvd_vllm.offline.planning.plan import Plan
+
+EXAMPLES = (
+    "compress meta-llama/Llama-3.1-8B -o llama-20 --ratio 0.2",
+    "compress MODEL -o DIR --bits auto --target-bytes 4G",
+    "compress MODEL -o DIR --ratio 0.3 --dataset chats.jsonl --dataset self",
+    "compress MODEL -o DIR --target-loss 0.05 --dry-run",
+)
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -231,7 +235,10 @@ def amount(text: str) -> tuple[float | None, int | None]:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Compress the model, or show the plan; returns the exit status and raises PgsvdError."""
+    """Compress the model, or show the plan; returns the exit status and raises PgsvdError.
+
+    Heavy imports happen after the arguments have been checked.
+    """
     from pgsvd_vllm.offline.compress import compress, finish
     from pgsvd_vllm.offline.options import HEAD_TOLERANCE, CompressOptions
     from pgsvd_vllm.offline.output.messages import describe, duration

@@ -12,6 +12,11 @@ from pgsvd_vllm.cli.checkpoint_argument import add_revision
 from pgsvd_vllm.cli.flags import shareable_command
 from pgsvd_vllm.errors import InputError, bytes_text
 
+EXAMPLES = (
+    "convert hahnyuan/Llama-2-7b-hf-asvd90 -o DIR",
+    "convert factors -o DIR --base meta-llama/Llama-2-7b-hf",
+)
+
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options."""

@@ -10,6 +10,8 @@ from pathlib import Path
 from pgsvd_vllm.cli.checkpoint_argument import add_revision
 from pgsvd_vllm.errors import bytes_text
 
+EXAMPLES = ("dequantize ORGANIZATION/MODEL-FP8 -o DENSE",)
+
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options."""

@@ -17,6 +17,8 @@ PACKAGES = (
     "huggingface_hub",
 )
 
+EXAMPLES = ("env",)
+
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """The command has no options."""

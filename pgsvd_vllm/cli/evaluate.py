@@ -27,6 +27,11 @@ LEAST_WINDOWS = 2
 TOO_LITTLE_KEPT = 3
 LABELS = ("compressed", "base")
 
+EXAMPLES = (
+    "evaluate DIR --against MODEL --dataset text.txt",
+    "evaluate DIR --against MODEL --tasks arc_easy winogrande --min-recovery 0.97 --json result.json",
+)
+
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options."""

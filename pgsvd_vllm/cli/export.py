@@ -9,6 +9,8 @@ from pathlib import Path
 from pgsvd_vllm.cli.checkpoint_argument import add_checkpoint
 from pgsvd_vllm.errors import bytes_text
 
+EXAMPLES = ("export DIR -o DENSE",)
+
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options."""

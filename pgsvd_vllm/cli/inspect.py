@@ -15,6 +15,11 @@ from pgsvd_vllm.format.schema import REPORT_NAME
 # Widest column of names; longer names stick out.
 MAX_WIDTH = 100
 
+EXAMPLES = (
+    "inspect DIR",
+    "inspect DIR --tp 4",
+)
+
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options."""

@@ -27,6 +27,11 @@ LENGTH = 1024
 # The charts that a run may write.
 CHARTS = ("removed", "bytes", "predicted")
 
+EXAMPLES = (
+    "pareto MODEL -o sizes",
+    "pareto MODEL -o sizes --ratios 0.2 0.4 --methods pgsvd svd-llm --tasks arc_easy",
+)
+
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options."""

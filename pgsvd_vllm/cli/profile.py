@@ -15,6 +15,11 @@ from pgsvd_vllm.format.latency_table import LatencyTable, write_latencies
 if TYPE_CHECKING:
     from pgsvd_vllm.offline.model.projection import Projection
 
+EXAMPLES = (
+    "profile MODEL -o latencies.json",
+    "profile MODEL -o latencies.json --gpu H100",
+)
+
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options."""

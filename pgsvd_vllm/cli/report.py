@@ -14,6 +14,11 @@ from pgsvd_vllm.format.reader import open_checkpoint, read_json
 # The page's name in the checkpoint's folder.
 REPORT = "report.html"
 
+EXAMPLES = (
+    "report DIR",
+    "report DIR --evaluation result.json -o page.html",
+)
+
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options."""

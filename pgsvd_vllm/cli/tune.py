@@ -19,6 +19,11 @@ from pgsvd_vllm.parallel.layer_grouping import LayerSizes, grouped_layers
 # Layers whose sizes differ by less than this factor are tuned once.
 SAME = 1.1
 
+EXAMPLES = (
+    "tune DIR",
+    "tune DIR -tp 2 --dry-run",
+)
+
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options."""

@@ -8,6 +8,8 @@ import argparse
 from pgsvd_vllm.cli.checkpoint_argument import add_checkpoint, checkpoint_folder
 from pgsvd_vllm.format.reader import check_data, check_json_files, open_checkpoint
 
+EXAMPLES = ("verify DIR",)
+
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options."""

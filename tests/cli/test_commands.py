@@ -4,6 +4,7 @@ import hashlib
 import importlib.metadata
 import json
 import re
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import pgsvd_vllm
-from pgsvd_vllm.cli import COMMANDS, main
+from pgsvd_vllm.cli import COMMANDS, build_parser, main
 from tests.conftest import run_cli
 
 
@@ -49,6 +50,18 @@ def test_version_and_help_of_the_command() -> None:
     for command in COMMANDS:
         assert re.search(rf"^ +{command} +\w", done.stdout, re.MULTILINE), f"{command} is not listed"
     assert "vllm serve DIR --load-format pgsvd" in done.stdout
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_examples_of_a_command_are_valid(capsys: pytest.CaptureFixture[str], command: str) -> None:
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    lines = capsys.readouterr().out.split("examples:\n")[1].splitlines()
+    assert lines
+    for line in lines:
+        program, *arguments = shlex.split(line)
+        assert program == "pgsvd-vllm"
+        assert build_parser().parse_args(arguments).command == command
 
 
 @pytest.mark.parametrize("command", COMMANDS)
