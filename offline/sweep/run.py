@@ -6,6 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 from pgsvd_vllm.errors import InputError
+from pgsvd_vllm.format.latency_table import LatencyTable
+from pgsvd_vllm.format.schema import FactoredModule
 from pgsvd_vllm.offline.compress import calibrate, measured_spectra, store_layers, without_uncovered
 from pgsvd_vllm.offline.output.checkpoint import write_checkpoint
 from pgsvd_vllm.offline.output.messages import ranks_line
@@ -14,6 +16,7 @@ from pgsvd_vllm.offline.planning.dose import dose_of, dose_on
 from pgsvd_vllm.offline.planning.plan import Plan
 from pgsvd_vllm.offline.planning.resources import check_disk, disk_bytes
 from pgsvd_vllm.offline.ranks.select import choose_ranks, measured_front
+from pgsvd_vllm.offline.ranks.stored import PLAIN
 from pgsvd_vllm.offline.run_state import RunState
 from pgsvd_vllm.offline.settings import resolve_settings
 from pgsvd_vllm.offline.state.work_files import WorkFileError
@@ -50,6 +53,25 @@ def factored(plan: Plan, state: RunState, say: Say, tokens: Mapping[str, int] | 
     say(ranks_line(plan, allocation))
     store_layers(plan, state, allocation.modules, say)
     return Choice(allocation, front, dict(tokens or {}))
+
+
+def gemm_time(plan: Plan, modules: Mapping[str, FactoredModule], table: LatencyTable) -> float:
+    """The GEMM time of a model's projections over that of the dense ones.
+
+    Args:
+        plan: of the model.
+        modules: projection -> its row of the module table; dense ones are absent.
+        table: latencies of the machine; quantized weights count as those in the table's dtype.
+
+    Raises:
+        InputError: the table lacks a shape.
+    """
+    dense = total = 0.0
+    for p in plan.projections.every:
+        module = modules.get(p.name, PLAIN)
+        dense += table.latency(p.out_features, p.in_features, module.form, None)
+        total += table.latency(p.out_features, p.in_features, module.form, None if module.is_dense else module.rank)
+    return total / dense
 
 
 def sweep(plan: Plan, state: RunState, cases: Sequence[Case], say: Say) -> Iterator[tuple[Case, CompressResult | str]]:

@@ -25,7 +25,7 @@ RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
 DENSE = "dense"
 LENGTH = 1024
 # The charts that a run may write.
-CHARTS = ("removed", "bytes", "predicted")
+CHARTS = ("removed", "bytes", "time", "predicted")
 
 EXAMPLES = (
     "pareto MODEL -o sizes",
@@ -82,6 +82,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tasks", nargs="+", default=[], metavar="TASK", help="also run tasks of lm_eval, as of evaluate --tasks"
     )
+    parser.add_argument(
+        "--costs",
+        type=Path,
+        metavar="FILE",
+        help="latency table written by pgsvd-vllm profile: also show the GEMM time of every size",
+    )
     parser.add_argument("--limit", type=int, metavar="N", help="the first N samples of every task alone")
     parser.add_argument("--seed", type=int, default=0, help="random seed of the calibration (default 0)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default auto: a GPU if available)")
@@ -114,6 +120,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _check(arguments: argparse.Namespace) -> None:
     """Refuse values that cannot work, before any model is loaded; raises InputError."""
     from pgsvd_vllm.evaluation.tasks import check_tasks
+    from pgsvd_vllm.format.latency_table import read_latencies
     from pgsvd_vllm.report.page import check_libraries
 
     check_libraries()
@@ -124,6 +131,7 @@ def _check(arguments: argparse.Namespace) -> None:
     if arguments.num_samples < 2:
         raise InputError(f"--num-samples {arguments.num_samples}: must be at least 2")
     check_tasks(arguments.tasks, arguments.limit)
+    arguments.table = None if arguments.costs is None else read_latencies(arguments.costs)
 
 
 def _request(arguments: argparse.Namespace) -> dict[str, str]:
@@ -131,6 +139,7 @@ def _request(arguments: argparse.Namespace) -> dict[str, str]:
     names = ("model", "revision", "dataset", "num_calibration_samples", "max_seq_length", "seed")
     judged = ("eval_dataset", "num_samples", "tasks", "limit")
     values = {name: json.dumps(getattr(arguments, name)) for name in (*names, *judged)}
+    values["costs"] = repr(arguments.table)
     return {
         f"--{name}".replace("_", "-"): hashlib.sha256(value.encode()).hexdigest()[:16] for name, value in values.items()
     }
@@ -216,6 +225,8 @@ def _write(folder: Path, found: _Results) -> None:
         ("calibrated on", str(values["calibration"])),
         ("perplexity on", f"{values['text']}, dense {values['dense']:.3f}"),
     ]
+    if values.get("machine"):
+        facts.append(("GEMM times of", str(values["machine"])))
     charts = sweep_charts(rows)
     for name in CHARTS:
         path = folder / f"pareto-{name}.svg"
@@ -248,7 +259,7 @@ def _measure(arguments: argparse.Namespace, found: _Results) -> None:
     from pgsvd_vllm.offline.output.report import data_name
     from pgsvd_vllm.offline.planning.prepare import open_state, prepare
     from pgsvd_vllm.offline.settings import MEASURED
-    from pgsvd_vllm.offline.sweep.run import sweep
+    from pgsvd_vllm.offline.sweep.run import gemm_time, sweep
 
     folder: Path = arguments.output_dir
     options = CompressOptions(
@@ -271,13 +282,16 @@ def _measure(arguments: argparse.Namespace, found: _Results) -> None:
     text, windows = text_windows(arguments.eval_dataset, tokenizer, arguments.num_samples, length, "--eval-dataset")
     plan = with_text(plan, options, _say)
     found.values |= {"model": public_name(arguments.model), "calibration": data_name(plan), "text": text}
+    if arguments.table is not None:
+        found.values["machine"] = f"{arguments.table.machine}, {arguments.table.tokens} tokens"
     if not found.has(dense):
         value, tasks = _judge(arguments, source.folder, plan, windows, DENSE)
         if not math.isfinite(value):
             raise InputError(f"MODEL {arguments.model}: its own perplexity on {text} is not a finite number")
         found.values["dense"] = value
         row = {"method": DENSE, "ratio": 0.0, "removed": 0.0, "bytes": source.weights.nbytes, "perplexity": value}
-        found.put(dense, {**row, "multiple": 1.0, "predicted": None, "tasks": tasks})
+        time_share = None if arguments.table is None else 1.0
+        found.put(dense, {**row, "multiple": 1.0, "predicted": None, "gemm_time": time_share, "tasks": tasks})
     state = open_state(plan, _say)
     try:
         for case, result in sweep(plan, state, todo, _say):
@@ -298,6 +312,9 @@ def _measure(arguments: argparse.Namespace, found: _Results) -> None:
                 "multiple": value / found.values["dense"] if finite else None,
                 # From forward passes alone it is no number of nats.
                 "predicted": result.choice.allocation.loss if in_nats else None,
+                "gemm_time": None
+                if arguments.table is None
+                else gemm_time(plan, result.choice.allocation.modules, arguments.table),
                 "tasks": tasks,
             }
             found.put(case, row)

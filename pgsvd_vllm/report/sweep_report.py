@@ -50,7 +50,7 @@ def _note(row: Mapping[str, Any]) -> str:
 
 
 def sweep_charts(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """The charts of a sweep as SVG: `removed`, `bytes`, and `predicted` where losses are predicted.
+    """The charts of a sweep as SVG: `removed`, `bytes`, `time` and `predicted`, the last two where they are known.
 
     Args:
         rows: of pareto.json.
@@ -60,6 +60,9 @@ def sweep_charts(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
         "removed": lines(_series(rows, "removed", "multiple"), (removed, multiple), True),
         "bytes": lines(_series(rows, "bytes", "multiple", 1e-6), ("size, MB", multiple), True, percent=False),
     }
+    timed = [row for row in rows if row.get("gemm_time") is not None]
+    if timed:
+        charts["time"] = lines(_series(timed, "gemm_time", "multiple"), ("GEMM time, share of dense", multiple), True)
     predicted = _series(rows, "removed", "predicted")
     if predicted:
         charts["predicted"] = lines(predicted, (removed, "predicted loss, nats per token"), True)
@@ -79,7 +82,7 @@ def sweep_report(
     """
     front = front_of(rows)
     tasks = list(dict.fromkeys(task for row in rows for task in row.get("tasks") or {}))
-    head = ("method", "removed", "MB", "perplexity", "x dense", "predicted nats", *tasks, "on the front")
+    head = ("method", "removed", "MB", "perplexity", "x dense", "GEMM time", "predicted nats", *tasks, "on the front")
     table = [
         [
             Cell(str(row["method"])),
@@ -87,6 +90,7 @@ def sweep_report(
             Cell(f"{row['bytes'] / 1e6:.1f}", row["bytes"]),
             number(row.get("perplexity"), "{:.3f}"),
             number(row.get("multiple"), "{:.3f}"),
+            number(row.get("gemm_time"), "{:.1%}"),
             number(row.get("predicted"), "{:.4f}"),
             *(number((row.get("tasks") or {}).get(task), "{:.1%}") for task in tasks),
             Cell("yes" if n in front else "", float(n in front)),
@@ -100,6 +104,8 @@ def sweep_report(
         Section("Quality by removed parameters", marks + left, svg=charts["removed"]),
         Section("Quality by size", svg=charts["bytes"]),
     ]
+    if "time" in charts:
+        sections.append(Section("Quality by GEMM time", "By the latency table.", svg=charts["time"]))
     if "predicted" in charts:
         sections.append(
             Section("Predicted loss", "From calibration alone, which ranks are chosen by.", svg=charts["predicted"])

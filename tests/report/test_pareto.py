@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM
 import pgsvd_vllm.hf  # noqa: F401  (registers the format)
 from pgsvd_vllm.cli import main
 from pgsvd_vllm.evaluation.perplexity import held_out_prose, perplexity, spread_windows
+from pgsvd_vllm.format.latency_table import LatencyTable, ShapeLatencies, write_latencies
+from pgsvd_vllm.format.reader import open_checkpoint
 from pgsvd_vllm.offline.data.text import load_tokenizer
 from pgsvd_vllm.report.sweep_report import front_of
 
@@ -128,3 +130,20 @@ def test_a_text_that_is_missing_is_named(
 ) -> None:
     assert run(tiny_model, tmp_path / "out", "--eval-dataset", str(tmp_path / "absent.txt")) == 2
     assert f"--eval-dataset {tmp_path / 'absent.txt'}: no such file" in capsys.readouterr().err
+
+
+def test_gemm_times_are_those_of_the_table(tiny_model: Path, tmp_path: Path, one_thread: None) -> None:
+    shapes = {(128, 128), (64, 128), (320, 128), (128, 320)}
+    forms = {form: [(1, 1.0), (64, 3.0)] for form in ("pivot", "factors")}
+    table = LatencyTable({shape: ShapeLatencies(2.0, forms) for shape in shapes}, 1, "float32", "a machine")
+    write_latencies(table, tmp_path / "costs.json")
+    options = ("--ratios", "0.4", "--methods", "svd", "--costs", str(tmp_path / "costs.json"))
+    assert run(tiny_model, tmp_path / "out", *options) == 0
+    rows = rows_of(tmp_path / "out")
+    assert rows["dense 0.0"]["gemm_time"] == 1.0
+    compress = ["compress", str(tiny_model), "-o", str(tmp_path / "c"), "--ratio", "0.4", "--baseline", "svd", *FEW]
+    assert main(compress) == 0
+    ranks = [module.rank for module in open_checkpoint(tmp_path / "c").modules.values()]
+    expected = sum(min(1 + 2 * (rank - 1) / 63, 3.0) for rank in ranks) + 2.0 * (21 - len(ranks))
+    assert rows["svd 0.4"]["gemm_time"] == pytest.approx(expected / (2.0 * 21))
+    assert (tmp_path / "out" / "pareto-time.svg").is_file()
