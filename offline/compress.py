@@ -35,7 +35,10 @@ Say = Callable[[str], None]
 
 
 def compress(
-    options: CompressOptions, say: Say = lambda _line: None, look: Callable[[Plan], None] = lambda _plan: None
+    options: CompressOptions,
+    say: Say = lambda _line: None,
+    look: Callable[[Plan], None] = lambda _plan: None,
+    describe_in: Callable[[Path], None] = lambda _folder: None,
 ) -> CompressResult:
     """Compress a model and write it to `options.output`.
 
@@ -43,6 +46,7 @@ def compress(
         options: the request.
         say: called with one progress line at every stage.
         look: called with the plan before anything is computed.
+        describe_in: called with the folder of the finished checkpoint before it appears as DIR, to add descriptions.
 
     Returns:
         What was written.
@@ -71,6 +75,7 @@ def compress(
             calibrate(plan, state)
             keep = True
             result = _factor_and_write(plan, state, say)
+            describe_in(state.checkpoint)
             state.publish(_request(options))
             return result
     except PgsvdError as error:

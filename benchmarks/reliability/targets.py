@@ -24,6 +24,7 @@ from pgsvd_vllm.format.latency_table import read_latencies
 from pgsvd_vllm.format.reader import Checkpoint, check_data, open_checkpoint
 from pgsvd_vllm.format.schema import INDEX_NAME, REPORT_NAME, form_shapes
 from pgsvd_vllm.format.writer import TensorWriter
+from pgsvd_vllm.report.content import content_of
 
 # The factored projections of the sample: (out, in, rank, form).
 MODULES = {
@@ -149,14 +150,15 @@ class CheckpointFile:
         self.tensors = tensor_bytes(folder)
 
     def read(self, data: bytes) -> Outcome:
-        """Write the file and read the checkpoint as `verify` and `inspect` do."""
+        """Write the file and read the checkpoint as `verify`, `inspect` and `report` do."""
         self.path.write_bytes(data)
         printed = io.StringIO()
         try:
             checkpoint = open_checkpoint(self.folder)
             check_data(checkpoint)
             with contextlib.redirect_stdout(cast(TextIO, Output(printed, kept="\n"))):
-                inspect.run(Namespace(dir=self.folder, tp=1))
+                inspect.run(Namespace(dir=self.folder, tp=1, revision=None))
+                content_of(checkpoint, inspect.facts(checkpoint))
         except PgsvdError as error:
             return refusal(error)
         if not printed.getvalue().replace("\n", "").isprintable():

@@ -56,7 +56,7 @@ class Calibration:
         gradients = GradientPass(stream, state.folder / "inputs") if missing and kind == MEASURED else None
         with tqdm(total=self._tokens_of_all_layers(), unit="tok", unit_scale=True, desc="calibrate") as bar:
             for index in layers:
-                bar.set_postfix_str(f"layer {index + 1}/{len(layers)}")
+                bar.set_postfix_str(f"layer {index + 1}/{len(layers)}", refresh=False)
                 stream.enter(index, stream.flow)
                 if gradients is not None:
                     gradients.remember(index)
@@ -134,7 +134,7 @@ class Calibration:
         total = round(share * self._tokens_of_all_layers())
         with tqdm(total=total, unit="tok", unit_scale=True, desc="gradients") as bar:
             for index in reversed(range(len(rows))):
-                bar.set_postfix_str(f"layer {index + 1}/{len(rows)}")
+                bar.set_postfix_str(f"layer {index + 1}/{len(rows)}", refresh=False)
                 known = self.state.load_layer(index, with_grams=False).energy
                 for step in gradients.retreat(index, [p for p in rows[index] if p.name in known]):
                     if isinstance(step, int):

@@ -68,7 +68,7 @@ def factor_layers(
         error_aware = ErrorAwarePass(stream, all_tokens=sum(b["input_ids"].numel() for b in batches) == data.tokens)
     with tqdm(total=len(factored), desc="factorize", unit="matrix") as bar:
         for index in layers:
-            bar.set_postfix_str(f"layer {index + 1}/{len(layers)}")
+            bar.set_postfix_str(f"layer {index + 1}/{len(layers)}", refresh=False)
             layer = _Layer(source, settings, state, factored, projections.layers[index], index)
             done = state.has_factors(index)
             if error_aware is not None:

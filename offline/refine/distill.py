@@ -236,7 +236,7 @@ class Distiller:
                 if share >= EVALUATED[evaluations]:
                     evaluations += 1
                     best, kept = self._select(held_out, best, kept)
-                    bar.set_postfix_str(f"KL {before:.4f} -> {best:.4f}")
+                    bar.set_postfix_str(f"KL {before:.4f} -> {best:.4f}", refresh=False)
         best, kept = self._select(held_out, best, kept)
         say(f"distilled: {steps} steps, held-out KL to the dense model {before:.4f} -> {best:.4f} nats per token")
         return Refined(kept, before, best, steps)

@@ -1,6 +1,7 @@
 """The arguments that name a model: a folder, or an id of the Hugging Face hub with its revision."""
 
 import argparse
+import os
 from pathlib import Path
 
 
@@ -17,9 +18,8 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
 
 def checkpoint_folder(arguments: argparse.Namespace) -> Path:
     """The folder of DIR, which is downloaded if it is a hub id; raises InputError if there is none."""
-    folder = Path(arguments.dir)
-    if folder.is_dir() and arguments.revision is None:
-        return folder
+    if os.path.isdir(arguments.dir) and arguments.revision is None:  # unlike Path.is_dir, also for a name too long
+        return Path(arguments.dir)
     from pgsvd_vllm.offline.model.hub import resolve_folder  # imports the hub's client, which a folder does not need
 
     return resolve_folder(arguments.dir, revision=arguments.revision)

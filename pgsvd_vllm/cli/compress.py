@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from pgsvd_vllm.cli.checkpoint_argument import add_revision
 from pgsvd_vllm.cli.flags import shareable_command, with_flags
+from pgsvd_vllm.cli.report import REPORT
 from pgsvd_vllm.cli.served_by import serving_lines
 from pgsvd_vllm.errors import InputError, bytes_text, reason_of
 
@@ -297,7 +298,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"{options.output} is complete: the run was interrupted only while it deleted its own files")
         return 0
     start = time.monotonic()
-    result = compress(options, _say, _say_serving)
+    result = compress(options, _say, _say_serving, _write_page)
     size = sum(f.stat().st_size for f in result.output.glob("*.safetensors"))
     linear, total = result.ratios["linear"], result.ratios["total"]
     print(
@@ -305,7 +306,8 @@ def run(arguments: argparse.Namespace) -> int:
         f"{result.parameters_after / 1e6:.1f} M parameters ({total:.1%} of the model and {linear:.1%} of its "
         f"projections removed; {1 - total:.1%} kept) in {duration(time.monotonic() - start)}"
     )
-    _write_page(result.output)
+    if (result.output / REPORT).is_file():
+        print(f"report:    {result.output / REPORT}")
     pooling = " --runner pooling" if result.is_dual_encoder else ""
     print(f"serve it:  vllm serve {shlex.quote(str(result.output))} --load-format pgsvd{pooling}")
     return 0
@@ -313,7 +315,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _write_page(folder: Path) -> None:
     """Write the checkpoint's report, where its libraries are installed; the checkpoint is complete without it."""
-    from pgsvd_vllm.cli.report import REPORT, write_report
+    from pgsvd_vllm.cli.report import write_report
     from pgsvd_vllm.report.page import missing_libraries
 
     if missing_libraries():
@@ -323,8 +325,6 @@ def _write_page(folder: Path) -> None:
         write_report(folder, folder / REPORT)
     except Exception as error:  # of the plotting library: hours of work are not to end with an error
         print(f"WARNING: no report.html: {reason_of(error)}")
-        return
-    print(f"report:    {folder / REPORT}")
 
 
 def _say_serving(plan: "Plan") -> None:

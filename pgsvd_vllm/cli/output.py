@@ -70,6 +70,8 @@ class Lines(Output):
 
     def write(self, text: str) -> int:
         """Write text; a bar that begins with a carriage return goes on a line of its own."""
+        if not text:
+            return 0
         if text.startswith("\r"):
             found = text.strip("\r \n")
             if found:

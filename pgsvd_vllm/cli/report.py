@@ -4,6 +4,7 @@ It needs pip install 'pgsvd-vllm[plot]', and no network.
 """
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Write the page; returns the exit status and raises PgsvdError."""
     evaluation = None if arguments.evaluation is None else _measured(arguments.evaluation)
     folder = checkpoint_folder(arguments)
-    output = arguments.output or (folder / REPORT if Path(arguments.dir).is_dir() else Path(REPORT))
+    output = arguments.output or (folder / REPORT if os.path.isdir(arguments.dir) else Path(REPORT))
     size = write_report(folder, output, evaluation)
     print(f"wrote {output}: {bytes_text(size)}")
     return 0
