@@ -2,14 +2,13 @@
 
 import hashlib
 import os
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from safetensors import SafetensorError
 
-from pgsvd_vllm.errors import DISK_FULL, ChoiceError, InputError, PgsvdError, as_interruption, refusal_of
+from pgsvd_vllm.errors import ChoiceError, InputError, PgsvdError, as_interruption, lacks_memory, refusal_of
 from pgsvd_vllm.format.schema import FactoredModule
 from pgsvd_vllm.offline.calibration.collect import Calibration, loss_energies, output_energies
 from pgsvd_vllm.offline.calibration.token_coverage import find_coverage
@@ -134,13 +133,9 @@ def _request(options: CompressOptions) -> str:
 
 def _failure(error: Exception, options: CompressOptions) -> str | None:
     """What the system refused, for the user; None for another error."""
-    if isinstance(error, MemoryError) or re.search(r"can't allocate memory|out of memory", str(error)):
+    if lacks_memory(error):
         return f"{options.model}: not enough memory is free"
-    refused = refusal_of(error)
-    if refused is None:
-        return None
-    place = None if refused == DISK_FULL else getattr(error, "filename", None)
-    return f"{place or f'--output-dir {options.output}'}: {refused}"
+    return refusal_of(error, f"--output-dir {options.output}")
 
 
 def _kept(state: RunState) -> str:
@@ -170,6 +165,28 @@ def measured_spectra(plan: Plan, state: RunState) -> Spectra:
     losses = loss_energies(state, layers, sensitivity) if plan.settings.measured else None
     rounding = rounding_losses(state, layers, sensitivity) if plan.settings.chooses_bits else None
     return Spectra(output_energies(state, layers), losses, rounding)
+
+
+def choose(plan: Plan, state: RunState, say: Say, with_front: bool = True) -> Choice:
+    """The ranks and bits of a calibrated run.
+
+    Args:
+        plan: of the run.
+        state: of the run.
+        say: called with one line about the front and one about the choice.
+        with_front: say the front's line; many choices of one calibration have one front.
+
+    Raises:
+        ChoiceError: no choice reaches the target.
+        InputError: a file of the state is damaged, or the latency table lacks a shape.
+    """
+    spectra = measured_spectra(plan, state)
+    front = measured_front(plan.projections, spectra, plan.target)
+    if front is not None and with_front:
+        say(front_line(plan.settings, front))
+    allocation = choose_ranks(plan.projections, spectra, plan.target, front)
+    say(ranks_line(plan, allocation))
+    return Choice(allocation, front)
 
 
 def store_layers(plan: Plan, state: RunState, modules: Mapping[str, FactoredModule], say: Say) -> bool:
@@ -206,19 +223,14 @@ def store_layers(plan: Plan, state: RunState, modules: Mapping[str, FactoredModu
 def _factor_and_write(plan: Plan, state: RunState, say: Say) -> CompressResult:
     """Choose ranks, factor and write the checkpoint of a calibrated run into the state's folder."""
     plan, tokens = without_uncovered(plan, state, say)
-    spectra = measured_spectra(plan, state)
-    front = measured_front(plan.projections, spectra, plan.target)
-    if front is not None:
-        say(front_line(plan.settings, front))
-    allocation = choose_ranks(plan.projections, spectra, plan.target, front)
-    say(ranks_line(plan, allocation))
-    if not store_layers(plan, state, allocation.modules, say):
+    choice = replace(choose(plan, state, say), tokens=tokens)
+    if not store_layers(plan, state, choice.allocation.modules, say):
         plan = replace(plan, settings=replace(plan.settings, dose=None))
-    head = None
     if plan.projections.lm_head is not None:
         head = factor_lm_head(plan.source, plan.settings, plan.projections.lm_head, state.load_lm_head())
         say(lm_head_line(plan.settings, head.report))
-    return write_checkpoint(plan, state, Choice(allocation, front, tokens, head))
+        choice = replace(choice, lm_head=head)
+    return write_checkpoint(plan, state, choice)
 
 
 def without_uncovered(plan: Plan, state: RunState, say: Say) -> tuple[Plan, dict[str, int]]:

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 # Characters of a longer message that are shown, of its begin and of its end: a file may hold a name of any length.
 BEGIN_SHOWN, END_SHOWN = 1200, 400
 
-DISK_FULL = "the disk is full; make room"
 # Signals that have asked this process to end.
 signals: list[int] = []
 
@@ -34,18 +33,32 @@ def reason_of(error: Exception) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
-def refusal_of(error: Exception) -> str | None:
-    """What the system refused, such as a write to a full disk; None for an error of another kind.
+def lacks_memory(error: Exception) -> bool:
+    """Whether an error says that no memory is free, which torch reports in several ways."""
+    return isinstance(error, MemoryError) or re.search(r"can't allocate memory|out of memory", str(error)) is not None
+
+
+def refusal_of(error: Exception, output: str) -> str | None:
+    """The message for what the system refused, such as a write to a full disk; None for an error of another kind.
 
     safetensors reports a full disk and other failures of the system as errors of its own kind.
+
+    Args:
+        error: to explain.
+        output: the option of the output and its value, named where the error names no file.
     """
     found = re.search(r"\(os error (\d+)\)", str(error))
     number = error.errno if isinstance(error, OSError) and error.errno else int(found[1]) if found else None
     if number in (errno.ENOSPC, errno.EDQUOT):
-        return DISK_FULL
+        return f"{output}: the disk is full; make room"
     if number is None and not isinstance(error, OSError):
         return None
-    return os.strerror(number) if number else reason_of(error)
+    return f"{getattr(error, 'filename', None) or output}: {os.strerror(number) if number else reason_of(error)}"
+
+
+def escaped(text: str) -> str:
+    """A text with escapes in place of control characters other than line breaks."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
 def bytes_text(count: float) -> str:
@@ -67,7 +80,7 @@ class PgsvdError(Exception):
     def __str__(self) -> str:
         text = super().__str__()
         if not text.isprintable():  # vLLM and transformers print it as it is
-            text = "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+            text = escaped(text)
         if len(text) > BEGIN_SHOWN + END_SHOWN:
             return f"{text[:BEGIN_SHOWN]} ... {text[-END_SHOWN:]}"
         return text

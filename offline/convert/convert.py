@@ -1,6 +1,5 @@
 """Makes a checkpoint of this format of one that another tool factored: the same factors under other names."""
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,14 +15,14 @@ from pgsvd_vllm.errors import InputError
 from pgsvd_vllm.format.dtypes import is_finite
 from pgsvd_vllm.format.reader import TensorInfo, check_data, open_checkpoint, read_config
 from pgsvd_vllm.format.schema import FLOAT_DTYPES, FORMAT_VERSION, LOAD_GUARD, QUANT_METHOD
-from pgsvd_vllm.format.writer import TensorWriter
+from pgsvd_vllm.format.writer import TensorWriter, save_config
 from pgsvd_vllm.hf.transformers_compat import tied_weights
 from pgsvd_vllm.hf.weight_mapping import stored_tensors
 from pgsvd_vllm.offline.convert.base_config import WRAPPED, base_config
 from pgsvd_vllm.offline.convert.layouts import TOOLS, Pair, find_pairs
 from pgsvd_vllm.offline.convert.new_folder import NEW, new_folder, refuse_existing
 from pgsvd_vllm.offline.convert.skeleton import dense_skeleton, linear_shapes
-from pgsvd_vllm.offline.model.companions import find_companions, without_local_code
+from pgsvd_vllm.offline.model.companions import without_local_code
 from pgsvd_vllm.offline.model.hub import public_name
 from pgsvd_vllm.offline.model.model_folder import has_weights, read_model_config
 from pgsvd_vllm.offline.model.quantized import DENSE_DTYPES, refuse_quantized_config
@@ -79,21 +78,21 @@ def convert(folder: Path, output: Path, base: Path | None = None, base_name: str
     # A folder of tensors alone will do where the dense model is given.
     theirs = {} if base is not None and not (folder / "config.json").exists() else read_model_config(folder)
     refuse_quantized_config(theirs, folder)
+    origin = folder if base is None else base  # of config.json and tokenizer
     config = without_local_code(base_config(theirs, folder) if base is None else read_config(base))
-    refuse_quantized_config(config, folder if base is None else base)
+    refuse_quantized_config(config, origin)
     tensors = _unwrapped(find_tensors(folder), theirs)
     with new_folder(output) as scratch:
         made = scratch / NEW
-        _write_json(made / "config.json", config)
-        model = dense_skeleton(made, config, folder if base is None else base, trust_remote_code=False)
+        save_config(made, config)
+        model = dense_skeleton(made, config, origin, trust_remote_code=False)
         try:
             tool, pairs = find_pairs(linear_shapes(model), {n: info for n, (_, info) in tensors.items()}, theirs)
         except InputError as error:
             raise InputError(f"{folder}: {error}") from None
         writing = _Writing(folder, tensors, pairs, TensorWriter(made))
         writing.run(model, config)
-        copied = find_companions(folder if base is None else base, remote_code=False)
-        copy_companions(folder if base is None else base, made, trust_remote_code=False)
+        copied = copy_companions(origin, made, trust_remote_code=False)
         head = _head_name(model)
         config["transformers_weights"] = LOAD_GUARD
         config["quantization_config"] = {
@@ -107,15 +106,11 @@ def convert(folder: Path, output: Path, base: Path | None = None, base_name: str
             "tool_version": pgsvd_vllm.__version__,
             "command": command,
         }
-        _write_json(made / "config.json", config)
+        save_config(made, config)
         nbytes = writing.writer.close()
         check_data(open_checkpoint(made))
     has_tokenizer = any(path.match(pattern) for path in copied for pattern in _TOKENIZER)
     return Converted(tool, len(pairs), nbytes, 1 - writing.factors / writing.dense, has_tokenizer)
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def _refuse_pickles(folder: Path) -> None:

@@ -1,6 +1,5 @@
 """Makes a dense checkpoint of a quantized one, with the converters of compressed-tensors, one weight file at a time."""
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from loguru import logger
 
 from pgsvd_vllm.errors import InputError, as_interruption, reason_of, refusal_of
 from pgsvd_vllm.format.reader import TensorInfo
+from pgsvd_vllm.format.writer import save_config
 from pgsvd_vllm.offline.convert.new_folder import NEW, new_folder, refuse_existing
 from pgsvd_vllm.offline.model.companions import find_companions, without_local_code
 from pgsvd_vllm.offline.model.model_folder import INDEX_FILE, SINGLE_FILE, read_model_config
@@ -149,7 +149,7 @@ def dequantize(folder: Path, output: Path, trust_remote_code: bool = False) -> D
                 convert_checkpoint(source, dense, _converter(source, method, section, tensors, dtype))
                 nbytes = ModelSource(dense, trust_remote_code).weights.nbytes
         except Exception as error:  # the converters raise many kinds for what they do not expect
-            if refusal_of(error) is not None:
+            if refusal_of(error, str(output)) is not None:
                 raise
             reason = reason_of(error).replace(str(dense), str(output))
             raise InputError(f"{folder}: cannot be made dense ({method}: {reason})") from None
@@ -159,7 +159,7 @@ def dequantize(folder: Path, output: Path, trust_remote_code: bool = False) -> D
 def _write_config(folder: Path, config: Mapping[str, Any], section: Mapping[str, Any]) -> None:
     """Write config.json with its quantization section at the top alone, where the converters look for it."""
     usual = {**without_sections(config), "quantization_config": {**section, "ignore": section.get("ignore") or []}}
-    (folder / "config.json").write_text(json.dumps(usual, indent=2) + "\n", encoding="utf-8")
+    save_config(folder, usual)
 
 
 def _converter(

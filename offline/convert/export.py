@@ -1,6 +1,5 @@
 """Makes a dense checkpoint of a factored one, which any engine loads: each weight is the product of its factors."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,16 +9,16 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from pgsvd_vllm.errors import CheckpointError, InputError
+from pgsvd_vllm.errors import CheckpointError
 from pgsvd_vllm.format.dtypes import is_finite
 from pgsvd_vllm.format.lowrank import dequantized, reconstruct
 from pgsvd_vllm.format.reader import Checkpoint, open_checkpoint
-from pgsvd_vllm.format.writer import TensorWriter
+from pgsvd_vllm.format.writer import TensorWriter, save_config
 from pgsvd_vllm.hf.transformers_compat import Conv1D
 from pgsvd_vllm.offline.convert.new_folder import NEW, new_folder, refuse_existing
 from pgsvd_vllm.offline.convert.skeleton import dense_skeleton
 from pgsvd_vllm.offline.model.companions import without_local_code
-from pgsvd_vllm.offline.model.source import ModelSource, weight_dtype
+from pgsvd_vllm.offline.model.source import ModelSource, needs_code, weight_dtype
 from pgsvd_vllm.offline.model.weights import fits, read_tensors
 from pgsvd_vllm.offline.output.checkpoint import copy_companions
 
@@ -61,14 +60,11 @@ def export(folder: Path, output: Path, trust_remote_code: bool = False) -> Expor
     checkpoint = open_checkpoint(folder)
     config = _dense_config(checkpoint.config, trust_remote_code)
     if "auto_map" in checkpoint.config and "auto_map" not in config:
-        raise InputError(
-            f"{folder}/config.json: the model needs modelling code from its own repository; read it, then allow it to "
-            "run with `trust_remote_code`"
-        )
+        raise needs_code(folder)
     served = weight_dtype(config, folder)
     with new_folder(output) as scratch:
         dense = scratch / NEW
-        (dense / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        save_config(dense, config)
         copy_companions(folder, dense, trust_remote_code)
         transposed = _transposed(dense_skeleton(dense, config, folder, trust_remote_code))
         writer = TensorWriter(dense, stem=DENSE_STEM)

@@ -6,7 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pgsvd_vllm.errors import DISK_FULL, InputError, PgsvdError, as_interruption, reason_of, refusal_of
+from pgsvd_vllm.errors import InputError, PgsvdError, as_interruption, reason_of, refusal_of
+
+# The subfolder that becomes the output.
+NEW = "new"
 
 
 def refuse_existing(output: Path) -> None:
@@ -43,12 +46,7 @@ def new_folder(output: Path) -> Iterator[Path]:
         except PgsvdError as error:
             raise type(error)(str(error).replace(str(new), str(output))) from None
         except Exception as error:  # the converters raise many kinds
-            refused = refusal_of(error)
+            refused = refusal_of(error, f"`output_dir` {output}")
             if refused is None:
                 raise
-            place = None if refused == DISK_FULL else getattr(error, "filename", None)
-            raise InputError(f"{place or f'`output_dir` {output}'}: {refused}") from None
-
-
-# The subfolder that becomes the output.
-NEW = "new"
+            raise InputError(refused) from None

@@ -8,9 +8,8 @@ import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
-from pgsvd_vllm.errors import InputError, reason_of
 from pgsvd_vllm.hf.transformers_compat import Conv1D, skeleton
-from pgsvd_vllm.offline.model.source import auto_class_of
+from pgsvd_vllm.offline.model.source import auto_class_of, cannot_build
 
 
 def dense_skeleton(written: Path, config: Mapping[str, Any], folder: Path, trust_remote_code: bool) -> PreTrainedModel:
@@ -27,7 +26,7 @@ def dense_skeleton(written: Path, config: Mapping[str, Any], folder: Path, trust
         auto = AutoConfig.from_pretrained(written, trust_remote_code=trust_remote_code)
         return skeleton(auto_class, auto, torch.float32, trust_remote_code)
     except Exception as error:  # transformers raises many kinds for a config it cannot use
-        raise InputError(f"{folder}/config.json: transformers cannot build this model: {reason_of(error)}") from None
+        raise cannot_build(error, config, folder, trust_remote_code) from None
 
 
 def linear_shapes(model: PreTrainedModel) -> dict[str, tuple[int, int]]:

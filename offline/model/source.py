@@ -92,7 +92,7 @@ class ModelSource:
             self.config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
             self.model: PreTrainedModel = skeleton(self.auto_class, self.config, self.weight_dtype, trust_remote_code)
         except Exception as error:  # transformers raises many kinds for a config it cannot use
-            raise self._cannot_build(error) from None
+            raise cannot_build(error, self.config_json, folder, trust_remote_code) from None
         refuse_other_class(self.model, self.config_json, folder)
         self.model.eval()
         transposed = _use_linear(self.model)
@@ -145,22 +145,6 @@ class ModelSource:
         """The ids of placeholder tokens for images and videos."""
         names = ("image_token_id", "image_token_index", "video_token_id")
         return {token for name in names if (token := getattr(self.config, name, None)) is not None}
-
-    def _cannot_build(self, error: Exception) -> InputError:
-        """The error for a model that transformers cannot build, with the reason."""
-        path = self.folder / "config.json"
-        if "auto_map" in self.config_json and not self.trust_remote_code and "trust_remote_code" in str(error):
-            return InputError(
-                f"{path}: the model needs modelling code from its own repository; read it, then allow it to run with "
-                "`trust_remote_code`"
-            )
-        if not self.config_json.get("model_type"):
-            return InputError(f"{path}: model_type is missing or empty; transformers cannot build the model without it")
-        if not isinstance(self.config_json["model_type"], str):
-            return InputError(f'{path}: model_type is {self.config_json["model_type"]!r}, not a name such as "llama"')
-        # For an unknown class transformers lists all that it knows.
-        reason = unknown_name(self.config_json, error) or textwrap.shorten(str(error), MOST_SHOWN, placeholder=" ...")
-        return InputError(f"{path}: transformers cannot build this model: {reason}")
 
     @property
     def vocabulary(self) -> int:
@@ -257,6 +241,35 @@ class ModelSource:
         finally:
             for name, parameter in list(layer.named_parameters()):
                 _set(layer, name, torch.empty_like(parameter, device="meta"))
+
+
+def needs_code(folder: Path) -> InputError:
+    """The error for a model that cannot be built without the code of its repository."""
+    return InputError(
+        f"{folder}/config.json: the model needs modelling code from its own repository; read it, then allow it to run "
+        "with `trust_remote_code`"
+    )
+
+
+def cannot_build(error: Exception, config: Mapping[str, Any], folder: Path, trust_remote_code: bool) -> InputError:
+    """The error for a model that transformers cannot build, with the reason.
+
+    Args:
+        error: of transformers.
+        config: config.json of the model.
+        folder: of the model.
+        trust_remote_code: whether its modelling code may run.
+    """
+    path = folder / "config.json"
+    if "auto_map" in config and not trust_remote_code and "trust_remote_code" in str(error):
+        return needs_code(folder)
+    if not config.get("model_type"):
+        return InputError(f"{path}: model_type is missing or empty; transformers cannot build the model without it")
+    if not isinstance(config["model_type"], str):
+        return InputError(f'{path}: model_type is {config["model_type"]!r}, not a name such as "llama"')
+    # For an unknown class transformers lists all that it knows.
+    reason = unknown_name(config, error) or textwrap.shorten(str(error), MOST_SHOWN, placeholder=" ...")
+    return InputError(f"{path}: transformers cannot build this model: {reason}")
 
 
 def auto_class_of(config: Mapping[str, Any], folder: Path) -> Any:

@@ -86,8 +86,8 @@ def _stored(plan: Plan, name: str, tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to(dtype) if fits(tensor, dtype) else tensor
 
 
-def copy_companions(model: Path, folder: Path, trust_remote_code: bool) -> None:
-    """Copy the files beside a model's weights: tokenizer, processor, chat templates.
+def copy_companions(model: Path, folder: Path, trust_remote_code: bool) -> list[Path]:
+    """Copy the files beside a model's weights: tokenizer, processor, chat templates; returns their relative paths.
 
     Args:
         model: the dense model's folder.
@@ -97,7 +97,9 @@ def copy_companions(model: Path, folder: Path, trust_remote_code: bool) -> None:
     Raises:
         InputError: as of `find_companions`.
     """
-    for path in find_companions(model, trust_remote_code):
+    found = find_companions(model, trust_remote_code)
+    for path in found:
         # Not copytree, which gives the copy the folder's own permissions.
         (folder / path.parent).mkdir(exist_ok=True)
         (folder / path).write_bytes(companion_data(model / path, trust_remote_code))
+    return found

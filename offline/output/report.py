@@ -14,6 +14,7 @@ from pgsvd_vllm.format.schema import (
     REPORT_NAME,
     row_of,
 )
+from pgsvd_vllm.format.writer import save_config
 from pgsvd_vllm.offline.model.companions import without_local_code
 from pgsvd_vllm.offline.model.hub import public_name
 from pgsvd_vllm.offline.output.messages import quantization_text, rank_rule
@@ -66,7 +67,7 @@ def write_config(folder: Path, plan: Plan, result: CompressResult) -> None:
         "tool_version": pgsvd_vllm.__version__,
         "command": plan.options.command,
     }
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    save_config(folder, config)
 
 
 def data_name(plan: Plan) -> str:

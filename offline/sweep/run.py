@@ -1,28 +1,24 @@
 """Makes the checkpoints of many sizes and methods, one after the other."""
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from pgsvd_vllm.errors import InputError
 from pgsvd_vllm.format.latency_table import LatencyTable
 from pgsvd_vllm.format.schema import FactoredModule
-from pgsvd_vllm.offline.compress import calibrate, measured_spectra, store_layers, without_uncovered
+from pgsvd_vllm.offline.compress import Say, calibrate, choose, store_layers, without_uncovered
 from pgsvd_vllm.offline.output.checkpoint import write_checkpoint
-from pgsvd_vllm.offline.output.messages import ranks_line
 from pgsvd_vllm.offline.output.outcome import Choice, CompressResult
 from pgsvd_vllm.offline.planning.dose import dose_of, dose_on
 from pgsvd_vllm.offline.planning.plan import Plan
 from pgsvd_vllm.offline.planning.resources import check_disk, disk_bytes
-from pgsvd_vllm.offline.ranks.select import choose_ranks, measured_front
 from pgsvd_vllm.offline.ranks.stored import PLAIN
 from pgsvd_vllm.offline.run_state import RunState
 from pgsvd_vllm.offline.settings import resolve_settings
 from pgsvd_vllm.offline.state.work_files import WorkFileError
 from pgsvd_vllm.offline.sweep.methods import METHODS, Case
-
-Say = Callable[[str], None]
 
 
 def with_options(plan: Plan, **changes: Any) -> Plan:
@@ -44,15 +40,11 @@ def factored(plan: Plan, state: RunState, say: Say, tokens: Mapping[str, int] | 
         tokens: that reach each MoE expert and projector.
 
     Raises:
-        ChoiceError: no ranks give the size.
-        InputError: as of `store_layers`.
+        InputError: as of `choose` and `store_layers`.
     """
-    spectra = measured_spectra(plan, state)
-    front = measured_front(plan.projections, spectra, plan.target)
-    allocation = choose_ranks(plan.projections, spectra, plan.target, front)
-    say(ranks_line(plan, allocation))
-    store_layers(plan, state, allocation.modules, say)
-    return Choice(allocation, front, dict(tokens or {}))
+    choice = choose(plan, state, say, with_front=False)
+    store_layers(plan, state, choice.allocation.modules, say)
+    return replace(choice, tokens=dict(tokens or {}))
 
 
 def gemm_time(plan: Plan, modules: Mapping[str, FactoredModule], table: LatencyTable) -> float:

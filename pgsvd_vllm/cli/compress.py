@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pgsvd_vllm.cli.checkpoint_argument import add_revision
 from pgsvd_vllm.cli.flags import shareable_command, with_flags
+from pgsvd_vllm.cli.model_arguments import add_model, add_output
 from pgsvd_vllm.cli.report import REPORT
 from pgsvd_vllm.cli.served_by import serving_lines
 from pgsvd_vllm.errors import InputError, bytes_text, reason_of
@@ -28,11 +28,8 @@ EXAMPLES = (
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
-    parser.add_argument("model", metavar="MODEL", help="local model folder or Hugging Face id")
-    add_revision(parser)
-    parser.add_argument(
-        "-o", "--output-dir", required=True, type=Path, metavar="DIR", help="folder to write; must not exist"
-    )
+    add_model(parser)
+    add_output(parser)
     size = parser.add_mutually_exclusive_group()
     size.add_argument(
         "--ratio",

@@ -6,10 +6,9 @@ The factors stay as they are, bit by bit.
 import argparse
 import shlex
 import sys
-from pathlib import Path
 
-from pgsvd_vllm.cli.checkpoint_argument import add_revision
 from pgsvd_vllm.cli.flags import shareable_command
+from pgsvd_vllm.cli.model_arguments import add_model, add_output
 from pgsvd_vllm.errors import InputError, bytes_text
 
 EXAMPLES = (
@@ -20,11 +19,8 @@ EXAMPLES = (
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
-    parser.add_argument("source", metavar="SRC", help="local folder or Hugging Face id of the other tool's checkpoint")
-    add_revision(parser)
-    parser.add_argument(
-        "-o", "--output-dir", required=True, type=Path, metavar="DIR", help="folder to write; must not exist"
-    )
+    add_model(parser, "SRC", "local folder or Hugging Face id of the other tool's checkpoint", "source")
+    add_output(parser)
     parser.add_argument(
         "--base",
         metavar="MODEL",

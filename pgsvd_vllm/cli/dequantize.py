@@ -5,9 +5,8 @@ What rounding has lost stays lost: the dense model that was quantized is the bet
 
 import argparse
 import shlex
-from pathlib import Path
 
-from pgsvd_vllm.cli.checkpoint_argument import add_revision
+from pgsvd_vllm.cli.model_arguments import add_model, add_output
 from pgsvd_vllm.errors import bytes_text
 
 EXAMPLES = ("dequantize ORGANIZATION/MODEL-FP8 -o DENSE",)
@@ -15,11 +14,8 @@ EXAMPLES = ("dequantize ORGANIZATION/MODEL-FP8 -o DENSE",)
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
-    parser.add_argument("model", metavar="MODEL", help="local folder or Hugging Face id of a quantized model")
-    add_revision(parser)
-    parser.add_argument(
-        "-o", "--output-dir", required=True, type=Path, metavar="DIR", help="folder to write; must not exist"
-    )
+    add_model(parser, help_text="local folder or Hugging Face id of a quantized model")
+    add_output(parser)
     parser.add_argument("--trust-remote-code", action="store_true", help="run model code from the model's repository")
 
 

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pgsvd_vllm.cli.checkpoint_argument import add_revision
+from pgsvd_vllm.cli.model_arguments import add_model
 from pgsvd_vllm.errors import InputError, reason_of
 
 if TYPE_CHECKING:
@@ -35,8 +35,7 @@ EXAMPLES = (
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
-    parser.add_argument("model", metavar="DIR", help="compressed (or any) model: local folder or Hugging Face id")
-    add_revision(parser)
+    add_model(parser, "DIR", "compressed (or any) model: local folder or Hugging Face id")
     parser.add_argument("--against", metavar="BASE", help="the dense model, a folder or id, measured in the same run")
     parser.add_argument(
         "--dataset",

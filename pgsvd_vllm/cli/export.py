@@ -4,9 +4,8 @@ The dense model is as large as the base was; what compression has lost stays los
 """
 
 import argparse
-from pathlib import Path
 
-from pgsvd_vllm.cli.checkpoint_argument import add_checkpoint
+from pgsvd_vllm.cli.model_arguments import add_checkpoint, add_output
 from pgsvd_vllm.errors import bytes_text
 
 EXAMPLES = ("export DIR -o DENSE",)
@@ -15,9 +14,7 @@ EXAMPLES = ("export DIR -o DENSE",)
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
     add_checkpoint(parser)
-    parser.add_argument(
-        "-o", "--output-dir", required=True, type=Path, metavar="DENSE", help="folder to write; must not exist"
-    )
+    add_output(parser, "DENSE")
     parser.add_argument("--trust-remote-code", action="store_true", help="run model code from the model's repository")
 
 

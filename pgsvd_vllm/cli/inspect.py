@@ -4,10 +4,11 @@ import argparse
 import math
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from pgsvd_vllm.cli.checkpoint_argument import add_checkpoint, checkpoint_folder
-from pgsvd_vllm.errors import CheckpointError, InputError, bytes_text
+from pgsvd_vllm.cli.model_arguments import add_checkpoint, checkpoint_folder
+from pgsvd_vllm.errors import CheckpointError, InputError, PgsvdError, bytes_text
 from pgsvd_vllm.format.module_report import module_rows
 from pgsvd_vllm.format.reader import Checkpoint, open_checkpoint
 from pgsvd_vllm.format.schema import REPORT_NAME
@@ -40,18 +41,26 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.tp < 1:
         raise InputError(f"--tp {arguments.tp}: must be 1 or more")
     checkpoint = open_checkpoint(checkpoint_folder(arguments))
-    rows = module_rows(checkpoint)
-    try:
-        where = checkpoint.folder / REPORT_NAME
-        lines = table(checkpoint, rows)
-        where = checkpoint.folder / "config.json"
-        lines += summary(checkpoint)
-        if arguments.tp > 1:
+    with _well_formed(checkpoint, REPORT_NAME):
+        lines = table(checkpoint, module_rows(checkpoint))
+    lines += ["", *(f"{name:21} {value}" for name, value in facts(checkpoint))]
+    if arguments.tp > 1:
+        with _well_formed(checkpoint, "config.json"):
             lines += tensor_parallel(checkpoint, arguments.tp)
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{where}: malformed ({type(error).__name__}: {error})") from None
     print("\n".join(lines))
     return 0
+
+
+@contextmanager
+def _well_formed(checkpoint: Checkpoint, name: str) -> Iterator[None]:
+    """Name a file of the checkpoint in the error for values of other types in it; raises CheckpointError."""
+    try:
+        yield
+    except PgsvdError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        where = checkpoint.folder / name
+        raise CheckpointError(f"{where}: malformed ({type(error).__name__}: {error})") from None
 
 
 def table(checkpoint: Checkpoint, rows: list[dict[str, Any]]) -> list[str]:
@@ -122,22 +131,14 @@ def tensor_parallel(checkpoint: Checkpoint, tp_size: int) -> list[str]:
     return lines
 
 
-def summary(checkpoint: Checkpoint) -> list[str]:
-    """Lines with the totals and the origin of the checkpoint."""
-    return ["", *(f"{name:21} {value}" for name, value in facts(checkpoint))]
-
-
 def facts(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
     """Name and value of the totals and the origin of a checkpoint.
 
     Raises:
         CheckpointError: config.json has values of other types; names it.
     """
-    try:
+    with _well_formed(checkpoint, "config.json"):
         yield from _facts(checkpoint)
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        where = checkpoint.folder / "config.json"
-        raise CheckpointError(f"{where}: malformed ({type(error).__name__}: {error})") from None
 
 
 def _facts(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:

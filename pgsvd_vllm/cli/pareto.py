@@ -13,9 +13,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pgsvd_vllm.cli.checkpoint_argument import add_revision
 from pgsvd_vllm.cli.flags import with_flags
-from pgsvd_vllm.errors import InputError, PgsvdError, bytes_text, refusal_of
+from pgsvd_vllm.cli.model_arguments import add_model
+from pgsvd_vllm.errors import InputError, PgsvdError, bytes_text, lacks_memory, refusal_of
 from pgsvd_vllm.offline.sweep.methods import METHODS, Case
 
 if TYPE_CHECKING:
@@ -35,8 +35,7 @@ EXAMPLES = (
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
-    parser.add_argument("model", metavar="MODEL", help="local model folder or Hugging Face id")
-    add_revision(parser)
+    add_model(parser)
     parser.add_argument(
         "-o",
         "--output-dir",
@@ -105,13 +104,11 @@ def run(arguments: argparse.Namespace) -> int:
     except PgsvdError:
         raise
     except Exception as error:  # of the system; safetensors and torch have kinds of their own
-        lacks_memory = "memory" in f"{type(error).__name__} {error}".lower()
-        refused = "not enough memory is free" if lacks_memory else refusal_of(error)
+        output = f"--output-dir {arguments.output_dir}"
+        refused = f"{output}: not enough memory is free" if lacks_memory(error) else refusal_of(error, output)
         if refused is None:
             raise
-        raise InputError(
-            f"--output-dir {arguments.output_dir}: {refused}; what is finished is kept, repeat the command"
-        ) from None
+        raise InputError(f"{refused}; what is finished is kept, repeat the command") from None
     print(f"wrote {arguments.output_dir / 'pareto.html'} after {time.monotonic() - start:.0f} s")
     print(f"compress one of them:  {_compress_line(arguments)}")
     return 0

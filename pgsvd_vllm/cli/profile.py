@@ -8,7 +8,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pgsvd_vllm.cli.checkpoint_argument import add_revision
+from pgsvd_vllm.cli.model_arguments import add_model
 from pgsvd_vllm.errors import InputError
 from pgsvd_vllm.format.latency_table import LatencyTable, write_latencies
 
@@ -23,8 +23,7 @@ EXAMPLES = (
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
-    parser.add_argument("model", metavar="MODEL", help="local model folder or Hugging Face id")
-    add_revision(parser)
+    add_model(parser)
     parser.add_argument("-o", "--output", required=True, type=Path, metavar="FILE", help="JSON file to write")
     parser.add_argument(
         "--tokens",

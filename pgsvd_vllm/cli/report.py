@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from pgsvd_vllm.cli.checkpoint_argument import add_checkpoint, checkpoint_folder
+from pgsvd_vllm.cli.model_arguments import add_checkpoint, checkpoint_folder
 from pgsvd_vllm.errors import InputError, bytes_text
 from pgsvd_vllm.format.reader import open_checkpoint, read_json
 

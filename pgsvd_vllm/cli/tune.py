@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from pgsvd_vllm.cli.checkpoint_argument import add_checkpoint, checkpoint_folder
+from pgsvd_vllm.cli.model_arguments import add_checkpoint, checkpoint_folder
 from pgsvd_vllm.errors import InputError, reason_of
 from pgsvd_vllm.format.reader import open_checkpoint
 from pgsvd_vllm.kernels.layer_shape import LayerShape, layer_shape_of

@@ -5,7 +5,7 @@
 
 import argparse
 
-from pgsvd_vllm.cli.checkpoint_argument import add_checkpoint, checkpoint_folder
+from pgsvd_vllm.cli.model_arguments import add_checkpoint, checkpoint_folder
 from pgsvd_vllm.format.reader import check_data, check_json_files, open_checkpoint
 
 EXAMPLES = ("verify DIR",)

@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -24,6 +25,11 @@ def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path, metadata: dict
     """
     save_file({name: tensor.cpu() for name, tensor in tensors.items()}, path, metadata=metadata)
     give_usual_permissions(path)
+
+
+def save_config(folder: Path, config: Mapping[str, Any]) -> None:
+    """Write config.json of a model folder, as `reader.read_config` reads it."""
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def give_usual_permissions(path: Path) -> None:

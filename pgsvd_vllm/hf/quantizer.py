@@ -4,7 +4,6 @@ Without `import pgsvd_vllm.hf` a factored checkpoint does not load: config.json 
 so transformers stops instead of initializing the projections at random.
 """
 
-import json
 import types
 from collections.abc import Mapping
 from pathlib import Path
@@ -45,7 +44,7 @@ from pgsvd_vllm.format.schema import (
     check_pivots,
     parse_modules,
 )
-from pgsvd_vllm.format.writer import give_usual_permissions, write_index
+from pgsvd_vllm.format.writer import give_usual_permissions, save_config, write_index
 from pgsvd_vllm.hf.moe_unstack import unstack_experts, without_stacking
 from pgsvd_vllm.hf.transformers_compat import AUTO_QUANTIZER_MAPPING, Conv1D, mark_initialized, tied_weights
 from pgsvd_vllm.hf.weight_mapping import stored_tensors, without_weight_norm
@@ -339,7 +338,7 @@ def _save_pretrained(model: PreTrainedModel, save_directory: str | Path, **kwarg
     config["transformers_weights"] = LOAD_GUARD
     # The number of tensors may change, since transformers stores tied tensors once.
     config["quantization_config"]["tensors"] = len(tensors)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    save_config(folder, config)
 
 
 if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:

@@ -3,9 +3,10 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from pgsvd_vllm.errors import escaped
 from pgsvd_vllm.format.module_report import LOSSES, SHARES, Front
 from pgsvd_vllm.report.charts import Series, bars, heat_map, lines
-from pgsvd_vllm.report.content import Content, Projection, plain
+from pgsvd_vllm.report.content import Content, Projection
 from pgsvd_vllm.report.page import Cell, Section, number, render
 
 # Rows of the table of projections; MoE models may have tens of thousands.
@@ -28,7 +29,7 @@ def _measured(evaluation: Mapping[str, Any]) -> Iterator[Section]:
     head = ("measured on", "unit", "compressed", "base", "kept", "95 % interval")
     rows = [
         [
-            Cell(plain(str(row["name"]))),
+            Cell(escaped(str(row["name"]))),
             Cell(str(row["unit"])),
             number(row["value"], "{:.4g}"),
             number(row.get("base"), "{:.4g}"),
@@ -47,7 +48,7 @@ def _measured(evaluation: Mapping[str, Any]) -> Iterator[Section]:
             "Greedy.",
             head=("prompt", *names),
             rows=[
-                [Cell(plain(str(one.get(name, ""))), is_text=True) for name in ("prompt", *names)] for one in answers
+                [Cell(escaped(str(one.get(name, ""))), is_text=True) for name in ("prompt", *names)] for one in answers
             ],
         )
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from pgsvd_vllm.errors import escaped
 from pgsvd_vllm.format.module_report import Front, front, module_rows
 from pgsvd_vllm.format.reader import Checkpoint
 from pgsvd_vllm.format.schema import FLOAT_DTYPES
@@ -86,19 +87,14 @@ def content_of(checkpoint: Checkpoint, facts: Iterable[tuple[str, str]]) -> Cont
     section = checkpoint.quantization_config
     ratio = section.get("ratio")
     return Content(
-        title=plain(str(section.get("base_model") or checkpoint.folder.name)),
-        facts=[(name, plain(value)) for name, value in facts],
+        title=escaped(str(section.get("base_model") or checkpoint.folder.name)),
+        facts=[(name, escaped(value)) for name, value in facts],
         projections=projections,
         front=front(checkpoint),
         removed=ratio.get("linear") if isinstance(ratio, dict) else None,
         other_bytes=sum(info.nbytes for info in checkpoint.tensors.values()) - sum(p.nbytes for p in projections),
         itemsize=_itemsize(checkpoint),
     )
-
-
-def plain(text: str) -> str:
-    """A text with escapes in place of control characters other than line breaks, which XML does not allow."""
-    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
 def _itemsize(checkpoint: Checkpoint) -> int:
@@ -117,11 +113,11 @@ def _projection(checkpoint: Checkpoint, row: dict[str, Any]) -> Projection:
     numel = out * width
     if module is not None:
         numel = sum(math.prod(shape) for shape in module.shapes(out, width).values())
-    found = _NAME.fullmatch(plain(name))
-    tower, layer, kind = (found[1], int(found[2]), found[3]) if found else (plain(name), 0, plain(name))
+    found = _NAME.fullmatch(escaped(name))
+    tower, layer, kind = (found[1], int(found[2]), found[3]) if found else (escaped(name), 0, escaped(name))
     rank = None if module is None or module.is_dense else module.rank
     return Projection(
-        plain(name),
+        escaped(name),
         tower,
         layer,
         _EXPERT.sub(".*.", kind),

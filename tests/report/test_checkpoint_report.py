@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 
 from pgsvd_vllm.cli import main
+from pgsvd_vllm.errors import escaped
 from pgsvd_vllm.format.reader import open_checkpoint
 from pgsvd_vllm.format.schema import REPORT_NAME
 from pgsvd_vllm.report.charts import Series, lines
-from pgsvd_vllm.report.content import content_of, plain
+from pgsvd_vllm.report.content import content_of
 from tests.conftest import save_tiny_model
 from tests.e2e.checkpoints import truncated, write_checkpoint
 
@@ -130,7 +131,7 @@ def test_names_with_markup_and_dollars_are_shown_as_they_are() -> None:
     names = ["$a_b$", "<script>", "a&b"]
     chart = lines([Series(name, [(0.1, 1.0)], [f"note {name}"]) for name in names], ("x", "y"))
     assert all(html.escape(name, quote=False) in chart for name in names)
-    assert plain("a\x00b\x1b[31m\n") == "a\\x00b\\x1b[31m\n"
+    assert escaped("a\x00b\x1b[31m\n") == "a\\x00b\\x1b[31m\n"
 
 
 def test_the_page_loads_nothing(tiny_compressed: Path, tmp_path: Path) -> None:
