@@ -5,12 +5,14 @@ so transformers stops instead of initializing the projections at random.
 """
 
 import types
+import warnings
 from collections.abc import Mapping
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.quantizers import register_quantization_config, register_quantizer
@@ -19,8 +21,6 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from pgsvd_vllm.errors import CheckpointError
 from pgsvd_vllm.format.dtypes import check_finite
-from pgsvd_vllm.format.lowrank import factored_linear, pivot_linear
-from pgsvd_vllm.format.quantization import PACKED, SCALE, dequantize, unpack
 from pgsvd_vllm.format.reader import (
     TensorInfo,
     check_count,
@@ -33,128 +33,31 @@ from pgsvd_vllm.format.reader import (
     weight_shape,
 )
 from pgsvd_vllm.format.schema import (
-    DENSE,
     DENSE_INDEX_NAME,
     FLOAT_DTYPES,
+    FORMS,
     INDEX_NAME,
     LOAD_GUARD,
     QUANT_METHOD,
     WEIGHTS_STEM,
-    FactoredModule,
     check_pivots,
     parse_modules,
 )
 from pgsvd_vllm.format.writer import give_usual_permissions, save_config, write_index
+from pgsvd_vllm.hf.low_rank_linear import MODULES, LowRankLinear, PivotLinear
 from pgsvd_vllm.hf.moe_unstack import unstack_experts, without_stacking
-from pgsvd_vllm.hf.transformers_compat import AUTO_QUANTIZER_MAPPING, Conv1D, mark_initialized, tied_weights
+from pgsvd_vllm.hf.transformers_compat import (
+    AUTO_QUANTIZER_MAPPING,
+    Conv1D,
+    mark_initialized,
+    saves_adapters,
+    tied_weights,
+)
 from pgsvd_vllm.hf.weight_mapping import stored_tensors, without_weight_norm
-
-_DTYPES = {
-    **{"I8": torch.int8, "I32": torch.int32, "F8_E4M3": torch.float8_e4m3fn},
-    **{"F32": torch.float32, "BF16": torch.bfloat16},
-}
-
-
-class LowRankLinear(nn.Module):
-    """A linear layer in one of the format's forms (see `format.schema`).
-
-    Quantized matrices stay packed and are dequantized in every forward pass.
-
-    Args:
-        in_features: inputs.
-        out_features: outputs.
-        module: the layer's row of the module table.
-        bias: whether there is a bias [out].
-        device: of the tensors.
-        dtype: of the matrices that are not quantized, and of the bias.
-    """
-
-    form: str
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        module: FactoredModule,
-        bias: bool,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        self.in_features, self.out_features, self.rank = in_features, out_features, module.rank
-        self.schemes = module.schemes
-
-        def empty(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.empty(*shape, device=device, dtype=dtype), requires_grad=False)
-
-        def buffer(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-            self.register_buffer(name, torch.empty(*shape, dtype=dtype, device=device))
-
-        for suffix, shape in module.shapes(out_features, in_features).items():
-            scheme = self.schemes.get(suffix)
-            if suffix == "pivots":
-                buffer(suffix, shape, torch.int32)
-            elif scheme is None:
-                self.register_parameter(suffix, empty(*shape))
-            else:
-                shapes = scheme.shapes(*shape)
-                buffer(f"{suffix}{PACKED}", shapes[PACKED], _DTYPES[scheme.dtype])
-                buffer(f"{suffix}{SCALE}", shapes[SCALE], _DTYPES[scheme.scale_dtype])
-        self.bias = empty(out_features) if bias else None
-
-    def matrix(self, suffix: str, dtype: torch.dtype) -> torch.Tensor:
-        """A matrix; in `dtype` if it is quantized."""
-        scheme = self.schemes.get(suffix)
-        if scheme is None:
-            return getattr(self, suffix)
-        values = unpack(getattr(self, f"{suffix}{PACKED}"), scheme)
-        return dequantize(values, getattr(self, f"{suffix}{SCALE}"), torch.float32).to(dtype)
-
-    def extra_repr(self) -> str:
-        """The sizes that print(model) shows."""
-        names = sorted({scheme.name for scheme in self.schemes.values()})
-        sizes = f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
-        return ", ".join([sizes, *names])
-
-
-class FactoredLinear(LowRankLinear):
-    """y = U (V x) + b, the form `factors`."""
-
-    form = "factors"
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """y [..., out] for x [..., in], in x's dtype."""
-        v, u = (self.matrix(suffix, x.dtype) for suffix in ("weight_v", "weight_u"))
-        return factored_linear(x, v, [u], self.bias)
-
-
-class PivotLinear(LowRankLinear):
-    """y[pivots] = z and y[others] = C z with z = P x, plus b: the form `pivot` (PIFA, arXiv 2501.19090)."""
-
-    form = "pivot"
-    pivots: torch.Tensor
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """y [..., out] for x [..., in], in x's dtype."""
-        p, c = (self.matrix(suffix, x.dtype) for suffix in ("weight_p", "weight_c"))
-        return pivot_linear(x, p, c, self.pivots, self.bias)
-
-
-class QuantizedLinear(LowRankLinear):
-    """y = W x + b with a quantized W: the form `dense`."""
-
-    form = DENSE
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """y [..., out] for x [..., in], in x's dtype."""
-        return F.linear(x, self.matrix("weight", x.dtype), self.bias)
-
-
-MODULES: dict[str, type[LowRankLinear]] = {cls.form: cls for cls in (FactoredLinear, PivotLinear, QuantizedLinear)}
 
 
 class PgsvdQuantizationConfig(QuantizationConfigMixin):
-    """The `quantization_config` section of config.json, which is saved unchanged.
+    """The `quantization_config` section of config.json.
 
     Raises:
         CheckpointError: the section is malformed.
@@ -255,6 +158,8 @@ class PgsvdQuantizer(HfQuantizer):
         for name, parameter in model.named_parameters():
             if not parameter.is_meta:  # on disk
                 check_finite(parameter.detach(), name)
+        if find_spec("peft") is not None:  # it must know the layers before it adapts the model
+            _teach_peft()
         setattr(model, "save_pretrained", types.MethodType(_save_pretrained, model))  # noqa: B010  (mypy)
         return model
 
@@ -266,6 +171,22 @@ class PgsvdQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """True: adapters such as LoRA can be trained on top."""
         return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """Whether Trainer may train the factors themselves: packed matrices have no gradients."""
+        config: Any = self.quantization_config
+        return not any(module.schemes for module in config.modules_table.values())
+
+
+def _teach_peft() -> None:
+    """Let PEFT adapt the layers; a warning where its version lacks what this takes."""
+    try:
+        import_module("pgsvd_vllm.hf.peft_compat")
+    except ImportError as error:
+        warnings.warn(
+            f"this version of PEFT cannot adapt compressed layers ({error}); install 0.20 or 0.21", stacklevel=2
+        )
 
 
 def _read_tensors(files: list[Path]) -> dict[str, TensorInfo]:
@@ -314,11 +235,13 @@ def _check_shapes(model: PreTrainedModel, tensors: Mapping[str, TensorInfo]) -> 
 
 
 def _save_pretrained(model: PreTrainedModel, save_directory: str | Path, **kwargs: Any) -> None:
-    """save_pretrained, followed by the format's file names and its load guard in config.json."""
+    """save_pretrained, followed by the format's file names, and its module table and load guard in config.json."""
     folder = Path(save_directory)
     dense_index = folder / DENSE_INDEX_NAME
     dense_index.unlink(missing_ok=True)
     type(model).save_pretrained(model, save_directory, **kwargs)
+    if saves_adapters(model):
+        return
     names = index_files(read_json(dense_index), dense_index) if dense_index.exists() else ["model.safetensors"]
     dense_index.unlink(missing_ok=True)
     paths = [folder / name.replace("model", WEIGHTS_STEM, 1) for name in names]
@@ -337,8 +260,27 @@ def _save_pretrained(model: PreTrainedModel, save_directory: str | Path, **kwarg
     config = read_config(folder)
     config["transformers_weights"] = LOAD_GUARD
     # The number of tensors may change, since transformers stores tied tensors once.
-    config["quantization_config"]["tensors"] = len(tensors)
+    section = config["quantization_config"]
+    section["tensors"] = len(tensors)
+    _update_table(section, tensors)
     save_config(folder, config)
+
+
+def _update_table(section: dict[str, Any], tensors: Mapping[str, TensorInfo]) -> None:
+    """Set the ranks and forms of a module table to those of the saved tensors, which a merged adapter changes.
+
+    Args:
+        section: the `quantization_config` of config.json; if any rank changes it loses what was removed, `ratio` and
+            `time_removed`.
+        tensors: that were saved.
+    """
+    for name, row in section["modules"].items():
+        for form, (down, *_) in FORMS.items():
+            info = tensors.get(f"{name}.{down}")
+            if info is not None and info.shape[0] != row["rank"]:
+                row |= {"rank": info.shape[0], "form": form}
+                section.pop("ratio", None)
+                section.pop("time_removed", None)
 
 
 if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:

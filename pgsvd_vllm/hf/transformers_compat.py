@@ -59,6 +59,7 @@ __all__ = [
     "loaded_dtype",
     "mark_initialized",
     "rename_source_key",
+    "saves_adapters",
     "sdpa_attention_forward",
     "sdpa_mask",
     "skeleton",
@@ -99,3 +100,8 @@ def loaded_dtype(model: PreTrainedModel, name: str, dtype: torch.dtype) -> torch
 def mark_initialized(module: nn.Module) -> None:
     """Keep transformers from initialising a module, whose original children GPT-2's rule would look for."""
     setattr(module, "_is_hf_initialized", True)  # noqa: B010  (no attribute of nn.Module for mypy)
+
+
+def saves_adapters(model: PreTrainedModel) -> bool:
+    """Whether save_pretrained writes the model's adapters alone: those that `model.add_adapter` has added."""
+    return getattr(model, "_hf_peft_config_loaded", False)

@@ -1,6 +1,7 @@
-"""LoRA adapters on a compressed model: a real engine against transformers with the same adapters."""
+"""LoRA adapters on a compressed model, or merged into it: real engines against transformers with the same adapters."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from pgsvd_vllm.format.reader import open_checkpoint
 from tests.e2e.checkpoints import PROJECTIONS, greedy_of, transformers_greedy
 from tests.e2e.engine import NEW_TOKENS, greedy, run_engine, tokens
 
@@ -102,3 +104,53 @@ def test_adapters_take_turns_in_one_slot(
         max_lora_rank=RANK,
     )
     assert [tokens(answer) for answer in answers] == [expected[adapter] for adapter in turns]
+
+
+@pytest.fixture(scope="module")
+def tuned(
+    tiny_compressed: Path, prompts: list[list[int]], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path, list[list[int]]]:
+    """An adapter that PEFT trained, the checkpoint with this adapter merged, and PEFT's tokens."""
+    from peft import LoraConfig, get_peft_model
+
+    folder = tmp_path_factory.mktemp("tuned")
+    torch.manual_seed(4)
+    # vLLM fuses q, k and v, and gate and up: one of them keeps its form when the adapter is merged.
+    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=["q_proj", "v_proj", "up_proj", "down_proj"])
+    model: Any = get_peft_model(load(tiny_compressed), config)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    ids = torch.randint(2, 258, (16, 32))
+    for _ in range(20):
+        model(ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder / "adapter")
+    said = greedy_of(model.get_base_model(), prompts, NEW_TOKENS)
+    base = transformers_greedy(tiny_compressed, prompts, NEW_TOKENS)
+    assert all(one != other for one, other in zip(said, base, strict=True))
+    assert len({token for row in said for token in row}) > 20
+    model.merge_and_unload().save_pretrained(folder / "merged")
+    for path in tiny_compressed.glob("tokenizer*"):
+        shutil.copyfile(path, folder / "merged" / path.name)
+    return folder / "adapter", folder / "merged", said
+
+
+@pytest.mark.feature("LoRA: an adapter trained by PEFT on the compressed model")
+def test_a_trained_adapter_matches_peft(
+    tiny_compressed: Path, prompts: list[list[int]], tuned: tuple[Path, Path, list[list[int]]]
+) -> None:
+    adapter, _, expected = tuned
+    job = (prompts, greedy(), [str(adapter)] * len(prompts))
+    (answers,) = run_engine(tiny_compressed, [job], enable_lora=True, max_lora_rank=RANK)
+    assert tokens(answers) == expected
+
+
+@pytest.mark.feature("LoRA: an adapter merged into the factors")
+def test_a_merged_adapter_matches_peft(
+    tiny_compressed: Path, prompts: list[list[int]], tuned: tuple[Path, Path, list[list[int]]]
+) -> None:
+    _, merged, expected = tuned
+    assert {module.form for module in open_checkpoint(tiny_compressed).modules.values()} == {"pivot"}
+    assert {module.form for module in open_checkpoint(merged).modules.values()} == {"pivot", "factors"}
+    (answers,) = run_engine(merged, [(prompts, greedy())])
+    assert tokens(answers) == expected

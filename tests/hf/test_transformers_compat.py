@@ -19,7 +19,9 @@ PUBLIC = {
     *("transformers", "transformers.quantizers", "transformers.quantizers.base"),
     "transformers.utils.quantization_config",
 }
-PRIVATE_ATTRIBUTES = {"all_tied_weights_keys", "_get_dtype_plan", "_is_hf_initialized", "_tied_weights_keys"}
+PRIVATE_ATTRIBUTES = {
+    *("all_tied_weights_keys", "_get_dtype_plan", "_hf_peft_config_loaded", "_is_hf_initialized", "_tied_weights_keys")
+}
 
 
 def test_private_names_are_in_one_file() -> None:
