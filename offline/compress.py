@@ -127,8 +127,13 @@ def finish(options: CompressOptions) -> bool:
 
 
 def _request(options: CompressOptions) -> str:
-    """SHA-256 of the options that the result depends on."""
-    return hashlib.sha256(repr(replace(options, output=Path(), resume=False, command="")).encode()).hexdigest()
+    """SHA-256 of the options that the result depends on; those at their defaults leave no trace, so that new ones may
+    come.
+    """
+    plain = CompressOptions("", Path())
+    given = vars(replace(options, output=Path(), resume=False, command=""))
+    chosen = {name: value for name, value in given.items() if value != getattr(plain, name)}
+    return hashlib.sha256(repr(chosen).encode()).hexdigest()
 
 
 def _failure(error: Exception, options: CompressOptions) -> str | None:

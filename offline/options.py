@@ -96,6 +96,7 @@ class CompressOptions:
         tolerance: relative output error allowed in every projection, instead of `ratio`; a dict has one per tower.
         target_bytes: largest size of the written weights in bytes, instead of `ratio`.
         target_loss: largest predicted loss in nats per token, instead of `ratio`: the smallest model within it.
+        target_latency: largest GEMM time of all projections in milliseconds, by the table `costs`, instead of `ratio`.
         sensitivity: `measured`, `forward` or `uniform`. None is `uniform` with a tolerance or a baseline; otherwise it
             is `measured`, or `forward` if gradients do not fit in memory.
         baseline: one of `BASELINES`, used instead of PGSVD for comparison; None for PGSVD.
@@ -115,6 +116,7 @@ class CompressOptions:
         num_calibration_samples: windows of text, or image-text pairs; None for `WINDOWS` or `PAIRS`, `CPU_WINDOWS` of
             the model's own text on a CPU, and up to `GPU_GROWTH` times `WINDOWS` of text on a GPU.
         max_seq_length: tokens per window.
+        text_column: field of a row of text data sets that holds its text or conversation; None for the usual names.
         chat_template: whether plain text is formatted as user and assistant turns with the model's chat template.
         seed: of the draws of windows, pairs and labels.
         ignore: shell patterns of projections that stay dense; they count as kept.
@@ -135,6 +137,7 @@ class CompressOptions:
     tolerance: float | dict[str, float] | None = None
     target_bytes: int | None = None
     target_loss: float | None = None
+    target_latency: float | None = None
     sensitivity: str | None = None
     baseline: str | None = None
     form: str | None = None
@@ -147,6 +150,7 @@ class CompressOptions:
     dataset: tuple[str, ...] | None = None
     num_calibration_samples: int | None = None
     max_seq_length: int = 1024
+    text_column: str | None = None
     chat_template: bool = False
     seed: int = 0
     ignore: tuple[str, ...] = ()
@@ -203,6 +207,7 @@ def check_options(options: CompressOptions) -> None:
         raise InputError("`refine` and `refine_tokens`: give only one of them")
     _check_bits(options)
     _check_target_loss(options)
+    _check_target_latency(options)
     if options.num_calibration_samples is not None and options.num_calibration_samples < 1:
         raise InputError(f"--num-calibration-samples {options.num_calibration_samples}: must be at least 1")
     if not 0 < options.head_tolerance < 1:
@@ -229,7 +234,8 @@ def _check_bits(options: CompressOptions) -> None:
         raise InputError(f"--target-bytes {size}: must be positive")
     if size is not None and "lm_head" in options.include:
         raise InputError("--target-bytes: an LM head gets its rank by --head-tolerance; omit --include lm_head")
-    if bits == AUTO and options.ratio is None and size is None and options.target_loss is None:
+    targets = (options.ratio, size, options.target_loss, options.target_latency)
+    if bits == AUTO and targets == (None, None, None, None):
         raise InputError(
             "--bits auto: needs a size, --target-bytes of all weights or --ratio of the projections' bytes to remove, "
             "or a --target-loss"
@@ -238,7 +244,7 @@ def _check_bits(options: CompressOptions) -> None:
         if given and (options.baseline is not None or options.sensitivity == "uniform"):
             raise InputError(f"{name}: needs measured losses; omit --baseline and --sensitivity uniform")
         if given and options.costs is not None:
-            raise InputError(f"{name}: is about size; omit --objective latency")
+            raise InputError(f"{name}: is about size; omit --costs and what goes with it")
 
 
 def _check_target_loss(options: CompressOptions) -> None:
@@ -252,6 +258,22 @@ def _check_target_loss(options: CompressOptions) -> None:
         raise InputError("--target-loss: determines how much is removed; omit --ratio, --tolerance and --target-bytes")
     if options.baseline is not None or options.sensitivity not in (None, "measured"):
         raise InputError("--target-loss: needs losses in nats; omit --baseline, or give --sensitivity measured")
+
+
+def _check_target_latency(options: CompressOptions) -> None:
+    """Refuse a latency that nothing can choose by."""
+    target = options.target_latency
+    if target is None:
+        return
+    if not 0 < target < math.inf:
+        raise InputError(f"--target-latency {target}: must be a positive number of milliseconds")
+    others = (options.ratio, options.tolerance, options.target_bytes, options.target_loss)
+    if others != (None, None, None, None):
+        raise InputError("--target-latency: determines how much is removed; omit the other targets")
+    if options.bits != "16":
+        raise InputError("--target-latency: the latency table has GEMMs of 16 bits; omit --bits")
+    if options.costs is None:
+        raise InputError("--target-latency: needs the latencies of the serving machine, --costs FILE")
 
 
 def _check_folders(options: CompressOptions) -> None:

@@ -1,4 +1,4 @@
-"""Writes the option tables of docs/compress.md from the command line's own parsers.
+"""Writes the option tables of docs/options.md from the command line's own parsers.
 
     python tests/cli_reference.py            # prints the document
     python tests/cli_reference.py --write    # replaces the tables in it
@@ -8,6 +8,7 @@ tables is written by hand and stays as it is.
 """
 
 import argparse
+import html
 import re
 import sys
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from pathlib import Path
 from pgsvd_vllm.cli import COMMANDS, build_parser
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENT = ROOT / "docs" / "compress.md"
+DOCUMENT = ROOT / "docs" / "options.md"
 
 BLOCK = re.compile(r"(<!-- options of ([\w-]+) -->\n).*?(<!-- end of options -->)", re.DOTALL)
 
@@ -27,6 +28,13 @@ def parser_of(command: str) -> argparse.ArgumentParser:
     return subparsers.choices[command]
 
 
+def code(text: str) -> str:
+    """Text in the font of code, in a cell of a table, which a bar would end; a backslash is no escape inside code."""
+    if "|" not in text:
+        return f"`{text}`"
+    return f"<code>{html.escape(text, quote=False).replace('|', '&#124;')}</code>"
+
+
 def spelling(action: argparse.Action) -> str:
     """An option as it is typed: its names, and its value or choices."""
     if action.choices is not None:
@@ -34,12 +42,12 @@ def spelling(action: argparse.Action) -> str:
     else:
         value = str(action.metavar or action.dest.upper())
     if not action.option_strings:
-        return f"`{value}`"
+        return code(value)
     names = ", ".join(action.option_strings)
     if action.nargs == 0:
-        return f"`{names}`"
+        return code(names)
     value = {"?": f"[{value}]", "+": f"{value} ..."}.get(str(action.nargs), value)
-    return f"`{names} {value}`"
+    return code(f"{names} {value}")
 
 
 def table(command: str) -> Iterator[str]:
@@ -48,10 +56,9 @@ def table(command: str) -> Iterator[str]:
     yield "|---|---|"
     for action in parser_of(command)._actions:
         if not isinstance(action, argparse._HelpAction):
-            shown = (action.help or "").replace("%%", "%")
-            # A bar inside a cell would end it.
-            name, text = (cell.replace("|", "\\|") for cell in (spelling(action), shown))
-            yield f"| {name} | {text} |"
+            # A bar would end the cell, and a star begin emphasis.
+            shown = re.sub(r"([|*])", r"\\\1", (action.help or "").replace("%%", "%"))
+            yield f"| {spelling(action)} | {shown} |"
 
 
 def render(document: str) -> str:
@@ -70,7 +77,7 @@ def render(document: str) -> str:
 def main() -> int:
     """Print or write the document."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--write", action="store_true", help="replace the tables of docs/compress.md")
+    parser.add_argument("--write", action="store_true", help="replace the tables of docs/options.md")
     text = render(DOCUMENT.read_text(encoding="utf-8"))
     if parser.parse_args().write:
         DOCUMENT.write_text(text, encoding="utf-8")

@@ -26,6 +26,7 @@ OFFLINE_ROOMS = (
         "offline.convert",
         "offline.compress",
         "offline.sweep",
+        "offline.study",
     ),
 )
 RULES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -102,6 +103,12 @@ def below(name: str, prefixes: tuple[str, ...]) -> bool:
 
 def test_importing_the_package_is_light() -> None:
     done = python("import pgsvd_vllm; print([m for m in ('torch', 'vllm', 'transformers') if m in sys.modules])")
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_the_command_starts_without_torch() -> None:
+    """--help is fast, and tqdm, which torch imports, reads its settings after the options are known."""
+    done = python("import pgsvd_vllm.cli; print([m for m in ('torch', 'tqdm', 'numpy') if m in sys.modules])")
     assert done.stdout.strip() == "[]", done.stderr
 
 
@@ -260,7 +267,8 @@ def test_documents_name_files_that_exist() -> None:
     ]
     # docs/architecture.md shortens paths below these.
     bases = [ROOT, *(ROOT / name for name in ("pgsvd_vllm", "offline", "tests", "docs"))]
-    pattern = re.compile(r"(?<![\w/.~-])(?:[\w-]+/)+[\w-]+\.(?:py|md|json|png)\b")
+    # DIR stands for a user's folder.
+    pattern = re.compile(r"(?<![\w/.~-])(?!DIR/)(?:[\w-]+/)+[\w-]+\.(?:py|md|json|png)\b")
     named = {(path.name, name) for path in documents for name in pattern.findall(path.read_text(encoding="utf-8"))}
     assert len(named) > 50
     assert not [pair for pair in sorted(named) if not any((base / pair[1]).is_file() for base in bases)]

@@ -23,9 +23,12 @@ PIN = re.compile(r"^(?P<name>[A-Za-z0-9._-]+)==(?P<version>[^ ;\\]+)(?: ;[^\\]*)
 HASH = re.compile(r"^    --hash=sha256:[0-9a-f]{64}(?: \\)?$")
 PRODUCT = sorted(path for name in ("pgsvd_vllm", "offline", "kernels") for path in (ROOT / name).rglob("*.py"))
 # Modules that run code from data, or that open connections; hubs are reached through their own libraries.
-UNSAFE = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "yaml"}
+UNSAFE = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
 NETWORK = {"requests", "urllib", "urllib3", "http", "httpx", "aiohttp", "ftplib", "smtplib", "xmlrpc", "websockets"}
 CALLS = {"eval", "exec", "compile", "torch.load", "torch.hub.load", "numpy.load", "np.load"}
+
+# What of yaml makes plain values alone.
+SAFE_YAML = {"safe_load", "safe_dump", "YAMLError"}
 
 # Records every address that is looked up or connected to, but for this machine's, and lets none through.
 GUARD = """
@@ -130,10 +133,12 @@ def unsafe_names(path: Path) -> list[str]:
     """What a file imports or calls that runs code from data or opens connections."""
     found = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "yaml" and node.attr not in SAFE_YAML:
+            found.append(f"yaml.{node.attr}")
         if isinstance(node, ast.Import):
             found += [alias.name for alias in node.names if alias.name.split(".")[0] in UNSAFE | NETWORK]
-        elif isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] in UNSAFE | NETWORK:
-            found.append(node.module)
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in UNSAFE | NETWORK | {"yaml"}:
+            found.append(node.module or "")
         elif isinstance(node, ast.Call) and ast.unparse(node.func) in CALLS:
             found.append(ast.unparse(node.func))
     return [f"{path.relative_to(ROOT)}: {name}" for name in found]
@@ -142,6 +147,13 @@ def unsafe_names(path: Path) -> list[str]:
 def test_no_file_unpickles_or_opens_connections() -> None:
     assert [name for path in PRODUCT for name in unsafe_names(path)] == []
     assert unsafe_names(ROOT / "tests" / "support" / "server.py")  # it uses urllib
+
+
+@pytest.mark.parametrize("code", ["import yaml\nyaml.load(x, Loader=yaml.Loader)", "from yaml import load"])
+def test_other_loaders_of_yaml_are_found(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(f"{__name__}.ROOT", tmp_path)
+    (tmp_path / "a.py").write_text(code)
+    assert unsafe_names(tmp_path / "a.py")
 
 
 def test_a_local_model_needs_no_network(tiny_model: Path, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ PAGE = RECORDS.parent / "reliability.md"
 INTRODUCTION = """# Reliability
 
 Damaged inputs, interrupted runs and servers under faults: what was tried, how often, and what failed. Every figure is
-in [docs/reliability/](reliability/) with its command, machine and versions; `python benchmarks/reliability/report.py
+in the folder `docs/reliability/` with its command, machine and versions; `python benchmarks/reliability/report.py
 --write` makes this page of them. A bar is the largest value that passes; **MISSED** marks a value above it. Every
 command ends with status 1 where a bar is missed.
 """

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from transformers import PreTrainedTokenizerBase
 
 from pgsvd_vllm.errors import InputError
+from pgsvd_vllm.offline.data.hub_rows import HUB_SETS
 from pgsvd_vllm.offline.data.image_text import Pairs, has_pairs, load_processor, mix_pairs, read_pairs
 from pgsvd_vllm.offline.data.sampled.captions import Captions
 from pgsvd_vllm.offline.data.sampled.self_text import Machine, Sampling, SelfText, piece_length, rows_in_memory, sum_of
@@ -194,6 +195,11 @@ class DataReader:
         options, source = self._options, self._source
         texts: list[str] = []
         folders: list[str] = []
+        if options.text_column is not None and all(name in (SELF, BUILTIN, *HUB_SETS) for name in self._datasets):
+            raise InputError(
+                f"`text_column` {options.text_column}: names a field of the rows of a --dataset of your own; name that "
+                "data set, or omit it"
+            )
         for dataset in self._datasets:
             if self._datasets.count(dataset) > 1:
                 raise InputError(f"--dataset {dataset}: given twice; name every data set once")
@@ -261,7 +267,9 @@ class DataReader:
         runs of other methods share the calibration. Shorter texts give up windows only if distillation was asked for.
         """
         options = self._options
-        documents = read_documents(dataset, (count + left_over) * self._length, tokenizer, options.chat_template)
+        documents = read_documents(
+            dataset, (count + left_over) * self._length, tokenizer, options.chat_template, options.text_column
+        )
         text = tokenize(tokenizer, documents, dataset)
         enough = len(text.ids) >= GENEROUS_WINDOWS * (self._length - len(text.prefix))
         spared = enough or (self._dose is not None and not self._dose.by_default)

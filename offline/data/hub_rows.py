@@ -18,7 +18,7 @@ HUB_SETS = {
 
 
 def is_hub_id(dataset: str) -> bool:
-    """Whether a data set looks like OWNER/NAME or OWNER/NAME:CONFIGURATION and is no local path."""
+    """Whether a data set looks like OWNER/NAME[:CONFIGURATION[:SPLIT]] and is no local path."""
     local = os.path.exists(dataset) or dataset.startswith((".", "/", "~"))
     return dataset.count("/") == 1 and not local and not dataset.lower().endswith((*ROW_FILES, ".txt", ".md"))
 
@@ -27,16 +27,23 @@ def hub_rows(dataset: str, instead: str) -> Iterator[PlacedRow]:
     """Stream the rows of a hub data set from the hub, or from its cache if the hub cannot be reached.
 
     Args:
-        dataset: a key of `HUB_SETS`, or OWNER/NAME with an optional :CONFIGURATION.
+        dataset: a key of `HUB_SETS`, or OWNER/NAME with an optional :CONFIGURATION or :CONFIGURATION:SPLIT; without a
+            configuration a split is named by OWNER/NAME::SPLIT.
         instead: what the user can give instead, for error messages.
 
     Raises:
-        InputError: neither the hub nor its cache has the data set, or one of its files is damaged.
+        InputError: neither the hub nor its cache has the data set or the split, or one of its files is damaged.
     """
     name, _, chosen = dataset.partition(":")
-    repo, config, file = HUB_SETS.get(dataset, (name, chosen or None, None))
+    configuration, _, split = chosen.partition(":")
+    repo, config, file = HUB_SETS.get(dataset, (name, configuration or None, None))
     try:
-        for number, row in enumerate(_open(repo, config, file), 1):
+        splits = _open(repo, config, file)
+        if split and split not in splits:
+            raise InputError(f"--dataset {dataset}: has no split {split}; it has {', '.join(splits)}")
+        # Without a name the split `train`, or the first one that is named so in part.
+        wanted = split or min(splits, key=lambda name: (name != "train", "train" not in name))
+        for number, row in enumerate(splits[wanted], 1):
             yield f"row {number}", row
     except InputError:
         raise
@@ -46,18 +53,16 @@ def hub_rows(dataset: str, instead: str) -> Iterator[PlacedRow]:
         raise InputError(f"--dataset {dataset}: {what} provide it ({reason}); {instead}") from None
 
 
-def _open(repo: str, config: str | None, file: str | None) -> Iterator[Any]:
-    """The rows of the split `train`, or of the first one that is named so in part."""
+def _open(repo: str, config: str | None, file: str | None) -> dict[str, Any]:
+    """Split -> its rows, streamed."""
     from datasets import load_dataset
 
     options: dict[str, Any] = {"data_files": {"train": file}} if file else {}
     try:
-        splits = load_dataset(repo, config, streaming=True, **options)
+        return load_dataset(repo, config, streaming=True, **options)
     except Exception as error:
         try:
             folder = snapshot_download(repo, repo_type="dataset", local_files_only=True)
         except (OSError, HFValidationError):
             raise error from None
-        splits = load_dataset(folder, config, streaming=True, **options)
-    names = list(splits)
-    return iter(splits[min(names, key=lambda name: (name != "train", "train" not in name))])
+        return load_dataset(folder, config, streaming=True, **options)

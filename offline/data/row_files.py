@@ -26,7 +26,7 @@ DELIMITERS = (",", "\t", ";", "|")
 LONGEST_CELL = 2**31 - 1
 
 
-def _json_line_rows(path: Path) -> Iterator[PlacedRow]:
+def _json_line_rows(path: Path, column: str | None = None) -> Iterator[PlacedRow]:
     """The rows of JSON Lines; empty lines are skipped."""
     # str.splitlines would also split at U+2028, which may stand inside a JSON string.
     for number, line in enumerate(text_lines(path), 1):
@@ -40,7 +40,7 @@ def _json_line_rows(path: Path) -> Iterator[PlacedRow]:
             yield f"line {number}", row
 
 
-def _json_rows(path: Path) -> Iterator[PlacedRow]:
+def _json_rows(path: Path, column: str | None = None) -> Iterator[PlacedRow]:
     """The rows of a JSON file: those of its array, its one object, or those of JSON Lines."""
     text = read_text(path)
     try:
@@ -55,19 +55,20 @@ def _json_rows(path: Path) -> Iterator[PlacedRow]:
         yield f"row {number}", row
 
 
-def _table_rows(path: Path) -> Iterator[PlacedRow]:
+def _table_rows(path: Path, column: str | None = None) -> Iterator[PlacedRow]:
     """The rows of a CSV file with a header; the delimiter is the one that separates known columns in the header."""
     csv.field_size_limit(LONGEST_CELL)
     with named_errors(path):
         header = next(text_lines(path), "")
-    delimiters = [d for d in DELIMITERS if known_fields(next(csv.reader([header], delimiter=d), []))]
+    delimiters = [d for d in DELIMITERS if known_fields(next(csv.reader([header], delimiter=d), []), column)]
     if not delimiters:
-        raise InputError(f"--dataset {path}: line 1 names no known column ({header.strip()[:80]!r}); {TAKEN}")
+        known = "known column" if column is None else f"column {column!r}"
+        raise InputError(f"--dataset {path}: line 1 names no {known} ({header.strip()[:80]!r}); {TAKEN}")
     delimiter = max(delimiters, key=header.count)
     reader = csv.reader(text_lines(path, newline=""), delimiter=delimiter, strict=True)
     try:
         names = next(reader)
-        for name in known_fields(names):
+        for name in known_fields(names, column):
             if names.count(name) > 1:
                 raise InputError(f"--dataset {path}: line 1 names the column {name!r} twice; rename one of them")
         for cells in reader:
@@ -82,31 +83,31 @@ def _table_rows(path: Path) -> Iterator[PlacedRow]:
         raise InputError(f"--dataset {path}: line {reader.line_num} is not CSV ({error})") from None
 
 
-def _parquet_rows(path: Path) -> Iterator[PlacedRow]:
+def _parquet_rows(path: Path, column: str | None = None) -> Iterator[PlacedRow]:
     """The rows of a Parquet file."""
     from pyarrow import parquet
 
     file = parquet.ParquetFile(path)
-    columns = _known_columns(path, file.schema_arrow.names)
+    columns = _known_columns(path, file.schema_arrow.names, column)
     batches = file.iter_batches(batch_size=ROWS_PER_BATCH, columns=columns)
     yield from _numbered(row for batch in batches for row in batch.to_pylist())
 
 
-def _arrow_rows(path: Path) -> Iterator[PlacedRow]:
+def _arrow_rows(path: Path, column: str | None = None) -> Iterator[PlacedRow]:
     """The rows of an Arrow file or stream, such as `save_to_disk` of the datasets library writes."""
     import pyarrow
 
     with pyarrow.memory_map(str(path)) as file:
         is_file = read_head(path).startswith(b"ARROW1")
         table = (pyarrow.ipc.open_file if is_file else pyarrow.ipc.open_stream)(file).read_all()
-        table = table.select(_known_columns(path, table.schema.names))
+        table = table.select(_known_columns(path, table.schema.names, column))
         batches = table.to_batches(max_chunksize=ROWS_PER_BATCH)
         yield from _numbered(row for batch in batches for row in batch.to_pylist())
 
 
-def _known_columns(path: Path, names: list[str]) -> list[str]:
+def _known_columns(path: Path, names: list[str], column: str | None) -> list[str]:
     """The columns that `read_row` may read; raises InputError without any."""
-    known = known_fields(names)
+    known = known_fields(names, column)
     if not known:
         raise InputError(f"--dataset {path}: has the columns {', '.join(names)[:200]}; {TAKEN}")
     return known
@@ -116,7 +117,7 @@ def _numbered(rows: Iterator[Any]) -> Iterator[PlacedRow]:
     return ((f"row {number}", row) for number, row in enumerate(rows, 1))
 
 
-ROW_FILES: dict[str, Callable[[Path], Iterator[PlacedRow]]] = {
+ROW_FILES: dict[str, Callable[[Path, str | None], Iterator[PlacedRow]]] = {
     ".parquet": _parquet_rows,
     ".arrow": _arrow_rows,
     ".jsonl": _json_line_rows,
@@ -128,7 +129,7 @@ ROW_FILES: dict[str, Callable[[Path], Iterator[PlacedRow]]] = {
 BINARY = {b"PAR1": ".parquet", b"ARROW1": ".arrow"}
 
 
-def row_format(path: Path) -> str | None:
+def row_format(path: Path, column: str | None = None) -> str | None:
     """The key of `ROW_FILES` for a file; None for plain text.
 
     The suffix decides, in upper or lower case and before one of a compression. Under other names the beginning tells
@@ -141,26 +142,29 @@ def row_format(path: Path) -> str | None:
     if suffix in ROW_FILES:
         return suffix
     head = read_head(path)
-    if head.lstrip(b"\xef\xbb\xbf\r\n\t ").startswith(b"{") and _begins_with_a_row(path):
+    if head.lstrip(b"\xef\xbb\xbf\r\n\t ").startswith(b"{") and _begins_with_a_row(path, column):
         return ".jsonl"
     return next((name for magic, name in BINARY.items() if head.startswith(magic)), None)
 
 
-def _begins_with_a_row(path: Path) -> bool:
-    """Whether the first line of a text that is not empty is a row."""
+def _begins_with_a_row(path: Path, column: str | None) -> bool:
+    """Whether the first line of a text that is not empty is a row; with a column that any object in JSON is."""
     try:
-        read_row(json.loads(next(line for line in text_lines(path) if line.strip())))
+        row = json.loads(next(line for line in text_lines(path) if line.strip()))
+        if column is None:
+            read_row(row)
     except (ValueError, RecursionError):
         return False
     return True
 
 
-def read_rows(path: Path, kind: str) -> Iterator[PlacedRow]:
+def read_rows(path: Path, kind: str, column: str | None = None) -> Iterator[PlacedRow]:
     """The rows of a file with their places.
 
     Args:
         path: of the file.
         kind: as of `row_format`.
+        column: the only one that is read; None for those that `read_row` knows.
 
     Raises:
         InputError: the file cannot be read; names the line where there is one.
@@ -171,7 +175,7 @@ def read_rows(path: Path, kind: str) -> Iterator[PlacedRow]:
                 check_text(path, read_head(path))
                 if is_compressed(path):
                     raise InputError(f"--dataset {path}: is a compressed {kind} file; decompress it")
-            yield from ROW_FILES[kind](path)
+            yield from ROW_FILES[kind](path, column)
     except ImportError:
         raise InputError(f"--dataset {path}: reading {kind} files needs pyarrow; pip install pyarrow") from None
     except InputError:

@@ -39,17 +39,20 @@ class Conversation:
 Document = str | Conversation
 
 
-def read_row(row: Any) -> Document:
+def read_row(row: Any, column: str | None = None) -> Document:
     """The text or the conversation of a row; see `FORMATS`.
 
     A blank or empty field counts only if the row has nothing else: tables have every column in every row.
 
     Args:
         row: any JSON value; upper and lower case of its keys are alike, and null is the same as no value.
+        column: the field that holds a text or a list of messages, whatever else the row has; None for `FORMATS`.
 
     Raises:
         RowError: the row has none of the formats, or one of its values has the wrong type.
     """
+    if column is not None:
+        return _of_column(row, column)
     if isinstance(row, str):
         return row
     if not isinstance(row, dict):
@@ -67,12 +70,32 @@ def read_row(row: Any) -> Document:
     for key, value in row.items():
         if str(key).strip().lower() in ("text", "content", "chosen"):
             raise RowError(f"has {json.dumps(str(key))} as {_kind(value)}, not a string; {TAKEN}")
-    names = ", ".join(json.dumps(str(key)) for key in list(row)[:12]) or "no fields"
-    raise RowError(f"has {names}; {TAKEN}")
+    raise RowError(f"has {_names(row)}; {TAKEN}")
 
 
-def known_fields(names: Iterable[str]) -> list[str]:
+def _of_column(row: Any, column: str) -> Document:
+    """The text or the conversation in one field of a row."""
+    if not isinstance(row, dict):
+        raise RowError(f"is {_kind(row)}, not an object with {json.dumps(column)}")
+    if column not in row:
+        raise RowError(f"has {_names(row)}, and no {json.dumps(column)} (`text_column`)")
+    value = row[column]
+    if isinstance(value, list):
+        return _conversation(_messages(value), {})
+    if value is None or isinstance(value, str):  # a table may have gaps
+        return value or ""
+    raise RowError(f"has {json.dumps(column)} as {_kind(value)}, not a string or a list of messages")
+
+
+def _names(row: Row) -> str:
+    """The first names of a row's fields, for an error."""
+    return ", ".join(json.dumps(str(key)) for key in list(row)[:12]) or "no fields"
+
+
+def known_fields(names: Iterable[str], column: str | None = None) -> list[str]:
     """The names of columns that `read_row` may read."""
+    if column is not None:
+        return [name for name in names if name == column]
     known = {"text", "content", *CHATS, *QUESTIONS, *ANSWERS, *INPUTS, *SYSTEMS, "role", "from"}
     return [name for name in names if name.strip().lower() in known]
 
@@ -143,7 +166,7 @@ FORMATS: tuple[tuple[str, Callable[[Row], Document | None]], ...] = (
     ('"chosen"', _chosen),
     ('"content"', _content),
 )
-TAKEN = f"a row needs {', '.join(name for name, _ in FORMATS[:-1])} or {FORMATS[-1][0]}"
+TAKEN = f"a row needs {', '.join(name for name, _ in FORMATS)} or the field that `text_column` names"
 
 
 def _conversation(messages: list[Row], row: Row) -> Conversation:

@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -23,8 +24,8 @@ FOLDER_KINDS = (*ROW_FILES, ".txt", ".md")
 # Files that describe a folder's data.
 DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "readme.md")
 TAKEN = (
-    f"give a text file, a {', '.join(ROW_FILES)} file, a folder of such files, OWNER/NAME or OWNER/NAME:CONFIGURATION "
-    f"of a hub data set, {', '.join(HUB_SETS)}, {SELF} or {BUILTIN} (offline)"
+    f"give a text file, a {', '.join(ROW_FILES)} file, a folder of such files, OWNER/NAME, OWNER/NAME:CONFIGURATION or "
+    f"OWNER/NAME:CONFIGURATION:SPLIT of a hub data set, {', '.join(HUB_SETS)}, {SELF} or {BUILTIN} (offline)"
 )
 # No white space, control character, replacement character or character that Unicode calls ignorable, such as
 # zero-width characters, soft hyphens, direction marks, variation selectors and tags.
@@ -64,7 +65,9 @@ def builtin_prose() -> Iterator[str]:
         yield topics[name]
 
 
-def read_documents(dataset: str, tokens: int, tokenizer: PreTrainedTokenizerBase, chat: bool = False) -> Iterator[str]:
+def read_documents(
+    dataset: str, tokens: int, tokenizer: PreTrainedTokenizerBase, chat: bool = False, column: str | None = None
+) -> Iterator[str]:
     """The documents of a data set, at least `tokens` tokens of them if it has so many.
 
     Args:
@@ -74,6 +77,8 @@ def read_documents(dataset: str, tokens: int, tokenizer: PreTrainedTokenizerBase
         tokens: hub data sets are read only up to this length.
         tokenizer: its chat template formats conversations.
         chat: format plain text as conversations, see `conversations`.
+        column: the field of a row that holds its text or conversation; None for those that `read_row` knows. Plain text
+            and the sets of HUB_SETS have no such field.
 
     Raises:
         InputError: the data set does not exist, cannot be read or holds white space alone; the message names the file
@@ -81,7 +86,8 @@ def read_documents(dataset: str, tokens: int, tokenizer: PreTrainedTokenizerBase
     """
     plain: Formatter = partial(conversations, tokenizer=tokenizer) if chat else iter
     visible = False
-    for document in _documents(dataset, tokens, tokenizer, plain):
+    reader = _Reader(tokenizer, plain, column)
+    for document in _documents(dataset, tokens, reader):
         if not document.isascii() and SURROGATE.search(document):
             # JSON may hold halves of surrogate pairs, which no tokenizer takes.
             document = document.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
@@ -91,41 +97,54 @@ def read_documents(dataset: str, tokens: int, tokenizer: PreTrainedTokenizerBase
         raise InputError(f"--dataset {dataset}: holds no text, only white space or control characters; give text")
 
 
-def _documents(dataset: str, tokens: int, tokenizer: PreTrainedTokenizerBase, plain: Formatter) -> Iterator[str]:
-    """The documents of a data set, as they are; `plain` formats plain text."""
+@dataclass(frozen=True)
+class _Reader:
+    """Reads rows and plain texts.
+
+    Attributes:
+        tokenizer: its chat template formats conversations.
+        plain: formats plain text.
+        column: of a row's text, or None.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    plain: Formatter
+    column: str | None
+
+    def of_rows(self, source: str, rows: Iterator[PlacedRow]) -> Iterator[str]:
+        """The documents of rows; raises InputError naming the source and the row."""
+        for place, row in rows:
+            try:
+                document = read_row(row, self.column)
+                if isinstance(document, Conversation):
+                    texts: Iterable[str] = [render(document, self.tokenizer)]
+                else:
+                    texts = self.plain([document])
+            except RowError as error:
+                raise InputError(f"--dataset {source}: {place}: {error}") from None
+            yield from texts
+
+
+def _documents(dataset: str, tokens: int, reader: _Reader) -> Iterator[str]:
+    """The documents of a data set, as they are."""
     if dataset == BUILTIN:
-        yield from plain(builtin_prose())
+        yield from reader.plain(builtin_prose())
     elif dataset in HUB_SETS or is_hub_id(dataset):
-        documents = _of_rows(dataset, hub_rows(dataset, TAKEN), tokenizer, plain)
+        known = replace(reader, column=None) if dataset in HUB_SETS else reader
+        documents = known.of_rows(dataset, hub_rows(dataset, TAKEN))
         found = _leading(documents, tokens * CHARS_PER_TOKEN)
         yield from ["".join(found)] if dataset == "wikitext2" else found
     elif os.path.isdir(dataset) or os.path.isfile(dataset):  # unlike Path.is_file, also for a name that is too long
         for path in _files(Path(dataset)) if os.path.isdir(dataset) else [Path(dataset)]:
-            kind = row_format(path)
+            kind = row_format(path, reader.column)
             if kind is None:
-                yield from plain([read_text(path)])
+                yield from reader.plain([read_text(path)])
             else:
-                yield from _of_rows(str(path), read_rows(path, kind), tokenizer, plain)
+                yield from reader.of_rows(str(path), read_rows(path, kind, reader.column))
     elif os.path.exists(dataset):
         raise InputError(f"--dataset {dataset}: is no file or folder, but a pipe or a device; save its text in a file")
     else:
         raise InputError(f"--dataset {dataset}: no such file; {TAKEN}")
-
-
-def _of_rows(
-    source: str, rows: Iterator[PlacedRow], tokenizer: PreTrainedTokenizerBase, plain: Formatter
-) -> Iterator[str]:
-    """The documents of rows; raises InputError naming the source and the row."""
-    for place, row in rows:
-        try:
-            document = read_row(row)
-            if isinstance(document, Conversation):
-                texts: Iterable[str] = [render(document, tokenizer)]
-            else:
-                texts = plain([document])
-        except RowError as error:
-            raise InputError(f"--dataset {source}: {place}: {error}") from None
-        yield from texts
 
 
 def _leading(documents: Iterator[str], characters: int) -> Iterator[str]:

@@ -11,7 +11,8 @@ from pgsvd_vllm.hf.transformers_compat import loaded_dtype
 from pgsvd_vllm.offline.model.companions import companion_data, find_companions
 from pgsvd_vllm.offline.model.weights import fits
 from pgsvd_vllm.offline.output.outcome import Choice, CompressResult
-from pgsvd_vllm.offline.output.report import write_config, write_model_card, write_report
+from pgsvd_vllm.offline.output.recipe import write_recipe
+from pgsvd_vllm.offline.output.report import revision_of, write_config, write_model_card, write_report
 from pgsvd_vllm.offline.planning.plan import Plan
 from pgsvd_vllm.offline.records import ModuleReport
 from pgsvd_vllm.offline.run_state import RunState
@@ -69,6 +70,7 @@ def write_checkpoint(plan: Plan, state: RunState, choice: Choice) -> CompressRes
     )
     write_config(folder, plan, result)
     write_report(folder, plan, result)
+    write_recipe(folder, plan.options, revision_of(plan.source.folder))
     write_model_card(folder, plan, result)
     check_data(open_checkpoint(folder))
     return result

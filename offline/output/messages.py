@@ -56,7 +56,7 @@ def _distillation_line(plan: Plan) -> str:
         )
     default = dose_of(plan.options, plan.source, plan.settings.device.type) is not None
     if default and len(windows.others) < HELD_OUT and SELF not in windows.name.split(" + "):
-        return f"\nno distillation: the text has fewer than {HELD_OUT} windows beside the calibration windows"
+        return f"\nWARNING: no distillation: the text has fewer than {HELD_OUT} windows beside the calibration windows"
     return ""
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pgsvd_vllm
+from pgsvd_vllm.format.card import quality_section
 from pgsvd_vllm.format.schema import (
     FORMAT_VERSION,
     LOAD_GUARD,
@@ -19,9 +20,10 @@ from pgsvd_vllm.offline.model.companions import without_local_code
 from pgsvd_vllm.offline.model.hub import public_name
 from pgsvd_vllm.offline.output.messages import quantization_text, rank_rule
 from pgsvd_vllm.offline.output.outcome import CompressResult
+from pgsvd_vllm.offline.output.recipe import RECIPE_NAME
 from pgsvd_vllm.offline.planning.plan import Plan
 from pgsvd_vllm.offline.ranks.stored import bits_per_weight
-from pgsvd_vllm.offline.settings import FORWARD
+from pgsvd_vllm.offline.settings import FORWARD, MEASURED
 
 METHOD = "pgsvd"
 # The name of the removed share in the report, by the unit of the front.
@@ -62,7 +64,7 @@ def write_config(folder: Path, plan: Plan, result: CompressResult) -> None:
         "ratio": result.ratios,
         "time_removed": None if allocation.latency_removed is None else round(allocation.latency_removed, 6),
         "base_model": public_name(plan.options.model),
-        "base_revision": _revision(plan.source.folder),
+        "base_revision": revision_of(plan.source.folder),
         "calibration": {"name": data_name(plan), "tokens": plan.data.tokens, "sha256": plan.data.sha256},
         "tool_version": pgsvd_vllm.__version__,
         "command": plan.options.command,
@@ -75,7 +77,7 @@ def data_name(plan: Plan) -> str:
     return " + ".join(public_name(part) for part in plan.data.name.split(" + "))
 
 
-def _revision(folder: Path) -> str | None:
+def revision_of(folder: Path) -> str | None:
     """The commit of a snapshot folder in a hub cache; None for other folders."""
     return folder.name if folder.parent.name == "snapshots" else None
 
@@ -107,10 +109,10 @@ def write_model_card(folder: Path, plan: Plan, result: CompressResult) -> None:
     modules = result.choice.allocation.modules
     stored = bits_per_weight(plan.projections.every, modules, plan.itemsizes)
     bits = f", {stored:.2f} bits per weight" if result.choice.allocation.schemes else ""
+    origin = f"base_model: {base}\n" if base.count("/") == 1 else ""  # the hub takes ids alone
     (folder / "README.md").write_text(
         f"""---
-base_model: {base}
-library_name: vllm
+{origin}library_name: vllm
 tags: [pgsvd, low-rank, compressed]
 ---
 
@@ -127,6 +129,14 @@ Serve it with vLLM and the pgsvd-vllm plugin:
 
 With transformers, run `import pgsvd_vllm.hf` first; otherwise loading stops with an error.
 
+## Quality
+
+{quality_section(_unmeasured(plan, result))}
+
+Text unlike the calibration text loses more. The base model's licence and limitations apply.
+
+## How it was made
+
 | | |
 |---|---|
 | ranks from | {rank_rule(plan.settings, result.choice.allocation)} |
@@ -134,6 +144,22 @@ With transformers, run `import pgsvd_vllm.hf` first; otherwise loading stops wit
 | calibration | {data_name(plan)}, {plan.data.tokens} tokens, sha256 {plan.data.sha256[:16]} |
 | made by | pgsvd-vllm {pgsvd_vllm.__version__} |
 | command | `{plan.options.command}` |
+| recipe | [{RECIPE_NAME}]({RECIPE_NAME}), for `pgsvd-vllm compress MODEL -o DIR --recipe {RECIPE_NAME}` |
 """,
         encoding="utf-8",
     )
+
+
+def _unmeasured(plan: Plan, result: CompressResult) -> str:
+    """What the card says of the quality before `evaluate` has measured it."""
+    loss = result.choice.allocation.loss
+    predicted = ""
+    if loss is not None and plan.settings.sensitivity == MEASURED:
+        later = " and distillation" if plan.settings.dose is not None else ""
+        before = f", before the error-aware fit{later}" if plan.settings.sequential else ""
+        predicted = f"Predicted loss on the calibration text: {loss:.3g} nats per token{before}.\n"
+    return f"""{predicted}Not measured yet. Measure it, and put the table here, with:
+
+    pgsvd-vllm evaluate DIR --against BASE --json quality.json
+    pgsvd-vllm report DIR --evaluation quality.json
+"""

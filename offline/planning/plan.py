@@ -20,8 +20,8 @@ from pgsvd_vllm.offline.model.source import ModelSource
 from pgsvd_vllm.offline.model.towers import LANGUAGE
 from pgsvd_vllm.offline.options import AUTO, DEFAULT_RATIO, CompressOptions, check_options
 from pgsvd_vllm.offline.planning.dose import dose_of, dose_on
-from pgsvd_vllm.offline.planning.weight_bytes import itemsizes_of, removed_bytes
-from pgsvd_vllm.offline.ranks.target import RankTarget
+from pgsvd_vllm.offline.planning.weight_bytes import byte_limit, itemsizes_of
+from pgsvd_vllm.offline.ranks.target import Limit, RankTarget
 from pgsvd_vllm.offline.settings import MEASURED, RunSettings, resolve_settings, store_dtype
 
 
@@ -38,7 +38,7 @@ class Plan:
         latencies: GEMM latencies of the serving machine; None if ranks minimise size.
         others: module path of a linear layer -> what it is instead of a projection.
         itemsizes: projection -> bytes of an element of its matrices that are not quantized.
-        removed_bytes: share of the projections' bytes that must go for the requested size; None without one.
+        limit: on the bytes of the weights or the GEMM time of the projections; None without one.
         short_of_memory: whether distillation was left out because it does not fit.
     """
 
@@ -50,7 +50,7 @@ class Plan:
     latencies: LatencyTable | None
     others: dict[str, str]
     itemsizes: dict[str, int]
-    removed_bytes: float | None = None
+    limit: Limit | None = None
     short_of_memory: bool = False
 
     @property
@@ -61,13 +61,13 @@ class Plan:
         ratio = DEFAULT_RATIO if others == (None, None, None) else options.ratio
         by_bytes = options.target_bytes is not None or options.bits == AUTO
         return RankTarget(
-            ratio if self.removed_bytes is None else self.removed_bytes,
+            ratio if self.limit is None else self.limit.share,
             options.tolerance,
             self.settings.storages,
             options.baseline is not None,
             self.latencies,
             self.itemsizes if by_bytes else None,
-            options.target_bytes is not None,
+            self.limit,
             options.target_loss,
         )
 
@@ -135,8 +135,13 @@ def make_plan(options: CompressOptions) -> Plan:
     _check_ids(source, data)
     reach = reached_layers(source, data, device, compute_dtype)
     projections = reached_projections(_projections(options, source, reach.others), reach)
-    dtype, size = store_dtype(options), options.target_bytes
+    dtype = store_dtype(options)
     itemsizes = itemsizes_of(source, projections, dtype)
+    limit = None
+    if options.target_bytes is not None:
+        limit = byte_limit(source, projections, itemsizes, dtype, options.target_bytes)
+    if options.target_latency is not None and latencies is not None:
+        limit = _time_limit(latencies, projections, options.target_latency)
     plan = Plan(
         options,
         source,
@@ -146,7 +151,7 @@ def make_plan(options: CompressOptions) -> Plan:
         latencies,
         reach.others,
         itemsizes,
-        None if size is None else removed_bytes(source, projections, itemsizes, dtype, size),
+        limit,
     )
     _check_data(plan)
     _check_towers(plan)
@@ -183,6 +188,26 @@ def _latencies(options: CompressOptions) -> LatencyTable:
             f"choose --dtype {table.dtype}"
         )
     return table
+
+
+def _time_limit(latencies: LatencyTable, projections: ProjectionSet, target: float) -> Limit:
+    """The limit on the GEMM time of all projections.
+
+    Args:
+        latencies: of the serving machine.
+        projections: of the run; ignored ones count as projections.
+        target: largest GEMM time of all projections, in milliseconds.
+
+    Raises:
+        InputError: the dense projections take no longer, or the table lacks a shape.
+    """
+    dense = sum(latencies.latency(p.out_features, p.in_features, "factors", None) for p in projections.every) / 1000
+    if target >= dense:
+        raise InputError(
+            f"--target-latency {target:g}: all projections take {dense:.3g} ms when dense (tokens: "
+            f"{latencies.tokens}); give less"
+        )
+    return Limit("target_latency", target, dense, dense, "ms")
 
 
 def _check_data(plan: Plan) -> None:

@@ -169,7 +169,9 @@ def fit_distillation(plan: Plan, say: Callable[[str], None]) -> Plan:
     free, needed = free_memory(plan.settings.device), _needed(plan)
     if free is None or needed <= free or plan.settings.dose is None or not plan.settings.dose.by_default:
         return plan
-    say(f"distillation needs about {bytes_text(needed)} of memory, {bytes_text(free)} are free: it is left out")
+    say(
+        f"WARNING: distillation needs about {bytes_text(needed)} of memory, {bytes_text(free)} are free: it is left out"
+    )
     return plan.without_distillation()
 
 
@@ -189,7 +191,7 @@ def fit_into_memory(plan: Plan, say: Callable[[str], None]) -> Plan:
     if needed <= free:
         return plan
     say(
-        f"measuring loss gradients needs about {bytes_text(needed)} of memory, {bytes_text(free)} are free: "
+        f"WARNING: measuring loss gradients needs about {bytes_text(needed)} of memory, {bytes_text(free)} are free: "
         "sensitivities come from forward passes alone, which is less accurate (`sensitivity` measured forces gradients)"
     )
     return plan.with_sensitivity(FORWARD)

@@ -1,4 +1,4 @@
-"""The bytes of written tensors, and the share of the projections' bytes that must go for a size of all weights."""
+"""The bytes of written tensors, and the limit on those of all weights."""
 
 from collections.abc import Mapping
 
@@ -10,6 +10,7 @@ from pgsvd_vllm.format.schema import FLOAT_DTYPES
 from pgsvd_vllm.hf.transformers_compat import loaded_dtype
 from pgsvd_vllm.offline.model.projection import ProjectionSet
 from pgsvd_vllm.offline.model.source import ModelSource
+from pgsvd_vllm.offline.ranks.target import Limit
 
 # Bytes of a tensor's entry in the header of its file, and the most tensors of a projection.
 ENTRY_BYTES, MOST_TENSORS = 160, 5
@@ -29,14 +30,14 @@ def itemsizes_of(source: ModelSource, projections: ProjectionSet, dtype: torch.d
     return {p.name: stored_bytes(source.weights.header(f"{p.path}.weight").dtype, 1) for p in projections.every}
 
 
-def removed_bytes(
+def byte_limit(
     source: ModelSource,
     projections: ProjectionSet,
     itemsizes: Mapping[str, int],
     dtype: torch.dtype | None,
     target: int,
-) -> float:
-    """The least share of the projections' bytes to remove, between 0 and 1.
+) -> Limit:
+    """The limit on the bytes of all weights, which the projections alone can keep.
 
     Args:
         source: the model.
@@ -64,4 +65,4 @@ def removed_bytes(
             f"--target-bytes {target}: too small, embeddings and all else that is not compressed take "
             f"{bytes_text(total - own)} of {bytes_text(total)}"
         )
-    return (total - target) / own
+    return Limit("target_bytes", target, total, own, "bytes")

@@ -14,7 +14,7 @@ from pgsvd_vllm.offline.linalg import tail_energy
 from pgsvd_vllm.offline.model.projection import Projection, ProjectionSet
 from pgsvd_vllm.offline.ranks.allocation import RATIO_SLACK, Allocation, too_large, too_small
 from pgsvd_vllm.offline.ranks.stored import PLAIN, module_of, rank_step, saves, size
-from pgsvd_vllm.offline.ranks.target import RankTarget
+from pgsvd_vllm.offline.ranks.target import Limit, RankTarget
 from pgsvd_vllm.offline.settings import Storage
 
 # Least share of a projection's cost that a rank must save. A second GEMM has a fixed latency, and without this limit
@@ -55,6 +55,8 @@ def check_latency(projections: ProjectionSet, target: RankTarget) -> None:
         saved += dense - fastest if pays(fastest, dense) else 0.0
     if saved <= 0:
         raise ChoiceError("`costs`: no low-rank GEMM is clearly faster than the dense one on the serving machine")
+    if target.limit is not None and saved / total < ratio:
+        raise target.limit.beyond(saved / total)
     if saved / total < ratio - RATIO_SLACK:
         raise too_large(ratio, saved / total, " of the projections' latency")
 
@@ -96,7 +98,7 @@ def check_size(projections: ProjectionSet, target: RankTarget) -> None:
         part = projections.of_tower(tower) if tower else projections
         free = Rounding({p.name: defaultdict(float) for p in part.flat}, {p.name: p.name for p in part.flat})
         assert isinstance(own.ratio, float)
-        loss_front(part.flat, silent, own, part.ignored, free).check(own.ratio, own.at_least)
+        loss_front(part.flat, silent, own, part.ignored, free).check(own.ratio, own.limit)
 
 
 @dataclass(frozen=True)
@@ -128,30 +130,27 @@ class LossFront:
         after = min(bisect_left(self.removed, ratio), len(self.steps))
         return min((max(after - 1, 0), after), key=lambda i: abs(self.removed[i] - ratio))
 
-    def check(self, ratio: float, at_least: bool) -> None:
+    def check(self, ratio: float, limit: Limit | None) -> None:
         """Raise ChoiceError if `ratio` is larger than the last corner's share."""
         most = self.removed[-1]
-        if at_least and most < ratio:
-            raise ChoiceError(
-                f"`target_bytes`: {ratio:.1%} of the projections' bytes must go, the smallest factors remove "
-                f"{most:.1%}; choose a larger size"
-            )
-        if not at_least and most < ratio - RATIO_SLACK:
+        if limit is not None and most < ratio:
+            raise limit.beyond(most)
+        if limit is None and most < ratio - RATIO_SLACK:
             raise too_large(ratio, most)
 
-    def at(self, ratio: float, at_least: bool = False) -> Allocation:
+    def at(self, ratio: float, limit: Limit | None = None) -> Allocation:
         """The allocation whose removed share is closest to `ratio`.
 
         Args:
             ratio: share to remove.
-            at_least: take the smallest share that is not less than `ratio` instead.
+            limit: that `ratio` stands for: take the smallest share that is not less.
 
         Raises:
             ChoiceError: `ratio` is larger than the last corner's share or smaller than the first one's.
         """
-        self.check(ratio, at_least)
-        corner = bisect_left(self.removed, ratio) if at_least else self.corner(ratio)
-        if corner == 0 and not at_least:
+        self.check(ratio, limit)
+        corner = self.corner(ratio) if limit is None else bisect_left(self.removed, ratio)
+        if corner == 0 and limit is None:
             raise too_small(ratio, self.removed[min(1, len(self.steps))])
         return self._allocation(corner)
 

@@ -96,7 +96,7 @@ def _joint(
         return front.within(target.loss)
     if front is not None:
         assert ratio is not None
-        return front.at(ratio, target.at_least)
+        return front.at(ratio, target.limit)
     flat, ignored, (storage,) = projections.flat, projections.ignored_numel, target.storages
     if target.equal:
         assert ratio is not None

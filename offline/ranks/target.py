@@ -1,13 +1,45 @@
 """The target of rank selection: a ratio or a tolerance, for all towers or for each, and what ranks cost."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from pgsvd_vllm.errors import ChoiceError, bytes_text
 from pgsvd_vllm.format.latency_table import LatencyTable
 from pgsvd_vllm.format.schema import FactoredModule
 from pgsvd_vllm.offline.model.projection import Projection
 from pgsvd_vllm.offline.ranks.stored import size
 from pgsvd_vllm.offline.settings import Storage
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A limit on bytes or time that must hold.
+
+    Attributes:
+        option: of the run that sets it.
+        value: the limit, in the unit.
+        total: what the dense model has.
+        projections: the part of it that belongs to the projections.
+        unit: `bytes` or `ms`.
+    """
+
+    option: str
+    value: float
+    total: float
+    projections: float
+    unit: str
+
+    @property
+    def share(self) -> float:
+        """The least share of the projections' part to remove."""
+        return (self.total - self.value) / self.projections
+
+    def beyond(self, most: float) -> ChoiceError:
+        """The error where no more than a share `most` can be removed; it names the least value that is possible."""
+        least = self.total - most * self.projections
+        texts = [bytes_text(math.ceil(x)) if self.unit == "bytes" else f"{x:.3g} ms" for x in (self.value, least)]
+        return ChoiceError(f"`{self.option}` {texts[0]}: the least that this model can have is {texts[1]}; raise it")
 
 
 @dataclass(frozen=True)
@@ -22,7 +54,7 @@ class RankTarget:
         equal: whether every projection loses the same share of its parameters, as in the baseline methods.
         latencies: GEMM latencies of the serving machine.
         itemsizes: projection -> bytes of an element of its matrices that are not quantized.
-        at_least: whether no less than `ratio` may be removed; otherwise the closest share is taken.
+        limit: that `ratio` stands for, so that no less may be removed; None where the closest share is taken.
         loss: largest predicted loss in nats per token, in place of a ratio.
     """
 
@@ -32,7 +64,7 @@ class RankTarget:
     equal: bool = False
     latencies: LatencyTable | None = None
     itemsizes: Mapping[str, int] | None = None
-    at_least: bool = False
+    limit: Limit | None = None
     loss: float | None = None
 
     def of_towers(self) -> dict[str, "RankTarget"]:

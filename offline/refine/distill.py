@@ -10,6 +10,7 @@ two moments. The gradient of each parameter is applied and freed as soon as the 
 """
 
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -222,8 +223,9 @@ class Distiller:
         optimisers = self._optimisers()
         kept, steps, evaluations = self.tensors, 0, 0
         order = list(reversed(range(len(rows))))
-        layout = "{l_bar}{bar}| {elapsed}<{remaining}{postfix}"
-        with tqdm(total=total, desc="refine", bar_format=layout) as bar:
+        # A bar that counts seconds has no rate; the environment's format is for logs.
+        layout = os.environ.get("TQDM_BAR_FORMAT", "{l_bar}{bar}| {elapsed}<{remaining}{postfix}")
+        with tqdm(total=total, initial=min(total, done()), desc="refine", bar_format=layout) as bar:
             while (share := done() / total) < 1:
                 for optimiser, rate in optimisers:
                     optimiser.param_groups[0]["lr"] = rate * strength * min(1.0, (share + 0.01) / WARM_UP, 1 - share)

@@ -66,6 +66,26 @@ def gemm_time(plan: Plan, modules: Mapping[str, FactoredModule], table: LatencyT
     return total / dense
 
 
+def calibrated(plan: Plan, state: RunState, say: Say) -> tuple[Plan, dict[str, int]]:
+    """Calibrate what the state does not hold yet.
+
+    Args:
+        plan: of the model and its calibration data, with measured or forward sensitivities.
+        state: of the run.
+        say: called with progress lines.
+
+    Returns:
+        The plan without projections that too few tokens reach, and the tokens of each MoE expert and projector.
+
+    Raises:
+        InputError: as of the stages of `compress`.
+    """
+    check_disk(plan, disk_bytes(plan) - state.used_bytes, state.folder)
+    plan.source.weights.check_values(plan.settings.store_dtype or plan.source.weight_dtype)
+    calibrate(plan, state)
+    return without_uncovered(plan, state, say)
+
+
 def sweep(plan: Plan, state: RunState, cases: Sequence[Case], say: Say) -> Iterator[tuple[Case, CompressResult | str]]:
     """Calibrate, and write the checkpoint of each case into the state's checkpoint folder, one after the other.
 
@@ -81,10 +101,7 @@ def sweep(plan: Plan, state: RunState, cases: Sequence[Case], say: Say) -> Itera
     Raises:
         InputError: as of the stages of `compress`.
     """
-    check_disk(plan, disk_bytes(plan) - state.used_bytes, state.folder)
-    plan.source.weights.check_values(plan.settings.store_dtype or plan.source.weight_dtype)
-    calibrate(plan, state)
-    plan, tokens = without_uncovered(plan, state, say)
+    plan, tokens = calibrated(plan, state, say)
     for case in cases:
         changes = METHODS[case.method]
         # Where gradients do not fit into memory the run measures by forward passes.

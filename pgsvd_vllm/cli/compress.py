@@ -9,8 +9,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pgsvd_vllm.cli.flags import shareable_command, with_flags
-from pgsvd_vllm.cli.model_arguments import add_model, add_output
+from pgsvd_vllm.cli.flags import shareable_command
+from pgsvd_vllm.cli.log import say
+from pgsvd_vllm.cli.model_arguments import add_model, add_output, add_text_column
 from pgsvd_vllm.cli.report import REPORT
 from pgsvd_vllm.cli.served_by import serving_lines
 from pgsvd_vllm.errors import InputError, bytes_text, reason_of
@@ -30,6 +31,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
     add_model(parser)
     add_output(parser)
+    parser.add_argument(
+        "--recipe",
+        type=Path,
+        metavar="FILE",
+        help="options from a YAML file, such as the pgsvd_recipe.yaml of another compressed model; options given here "
+        "replace its own",
+    )
     size = parser.add_mutually_exclusive_group()
     size.add_argument(
         "--ratio",
@@ -59,6 +67,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="NATS",
         help="instead of --ratio: the smallest model within this predicted loss in nats per token, such as 0.1, which "
         "multiplies perplexity by 1.1; the error-aware fit and distillation lower it, by half in what was measured",
+    )
+    size.add_argument(
+        "--target-latency",
+        type=float,
+        metavar="MS",
+        help="instead of --ratio, with --costs: the model of least predicted loss whose projections' GEMMs take at "
+        "most so many milliseconds in a forward pass of the table's number of tokens",
     )
     parser.add_argument(
         "--objective",
@@ -135,12 +150,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="NAME|FILE|FOLDER",
         help="a text file; a .jsonl, .json, .csv, .tsv, .parquet or .arrow file whose rows have a text, messages, "
         "conversations, prompt and completion, instruction and output, or question and answer; a folder of such files; "
-        "OWNER/NAME or OWNER/NAME:CONFIGURATION of a hub dataset of such rows; wikitext2 or c4 (from the hub); self: "
-        "text that the model samples from itself (default; kept in the user's cache); python-docs: English prose that "
-        "comes with Python (default where the model cannot sample); for vision-language models a folder with "
-        "captions.jsonl, whose rows have an image and a text, a folder of images alone, for which the model writes the "
-        "texts, or a hub dataset with such columns; repeat the option to mix several",
+        "OWNER/NAME, OWNER/NAME:CONFIGURATION or OWNER/NAME:CONFIGURATION:SPLIT of a hub dataset of such rows; "
+        "wikitext2 or c4 (from the hub); self: text that the model samples from itself (default; kept in the user's "
+        "cache); python-docs: English prose that comes with Python (default where the model cannot sample); for "
+        "vision-language models a folder with captions.jsonl, whose rows have an image and a text, a folder of images "
+        "alone, for which the model writes the texts, or a hub dataset with such columns; repeat the option to mix "
+        "several",
     )
+    add_text_column(data)
     data.add_argument(
         "--num-calibration-samples",
         type=int,
@@ -243,7 +260,7 @@ def run(arguments: argparse.Namespace) -> int:
     from pgsvd_vllm.offline.planning.prepare import prepare
     from pgsvd_vllm.offline.planning.resources import estimate
 
-    if (arguments.objective == "latency") != (arguments.costs is not None):
+    if (arguments.objective == "latency") != (arguments.costs is not None) and arguments.target_latency is None:
         raise InputError(
             "--objective latency and --costs FILE go together; make the file on the serving machine with: "
             f"pgsvd-vllm profile {arguments.model} -o FILE (for a GPU, on any machine: --gpu H100)"
@@ -258,6 +275,7 @@ def run(arguments: argparse.Namespace) -> int:
         tolerance=arguments.tolerance,
         target_bytes=arguments.target_bytes,
         target_loss=arguments.target_loss,
+        target_latency=arguments.target_latency,
         sensitivity=arguments.sensitivity,
         baseline=arguments.baseline,
         form=arguments.form,
@@ -270,6 +288,7 @@ def run(arguments: argparse.Namespace) -> int:
         dataset=None if arguments.dataset is None else tuple(arguments.dataset),
         num_calibration_samples=arguments.num_calibration_samples,
         max_seq_length=arguments.max_seq_length,
+        text_column=arguments.text_column,
         chat_template=arguments.chat_template,
         seed=arguments.seed,
         ignore=tuple(arguments.ignore),
@@ -283,8 +302,8 @@ def run(arguments: argparse.Namespace) -> int:
         command=shareable_command(sys.argv[1:]),
     )
     if arguments.dry_run:
-        plan = prepare(options, _say)
-        _say(describe(plan))
+        plan = prepare(options, say)
+        say(describe(plan))
         _say_serving(plan)
         need = estimate(plan)
         print(f"needs about: {bytes_text(need.memory)} memory, {bytes_text(need.disk)} disk space, "
@@ -295,7 +314,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"{options.output} is complete: the run was interrupted only while it deleted its own files")
         return 0
     start = time.monotonic()
-    result = compress(options, _say, _say_serving, _write_page)
+    result = compress(options, say, _say_serving, _write_page)
     size = sum(f.stat().st_size for f in result.output.glob("*.safetensors"))
     linear, total = result.ratios["linear"], result.ratios["total"]
     print(
@@ -327,9 +346,4 @@ def _write_page(folder: Path) -> None:
 def _say_serving(plan: "Plan") -> None:
     """Print what vLLM will make of the result."""
     for line in serving_lines(plan):
-        _say(line)
-
-
-def _say(line: str) -> None:
-    """Print a progress line with the flags of its options."""
-    print(with_flags(line), flush=True)
+        say(line)

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pgsvd_vllm.cli.model_arguments import add_model
+from pgsvd_vllm.cli.model_arguments import add_model, add_text_column
 from pgsvd_vllm.errors import InputError, reason_of
 
 if TYPE_CHECKING:
@@ -41,9 +41,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--dataset",
         metavar="NAME|FILE|FOLDER",
         help="text for perplexity, in the formats of compress --dataset (default: docstrings of Python's standard "
-        "library, which python-docs does not contain); take text that calibration has not seen: hub sets are read from "
-        "their split train, as for calibration",
+        "library, which python-docs does not contain); take text that calibration has not seen, such as "
+        "Salesforce/wikitext:wikitext-2-raw-v1:test (without a third part it is the split train)",
     )
+    add_text_column(parser)
     parser.add_argument(
         "--num-samples",
         type=int,
@@ -143,7 +144,10 @@ def _write(arguments: argparse.Namespace, rows: "list[Row]", answers: list[dict[
     if not arguments.json:
         return
     measured = [_plain(row) | {"ok": _is_ok(row, arguments.min_recovery)} for row in rows]
-    found = {"model": arguments.model, "against": arguments.against, "rows": measured, "answers": answers}
+    from pgsvd_vllm.offline.model.hub import public_name
+
+    names = {key: given and public_name(given) for key, given in vars(arguments).items() if key in ("model", "against")}
+    found = {**names, "rows": measured, "answers": answers}
     try:
         arguments.json.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     except OSError as error:
@@ -164,6 +168,8 @@ def _check(arguments: argparse.Namespace) -> None:
         raise InputError("--backend vllm: vLLM is not installed; install it or choose hf")
     if arguments.json and (arguments.json.is_dir() or not arguments.json.resolve().parent.is_dir()):
         raise InputError(f"--json {arguments.json}: is a folder, or lies in none; name a file to write")
+    if arguments.text_column is not None and arguments.dataset is None:
+        raise InputError(f"--text-column {arguments.text_column}: names a field of the rows of --dataset; give both")
     from pgsvd_vllm.evaluation.tasks import check_tasks
 
     check_tasks(arguments.tasks or (), arguments.limit)
@@ -191,7 +197,9 @@ def _texts(
             raise InputError(f"{folder}: has fewer embeddings than the tokenizer of {folders[0]} has tokens")
         length = window_length(model.config, arguments.max_seq_length)
         if count and windows is None:
-            described, windows = text_windows(arguments.dataset, tokenizer, count, length, "--dataset")
+            described, windows = text_windows(
+                arguments.dataset, tokenizer, count, length, "--dataset", arguments.text_column
+            )
         try:
             if windows is not None:
                 losses.append(window_losses(model, windows[:, :length], desc=f"perplexity of {label}"))

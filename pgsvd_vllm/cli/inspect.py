@@ -5,13 +5,13 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pgsvd_vllm.cli.model_arguments import add_checkpoint, checkpoint_folder
 from pgsvd_vllm.errors import CheckpointError, InputError, PgsvdError, bytes_text
-from pgsvd_vllm.format.module_report import module_rows
-from pgsvd_vllm.format.reader import Checkpoint, open_checkpoint
-from pgsvd_vllm.format.schema import REPORT_NAME
+
+if TYPE_CHECKING:
+    from pgsvd_vllm.format.reader import Checkpoint
 
 # Widest column of names; longer names stick out.
 MAX_WIDTH = 100
@@ -40,6 +40,10 @@ def run(arguments: argparse.Namespace) -> int:
     """Print the table; returns the exit status and raises InputError or CheckpointError."""
     if arguments.tp < 1:
         raise InputError(f"--tp {arguments.tp}: must be 1 or more")
+    from pgsvd_vllm.format.module_report import module_rows
+    from pgsvd_vllm.format.reader import open_checkpoint
+    from pgsvd_vllm.format.schema import REPORT_NAME
+
     checkpoint = open_checkpoint(checkpoint_folder(arguments))
     with _well_formed(checkpoint, REPORT_NAME):
         lines = table(checkpoint, module_rows(checkpoint))
@@ -52,7 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 @contextmanager
-def _well_formed(checkpoint: Checkpoint, name: str) -> Iterator[None]:
+def _well_formed(checkpoint: "Checkpoint", name: str) -> Iterator[None]:
     """Name a file of the checkpoint in the error for values of other types in it; raises CheckpointError."""
     try:
         yield
@@ -63,7 +67,7 @@ def _well_formed(checkpoint: Checkpoint, name: str) -> Iterator[None]:
         raise CheckpointError(f"{where}: malformed ({type(error).__name__}: {error})") from None
 
 
-def table(checkpoint: Checkpoint, rows: list[dict[str, Any]]) -> list[str]:
+def table(checkpoint: "Checkpoint", rows: list[dict[str, Any]]) -> list[str]:
     """One line per projection: shape, rank, kept share of parameters, bits per weight, MB and relative output error.
 
     Bits are those of the stored tensors, scales included, for each element of the dense weight.
@@ -92,7 +96,7 @@ def table(checkpoint: Checkpoint, rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def tensor_parallel(checkpoint: Checkpoint, tp_size: int) -> list[str]:
+def tensor_parallel(checkpoint: "Checkpoint", tp_size: int) -> list[str]:
     """One line per vLLM layer with its tensor-parallel cut, memory and communication, and the totals.
 
     Args:
@@ -102,7 +106,6 @@ def tensor_parallel(checkpoint: Checkpoint, tp_size: int) -> list[str]:
     Raises:
         InputError: a layer cannot be sharded over so many ranks, or an environment variable is invalid.
     """
-    # A local import, since it imports torch.
     from pgsvd_vllm.parallel.comm_plan import VARIABLE, Cut, collective_bytes
     from pgsvd_vllm.parallel.preview import preview
 
@@ -131,7 +134,7 @@ def tensor_parallel(checkpoint: Checkpoint, tp_size: int) -> list[str]:
     return lines
 
 
-def facts(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
+def facts(checkpoint: "Checkpoint") -> Iterator[tuple[str, str]]:
     """Name and value of the totals and the origin of a checkpoint.
 
     Raises:
@@ -141,7 +144,7 @@ def facts(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
         yield from _facts(checkpoint)
 
 
-def _facts(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
+def _facts(checkpoint: "Checkpoint") -> Iterator[tuple[str, str]]:
     section = checkpoint.quantization_config
     modules = checkpoint.modules
     sizes = {name: sum(info.nbytes for info in checkpoint.stored(name)) for name in modules}

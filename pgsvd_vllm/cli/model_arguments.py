@@ -28,6 +28,16 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     add_model(parser, "DIR", "folder or Hugging Face id of a model written by pgsvd-vllm", "dir")
 
 
+def add_text_column(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    """Add `--text-column`, which belongs to `--dataset`."""
+    parser.add_argument(
+        "--text-column",
+        metavar="NAME",
+        help="field of the rows of --dataset that holds the text, or a list of messages, where it has none of the "
+        "usual names",
+    )
+
+
 def add_output(parser: argparse.ArgumentParser, metavar: str = "DIR") -> None:
     """Add `--output-dir`, a folder that must not exist."""
     parser.add_argument(

@@ -20,7 +20,10 @@ class Output:
 
     Attributes:
         failure: the first error; None while the stream works.
+        is_quiet: whether progress is left out.
     """
+
+    is_quiet = False
 
     def __init__(self, stream: TextIO, kept: str = "\n\t") -> None:
         self._stream, self._kept = stream, kept
@@ -44,6 +47,9 @@ class Output:
             self._stream.flush()
         except OSError as error:
             self._lose(error)
+
+    def end(self) -> None:
+        """Write what waits for the end of its line."""
 
     def _lose(self, error: OSError) -> None:
         self.failure = self.failure or error

@@ -5,25 +5,34 @@ compress loses less. Needs pip install 'pgsvd-vllm[plot]'.
 """
 
 import argparse
-import hashlib
-import json
 import math
 import shlex
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from pgsvd_vllm.cli.flags import with_flags
+from pgsvd_vllm.cli.log import say
+from pgsvd_vllm.cli.measured import (
+    CALIBRATED_BY,
+    JUDGED_BY,
+    LENGTH,
+    Measured,
+    add_measurement,
+    calibration_options,
+    check_measurement,
+    dense_perplexity,
+    held_out_windows,
+    perplexity_of,
+    refusals_named,
+    request_of,
+    texts_of,
+)
 from pgsvd_vllm.cli.model_arguments import add_model
-from pgsvd_vllm.errors import InputError, PgsvdError, bytes_text, lacks_memory, refusal_of
+from pgsvd_vllm.errors import InputError, bytes_text
 from pgsvd_vllm.offline.sweep.methods import METHODS, Case
-
-if TYPE_CHECKING:
-    from pgsvd_vllm.offline.planning.plan import Plan
 
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
 DENSE = "dense"
-LENGTH = 1024
 # The charts that a run may write.
 CHARTS = ("removed", "bytes", "time", "predicted")
 
@@ -61,23 +70,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="pgsvd: our ranks, factored in one step (default); full: all that compress does, which takes much longer; "
         "uniform: the paper's one tolerance; and the baselines of compress",
     )
-    parser.add_argument(
-        "--dataset",
-        action="append",
-        metavar="NAME|FILE|FOLDER",
-        help="calibration text, as of compress --dataset (default: what the model samples from itself)",
-    )
-    parser.add_argument("--num-calibration-samples", type=int, metavar="N", help="windows, as of compress")
-    parser.add_argument(
-        "--max-seq-length", type=int, default=LENGTH, metavar="L", help=f"tokens per window (default {LENGTH})"
-    )
-    parser.add_argument(
-        "--eval-dataset",
-        metavar="NAME|FILE|FOLDER",
-        help="text for perplexity (default: docstrings of Python's standard library); take text that calibration has "
-        "not seen",
-    )
-    parser.add_argument("--num-samples", type=int, default=16, metavar="N", help="windows of this text (default 16)")
+    add_measurement(parser)
     parser.add_argument(
         "--tasks", nargs="+", default=[], metavar="TASK", help="also run tasks of lm_eval, as of evaluate --tasks"
     )
@@ -88,27 +81,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="latency table written by pgsvd-vllm profile: also show the GEMM time of every size",
     )
     parser.add_argument("--limit", type=int, metavar="N", help="the first N samples of every task alone")
-    parser.add_argument("--seed", type=int, default=0, help="random seed of the calibration (default 0)")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default auto: a GPU if available)")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run model code from the model's repository")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure all sizes and write the page; returns the exit status and raises PgsvdError."""
     _check(arguments)
     start = time.monotonic()
-    try:
+    with refusals_named(arguments.output_dir):
         found = _Results(arguments.output_dir, _request(arguments))
         _measure(arguments, found)
         _write(arguments.output_dir, found)
-    except PgsvdError:
-        raise
-    except Exception as error:  # of the system; safetensors and torch have kinds of their own
-        output = f"--output-dir {arguments.output_dir}"
-        refused = f"{output}: not enough memory is free" if lacks_memory(error) else refusal_of(error, output)
-        if refused is None:
-            raise
-        raise InputError(f"{refused}; what is finished is kept, repeat the command") from None
     print(f"wrote {arguments.output_dir / 'pareto.html'} after {time.monotonic() - start:.0f} s")
     print(f"compress one of them:  {_compress_line(arguments)}")
     return 0
@@ -118,28 +100,20 @@ def _check(arguments: argparse.Namespace) -> None:
     """Refuse values that cannot work, before any model is loaded; raises InputError."""
     from pgsvd_vllm.evaluation.tasks import check_tasks
     from pgsvd_vllm.format.latency_table import read_latencies
-    from pgsvd_vllm.report.page import check_libraries
 
-    check_libraries()
+    check_measurement(arguments)
     arguments.ratios, arguments.methods = sorted(set(arguments.ratios)), list(dict.fromkeys(arguments.methods))
     for ratio in arguments.ratios:
         if not 0 < ratio < 1:
             raise InputError(f"--ratios {ratio}: must be between 0 and 1")
-    if arguments.num_samples < 2:
-        raise InputError(f"--num-samples {arguments.num_samples}: must be at least 2")
     check_tasks(arguments.tasks, arguments.limit)
     arguments.table = None if arguments.costs is None else read_latencies(arguments.costs)
 
 
 def _request(arguments: argparse.Namespace) -> dict[str, str]:
-    """Option -> hash of its value, of those that the measured values depend on: a published file names no paths."""
-    names = ("model", "revision", "dataset", "num_calibration_samples", "max_seq_length", "seed")
-    judged = ("eval_dataset", "num_samples", "tasks", "limit")
-    values = {name: json.dumps(getattr(arguments, name)) for name in (*names, *judged)}
-    values["costs"] = repr(arguments.table)
-    return {
-        f"--{name}".replace("_", "-"): hashlib.sha256(value.encode()).hexdigest()[:16] for name, value in values.items()
-    }
+    """Option -> hash of its value, of those that the measured values depend on."""
+    names = (*CALIBRATED_BY, *JUDGED_BY, "tasks", "limit")
+    return request_of({**texts_of(arguments, names), "costs": repr(arguments.table)})
 
 
 def _compress_line(arguments: argparse.Namespace) -> str:
@@ -149,6 +123,7 @@ def _compress_line(arguments: argparse.Namespace) -> str:
         parts += ["--dataset", name]
     defaults: dict[str, Any] = {
         "revision": None,
+        "text_column": None,
         "num_calibration_samples": None,
         "max_seq_length": LENGTH,
         "seed": 0,
@@ -161,7 +136,7 @@ def _compress_line(arguments: argparse.Namespace) -> str:
     return shlex.join([*parts, "--calibration", str(arguments.output_dir / "calibration")])
 
 
-class _Results:
+class _Results(Measured):
     """The measured values, kept in pareto.json after every case.
 
     Args:
@@ -174,18 +149,7 @@ class _Results:
     """
 
     def __init__(self, folder: Path, request: dict[str, str]) -> None:
-        from pgsvd_vllm.format.reader import read_json
-
-        self._path = folder / "pareto.json"
-        self.values: dict[str, Any] = {"request": request, "cases": {}}
-        folder.mkdir(parents=True, exist_ok=True)
-        if self._path.is_file():
-            self.values = read_json(self._path)
-            old = self.values.get("request")
-            if old != request or not isinstance(self.values.get("cases"), dict):
-                changed = [key for key in request if not isinstance(old, dict) or old.get(key) != request[key]]
-                raise InputError(f"{self._path}: made with another {', '.join(changed)}; choose another --output-dir")
-        self.save()  # before hours of work
+        super().__init__(folder / "pareto.json", request, {"cases": {}})
 
     def has(self, case: Case) -> bool:
         """Whether a case is measured."""
@@ -195,12 +159,6 @@ class _Results:
         """Keep the values of a case."""
         self.values["cases"][_key(case)] = row
         self.save()
-
-    def save(self) -> None:
-        """Write the file; an interruption leaves it as it was."""
-        part = self._path.with_suffix(".writing")
-        part.write_text(json.dumps(self.values, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        part.replace(self._path)
 
     @property
     def rows(self) -> list[dict[str, Any]]:
@@ -247,56 +205,35 @@ def _measure(arguments: argparse.Namespace, found: _Results) -> None:
     todo, dense = [case for case in cases if not found.has(case)], Case(DENSE, 0.0)
     if not todo and found.has(dense):
         return
-    from pgsvd_vllm.evaluation.perplexity import text_windows
     from pgsvd_vllm.offline.compress import with_text
-    from pgsvd_vllm.offline.data.text import load_tokenizer
-    from pgsvd_vllm.offline.data.tokens import window_length
     from pgsvd_vllm.offline.model.hub import public_name
-    from pgsvd_vllm.offline.options import CompressOptions
     from pgsvd_vllm.offline.output.report import data_name
     from pgsvd_vllm.offline.planning.prepare import open_state, prepare
     from pgsvd_vllm.offline.settings import MEASURED
     from pgsvd_vllm.offline.sweep.run import gemm_time, sweep
 
-    folder: Path = arguments.output_dir
-    options = CompressOptions(
-        model=arguments.model,
-        revision=arguments.revision,
-        output=folder / "work",
-        dataset=None if arguments.dataset is None else tuple(arguments.dataset),
-        num_calibration_samples=arguments.num_calibration_samples,
-        max_seq_length=arguments.max_seq_length,
-        seed=arguments.seed,
-        calibration=folder / "calibration",
-        device=arguments.device,
-        resume=True,
-        trust_remote_code=arguments.trust_remote_code,
-    )
-    plan = prepare(options, _say)
+    options = calibration_options(arguments)
+    plan = prepare(options, say)
     source = plan.source
-    tokenizer = load_tokenizer(source.folder, arguments.trust_remote_code)
-    length = window_length(source.config, arguments.max_seq_length)
-    text, windows = text_windows(arguments.eval_dataset, tokenizer, arguments.num_samples, length, "--eval-dataset")
-    plan = with_text(plan, options, _say)
+    text, windows = held_out_windows(arguments, plan)
+    plan = with_text(plan, options, say)
     found.values |= {"model": public_name(arguments.model), "calibration": data_name(plan), "text": text}
     if arguments.table is not None:
         found.values["machine"] = f"{arguments.table.machine}, {arguments.table.tokens} tokens"
     if not found.has(dense):
-        value, tasks = _judge(arguments, source.folder, plan, windows, DENSE)
-        if not math.isfinite(value):
-            raise InputError(f"MODEL {arguments.model}: its own perplexity on {text} is not a finite number")
-        found.values["dense"] = value
+        value = found.values["dense"] = dense_perplexity(plan, windows, text)
         row = {"method": DENSE, "ratio": 0.0, "removed": 0.0, "bytes": source.weights.nbytes, "perplexity": value}
         time_share = None if arguments.table is None else 1.0
+        tasks = _scores(arguments, source.folder)
         found.put(dense, {**row, "multiple": 1.0, "predicted": None, "gemm_time": time_share, "tasks": tasks})
-    state = open_state(plan, _say)
+    state = open_state(plan, say)
     try:
-        for case, result in sweep(plan, state, todo, _say):
+        for case, result in sweep(plan, state, todo, say):
             label = f"{case.method} {case.ratio:.1%}"
             if isinstance(result, str):
-                _say(f"WARNING: {label}: {result.replace('`ratio`', '--ratios')}")
+                say(f"WARNING: {label}: {result.replace('`ratio`', '--ratios')}")
                 continue
-            value, tasks = _judge(arguments, state.checkpoint, plan, windows, label)
+            value = perplexity_of(state.checkpoint, plan, windows, label)
             size = sum(info.stat().st_size for info in state.checkpoint.glob("*.safetensors"))
             finite = math.isfinite(value)
             in_nats = plan.settings.sensitivity == MEASURED
@@ -312,33 +249,20 @@ def _measure(arguments: argparse.Namespace, found: _Results) -> None:
                 "gemm_time": None
                 if arguments.table is None
                 else gemm_time(plan, result.choice.allocation.modules, arguments.table),
-                "tasks": tasks,
+                "tasks": _scores(arguments, state.checkpoint),
             }
             found.put(case, row)
-            _say(f"{label}: {bytes_text(size)}, perplexity {value:.3f}")
+            say(f"{label}: {bytes_text(size)}, perplexity {value:.3f}")
         state.discard()
     finally:
         state.close()
 
 
-def _judge(
-    arguments: argparse.Namespace, folder: Path, plan: "Plan", windows: Any, label: str
-) -> tuple[float, dict[str, float]]:
-    """Perplexity and task scores of a model in a folder."""
-    from pgsvd_vllm.evaluation.models import load_model, release
-    from pgsvd_vllm.evaluation.perplexity import perplexity
+def _scores(arguments: argparse.Namespace, folder: Path) -> dict[str, float]:
+    """Task -> score of a model in a folder."""
     from pgsvd_vllm.evaluation.tasks import Job, score
 
-    model = load_model(folder, plan.settings.device, arguments.trust_remote_code)
-    value = perplexity(model, windows, desc=f"perplexity of {label}")
-    del model
-    release()
     if not arguments.tasks:
-        return value, {}
+        return {}
     job = Job(str(folder), arguments.tasks, "hf", arguments.limit, arguments.device, "", arguments.trust_remote_code)
-    return value, {task: values.mean().item() for task, (_, values) in score(job).items()}
-
-
-def _say(line: str) -> None:
-    """Print a progress line with the flags of its options."""
-    print(with_flags(line), flush=True)
+    return {task: values.mean().item() for task, (_, values) in score(job).items()}

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 from pgsvd_vllm.cli.model_arguments import add_model
 from pgsvd_vllm.errors import InputError
-from pgsvd_vllm.format.latency_table import LatencyTable, write_latencies
 
 if TYPE_CHECKING:
+    from pgsvd_vllm.format.latency_table import LatencyTable
     from pgsvd_vllm.offline.model.projection import Projection
 
 EXAMPLES = (
@@ -55,6 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise InputError("--gpu: the kernels on GPUs are for bfloat16 and float16; choose one of them with --dtype")
     if not arguments.gpu:
         _import_kernels()
+    from pgsvd_vllm.format.latency_table import write_latencies
     from pgsvd_vllm.offline.model.find_projections import find_projections
     from pgsvd_vllm.offline.model.hub import resolve_folder
     from pgsvd_vllm.offline.model.source import ModelSource
@@ -86,7 +87,7 @@ def _import_kernels() -> None:
     current_platform.import_kernels()
 
 
-def _table(arguments: argparse.Namespace, projections: "list[Projection]") -> LatencyTable:
+def _table(arguments: argparse.Namespace, projections: "list[Projection]") -> "LatencyTable":
     """The table of the model's projections, computed or measured."""
     if arguments.gpu:
         from pgsvd_vllm.cli.computed_latency import computed_latencies

@@ -48,15 +48,15 @@ def serving_lines(plan: "Plan") -> Iterator[str]:
         return
     yield f"WARNING: the architecture {source.config.model_type} is not among the tested ones (docs/models.md)"
     if importlib.util.find_spec("vllm") is None:
-        yield "vLLM is not installed here, so it is not known whether its model takes the factors"
+        yield "WARNING: vLLM is not installed here, so it is not known whether its model takes the factors"
         return
     head = plan.projections.lm_head
     names = [p.name for p in (*plan.projections.flat, *([head] if head else []))]
     found = ask_vllm(str(source.folder), names, head.name if head else None, source.trust_remote_code)
     if found["reason"]:
         yield (
-            f"vLLM {found['vllm']} cannot build this model here ({found['reason']}): serve the dense model first; "
-            "transformers can run the result"
+            f"WARNING: vLLM {found['vllm']} cannot build this model here ({found['reason']}): serve the dense model "
+            "first; transformers can run the result"
         )
         return
     name = f"vLLM {found['vllm']}'s {found['model_class']}"

@@ -8,13 +8,15 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pgsvd_vllm.cli.model_arguments import add_checkpoint, checkpoint_folder
 from pgsvd_vllm.errors import InputError, reason_of
-from pgsvd_vllm.format.reader import open_checkpoint
-from pgsvd_vllm.kernels.layer_shape import LayerShape, layer_shape_of
-from pgsvd_vllm.kernels.tile_table import Table, default_path, read_table, write_table
-from pgsvd_vllm.parallel.layer_grouping import LayerSizes, grouped_layers
+
+if TYPE_CHECKING:
+    from pgsvd_vllm.kernels.layer_shape import LayerShape
+    from pgsvd_vllm.kernels.tile_table import Table
+    from pgsvd_vllm.parallel.layer_grouping import LayerSizes
 
 # Layers whose sizes differ by less than this factor are tuned once.
 SAME = 1.1
@@ -51,6 +53,10 @@ def run(arguments: argparse.Namespace) -> int:
     tp_size = arguments.tensor_parallel_size
     if tp_size < 1:
         raise InputError(f"--tensor-parallel-size {tp_size}: must be 1 or more")
+    from pgsvd_vllm.format.reader import open_checkpoint
+    from pgsvd_vllm.kernels.layer_shape import layer_shape_of
+    from pgsvd_vllm.parallel.layer_grouping import grouped_layers
+
     layers = list(grouped_layers(open_checkpoint(checkpoint_folder(arguments)), tp_size))
     kinds: dict[LayerShape, LayerSizes] = {}
     for layer in layers:
@@ -65,19 +71,20 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _described(sizes: LayerShape) -> str:
+def _described(sizes: "LayerShape") -> str:
     """The sizes of a layer in words."""
     up = f", {sizes.heights} outputs of rank {sizes.rank}" if sizes.heights else ""
     return f"{sizes.columns} inputs, {sizes.rows} rows of the down GEMM{up}"
 
 
-def _tune(kinds: dict[LayerShape, LayerSizes], output: Path | None) -> int:
+def _tune(kinds: "dict[LayerShape, LayerSizes]", output: Path | None) -> int:
     """Tune every kind of layer and write each result immediately; returns 1 if a tile computes a wrong result."""
     try:
         import torch
 
         from pgsvd_vllm.kernels.autotune import TOKENS, LayerTuner, merged
         from pgsvd_vllm.kernels.launch import can_overlap
+        from pgsvd_vllm.kernels.tile_table import default_path, write_table
     except ImportError as error:
         raise InputError(f"tune: needs Triton: pip install triton ({error})") from None
     if not torch.cuda.is_available():
@@ -114,8 +121,10 @@ def _tune(kinds: dict[LayerShape, LayerSizes], output: Path | None) -> int:
     return 1 if wrong else 0
 
 
-def _table(path: Path, device: str) -> Table:
+def _table(path: Path, device: str) -> "Table":
     """The table to extend: the file's contents, or an empty table."""
+    from pgsvd_vllm.kernels.tile_table import Table, read_table
+
     if not os.path.exists(path):
         return Table(device)
     try:

@@ -6,7 +6,6 @@
 import argparse
 
 from pgsvd_vllm.cli.model_arguments import add_checkpoint, checkpoint_folder
-from pgsvd_vllm.format.reader import check_data, check_json_files, open_checkpoint
 
 EXAMPLES = ("verify DIR",)
 
@@ -18,6 +17,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Check the checkpoint and print a summary; returns the exit status, and raises CheckpointError at a fault."""
+    from pgsvd_vllm.format.reader import check_data, check_json_files, open_checkpoint
+
     checkpoint = open_checkpoint(checkpoint_folder(arguments))
     check_json_files(checkpoint.folder)
     has_sums = check_data(checkpoint)

@@ -89,7 +89,12 @@ def spread_windows(
 
 
 def text_windows(
-    name: str | None, tokenizer: PreTrainedTokenizerBase, count: int, length: int, option: str
+    name: str | None,
+    tokenizer: PreTrainedTokenizerBase,
+    count: int,
+    length: int,
+    option: str,
+    column: str | None = None,
 ) -> tuple[str, torch.Tensor]:
     """The windows that a command evaluates on, and a line that says which they are.
 
@@ -99,13 +104,16 @@ def text_windows(
         count: windows.
         length: tokens of each.
         option: that names the text, for errors.
+        column: the field of a row that holds its text; None for the usual names.
 
     Raises:
         InputError: the text cannot be read, or is too short; names the option.
     """
     try:
         # Hub sets are read only so far; the windows then lie in what was read.
-        documents = [held_out_prose()] if name is None else read_documents(name, 2 * count * length, tokenizer)
+        documents = (
+            [held_out_prose()] if name is None else read_documents(name, 2 * count * length, tokenizer, column=column)
+        )
         windows = spread_windows(tokenizer, documents, count, length)
     except InputError as error:
         text = str(error).replace("`dataset`", option).replace("--dataset", option)

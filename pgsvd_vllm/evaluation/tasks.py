@@ -6,12 +6,14 @@ JOB is a `Job` as JSON; RESULT is the file for task -> [name of the score, the s
 or for ERROR -> the reason.
 """
 
+import codecs
 import json
 import os
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
@@ -22,8 +24,8 @@ import torch
 
 from pgsvd_vllm.errors import InputError, reason_of
 
-# File number of standard error, where lm_eval's progress goes.
-STDERR = 2
+# Seconds to wait for the last output of a process that has ended; a child of it may still hold the pipe.
+LAST_OUTPUT = 5
 # Stands for a task's name in a result that is none.
 ERROR = "error:"
 # Scores of a sample, the first that it has.
@@ -112,9 +114,14 @@ def score(job: Job) -> dict[str, tuple[str, torch.Tensor]]:
         result = Path(room) / "result.json"
         command = [sys.executable, "-m", "pgsvd_vllm.evaluation.tasks", json.dumps(asdict(job)), str(result)]
         # A group of its own: vLLM's engine is another process, which must not outlive an interruption.
-        process = subprocess.Popen(command, stdout=STDERR, env=environment, start_new_session=True)
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )
         try:
+            reader = threading.Thread(target=_pass_on, args=(process,), daemon=True)
+            reader.start()
             status = process.wait()
+            reader.join(LAST_OUTPUT)
         except BaseException:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
@@ -125,6 +132,15 @@ def score(job: Job) -> dict[str, tuple[str, torch.Tensor]]:
     if ERROR in found:
         raise InputError(f"--tasks {' '.join(job.tasks)}: lm_eval cannot score {job.folder} ({found[ERROR]})")
     return {task: (name, torch.tensor(values, dtype=torch.float64)) for task, (name, values) in found.items()}
+
+
+def _pass_on(process: "subprocess.Popen[bytes]") -> None:
+    """Print what a process prints, until it and all that share its output have ended."""
+    assert process.stdout is not None
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    while data := os.read(process.stdout.fileno(), 65536):
+        sys.stderr.write(decoder.decode(data))
+        sys.stderr.flush()
 
 
 def _model(job: Job) -> Any:

@@ -158,6 +158,36 @@ def bars(rows: Sequence[tuple[str, float, float]], label: str) -> str:
     return _svg(figure, notes)
 
 
+def grouped_bars(rows: Sequence[tuple[str, str, float]], label: str, log: bool = False) -> str:
+    """Horizontal bars, one colour a group.
+
+    Args:
+        rows: (name, group, value), from the top.
+        label: of the x axis.
+        log: logarithmic x axis.
+    """
+    pyplot = _pyplot()
+    figure, axes = pyplot.subplots(figsize=(WIDTH, 0.7 + 0.28 * len(rows)))
+    groups = list(dict.fromkeys(group for _, group, _ in rows))
+    notes: dict[str, str] = {}
+    for place, (name, group, value) in enumerate(rows):
+        number = groups.index(group)
+        first = all(row[1] != group for row in rows[:place])
+        (bar,) = axes.barh(place, value, 0.7, color=f"C{number}", label=group if first else None)
+        bar.set_gid(f"bar{place}")
+        notes[f"bar{place}"] = f"{name}, {group}: {value:.4g}"
+        axes.annotate(f"{value:.3g}", (value, place), (3, 0), textcoords="offset points", va="center")
+    axes.set_yticks(range(len(rows)), [row[0] for row in rows])
+    axes.invert_yaxis()
+    if log:
+        axes.set_xscale("log")
+    axes.set_xlabel(label)
+    axes.grid(alpha=0.25, axis="x")
+    if len(groups) > 1:
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4)
+    return _svg(figure, notes)
+
+
 def heat_map(projections: Iterable[Projection]) -> str:
     """The kept share of the parameters by layer and kind; MoE experts of one layer are one cell.
 

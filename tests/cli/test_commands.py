@@ -4,7 +4,6 @@ import hashlib
 import importlib.metadata
 import json
 import re
-import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,8 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import pgsvd_vllm
-from pgsvd_vllm.cli import COMMANDS, build_parser, main
+from pgsvd_vllm.cli import COMMANDS, main
 from tests.conftest import run_cli
+from tests.docs.pages import check_command
 
 
 @pytest.fixture
@@ -59,9 +59,7 @@ def test_the_examples_of_a_command_are_valid(capsys: pytest.CaptureFixture[str],
     lines = capsys.readouterr().out.split("examples:\n")[1].splitlines()
     assert lines
     for line in lines:
-        program, *arguments = shlex.split(line)
-        assert program == "pgsvd-vllm"
-        assert build_parser().parse_args(arguments).command == command
+        assert check_command(line.strip()) == command
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -85,6 +85,19 @@ def test_projections_that_get_no_faster_stay_dense(tiny_model: Path, tmp_path: P
     assert main(["verify", str(tmp_path / "out")]) == 0
 
 
+def test_a_target_latency_is_kept(tiny_model: Path, tmp_path: Path) -> None:
+    """21 projections of 100 us each; 1.9 ms leave at least 9.5 % to remove."""
+    write_latencies(low_rank_faster_for({(320, 128)}), tmp_path / "costs.json")
+    given = ("--costs", tmp_path / "costs.json", "--refine", "0", "--dataset", "python-docs", *FAST)
+    done = run_cli("compress", tiny_model, "-o", tmp_path / "out", "--target-latency", "1.9", *given)
+    assert done.returncode == 0, done.stderr
+    section = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    time = sum(100 * (0.5 * row["rank"] / 128 if row else 1) for row in section["modules"].values())
+    time += 100 * (21 - len(section["modules"]))
+    assert 1850 < time <= 1900
+    assert section["time_removed"] == pytest.approx(1 - time / 2100, abs=1e-6)
+
+
 def test_ignored_projections_count_as_kept_latency(tiny_model: Path, tmp_path: Path) -> None:
     write_latencies(low_rank_faster_for({(320, 128)}), tmp_path / "costs.json")
     done = run_cli(
@@ -114,6 +127,11 @@ def test_the_size_objective_reports_no_latency(tiny_compressed: Path) -> None:
         (["--objective", "latency", "--costs", "COSTS", "--baseline", "svd"], "--objective latency"),
         (["--objective", "latency", "--costs", "COSTS", "--tolerance", "0.2"], "--objective latency"),
         (["--objective", "latency", "--costs", "COSTS", "--sensitivity", "uniform"], "not --sensitivity uniform"),
+        (["--target-latency", "1"], "--target-latency: needs the latencies of the serving machine, --costs FILE"),
+        (["--target-latency", "1", "--costs", "COSTS", "--bits", "8"], "--target-latency: the latency table has GEMMs"),
+        (["--target-latency", "1", "--costs", "COSTS", "--bits", "auto"], "--bits auto: is about size; omit --costs"),
+        (["--target-latency", "-1", "--costs", "COSTS"], "--target-latency -1.0: must be a positive number of milli"),
+        (["--target-latency", "2.1", "--costs", "COSTS"], "all projections take 2.1 ms when dense (tokens: 1)"),
     ],
 )
 def test_invalid_latency_options_are_refused(
@@ -146,6 +164,16 @@ def test_an_unreachable_latency_ratio_is_refused(
         *("--objective", "latency", "--costs", tmp_path / "costs.json"),
     )
     assert done.returncode == 2
+    assert message in done.stderr
+
+
+def test_an_unreachable_target_latency_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    write_latencies(low_rank_faster_for({(320, 128)}), tmp_path / "costs.json")
+    given = ("--costs", tmp_path / "costs.json", "--dataset", "python-docs", *FAST)
+    done = run_cli("compress", tiny_model, "-o", tmp_path / "out", "--target-latency", "1", *given)
+    assert done.returncode == 2
+    # 6 of 21 projections can be as fast as a rank of 1 makes them.
+    message = "--target-latency 1 ms: the least that this model can have is 1.5 ms; raise it"
     assert message in done.stderr
 
 

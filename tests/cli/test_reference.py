@@ -1,4 +1,4 @@
-"""docs/compress.md shows the options that the command line has."""
+"""docs/options.md shows the options that the command line has."""
 
 import argparse
 
@@ -37,7 +37,7 @@ def test_options_are_spelled_as_on_the_command_line() -> None:
     assert [spelling(action) for action in parser._actions] == [
         "`MODEL`",
         "`-r, --refine [MINUTES]`",
-        "`--form pivot|factors`",
+        "<code>--form pivot&#124;factors</code>",
         "`--ignore PATTERN ...`",
         "`--resume`",
         "`--sequential, --no-sequential`",

@@ -67,6 +67,7 @@ def test_perplexity_is_that_of_float64(
     found = tmp_path / "found.json"
     assert evaluated(tiny_compressed, "--against", tiny_model, *SMALL, "--prompt", "Hello", "--json", found) == 0
     report = json.loads(found.read_text())
+    assert (report["model"], report["against"]) == (tiny_compressed.name, tiny_model.name)  # it may be published
     (row,) = report["rows"]
     assert row["value"] == pytest.approx(reference_losses(tiny_compressed).mean().exp().item(), rel=1e-4)
     assert row["base"] == pytest.approx(reference_losses(tiny_model).mean().exp().item(), rel=1e-4)
@@ -83,6 +84,20 @@ def test_perplexity_is_that_of_float64(
         ids = tokenizer("Hello", return_tensors="pt")["input_ids"]
         tokens = model.generate(ids, max_new_tokens=60, do_sample=False)[0, ids.shape[1] :]
         assert answer[name] == tokenizer.decode(tokens, skip_special_tokens=True).strip()
+
+
+def test_the_field_of_the_text_is_named(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, field in (("a.jsonl", "body"), ("b.jsonl", "text")):
+        rows = [json.dumps({field: f"Sentence {i} of a text.", "id": i}) for i in range(400)]
+        (tmp_path / name).write_text("\n".join(rows), encoding="utf-8")
+    small = ["--num-samples", "2", "--max-seq-length", "32", "--no-answers", "--json", tmp_path / "found.json"]
+    values = []
+    for given in ([tmp_path / "a.jsonl", "--text-column", "body"], [tmp_path / "b.jsonl"]):
+        assert evaluated(tiny_model, "--dataset", *given, *small) == 0
+        values.append(json.loads((tmp_path / "found.json").read_text())["rows"][0]["value"])
+    assert values[0] == values[1]
+    assert evaluated(tiny_model, "--dataset", tmp_path / "a.jsonl", *small) == 2
+    assert "or the field that --text-column names" in capsys.readouterr().err
 
 
 def test_too_little_kept_is_status_3(

@@ -207,7 +207,7 @@ def test_forward_sensitivity_if_gradients_exceed_memory(
     assert lighter.settings.storages[0].form == "pivot"
     assert len(lines) == 1
     needed, least = (bytes_text(memory_bytes(plan) - loaded - less) for less in (0, 1))
-    assert lines[0].startswith(f"measuring loss gradients needs about {needed} of memory, {least} are free: ")
+    assert lines[0].startswith(f"WARNING: measuring loss gradients needs about {needed} of memory, {least} are free: ")
     for options in ({"sensitivity": "measured"}, {"sensitivity": "uniform"}, {"tolerance": 0.3}, {"baseline": "svd"}):
         requested = make_plan(CompressOptions(str(tiny_model), tmp_path / "out", refine=0, **SMALL, **options))
         assert fit_into_memory(requested, lines.append) is requested

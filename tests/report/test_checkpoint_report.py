@@ -159,7 +159,48 @@ def test_measurements_and_answers_are_shown(tiny_compressed: Path, tmp_path: Pat
     assert ["What?", "This\nand that", "That"] in rows
 
 
-@pytest.mark.parametrize("value", ['{"rows": [1]}', '{"rows": [{}], "answers": []}', "{}", "[]", "no JSON"])
+def test_measurements_go_into_the_model_card(tiny_compressed: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_compressed, tmp_path / "own"))
+    before = (folder / "README.md").read_text()
+    assert "Predicted loss on the calibration text: " in before
+    assert "Not measured yet." in before
+    for value, cell in ((12.5, "12.5"), (13.5, "13.5")):  # the second time it replaces the first
+        name = "a|b\n<!-- end of quality -->"
+        rows = [{"name": name, "unit": "perplexity", "count": 4, "value": value, "base": 10.0, "recovery": 0.8,
+                 "low": 0.75, "high": 0.85, "ok": True},
+                {"name": "arc", "unit": "acc", "count": 4, "value": None, "ok": False}]  # fmt: skip
+        measured = {"model": "own", "rows": rows, "answers": []}
+        (tmp_path / "e.json").write_text(json.dumps(measured))
+        assert main(["report", str(folder), "--evaluation", str(tmp_path / "e.json")]) == 0
+        card = (folder / "README.md").read_text()
+        first = f"| a\\|b &lt;!-- end of quality --> | perplexity | 10 | {cell} | 80.0% | 75.0% to 85.0% |\n"
+        assert f"{first}| arc | acc |  |  |  |  |\n" in card
+    assert "Not measured yet." not in card
+    assert "12.5" not in card
+    assert card.count("| perplexity |") == 1
+    assert card.partition("<!-- quality -->")[0] == before.partition("<!-- quality -->")[0]
+    assert card.partition("<!-- end of quality -->")[2] == before.partition("<!-- end of quality -->")[2]
+    # Another place for the page, or a card of one's own, leaves the folder as it is.
+    (folder / "README.md").write_text("my own card")
+    given = ["report", str(folder), "--evaluation", str(tmp_path / "e.json")]
+    assert main(given) == 0
+    assert main([*given, "-o", str(tmp_path / "page.html")]) == 0
+    assert (folder / "README.md").read_text() == "my own card"
+
+
+def test_figures_of_another_model_stay_out_of_the_card(
+    tiny_compressed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(tiny_compressed, tmp_path / "own"))
+    before = (folder / "README.md").read_text()
+    rows = [{"name": "text", "unit": "perplexity", "value": 12.5}]
+    (tmp_path / "e.json").write_text(json.dumps({"model": "org/other", "rows": rows, "answers": []}))
+    assert main(["report", str(folder), "--evaluation", str(tmp_path / "e.json")]) == 0
+    assert "is left as it is: --evaluation is of org/other, not of own" in capsys.readouterr().out
+    assert (folder / "README.md").read_text() == before
+
+
+@pytest.mark.parametrize("value", ['{"rows": [1]}', '{"rows": [{"name": "a"}], "answers": []}', "{}", "[]", "no JSON"])
 def test_another_file_is_refused(
     value: str, tiny_compressed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -62,6 +62,16 @@ def test_a_configuration_is_named_after_a_colon(cache: Path) -> None:
         places_and_rows("owner/math")
 
 
+def test_a_split_is_named_after_a_second_colon(cache: Path) -> None:
+    files = {f"data/{name}-00000.parquet": [{"text": name}] for name in ("train", "test")}
+    save_set(cache, "owner/split", files)
+    assert places_and_rows("owner/split:default:test") == [("row 1", {"text": "test"})]
+    assert places_and_rows("owner/split::test") == [("row 1", {"text": "test"})]
+    assert places_and_rows("owner/split::train") == places_and_rows("owner/split") == [("row 1", {"text": "train"})]
+    with pytest.raises(InputError, match=r"--dataset owner/split::dev: has no split dev; it has .*test"):
+        places_and_rows("owner/split::dev")
+
+
 def test_rows_with_images_are_pairs(cache: Path, tiny_model: Path) -> None:
     image = Image.fromarray(np.zeros((8, 8, 3), np.uint8))
     save_set(cache, "owner/images", {"data/train-00000.parquet": [{"image": image, "caption": "black"}]})
@@ -90,6 +100,8 @@ def test_a_set_that_nobody_has_is_named(cache: Path) -> None:
     [
         ("owner/name", True),
         ("owner/name:main", True),
+        ("owner/name:main:test", True),
+        ("owner/name::test", True),
         ("data/rows.jsonl", False),
         ("data/text.txt", False),
         ("./owner/name", False),

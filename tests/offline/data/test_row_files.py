@@ -109,6 +109,25 @@ def test_parquet_and_arrow_are_read(tmp_path: Path) -> None:
         rows_of(tmp_path / "a.parquet")
 
 
+def test_the_column_of_the_text_is_named(tmp_path: Path) -> None:
+    rows = [{"body": f"text {i}", "text": "other"} for i in range(3)]
+    wanted = [{"body": row["body"]} for row in rows]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    for name in ("a.jsonl", "a.txt"):
+        (tmp_path / name).write_text(lines, encoding="utf-8")
+    (tmp_path / "a.csv").write_text("body;text\n" + "".join(f"{r['body']};other\n" for r in rows), encoding="utf-8")
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    for name in ("a.jsonl", "a.txt", "a.csv", "a.parquet"):
+        kind = row_format(tmp_path / name, "body")
+        assert kind is not None
+        found = [row for _, row in read_rows(tmp_path / name, kind, "body")]
+        assert [{"body": row["body"]} for row in found] == wanted
+    with pytest.raises(InputError, match=r"a.csv: line 1 names no column 'title' \('body;text'\)"):
+        list(read_rows(tmp_path / "a.csv", ".csv", "title"))
+    with pytest.raises(InputError, match=r"a.parquet: has the columns body, text; a row needs .* `text_column` names"):
+        list(read_rows(tmp_path / "a.parquet", ".parquet", "title"))
+
+
 def test_json_lines_are_recognized_under_other_names(tmp_path: Path) -> None:
     path = tmp_path / "data.txt"
     path.write_text("\n" + "".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8-sig")

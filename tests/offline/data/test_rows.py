@@ -98,6 +98,19 @@ def test_blank_fields_give_way_to_filled_ones(row: Any, document: Any) -> None:
     assert read_row(row) == document
 
 
+def test_a_named_field_is_read_alone() -> None:
+    row = {"body": "b", "text": "t", "turns": [ASKED, ANSWERED], "gap": None, "number": 3}
+    assert read_row(row, "body") == "b"
+    assert read_row(row, "turns") == chat(ASKED, ANSWERED)
+    assert read_row(row, "gap") == ""
+    with pytest.raises(RowError, match='has "number" as a number, not a string or a list of messages'):
+        read_row(row, "number")
+    with pytest.raises(RowError, match=r'has "body", "text", .*, and no "Body" \(`text_column`\)'):
+        read_row(row, "Body")
+    with pytest.raises(RowError, match='is a list, not an object with "body"'):
+        read_row(["b"], "body")
+
+
 def test_a_whole_solution_is_preferred_to_its_answer() -> None:
     assert read_row({"problem": "Q", "answer": "3", "solution": "A"}) == chat(ASKED, ANSWERED)
 

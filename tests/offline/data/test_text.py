@@ -103,6 +103,14 @@ def test_bad_text_is_named(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -
         list(read_documents(str(tmp_path / "pipe"), 0, tokenizer))
 
 
+def test_the_field_of_the_text_is_named(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"body": "one", "text": "other"}\n{"body": "two"}\n', encoding="utf-8")
+    assert list(read_documents(str(path), 0, tokenizer, column="body")) == ["one", "two"]
+    with pytest.raises(InputError, match=r'rows.jsonl: line 2: has "body", and no "text" \(`text_column`\)'):
+        list(read_documents(str(path), 0, tokenizer, column="text"))
+
+
 def test_an_unavailable_hub_set_names_the_builtin_text(tokenizer: PreTrainedTokenizerBase) -> None:
     with pytest.raises(InputError, match=r"--dataset wikitext2: .*give a text file.*or python-docs \(offline\)"):
         list(read_documents("wikitext2", 100, tokenizer))

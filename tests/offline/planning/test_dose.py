@@ -140,7 +140,7 @@ def test_the_default_takes_no_calibration_windows_away(
     assert len(default.data.windows.ids) == 30
     assert without.settings.dose is None
     assert (default.settings.dose is not None) == distilled
-    line = f"\nno distillation: the text has fewer than {HELD_OUT} windows beside the calibration windows"
+    line = f"\nWARNING: no distillation: the text has fewer than {HELD_OUT} windows beside the calibration windows"
     assert (line in describe(default)) != distilled
     assert "distillation" not in describe(without)
 
@@ -235,7 +235,9 @@ def test_the_default_is_left_out_where_memory_is_short(
     lines: list[str] = []
     plan = prepare(asked, lines.append)
     needed = bytes_text(memory_bytes(whole) - loaded)
-    assert lines == [f"distillation needs about {needed} of memory, {bytes_text(free)} are free: it is left out"]
+    assert lines == [
+        f"WARNING: distillation needs about {needed} of memory, {bytes_text(free)} are free: it is left out"
+    ]
     assert plan.settings == without.settings
     stopped(asked)
     monkeypatch.undo()
@@ -257,7 +259,7 @@ def test_memory_is_checked_again_where_the_sensitivities_are_settled(
     lines: list[str] = []
     plan = prepare(replace(asked, resume=folder is None), lines.append)
     assert (plan.settings.dose, plan.settings.sensitivity) == (None, "measured")
-    assert [line.partition(" needs")[0] for line in lines] == ["distillation"]
+    assert [line.partition(" needs")[0] for line in lines] == ["WARNING: distillation"]
 
 
 def test_a_choice_without_distillation_does_not_outlive_its_options(tiny_model: Path, tmp_path: Path) -> None:

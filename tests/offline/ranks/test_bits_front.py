@@ -15,7 +15,7 @@ from pgsvd_vllm.offline.model.projection import Projection, ProjectionSet
 from pgsvd_vllm.offline.ranks.pareto import FACTORED, ROUNDED, LossFront, Rounding, check_size, loss_front
 from pgsvd_vllm.offline.ranks.select import Spectra, choose_ranks
 from pgsvd_vllm.offline.ranks.stored import PLAIN, bits_per_weight, module_of
-from pgsvd_vllm.offline.ranks.target import RankTarget
+from pgsvd_vllm.offline.ranks.target import Limit, RankTarget
 from pgsvd_vllm.offline.settings import Storage
 
 STORAGES = (Storage("pivot"), Storage("pivot", INT8), Storage("factors", int4(32)))
@@ -148,21 +148,26 @@ def test_a_size_is_never_exceeded() -> None:
     projections = [Q, K, DOWN, GATE]
     found = Spectra({}, spectra(projections), ROUNDING)
     for ratio in (0.05, 0.3, 0.55, 0.7, 0.8):
-        target = replace(TARGET, ratio=ratio, at_least=True)
+        limit = Limit("target_bytes", 1000 * (1 - ratio) + 500, 1500, 1000, "bytes")
+        assert limit.share == pytest.approx(ratio)
+        target = replace(TARGET, ratio=limit.share, limit=limit)
         modules = choose_ranks(ProjectionSet([projections]), found, target).modules
-        assert bits_per_weight(projections, modules, SIZES) <= 16 * (1 - ratio)
+        assert bits_per_weight(projections, modules, SIZES) <= 16 * (1 - limit.share)
         check_size(ProjectionSet([projections]), target)
-    small = replace(TARGET, ratio=0.999, at_least=True)
-    with pytest.raises(ChoiceError, match=r"`target_bytes`: 99\.9% of the projections' bytes must go"):
-        choose_ranks(ProjectionSet([projections]), found, small)
-    with pytest.raises(ChoiceError, match=r"`target_bytes`: 99\.9% of the projections' bytes must go"):
-        check_size(ProjectionSet([projections]), small)
+    small = replace(TARGET, ratio=0.999, limit=Limit("target_bytes", 5e5 + 1e3, 1.5e6, 1e6, "bytes"))
+    for check in (
+        lambda: choose_ranks(ProjectionSet([projections]), found, small),
+        lambda: check_size(ProjectionSet([projections]), small),
+    ):
+        with pytest.raises(ChoiceError, match=r"`target_bytes` .*: the least that this model can have is .*; raise it"):
+            check()
     with pytest.raises(ChoiceError, match=r"`ratio` 0\.999: more than this model can give"):
         check_size(ProjectionSet([projections]), replace(TARGET, ratio=0.999))
 
 
 def test_a_size_that_bits_alone_reach_needs_no_ranks() -> None:
-    target = RankTarget(0.4, None, (Storage("pivot", INT8),), itemsizes=SIZES, at_least=True)
+    limit = Limit("target_bytes", 60, 100, 100, "bytes")
+    target = RankTarget(limit.share, None, (Storage("pivot", INT8),), itemsizes=SIZES, limit=limit)
     allocation = choose_ranks(ProjectionSet([[Q, DOWN]]), Spectra({}, spectra([Q, DOWN])), target)
     assert allocation.ranks == {}
     assert {name: module.schemes for name, module in allocation.modules.items()} == {
