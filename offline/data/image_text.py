@@ -18,6 +18,7 @@ from pgsvd_vllm.errors import InputError, reason_of
 from pgsvd_vllm.offline.data.hub_rows import hub_rows, is_hub_id
 from pgsvd_vllm.offline.data.row_files import PlacedRow, read_rows
 from pgsvd_vllm.offline.model.batch import Batch
+from pgsvd_vllm.offline.model.links import stays_inside
 
 CAPTIONS = "captions.jsonl"
 # The datasets library's name for the same file.
@@ -219,7 +220,7 @@ def _open_image(label: str, folder: Path, name: str) -> Image.Image:
     """An image file as RGB; raises InputError for a name that leads out of the folder."""
     file = folder / name
     try:
-        inside = file.resolve().is_relative_to(folder.resolve()) and file.is_file()
+        inside = stays_inside(file, folder) and file.is_file()
     except (OSError, ValueError):  # a name that no file can have
         inside = False
     if not inside:

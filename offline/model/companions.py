@@ -1,13 +1,13 @@
 """The files beside a model's weights that a checkpoint needs as well: tokenizer, processor, chat templates."""
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from pgsvd_vllm.errors import InputError
+from pgsvd_vllm.offline.model.links import stays_inside
 from pgsvd_vllm.offline.model.model_folder import refuse_pointer
 
 # Patterns of file names, in lower case.
@@ -45,13 +45,9 @@ def find_companions(folder: Path, remote_code: bool) -> list[Path]:
         InputError: a companion cannot be read, is a git-lfs pointer, is a `.json` file that is not JSON, or is a link
             that leaves the folder although the checkpoint needs it; names the file.
     """
-    root = folder.resolve()
-    # snapshots/COMMIT/FILE links to blobs/HASH.
-    roots = [root, *([root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [])]
     found = []
     for path in _candidates(folder, remote_code):
-        target = Path(os.path.realpath(path))  # unlike Path.resolve, also for links in a circle
-        if not any(target.is_relative_to(one) for one in roots):
+        if not stays_inside(path, folder):
             if any(fnmatchcase(path.name.lower(), pattern) for pattern in NEEDED):
                 raise InputError(f"{path}: a link that leaves the model's folder; put the file itself there")
             continue

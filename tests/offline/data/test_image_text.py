@@ -1,6 +1,8 @@
 """Images with texts: image files of every kind, and rows that are no pairs."""
 
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +104,24 @@ def test_rows_that_are_no_pairs_are_named(tmp_path: Path, processors: dict[str, 
     assert message.startswith(f"--dataset {folder}/captions.jsonl: line 1")
     assert reason in message
     assert "\n" not in message
+
+
+def test_images_of_a_hub_cache_are_links(tmp_path: Path, processors: dict[str, Any]) -> None:
+    """Its snapshots link to blobs; links to other places are refused as ever."""
+    wanted = read(save_pairs(tmp_path / "pairs", 6), processors)
+    for place in ("snapshots/abc", "snapshots/abc/data"):
+        repository = tmp_path / place.replace("/", "-")
+        folder = Path(shutil.copytree(tmp_path / "pairs", repository / place))
+        (repository / "blobs").mkdir()
+        for number, image in enumerate(sorted(folder.glob("*.png"))):
+            blob = Path(shutil.move(image, repository / "blobs" / f"{number}"))
+            image.symlink_to(os.path.relpath(blob, folder))
+        found = read(folder, processors)
+        assert found.sha256 == wanted.sha256
+    outside = Path(shutil.move(repository / "blobs" / "0", tmp_path / "0"))
+    (repository / "blobs" / "0").symlink_to(outside)
+    with pytest.raises(InputError, match="is no file in that folder"):
+        read(folder, processors)
 
 
 def test_captions_are_read_in_any_encoding(tmp_path: Path, processors: dict[str, Any]) -> None:
