@@ -143,20 +143,26 @@ class Calibration:
                         self.state.save_sensitivity(index, MEASURED, self._loss_spectra(index, step))
 
     def _loss_spectra(self, index: int, found: LayerGradients) -> LayerSensitivity:
-        """Eigenvalues of L^T W C W^T L of a layer's projections: twice the loss of removing each direction, in nats."""
+        """Eigenvalues of L^T W C W^T L of a layer's projections: twice the loss of removing each direction, in nats.
+
+        Args:
+            index: of the layer.
+            found: its gradient moments; they are taken out one by one.
+        """
         data, device = self.state.load_layer(index), self.settings.device
         energy, moments, grams = {}, {}, {}
         for p in self.projections.layers[index]:
-            moment = found.moments.get(p.name)
+            # Taken out: in float64 those of a whole layer have several times the bytes of its weights.
+            moment, weighted = found.moments.pop(p.name, None), found.grams.pop(p.name, None)
             # Without gradient only a zero projection has a known loss, which is 0 at any rank.
-            if moment is None or not (moment.any() or not data.energy[p.name].any()):
+            if moment is None or weighted is None or not (moment.any() or not data.energy[p.name].any()):
                 continue
             gram = data.grams[data.leader[p.name]].double(device)
-            gram = weighted_gram(gram, data.tokens, found.grams[p.name])
+            gram = weighted_gram(gram, data.tokens, weighted)
             weight = self.source.weights.tensor(f"{p.path}.weight").to(device).double()
             with naming(p.name):
                 energy[p.name] = output_energy(metric_root(moment).T @ weight, gram).cpu()
-            moments[p.name], grams[p.name] = ScaledMatrix.of(moment), ScaledMatrix.of(found.grams[p.name])
+            moments[p.name], grams[p.name] = ScaledMatrix.of(moment), ScaledMatrix.of(weighted)
         return LayerSensitivity(moments, grams, energy)
 
 

@@ -24,7 +24,7 @@ def weighted_gram(gram: torch.Tensor, tokens: int, weighted: torch.Tensor, dampi
     Returns:
         float64 [in, in].
     """
-    average = (gram / tokens + weighted) / 2
+    average = (gram / tokens).add_(weighted).div_(2)  # one new matrix: each may have a GB
     average.diagonal().add_(damping * average.diagonal().mean())
     return average
 
