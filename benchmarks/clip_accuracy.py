@@ -8,7 +8,6 @@ images. Divergence and accuracy on other images evaluate the result.
 """
 
 import argparse
-import json
 import shutil
 import sys
 import tempfile
@@ -24,6 +23,7 @@ import torch.nn.functional as F
 from transformers import AutoModelForZeroShotImageClassification as CLIP
 
 import pgsvd_vllm.hf  # noqa: F401  (registers the format)
+from benchmarks.rows import write_rows
 from benchmarks.small_clip import Pictures, accuracy, class_logits, load_pictures, save_pairs, small_clip
 from pgsvd_vllm.offline.calibration.collect import output_energies
 from pgsvd_vllm.offline.compress import compress
@@ -224,8 +224,7 @@ def main() -> int:
         rows = measure(ratios, folder, tested, trained, Path(work))
     text = markdown(rows, ratios)
     print(text)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    write_rows(arguments.json, rows)
     if arguments.markdown:
         arguments.markdown.write_text(text, encoding="utf-8")
     if arguments.plot:

@@ -9,7 +9,6 @@ windows, without bars.
 """
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -27,6 +26,7 @@ from transformers import AutoModelForCausalLM  # noqa: E402
 import pgsvd_vllm.hf  # noqa: E402, F401  (registers the format)
 from benchmarks.quality import LENGTH, paper_form  # noqa: E402
 from benchmarks.questions import KEPT, answers, kept, questions  # noqa: E402
+from benchmarks.rows import write_rows  # noqa: E402
 from pgsvd_vllm.evaluation.perplexity import perplexity, spread_windows  # noqa: E402
 from pgsvd_vllm.offline.data.text import load_tokenizer, read_documents  # noqa: E402
 from tests.support import reference_model  # noqa: E402
@@ -101,8 +101,7 @@ def main() -> int:
     for found in rows:
         bar = "" if found["bar"] is None else f"  bar {found['bar']}  {'ok' if found['ok'] else 'MISSED'}"
         print(f"{found['case']:36} {found['value']:.4g}{bar}")
-    if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    write_rows(arguments.json, rows)
     return 0 if all(found["ok"] for found in rows) else 1
 
 

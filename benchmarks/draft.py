@@ -19,6 +19,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.rows import write_rows
 from benchmarks.serve_cpu import Engine
 from tests.support.reference_model import cache_folder
 
@@ -128,8 +129,7 @@ def main() -> int:
         rows.append({"case": f"{draft.name}, accepted", "value": accepted, "bar": None, "ok": True})
         rows.append({"case": f"{draft.name}, speed of dense alone", "value": speed, "bar": None, "ok": True})
     print(f"dense alone: {len(PROMPTS) * NEW_TOKENS / dense:.1f} tokens/s; {speculated} draft tokens a step")
-    if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    write_rows(arguments.json, rows)
     return 0
 
 

@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import pgsvd_vllm.hf  # noqa: F401  (registers the format)
 from benchmarks.quality import MODELS, evaluation_texts, quality_plan, save
+from benchmarks.rows import write_rows
 from pgsvd_vllm.errors import InputError
 from pgsvd_vllm.evaluation.perplexity import perplexity
 from pgsvd_vllm.format.quantization import Scheme
@@ -207,8 +208,7 @@ def main() -> int:
     for row in table:
         bar = "" if row["bar"] is None else f"  bar {row['bar']}  {'ok' if row['ok'] else 'MISSED'}"
         print(f"{row['case']:44}{row['bits']:16.2f}{row['value']:12.4f}{bar}")
-    if arguments.json:
-        arguments.json.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+    write_rows(arguments.json, table)
     return 0 if all(row["ok"] for row in table) else 1
 
 

@@ -9,7 +9,6 @@ over dense time; the bar is 1. Dense weights are reconstructed from the factors:
 """
 
 import argparse
-import json
 import os
 import statistics
 import sys
@@ -28,6 +27,7 @@ from vllm.model_executor.layers.fused_moe import FusedMoEFactory
 
 from benchmarks.linear_cpu import one_rank
 from benchmarks.random_model import largest_rank
+from benchmarks.rows import write_rows
 from pgsvd_vllm.format.schema import FactoredModule
 from pgsvd_vllm.serving.quant_config import PgsvdConfig
 
@@ -137,8 +137,7 @@ def main() -> int:
                     verdict = "ok" if row["ok"] else "MISSED"
                     times = f"({row['dense ms']:.1f} -> {row['factored ms']:.1f} ms)"
                     print(f"{row['case']:34} {row['value']:.2f} {times}, bar 1.00 {verdict}", flush=True)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    write_rows(arguments.json, rows)
     return 0 if all(row["ok"] for row in rows) else 1
 
 

@@ -10,7 +10,6 @@ status is 1 if a result is wrong; speeds have bars but do not fail.
 
 import argparse
 import itertools
-import json
 import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +25,7 @@ import triton
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.rows import write_rows
 from pgsvd_vllm.kernels.autotune import LayerTuner, RandomLayer, rounded
 from pgsvd_vllm.kernels.cublas import run_library, run_library_gated
 from pgsvd_vllm.kernels.cuda_timer import COPY_BYTES, seconds
@@ -403,8 +403,7 @@ def main() -> int:
             missed = "" if found["bar"] is None else f"  bar {found['bar']:g} {'ok' if found['ok'] else 'MISSED'}"
             print(f"{found['case']:74} {found['value']:9.3f}{missed}", flush=True)
             wrong += found["bar"] == 0 and not found["ok"]
-            if arguments.json:
-                arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+            write_rows(arguments.json, rows)
     return 1 if wrong else 0
 
 

@@ -9,7 +9,6 @@ the device has. The exit status is 1 if one is missed.
 
 import argparse
 import itertools
-import json
 import re
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from triton.compiler import ASTSource
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.rows import write_rows
 from pgsvd_vllm.kernels.autotune import TOKENS as TUNED_TOKENS
 from pgsvd_vllm.kernels.autotune import candidates
 from pgsvd_vllm.kernels.down import down_kernel
@@ -263,8 +263,7 @@ def main() -> int:
             f"{row['copy_bytes']:10} {', '.join(row['missed'])}",
             flush=True,
         )
-    if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+    write_rows(arguments.json, rows)
     missed = sum(not row["ok"] for row in rows)
     print(f"{len(rows)} kernels, {missed} beyond a bar")
     return 1 if missed else 0

@@ -8,7 +8,6 @@ hardly count. Rows of calls have bars: a decoder layer's fewest.
 """
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.gpu_check import LAYERS, Row, row, shards_of
+from benchmarks.rows import write_rows
 from pgsvd_vllm.kernels.autotune import RandomLayer
 from pgsvd_vllm.kernels.cublas import run_library
 from pgsvd_vllm.kernels.layer_shape import ShardShape
@@ -111,8 +111,7 @@ def main() -> int:
             rows.append(found)
             bar = "" if found["bar"] is None else f"  bar {found['bar']} {'ok' if found['ok'] else 'MISSED'}"
             print(f"{found['case']:36} {found['value']:8.1f}{bar}", flush=True)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    write_rows(arguments.json, rows)
     return 0 if all(found["ok"] for found in rows) else 1
 
 

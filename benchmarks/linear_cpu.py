@@ -11,7 +11,6 @@ output differs from float64 prints no time and ends the run.
 
 import argparse
 import gc
-import json
 import os
 import platform
 import statistics
@@ -35,6 +34,7 @@ from vllm.model_executor.layers import linear
 from vllm.platforms import current_platform
 
 from benchmarks.random_model import largest_rank
+from benchmarks.rows import write_rows
 from pgsvd_vllm.format.lowrank import factored_linear, pivot_linear
 from pgsvd_vllm.format.schema import FactoredModule
 from pgsvd_vllm.serving.quant_config import PgsvdConfig
@@ -286,8 +286,7 @@ def main() -> int:
         print("" if row["bar"] is None else f", bar {row['bar']:.2f} {'ok' if row['ok'] else 'MISSED'}")
     if arguments.markdown:
         arguments.markdown.write_text(markdown(rows, ratios, best), encoding="utf-8")
-    if arguments.json:
-        arguments.json.write_text(json.dumps([*table, *rows], indent=1) + "\n", encoding="utf-8")
+    write_rows(arguments.json, [*table, *rows])
     return 0 if all(row["ok"] for row in table) else 1
 
 

@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import pgsvd_vllm.hf  # noqa: F401  (registers the format)
+from benchmarks.rows import write_rows
 from pgsvd_vllm.errors import InputError
 from pgsvd_vllm.evaluation.perplexity import perplexity, spread_windows
 from pgsvd_vllm.offline.compress import calibrate
@@ -305,8 +306,7 @@ def main() -> int:
         arguments.markdown.write_text(text, encoding="utf-8")
     if arguments.plot:
         plot(found, ratios, list(windows), arguments.plot)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+    write_rows(arguments.json, table)
     return 0 if all(row["ok"] for row in table) else 1
 
 

@@ -21,6 +21,7 @@ import torch  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
 import pgsvd_vllm.hf  # noqa: E402, F401  (registers the format)
+from benchmarks.rows import write_rows  # noqa: E402
 from pgsvd_vllm.offline.data.text import load_tokenizer  # noqa: E402
 
 FILE = Path(__file__).with_name("questions.json")
@@ -107,8 +108,7 @@ def main() -> int:
     for row in rows:
         bar = "" if row["bar"] is None else f"  (bar: at least {row['bar']:.0f}){'' if row['ok'] else '  MISSED'}"
         print(f"{row['case']}: {row['value']:.4g}{bar}")
-    if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    write_rows(arguments.json, rows)
     return 0 if all(row["ok"] for row in rows) else 1
 
 

@@ -15,7 +15,6 @@ on inputs of 16 bits.
 
 import argparse
 import itertools
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.gpu_check import LAYERS, REMOVED, rank_for, row
+from benchmarks.rows import write_rows
 from pgsvd_vllm.kernels.layer_shape import ShardShape, layer_shape_of
 from pgsvd_vllm.kernels.tile_heuristics import default_steps, tiles_for
 
@@ -126,8 +126,7 @@ def main() -> int:
         rows.append(row(f"{at}, 1 token, factored / its bytes", over, bar))
         cells[0] += f" ({over:.2f})"
         print(f"| {name} | {kind} | {removed:.0%} | " + " | ".join(cells) + " |")
-    if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+    write_rows(arguments.json, rows)
     return 0 if all(row["ok"] for row in rows) else 1
 
 

@@ -33,6 +33,7 @@ import torch
 
 from benchmarks import random_model
 from benchmarks.random_model import Shape
+from benchmarks.rows import write_rows
 from pgsvd_vllm.format.schema import stored_size
 from tests.support import reference_model
 
@@ -356,8 +357,7 @@ def main() -> int:
                     print(f"{row['case']:32} {row['value']:.2f}{speed}{bar}", flush=True)
     if arguments.markdown:
         arguments.markdown.write_text(markdown(rows), encoding="utf-8")
-    if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    write_rows(arguments.json, rows)
     return 0 if all(row["ok"] for row in rows) else 1
 
 

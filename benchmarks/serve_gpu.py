@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import random_model
 from benchmarks.random_model import LLAMA_2_7B, TINYLLAMA, Shape
+from benchmarks.rows import write_rows
 from tests.support.reference_model import cache_folder
 from tests.support.server import Server, serve
 
@@ -139,8 +140,7 @@ def main() -> int:
             f"{row['case']:70} {row['value']:.2f} ({row['dense ms']:.1f} -> {row['factored ms']:.1f} ms){bar}",
             flush=True,
         )
-        if arguments.json:
-            arguments.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        write_rows(arguments.json, rows)
     return 0 if all(row["ok"] for row in rows) else 1
 
 

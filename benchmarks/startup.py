@@ -8,7 +8,6 @@ different ranks must share graphs as the dense model's layers do.
 """
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
@@ -18,6 +17,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import random_model
+from benchmarks.rows import write_rows
 from benchmarks.serve_cpu import FORMS, Engine, engine_options
 from tests.support import reference_model
 
@@ -73,8 +73,7 @@ def main() -> int:
         bar = "" if row["bar"] is None else f", bar {row['bar']:g} {'ok' if row['ok'] else 'MISSED'}"
         more = f" ({row['dense seconds']:.1f} -> {row['factored seconds']:.1f} s)" if "dense seconds" in row else ""
         print(f"{row['case']:45} {row['value']:.3g}{more}{bar}")
-    if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    write_rows(arguments.json, rows)
     return 0 if all(row["ok"] for row in rows) else 1
 
 

@@ -7,12 +7,12 @@ DIR holds arc_easy.jsonl, boolq.jsonl and winogrande.jsonl, whose rows have a `q
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.rows import write_rows
 from pgsvd_vllm.evaluation.tasks import Job, score
 
 TASKS = ("arc_easy", "boolq", "winogrande")
@@ -51,8 +51,7 @@ def main() -> int:
             row = {"case": f"{folder.name} {case}", "value": value, "bar": bar, "ok": bar is None or value >= bar}
             rows.append(row)
         base = base or found
-    if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    write_rows(arguments.json, rows)
     return 0 if all(row["ok"] for row in rows) else 1
 
 

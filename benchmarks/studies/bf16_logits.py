@@ -18,6 +18,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+
+from benchmarks.rows import write_rows
 from pgsvd_vllm.format.lowrank import reconstruct
 from pgsvd_vllm.format.reader import open_checkpoint, read_config
 
@@ -217,8 +220,7 @@ def main() -> int:
     for row in rows:
         if row.bar is not None:
             print(f"{row.case}: {row.value:.6f}, bar {row.bar:.6f}: {'good' if row.ok else 'MISSED'}")
-    if arguments.json:
-        arguments.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8")
+    write_rows(arguments.json, [asdict(row) for row in rows])
     return 0 if all(row.ok for row in rows) else 1
 
 

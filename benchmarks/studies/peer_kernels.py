@@ -18,7 +18,6 @@ import argparse
 import functools
 import importlib.util
 import itertools
-import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,6 +27,8 @@ from typing import Any
 
 import triton
 from triton.compiler import ASTSource
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 from benchmarks.gpu_check import LAYERS, rank_for
 from benchmarks.kernel_resources import (
@@ -40,11 +41,9 @@ from benchmarks.kernel_resources import (
     resources,
     up_case,
 )
+from benchmarks.rows import write_rows
 from pgsvd_vllm.kernels.layer_shape import ShardShape, layer_shape_of
 from pgsvd_vllm.kernels.tile_heuristics import own_tiles
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
-
 
 REMOVED = 0.4
 # The MLP is gate_up, with the activation, and down.
@@ -268,8 +267,7 @@ def main() -> int:
         for row in itertools.chain(own, (beside(peer, target, own) for peer in peers)):
             rows.append(row)
             print(line(row), flush=True)
-            if arguments.json:
-                arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+            write_rows(arguments.json, rows)
     return 0 if all(row["ok"] for row in rows) else 1
 
 
