@@ -8,12 +8,13 @@ import yaml
 import pgsvd_vllm
 from pgsvd_vllm.errors import escaped
 from pgsvd_vllm.offline.model.hub import public_name
-from pgsvd_vllm.offline.options import CompressOptions
+from pgsvd_vllm.offline.options import DEFAULT_RATIO, CompressOptions
 
 RECIPE_NAME = "pgsvd_recipe.yaml"
+TARGETS = ("ratio", "tolerance", "target_bytes", "target_loss", "target_latency")
 # The options that decide what is computed, except those of other forms below.
 OPTIONS = (
-    *("ratio", "tolerance", "target_bytes", "target_loss", "target_latency", "sensitivity", "baseline", "form"),
+    *(*TARGETS, "sensitivity", "baseline", "form"),
     *("serve_on", "sequential", "bits", "num_calibration_samples", "max_seq_length", "text_column", "chat_template"),
     *("seed", "head_tolerance", "dtype"),
 )
@@ -38,10 +39,12 @@ def write_recipe(folder: Path, options: CompressOptions, revision: str | None) -
 
 
 def recipe_of(options: CompressOptions) -> dict[str, Any]:
-    """The options that differ from their defaults, by the names of the command line."""
+    """The size, and the options that differ from their defaults, by the names of the command line."""
     plain = CompressOptions("", Path())
     found = {name: getattr(options, name) for name in OPTIONS}
     found = {name: value for name, value in found.items() if value != getattr(plain, name)}
+    if not found.keys() & TARGETS:
+        found = {"ratio": DEFAULT_RATIO, **found}
     if options.refine is not None:
         found["refine"] = options.refine
     elif options.refine_tokens is not None:

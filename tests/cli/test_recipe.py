@@ -82,7 +82,7 @@ def test_the_name_of_a_model_stays_in_its_comment(tmp_path: Path) -> None:
     folder = tmp_path / "a\nratio: 0.9 #"
     folder.mkdir()
     write_recipe(tmp_path, CompressOptions(str(folder), tmp_path / "o"), None)
-    assert yaml.safe_load((tmp_path / NAME).read_text()) == {}
+    assert yaml.safe_load((tmp_path / NAME).read_text()) == {"ratio": 0.2}
 
 
 def test_a_recipe_stands_before_the_end_of_options(tmp_path: Path) -> None:
