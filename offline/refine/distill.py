@@ -102,9 +102,8 @@ class Distiller:
 
     @property
     def parameters(self) -> list[tuple[nn.Parameter, float]]:
-        """The trained parameters and the rates of their modules."""
-        every = ((parameter, module.rate) for module in self.trained.values() for parameter in module.parameters())
-        return [(parameter, rate) for parameter, rate in every if parameter.requires_grad]
+        """The trained parameters with their learning rates."""
+        return [pair for module in self.trained.values() for pair in module.rates]
 
     @torch.no_grad()
     def _dense_hidden(self, key: int, ids: torch.Tensor) -> torch.Tensor:

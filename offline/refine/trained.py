@@ -23,9 +23,10 @@ class TrainedProjection(nn.Module):
     form that is trained in float32 and rounded in the end loses part of the gain (docs/dev/log.md).
 
     Attributes:
-        rate: Adam's learning rate for one step per window is this times the root of the initial divergence (in nats, at
-            most 1). The loss from gradient noise grows with the rate and must stay small against the possible gain:
-            4e-5 works at 0.40 nats and 2e-5 at 0.10; 1e-4 makes the model worse at 0.40 (docs/dev/log.md).
+        rate: Adam's learning rate for one step per window is this times the root mean square of the initial parameter,
+            times the root of the initial divergence (in nats, at most 1). Adam's steps do not depend on the size of
+            gradients, and models differ twentyfold in the size of their weights. The loss from gradient noise grows
+            with the rate and must stay small against the possible gain (docs/dev/log.md).
 
     Args:
         tensors: suffix -> tensor of either form (see `format.schema.form_shapes`).
@@ -33,7 +34,7 @@ class TrainedProjection(nn.Module):
         device: of the parameters.
     """
 
-    rate = 6e-5
+    rate = 3e-4
 
     def __init__(self, tensors: dict[str, torch.Tensor], bias: nn.Parameter | None, device: torch.device) -> None:
         super().__init__()
@@ -63,6 +64,11 @@ class TrainedProjection(nn.Module):
             up = self.unit.index_copy(0, self.others, up)
         return F.linear(F.linear(x, down), up, self.bias)
 
+    @property
+    def rates(self) -> list[tuple[nn.Parameter, float]]:
+        """The trained parameters with their learning rates."""
+        return [(p, self.rate * float(p.detach().square().mean().sqrt())) for p in (self.down, self.up)]
+
     def stored(self) -> dict[str, torch.Tensor]:
         """The current tensors by suffix, on the CPU, in the dtypes of the initial factors."""
         trained = zip(self.names, (self.down, self.up), strict=True)
@@ -75,7 +81,7 @@ class TrainedScales(nn.Module):
     A scale is its initial value times 1 plus a trained float32 number, so that all scales change in proportion.
 
     Attributes:
-        rate: as of `TrainedProjection`, for scales in units of their initial values.
+        rate: as of `TrainedProjection`; the trained numbers are in units of the initial scales.
 
     Args:
         tensors: suffix -> stored tensor.
@@ -113,6 +119,11 @@ class TrainedScales(nn.Module):
         if "pivots" in own:
             return pivot_linear(x, own["weight_p"], own["weight_c"], own["pivots"], self.bias)
         return factored_linear(x, own["weight_v"], [own["weight_u"]], self.bias)
+
+    @property
+    def rates(self) -> list[tuple[nn.Parameter, float]]:
+        """The trained parameters with their learning rates."""
+        return [(change, self.rate) for change in self.changes.values()]
 
     def stored(self) -> dict[str, torch.Tensor]:
         """The current tensors by suffix, on the CPU, in the dtypes of the initial ones."""

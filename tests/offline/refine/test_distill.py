@@ -99,6 +99,39 @@ def test_a_trained_projection_matches_the_dense_gradients(with_bias: bool) -> No
         torch.testing.assert_close(found.grad.double(), expected.grad, atol=1e-4, rtol=1e-5)
 
 
+@pytest.mark.parametrize("form", ["factors", "pivot"])
+def test_training_does_not_depend_on_the_size_of_the_weights(form: str) -> None:
+    """Adam's steps have the size of the rate alone: weights a sixteenth as large must not change sixteen times as much.
+
+    Outputs of the smaller layer are a sixteenth; its loss and its changes are compared in that unit.
+    """
+    generator = torch.Generator().manual_seed(0)
+    x, target = (torch.randn(64, width, generator=generator) for width in (24, 40))
+    names = ("weight_v", "weight_u") if form == "factors" else ("weight_p", "weight_c")
+    down, up = (
+        torch.randn(8, 24, generator=generator),
+        torch.randn(40 if form == "factors" else 32, 8, generator=generator),
+    )
+    found = []
+    for size in (1.0, 1 / 16):
+        tensors = {names[0]: down * size, names[1]: up}
+        if form == "pivot":
+            tensors["pivots"] = torch.arange(0, 40, 5, dtype=torch.int32)
+        module = TrainedProjection(tensors, None, CPU)
+        optimisers = [torch.optim.Adam([parameter], lr=100 * rate) for parameter, rate in module.rates]
+        for _ in range(20):
+            (module(x) / size - target).square().mean().backward()
+            for optimiser in optimisers:
+                optimiser.step()
+                optimiser.zero_grad()
+        found.append([(module.down / size).detach(), module.up.detach()])
+    assert all(
+        (after - before).norm() > 0.1 * before.norm() for after, before in zip(found[0], (down, up), strict=True)
+    )
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
+
+
 def test_gradients_of_a_window_are_those_of_its_pieces(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
 ) -> None:
@@ -134,7 +167,7 @@ def test_distillation_lowers_the_divergence(
     held_out = windows(4, 32, seed=9)
     before = divergence_of(tiny_model, tensors, held_out)
     lines: list[str] = []
-    refined = distiller(tiny_model, tensors).run(text, held_out, Dose(minutes=0.15), say=lines.append)
+    refined = distiller(tiny_model, tensors).run(text, held_out, Dose(minutes=0.4), say=lines.append)
     assert refined.before == pytest.approx(before, rel=1e-4)
     # The returned factors are the evaluated ones.
     assert refined.after == pytest.approx(divergence_of(tiny_model, refined.tensors, held_out), rel=1e-4)
