@@ -24,6 +24,11 @@ CALIBRATED_BY = ("model", "revision", "dataset", "text_column", "num_calibration
 JUDGED_BY = ("eval_dataset", "num_samples")
 
 
+def add_folder(parser: argparse.ArgumentParser, help_text: str) -> None:
+    """Add `--output-dir`, a folder that is continued if it exists."""
+    parser.add_argument("-o", "--output-dir", required=True, type=Path, metavar="FOLDER", help=help_text)
+
+
 def add_measurement(parser: argparse.ArgumentParser) -> None:
     """Add the options of the calibration, of the text for perplexity, and of the machine."""
     parser.add_argument(

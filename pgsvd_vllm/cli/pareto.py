@@ -17,6 +17,7 @@ from pgsvd_vllm.cli.measured import (
     JUDGED_BY,
     LENGTH,
     Measured,
+    add_folder,
     add_measurement,
     calibration_options,
     check_measurement,
@@ -45,13 +46,9 @@ EXAMPLES = (
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
     add_model(parser)
-    parser.add_argument(
-        "-o",
-        "--output-dir",
-        required=True,
-        type=Path,
-        metavar="FOLDER",
-        help="folder of pareto.html, .json and .svg, and of the calibration, which compress --calibration can use; "
+    add_folder(
+        parser,
+        "folder of pareto.html, .json and .svg, and of the calibration, which compress --calibration can use; "
         "the same command continues there after an interruption, or with more sizes",
     )
     parser.add_argument(

@@ -16,22 +16,27 @@ NOT_IN_RECIPES = (
     *("help", "recipe", "resume", "dry_run", "output_dir", "revision", "device", "calibration"),
     *("trust_remote_code", "quiet", "log_format"),
 )
-
-
 # Option -> another one that has no use without its value.
 NEEDED_BY = {"objective": "costs", "include": "head_tolerance", "tolerance": "sensitivity", "baseline": "sensitivity"}
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser whose errors name the recipe.
+    """A parser of `compress` that returns what is given, without defaults, and whose errors name the recipe.
 
     Args:
         path: of the recipe.
     """
 
     def __init__(self, path: Path) -> None:
+        from pgsvd_vllm.cli import compress
+        from pgsvd_vllm.cli.log import add_log
+
         super().__init__(add_help=False)
         self.path = path
+        compress.configure(self)
+        add_log(self)
+        for action in self._actions:
+            action.default = argparse.SUPPRESS
 
     def error(self, message: str) -> NoReturn:
         """Raise InputError."""
@@ -48,17 +53,14 @@ def with_recipe(given: Sequence[str], path: Path) -> list[str]:
     Raises:
         InputError: the recipe cannot be read, or holds what is no option of `compress` or no value of it.
     """
-    from pgsvd_vllm.cli import compress
-
     parser = _Parser(path)
-    compress.configure(parser)
     options = {
         string.removeprefix("--"): action
         for action in parser._actions
         for string in action.option_strings
         if string.startswith("--") and not string.startswith("--no-") and action.dest not in NOT_IN_RECIPES
     }
-    chosen = _chosen(given)
+    chosen = set(vars(parser.parse_args(list(given))))
     for group in parser._mutually_exclusive_groups:
         names = {action.dest for action in group._group_actions}
         chosen |= names if names & chosen else set()
@@ -79,19 +81,6 @@ def with_recipe(given: Sequence[str], path: Path) -> list[str]:
     refuse_empty(["compress", *added])
     # In front: behind a `--` they would be no options.
     return [*added, *given]
-
-
-def _chosen(given: Sequence[str]) -> set[str]:
-    """The options that a valid command line gives."""
-    from pgsvd_vllm.cli import compress
-    from pgsvd_vllm.cli.log import add_log
-
-    parser = argparse.ArgumentParser()
-    compress.configure(parser)
-    add_log(parser)
-    for action in parser._actions:
-        action.default = argparse.SUPPRESS
-    return set(vars(parser.parse_args(list(given))))
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from pgsvd_vllm.cli.measured import (
     CALIBRATED_BY,
     JUDGED_BY,
     Measured,
+    add_folder,
     add_measurement,
     calibration_options,
     check_measurement,
@@ -64,13 +65,9 @@ EXAMPLES = (
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
     add_model(parser)
-    parser.add_argument(
-        "-o",
-        "--output-dir",
-        required=True,
-        type=Path,
-        metavar="FOLDER",
-        help="folder of study.html and .json, and of the calibration, which pareto can share and compress "
+    add_folder(
+        parser,
+        "folder of study.html and .json, and of the calibration, which pareto can share and compress "
         "--calibration can use; the same command continues there after an interruption, or with more questions",
     )
     parser.add_argument(
