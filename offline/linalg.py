@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 
 from pgsvd_vllm.errors import InputError
+from pgsvd_vllm.format.dtypes import is_finite
 
 # Columns of a Gram matrix that one GEMM computes.
 GRAM_BLOCK = 256
@@ -161,7 +162,7 @@ def cross_gram(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 
 def _exponent_of_finite(matrix: torch.Tensor) -> int:
     """`exponent_of` a matrix to decompose; raises torch.linalg.LinAlgError if it is not finite."""
-    if not torch.isfinite(matrix).all():
+    if not is_finite(matrix):
         raise torch.linalg.LinAlgError("its Gram matrix is not finite")
     return exponent_of(matrix)
 

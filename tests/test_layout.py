@@ -40,7 +40,10 @@ RULES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "evaluation": ((*FORMAT, "hf", "offline.data", "offline.model", "evaluation"), ("vllm",)),
     "report": ((*FORMAT, "report"), ("torch", "transformers", "vllm")),
     "cli": ((*FORMAT, "parallel", "hf", "kernels", "serving", "offline", "evaluation", "report", "cli"), ()),
-    **dict.fromkeys(OFFLINE_GROUND, ((*GROUND, "format.quantization", "offline.options", "offline.linalg"), ("vllm",))),
+    **dict.fromkeys(
+        OFFLINE_GROUND,
+        ((*GROUND, "format.quantization", "format.dtypes", "offline.options", "offline.linalg"), ("vllm",)),
+    ),
     **{
         room: ((*FORMAT, "hf", *OFFLINE_GROUND, *OFFLINE_ROOMS[: number + 1]), ("vllm",))
         for number, room in enumerate(OFFLINE_ROOMS)

@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from pgsvd_vllm.errors import InputError
+from pgsvd_vllm.format.dtypes import is_finite
 from pgsvd_vllm.offline.calibration.gram import robust_rows
 from pgsvd_vllm.offline.calibration.loss import Objective
 from pgsvd_vllm.offline.linalg import GramSum, ordinary, overflow
@@ -110,7 +111,7 @@ class GradientPass:
             for index, leaf in found.items():
                 if leaf.grad is None:
                     continue
-                if not torch.isfinite(leaf.grad).all():
+                if not is_finite(leaf.grad):
                     raise overflow(f"{source.folder}: the loss gradient", stream.dtype)
                 self._gradients[number][index] = leaf.grad
 
@@ -144,7 +145,7 @@ class GradientPass:
                     leaf = hidden.to(self.stream.device).requires_grad_()
                     self.stream.run(layer, index, number, leaf).backward(gradient)
                     assert leaf.grad is not None
-                    if not torch.isfinite(leaf.grad).all():
+                    if not is_finite(leaf.grad):
                         raise overflow(f"{prefix[:-1]}: the loss gradient{hooks.origin}", self.stream.dtype)
                     if index > first:
                         self._add(number, index - 1, leaf.grad)
@@ -215,7 +216,7 @@ class _GradientHooks:
 
             def add(gradient: torch.Tensor) -> None:
                 rows = gradient.detach().flatten(0, -2).float()
-                if not self.origin and not torch.isfinite(rows).all():
+                if not self.origin and not is_finite(rows):
                     self.origin = f" (first that of {name})"
                 # Norms of ordinary magnitude, and the exponent that they lack.
                 scaled, exponent = ordinary(rows)

@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from pgsvd_vllm.errors import InputError
+from pgsvd_vllm.format.dtypes import is_finite
 from pgsvd_vllm.offline.linalg import GramSum, ordinary, overflow
 from pgsvd_vllm.offline.model.layerwise import LayerStream
 from pgsvd_vllm.offline.model.projection import Projection
@@ -103,7 +104,7 @@ class _GramHooks:
                     return
             self._seen.append((x, name))
             self.leader[name] = name
-            if not torch.isfinite(x).all():
+            if not is_finite(x):
                 raise overflow(f"{name}: its input{self.origin}", x.dtype)
             rows = robust_rows(x)
             self.counts[name] += len(rows)
@@ -115,7 +116,7 @@ class _GramHooks:
 
     def _output_hook(self, name: str) -> Callable[..., None]:
         def hook(_module: nn.Module, _args: Any, output: torch.Tensor) -> None:
-            if not self.origin and not torch.isfinite(output).all():
+            if not self.origin and not is_finite(output):
                 self.origin = f" (first the output of {name})"
 
         return hook
@@ -160,7 +161,7 @@ def advance(
             for i, number in enumerate(stream.flow.members):
                 output = stream.run(layer, index, number, stream.flow.hidden[i])
                 hooks.end_batch()
-                if not torch.isfinite(output).all():
+                if not is_finite(output):
                     raise overflow(f"{path}: the layer's output{hooks.origin}", stream.dtype)
                 done = stream.flow.hidden[i].shape[:-1].numel()
                 stream.flow.hidden[i] = output

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from pgsvd_vllm.errors import InputError
+from pgsvd_vllm.format.dtypes import is_finite
 from pgsvd_vllm.offline.linalg import (
     GramSum,
     ScaledMatrix,
@@ -56,7 +57,7 @@ def calibrate_lm_head(stream: LayerStream, head: Projection) -> LMHeadCalibratio
                 p = logits.flatten(0, -2).float().softmax(-1)
                 weight += (p * (1 - p)).sum(0)
                 tokens += len(p)
-            if not (all(torch.isfinite(x).all() for x in inputs) and torch.isfinite(weight).all()):
+            if not (all(is_finite(x) for x in inputs) and is_finite(weight)):
                 raise overflow(f"{head.name}: its input or output", stream.dtype)
             for x in inputs:
                 total.add(x.flatten(0, -2).float())

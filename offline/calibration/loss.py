@@ -5,9 +5,12 @@ contrastive loss over all images and texts of the calibration set: softmax cross
 binary cross entropy of every pair (SigLIP). Drawn labels make the gradient moments the Fisher information.
 """
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 
+from pgsvd_vllm.format.dtypes import is_finite
 from pgsvd_vllm.offline.linalg import overflow
 from pgsvd_vllm.offline.model.draw import draw
 from pgsvd_vllm.offline.model.layerwise import LayerStream
@@ -51,32 +54,36 @@ class Objective:
     def _next_token(self, number: int, leaves: dict[int, torch.Tensor]) -> int:
         """Backward of the cross entropy of a batch's next tokens; returns the number of terms."""
         stream = self.stream
+        ids = stream.batches[number]["input_ids"]
+        next_ids = torch.cat([ids[:, 1:], ids.new_full((len(ids), 1), -1)], dim=1)
         if len(leaves) > 1 or "pixel_values" in stream.batches[number]:
-            ids = stream.batches[number]["input_ids"]
-            return self._cross_entropy(stream.output(number, leaves).logits, ids)
-        # One window at a time, since the logits of a batch may not fit into memory.
-        last = len(stream.source.layers) - 1
+            return self._cross_entropy(stream.output(number, leaves).logits.flatten(0, 1), next_ids.flatten())
+        # A few tokens at a time: the logits of a batch may not fit into memory, and small buffers are faster.
+        leaf = leaves[len(stream.source.layers) - 1]
         terms = 0
-        for i, row in enumerate(stream.batches[number]["input_ids"]):
-            ids = row[None].to(stream.device)
-            logits = stream.logits(ids, leaves[last][i : i + 1])
-            terms += self._cross_entropy(logits, ids)
+        for i, start in itertools.product(range(len(ids)), range(0, ids.shape[1], TOKENS_PER_CHUNK)):
+            rows, part = slice(i, i + 1), slice(start, start + TOKENS_PER_CHUNK)
+            logits = stream.logits(ids[rows, part].to(stream.device), leaf[rows, part])
+            terms += self._cross_entropy(logits[0], next_ids[i, part])
         return terms
 
-    def _cross_entropy(self, logits: torch.Tensor, ids: torch.Tensor) -> int:
-        """Backward of the cross entropy of drawn labels at all positions whose next token is no placeholder."""
-        next_ids = torch.cat([ids[:, 1:], ids.new_full((len(ids), 1), -1)], dim=1).flatten()
+    def _cross_entropy(self, logits: torch.Tensor, next_ids: torch.Tensor) -> int:
+        """Backward of the cross entropy of drawn labels at all positions whose next token is no placeholder.
+
+        Args:
+            logits: [tokens, vocabulary].
+            next_ids: int64 [tokens].
+        """
         predicted = torch.tensor([token not in self.placeholders for token in next_ids.tolist()], device=logits.device)
         places = predicted.nonzero()[:, 0]
-        # The loss's gradient in closed form, the predictions minus the drawn label; small buffers are faster.
+        # The loss's gradient in closed form, the predictions minus the drawn label.
         with torch.no_grad():
-            flat = logits.flatten(0, 1)
-            error = torch.zeros_like(flat)
+            error = torch.zeros_like(logits)
             for rows in places.split(TOKENS_PER_CHUNK):
-                shares, labels = self._draw(flat[rows])
+                shares, labels = self._draw(logits[rows])
                 shares[torch.arange(len(rows), device=shares.device), labels] -= 1
                 error[rows] = shares.to(error.dtype)
-        logits.backward(error.view_as(logits))
+        logits.backward(error)
         return len(places)
 
     def _draw(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -91,7 +98,7 @@ class Objective:
 
     def _finite(self, predictions: torch.Tensor) -> torch.Tensor:
         """The predictions; raises InputError if they are not finite."""
-        if not torch.isfinite(predictions).all():
+        if not is_finite(predictions):
             raise overflow(f"{self.stream.source.folder}: the model's prediction", self.stream.dtype)
         return predictions
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pgsvd_vllm.format.dtypes import is_finite
 from pgsvd_vllm.offline.linalg import overflow
 from pgsvd_vllm.offline.model.layerwise import LayerStream
 from pgsvd_vllm.offline.model.projection import Projection
@@ -46,7 +47,7 @@ def noise_responses(stream: LayerStream, index: int, projections: Sequence[Proje
     found = {}
     with stream.source.layer(index, stream.device, stream.dtype) as layer:
         clean = stream.run(layer, index, number, hidden).float()
-        if not torch.isfinite(clean).all():
+        if not is_finite(clean):
             raise overflow(f"{stream.source.paths[index]}: the layer's output", stream.dtype)
         size = _energy(clean, -1)
         counted = size > 0  # a zero token has no size that its change could be compared with
@@ -64,7 +65,7 @@ def noise_responses(stream: LayerStream, index: int, projections: Sequence[Proje
             handle = layer.get_submodule(p.path.removeprefix(prefix)).register_forward_hook(add_noise)
             change = _energy(stream.run(layer, index, number, hidden).float() - clean, -1)
             handle.remove()
-            if not torch.isfinite(change).all():
+            if not is_finite(change):
                 raise overflow(f"{p.name}: the response to noise at its output", stream.dtype)
             if not energy and p.reach < 1:
                 continue

@@ -31,6 +31,7 @@ from greenlet import getcurrent, greenlet
 from torch import nn
 
 from pgsvd_vllm.errors import InputError
+from pgsvd_vllm.format.dtypes import is_finite
 from pgsvd_vllm.offline.calibration.gram import by_window, token_scale
 from pgsvd_vllm.offline.linalg import GramSum, cholesky, cross_gram, naming
 from pgsvd_vllm.offline.model.layerwise import Flow, LayerStream
@@ -160,7 +161,7 @@ class ErrorAwarePass:
                             yield p
                 for i, run in enumerate(runs):
                     self.factored.hidden[i] = run.finish()
-                    if not torch.isfinite(self.factored.hidden[i]).all():
+                    if not is_finite(self.factored.hidden[i]):
                         raise self._overflow(prefix[:-1])
             finally:
                 for handle in handles:
@@ -252,7 +253,7 @@ class ErrorAwarePass:
                 output = dense.outputs[name][i].to(x.device).float() * scale
                 own += float(torch.linalg.vector_norm(output, dtype=torch.float64)) ** 2
         gram = grams.matrix()
-        if not torch.isfinite(gram).all():
+        if not is_finite(gram):
             raise self._overflow(name)
         if tokens < width or not gram.any():
             return None

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 import torch
 from tqdm.auto import tqdm
 
+from pgsvd_vllm.format.dtypes import is_finite
 from pgsvd_vllm.format.lowrank import reconstruct
 from pgsvd_vllm.format.schema import FactoredModule
 from pgsvd_vllm.offline.calibration.loss_metric import FIT_DAMPING, FIT_INPUT_DAMPING, metric_root, weighted_gram
@@ -162,7 +163,7 @@ class _Layer:
             tensors = stored_form(factors, target, gram, form, dtype, metric)
         reconstructed = reconstruct(tensors)
         error = relative_error(weight, self.gram(p), reconstructed)
-        if not math.isfinite(error) or not torch.isfinite(reconstructed).all():
+        if not math.isfinite(error) or not is_finite(reconstructed):
             raise not_finite(p.name, dtype)
         self.tensors[p.name] = {suffix: tensor.cpu() for suffix, tensor in tensors.items()}
         sweeps = len(factors.errors) - 1

@@ -11,6 +11,7 @@ from blocks of rows of S.
 
 import torch
 
+from pgsvd_vllm.format.dtypes import is_finite
 from pgsvd_vllm.format.schema import stored_size
 from pgsvd_vllm.offline.calibration.lm_head import gram_of_rows, row_scale, weighted_blocks
 from pgsvd_vllm.offline.factors.stored_form import not_finite
@@ -65,7 +66,7 @@ def factor_lm_head(
         mixed += (scale[rows] * u[rows].double()).T @ block
     with naming(head.name):
         v = (torch.linalg.pinv(gram_of_rows(u, scale), hermitian=True) @ mixed).to(dtype)
-    if not torch.isfinite(u).all() or not torch.isfinite(v).all():
+    if not is_finite(u) or not is_finite(v):
         raise not_finite(head.name, dtype)
     missed = torch.zeros((), dtype=torch.float64, device=settings.device)
     for rows, block in weighted_blocks(stored, scale):

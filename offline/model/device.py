@@ -1,6 +1,8 @@
 """Chooses the device that computes and the dtype of its GEMMs."""
 
 import time
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -27,19 +29,25 @@ def gemm_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
     """The dtype in which GEMMs on stored weights run.
 
     CPUs without instructions for bfloat16 or float16 emulate them, which takes at least ten times as long as float32.
+    Intel's AVX512-BF16 without AMX is half as fast as its float32 (docs/dev/log.md); AMD's is faster than float32.
 
     Args:
         device: that computes.
         dtype: of the stored weights.
 
     Returns:
-        `dtype`, or float32 on a CPU that would emulate it.
+        `dtype`, or float32 on a CPU where it is faster.
     """
     if device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16):
         return dtype
-    capabilities = torch.cpu.get_capabilities()
-    is_native = dtype == torch.bfloat16 and any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-    return dtype if is_native else torch.float32
+    return dtype if dtype == torch.bfloat16 and has_fast_bfloat16(torch.cpu.get_capabilities()) else torch.float32
+
+
+def has_fast_bfloat16(capabilities: Mapping[str, Any]) -> bool:
+    """Whether GEMMs in bfloat16 are faster than in float32 on a CPU with these `torch.cpu.get_capabilities()`."""
+    if capabilities.get("avx512_bf16") and not str(capabilities.get("cpu_name", "")).startswith("Intel"):
+        return True
+    return bool(capabilities.get("amx_bf16") or capabilities.get("bf16"))
 
 
 def gemm_rate(dtype: torch.dtype, device: torch.device, size: int = 1024) -> float:

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode  # the only way to se
 from torch.utils._pytree import tree_leaves  # the tensors among any arguments
 
 from pgsvd_vllm.families import EXPERTS
+from pgsvd_vllm.format.dtypes import is_finite
 from pgsvd_vllm.offline.model.layerwise import Flow, LayerStream
 
 # ATen's ops that return positions.
@@ -172,7 +173,7 @@ def _is_plain(module: nn.Linear, x: torch.Tensor, y: torch.Tensor) -> bool:
     if not x.is_floating_point() or x.shape[-1] != module.in_features or y.shape != (*x.shape[:-1], len(module.weight)):
         return False
     expected = F.linear(x.to(module.weight.dtype), module.weight, module.bias).float()
-    if not torch.isfinite(expected).all():  # calibration names what overflows
+    if not is_finite(expected):  # calibration names what overflows
         return True
     return bool((y.float() - expected).norm() <= SAME * expected.norm())
 

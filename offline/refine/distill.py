@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from pgsvd_vllm.errors import InputError
+from pgsvd_vllm.format.dtypes import is_finite
 from pgsvd_vllm.format.quantization import Scheme
 from pgsvd_vllm.offline.model.layer_calls import hidden_after, logits_after
 from pgsvd_vllm.offline.options import STEP_TOKENS, Dose
@@ -157,7 +158,7 @@ class Distiller:
                     error = logits.softmax(-1, dtype=torch.float32).sub_(target.softmax(-1, dtype=torch.float32))
                 logits.backward(error.div_(ids.numel()).to(logits.dtype))
         assert leaf.grad is not None
-        if torch.isfinite(leaf.grad).all():
+        if is_finite(leaf.grad):
             student.backward(leaf.grad)
 
     @torch.no_grad()
@@ -262,6 +263,6 @@ class Distiller:
 def _step(optimiser: torch.optim.Optimizer, parameter: torch.Tensor) -> None:
     """Apply and free a parameter's gradient; one that overflows must not end in the optimiser's averages."""
     assert parameter.grad is not None
-    if torch.isfinite(parameter.grad).all():
+    if is_finite(parameter.grad):
         optimiser.step()
     parameter.grad = None

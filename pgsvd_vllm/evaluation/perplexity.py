@@ -16,6 +16,9 @@ from pgsvd_vllm.offline.data.tokens import leading_tokens, tokenize
 from pgsvd_vllm.offline.model.device import gemm_dtype
 from pgsvd_vllm.offline.model.hub import public_name
 
+# Bytes of float32 logits at a time; larger buffers are slower to fill on a CPU, and a large vocabulary fills memory.
+LOGITS_BYTES = 2**30
+
 
 @contextlib.contextmanager
 def _cast(model: PreTrainedModel) -> Iterator[None]:
@@ -46,13 +49,15 @@ def window_losses(
         model: a causal language model; it is left as it was, and computes in float32 where this processor has no
             instructions for its dtype.
         windows: int64 [count, length]; every window is predicted from its own start.
-        batch: windows at a time.
+        batch: windows at a time, fewer where their logits exceed LOGITS_BYTES.
         desc: of the progress bar.
 
     Returns:
         float64 [count]; values that are not finite are kept.
     """
     losses = []
+    window_bytes = 4 * windows.shape[1] * model.config.get_text_config().vocab_size
+    batch = max(1, min(batch, LOGITS_BYTES // window_bytes))
     with _cast(model):
         for ids in tqdm(windows.split(batch), desc=desc, unit="batch"):
             ids = ids.to(model.device)

@@ -7,6 +7,7 @@ import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from pgsvd_vllm.errors import InputError
+from pgsvd_vllm.format.dtypes import is_finite
 from pgsvd_vllm.offline.data.sampled.decode import kv_cache, use_fast_attention
 from pgsvd_vllm.offline.data.sampled.scripts import Script
 from pgsvd_vllm.offline.model.draw import draw
@@ -37,7 +38,7 @@ class _Draw(LogitsProcessor):
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Scores [rows, vocabulary] with one finite entry a row."""
         shares = (scores[:, : self._vocabulary].float() / self._temperature).softmax(-1)
-        if not torch.isfinite(shares).all():
+        if not is_finite(shares):
             raise SampleError("`dataset` self: the model's predictions are not finite; give a text instead")
         uniform = torch.tensor([script.chance.random() for script in self._scripts], device=shares.device)
         drawn = draw(shares, uniform).tolist()
