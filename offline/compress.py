@@ -131,7 +131,7 @@ def _request(options: CompressOptions) -> str:
     come.
     """
     plain = CompressOptions("", Path())
-    given = vars(replace(options, output=Path(), resume=False, command=""))
+    given = vars(replace(options, output=Path(), resume=False, memory_budget=None, command=""))
     chosen = {name: value for name, value in given.items() if value != getattr(plain, name)}
     return hashlib.sha256(repr(chosen).encode()).hexdigest()
 

@@ -125,6 +125,7 @@ class CompressOptions:
         calibration: folder that keeps the calibration results for other runs; None for a folder of this run alone.
         dtype: of the written tensors and of calibration; `auto` keeps each tensor's own.
         device: that computes; `auto` is a GPU if torch sees one.
+        memory_budget: bytes of memory of the device that the run may take; None for what is free.
         resume: continue an interrupted run.
         revision: branch, tag or commit of a hub id; None for main.
         trust_remote_code: run modelling code from the model's repository.
@@ -159,6 +160,7 @@ class CompressOptions:
     calibration: Path | None = None
     dtype: str = "auto"
     device: str = "auto"
+    memory_budget: int | None = None
     resume: bool = False
     revision: str | None = None
     trust_remote_code: bool = False
@@ -214,6 +216,8 @@ def check_options(options: CompressOptions) -> None:
         raise InputError(f"--head-tolerance {options.head_tolerance}: must lie between 0 and 1, it is a relative error")
     if options.max_seq_length < 8:
         raise InputError(f"--max-seq-length {options.max_seq_length}: must be at least 8")
+    if options.memory_budget is not None and options.memory_budget < 1:
+        raise InputError(f"--memory-budget {options.memory_budget}: must be positive")
     if not -(2**63) <= options.seed < 2**63:
         raise InputError(f"--seed {options.seed}: must fit into 64 bits")
     if options.dtype != "auto" and options.dtype not in DTYPES:

@@ -38,6 +38,7 @@ class RunSettings:
         device: that computes.
         compute_dtype: of the calibration forward pass.
         store_dtype: of the written tensors; None keeps each tensor's own.
+        kept_tokens: whose activations the layer-by-layer fit keeps; None for all. Fewer take longer; results are equal.
     """
 
     sensitivity: str
@@ -50,6 +51,7 @@ class RunSettings:
     device: torch.device
     compute_dtype: torch.dtype
     store_dtype: torch.dtype | None
+    kept_tokens: int | None = None
 
     @property
     def measured(self) -> bool:

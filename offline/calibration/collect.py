@@ -128,11 +128,15 @@ class Calibration:
 
     def _backward(self, gradients: GradientPass) -> None:
         """Run the backward pass and save gradient moments and loss spectra of every layer."""
-        gradients.start(self.settings.seed)
         rows = self.projections.layers
         share = gradients.batches / len(gradients.stream.batches)
         total = round(share * self._tokens_of_all_layers())
-        with tqdm(total=total, unit="tok", unit_scale=True, desc="gradients") as bar:
+        # Predictions take as long as several layers where the vocabulary is large.
+        head = gradients.text_tokens
+        with tqdm(total=head + total, unit="tok", unit_scale=True, desc="gradients") as bar:
+            bar.set_postfix_str("predictions", refresh=False)
+            gradients.start(self.settings.seed, bar.update)
+            bar.update(head - bar.n)
             for index in reversed(range(len(rows))):
                 bar.set_postfix_str(f"layer {index + 1}/{len(rows)}", refresh=False)
                 known = self.state.load_layer(index, with_grams=False).energy

@@ -63,6 +63,7 @@ class GradientPass:
 
     Attributes:
         batches: number of batches that take part, the first ones of the stream.
+        text_tokens: tokens of their text.
         losses: number of loss terms, set by `start`: tokens of a language model, images and texts of a dual encoder.
     """
 
@@ -75,6 +76,7 @@ class GradientPass:
         for number, hidden in zip(stream.flow.members, stream.flow.hidden, strict=True):
             tokens[number] = max(tokens[number], hidden.shape[:-1].numel())
         self.batches = sum(before < GRADIENT_TOKENS for before in itertools.accumulate(tokens[:-1], initial=0))
+        self.text_tokens = sum(batch["input_ids"].numel() for batch in stream.batches[: self.batches])
         # Batch -> layer index -> the gradient at the layer's output, summed so far.
         self._gradients: dict[int, dict[int, torch.Tensor]] = {number: {} for number in range(self.batches)}
         # The same at outputs to which the model adds something before the next layer.
@@ -91,11 +93,12 @@ class GradientPass:
     def _file(self, index: int) -> Path:
         return self.folder / f"{index:05d}.safetensors"
 
-    def start(self, seed: int) -> None:
+    def start(self, seed: int, done: Callable[[int], object] = lambda _tokens: None) -> None:
         """Compute the gradients of the summed loss at the outputs of the last layers.
 
         Args:
             seed: of the draw of labels.
+            done: called with the tokens of each batch of text that is done.
 
         Raises:
             InputError: a gradient is not finite.
@@ -106,7 +109,7 @@ class GradientPass:
             number: {index: kept.detach().requires_grad_() for index, kept in stream.flow.kept[number].items()}
             for number in range(self.batches)
         }
-        self.losses = Objective(stream, seed).backward(outputs)
+        self.losses = Objective(stream, seed).backward(outputs, done)
         for number, found in outputs.items():
             for index, leaf in found.items():
                 if leaf.grad is None:

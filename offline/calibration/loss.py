@@ -6,6 +6,7 @@ binary cross entropy of every pair (SigLIP). Drawn labels make the gradient mome
 """
 
 import itertools
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -35,11 +36,12 @@ class Objective:
         # Image tokens are inputs and never predicted.
         self.placeholders = stream.source.placeholders
 
-    def backward(self, outputs: Leaves) -> int:
+    def backward(self, outputs: Leaves, done: Callable[[int], object] = lambda _tokens: None) -> int:
         """Compute the gradients of the summed loss in `.grad` of the outputs.
 
         Args:
             outputs: batch -> layer index -> its output [..., hidden], for the layers in `LayerStream.read`.
+            done: called with the tokens of each batch of text that is done.
 
         Returns:
             The number of loss terms.
@@ -49,7 +51,11 @@ class Objective:
         """
         if self.stream.source.is_dual_encoder:
             return self._contrastive(outputs)
-        return sum(self._next_token(number, leaves) for number, leaves in outputs.items())
+        terms = 0
+        for number, leaves in outputs.items():
+            terms += self._next_token(number, leaves)
+            done(self.stream.batches[number]["input_ids"].numel())
+        return terms
 
     def _next_token(self, number: int, leaves: dict[int, torch.Tensor]) -> int:
         """Backward of the cross entropy of a batch's next tokens; returns the number of terms."""

@@ -18,21 +18,32 @@ matrix of all calibration tokens plus the shift C' - C, with C = sum x x^T over 
 
 A layer runs once with its factors: the forward pass of every batch pauses before each projection until that projection
 is factored. Memory holds one layer, the hidden states of both models, the dense inputs of the layer's projections, and
-the paused forward passes.
+the paused forward passes. Where these do not fit, the passes of some batches are repeated for each projection instead,
+which gives the same bits.
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from greenlet import getcurrent, greenlet
 from torch import nn
 
 from pgsvd_vllm.errors import InputError
 from pgsvd_vllm.format.dtypes import is_finite
 from pgsvd_vllm.offline.calibration.gram import by_window, token_scale
+from pgsvd_vllm.offline.factors.layer_passes import (
+    DenseActivations,
+    PausedForward,
+    RepeatedForward,
+    keep_output,
+    other_tokens,
+    pause_before,
+    remove,
+    repeater,
+)
 from pgsvd_vllm.offline.linalg import GramSum, cholesky, cross_gram, naming
 from pgsvd_vllm.offline.model.layerwise import Flow, LayerStream
 from pgsvd_vllm.offline.model.projection import Projection
@@ -73,26 +84,20 @@ class Target:
         return matrix if self.shift is None else matrix + self.shift
 
 
-@dataclass
-class _DenseActivations:
-    """Activations of the dense layer, one tensor per batch: hidden states before it, projection inputs and outputs."""
-
-    hidden: list[torch.Tensor]
-    inputs: dict[str, list[torch.Tensor]]
-    outputs: dict[str, list[torch.Tensor]]
-
-
 class ErrorAwarePass:
     """Runs a model's layers with dense and factored weights side by side.
 
     Args:
         stream: that has run no layer yet; its flow holds the dense hidden states.
         all_tokens: whether the stream has all calibration tokens, whose C is known from calibration.
+        kept_tokens: whose activations inside of a layer stay in memory; those of the first batch always do. None for
+            all. The forward passes of the others are repeated for each projection.
     """
 
-    def __init__(self, stream: LayerStream, all_tokens: bool = False) -> None:
+    def __init__(self, stream: LayerStream, all_tokens: bool = False, kept_tokens: int | None = None) -> None:
         self.stream = stream
         self.all_tokens = all_tokens
+        self.kept_tokens = kept_tokens
         self.dense = stream.flow
         self.factored = Flow(stream.flow.tower, list(stream.flow.members), list(stream.flow.hidden))
 
@@ -133,7 +138,8 @@ class ErrorAwarePass:
             single = [g[0] for g in groups if len(g) == 1 and g[0].out_features == self._width]
             candidates = [] if known else [p.name for p in single]
             leaders = [] if known else [g[0].name for g in groups if any(p.name in ranked for p in g)]
-            dense = self._run_dense(layer, index, modules, leaders, candidates)
+            kept = self._kept_batches()
+            dense = self._run_dense(layer, index, modules, leaders, candidates, kept)
             writers = self._writers(dense, candidates)
             for name, weight in known.items():
                 _set_weight(modules[name], weight)
@@ -144,9 +150,12 @@ class ErrorAwarePass:
                     yield p
             batches = zip(self.factored.members, self.factored.hidden, strict=True)
             forward = partial(self.stream.run, layer, index)
-            runs = [_PausedForward(partial(forward, number, hidden)) for number, hidden in batches]
-            handles = [modules[name].register_forward_pre_hook(_pause_before(name)) for name in leaders]
-            handles += [modules[name].register_forward_hook(_keep_output(name)) for name in writers]
+            passes = [partial(forward, number, hidden) for number, hidden in batches]
+            runs: list[PausedForward | RepeatedForward] = [
+                PausedForward(one) if i < kept else RepeatedForward(one) for i, one in enumerate(passes)
+            ]
+            handles = [modules[name].register_forward_pre_hook(pause_before(name)) for name in leaders]
+            handles += [modules[name].register_forward_hook(keep_output(name)) for name in writers]
             try:
                 for group in groups:
                     leader = group[0].name
@@ -164,8 +173,7 @@ class ErrorAwarePass:
                     if not is_finite(self.factored.hidden[i]):
                         raise self._overflow(prefix[:-1])
             finally:
-                for handle in handles:
-                    handle.remove()
+                remove(handles)
         for flow in (self.dense, self.factored):
             self.stream.leave(index, flow)
 
@@ -174,27 +182,49 @@ class ErrorAwarePass:
         """Width of the residual stream; 0 if no batch runs the tower."""
         return self.dense.hidden[0].shape[-1] if self.dense.hidden else 0
 
-    def _run_dense(
-        self, layer: nn.Module, index: int, modules: dict[str, Any], inputs: Sequence[str], outputs: Sequence[str]
-    ) -> _DenseActivations:
-        """Run the dense layer and keep the inputs and outputs of some projections on the CPU."""
-        kept = _DenseActivations(list(self.dense.hidden), {name: [] for name in inputs}, {name: [] for name in outputs})
+    def _kept_batches(self) -> int:
+        """The number of batches whose activations inside of a layer stay in memory, the first ones."""
+        if self.kept_tokens is None:
+            return len(self.dense.members)
+        tokens = itertools.accumulate(hidden.shape[:-1].numel() for hidden in self.dense.hidden)
+        return max(1, sum(total <= self.kept_tokens for total in tokens))
 
-        def keep_input(tensors: list[torch.Tensor]) -> Callable[..., None]:
+    def _run_dense(
+        self,
+        layer: nn.Module,
+        index: int,
+        modules: dict[str, Any],
+        inputs: Sequence[str],
+        outputs: Sequence[str],
+        count: int,
+    ) -> DenseActivations:
+        """Run the dense layer and keep the inputs and outputs of some projections in `count` batches on the CPU."""
+        hidden = list(self.dense.hidden)
+
+        def collect_input(tensors: list[torch.Tensor]) -> Callable[..., None]:
             return lambda _module, args, _output: tensors.append(args[0].cpu())
 
-        def keep_output(tensors: list[torch.Tensor]) -> Callable[..., None]:
+        def collect_output(tensors: list[torch.Tensor]) -> Callable[..., None]:
             return lambda _module, _args, output: tensors.append(output.cpu())
 
-        handles = [modules[name].register_forward_hook(keep_input(kept.inputs[name])) for name in inputs]
-        handles += [modules[name].register_forward_hook(keep_output(kept.outputs[name])) for name in outputs]
+        repeat = None
+        if inputs and count < len(hidden):
+
+            def run(dense_layer: nn.Module, i: int) -> torch.Tensor:
+                return self.stream.run(dense_layer, index, self.dense.members[i], hidden[i])
+
+            repeat = repeater(layer, modules, outputs, run)
+        kept = DenseActivations(hidden, {name: [] for name in inputs}, {name: [] for name in outputs}, repeat)
+        handles = [modules[name].register_forward_hook(collect_input(kept.inputs[name])) for name in inputs]
+        handles += [modules[name].register_forward_hook(collect_output(kept.outputs[name])) for name in outputs]
         for i, number in enumerate(self.dense.members):
+            if i == count:
+                remove(handles)
             self.dense.hidden[i] = self.stream.run(layer, index, number, self.dense.hidden[i])
-        for handle in handles:
-            handle.remove()
+        remove(handles)
         return kept
 
-    def _writers(self, dense: _DenseActivations, candidates: Sequence[str]) -> list[str]:
+    def _writers(self, dense: DenseActivations, candidates: Sequence[str]) -> list[str]:
         """The candidates if the layer's output equals its input plus their outputs, else an empty list."""
         if not candidates:
             return []
@@ -211,8 +241,8 @@ class ErrorAwarePass:
         self,
         module: Any,
         name: str,
-        dense: _DenseActivations,
-        runs: Sequence["_PausedForward"],
+        dense: DenseActivations,
+        runs: Sequence[PausedForward | RepeatedForward],
         earlier: Sequence[str] | None,
     ) -> Target | None:
         """The target of a projection; None if it sees zeros alone, or fewer tokens than it has inputs, as it overfits.
@@ -235,9 +265,10 @@ class ErrorAwarePass:
         tokens, own = 0, 0.0
         for i, run in enumerate(runs):
             x = run.run_until(name)
-            factored_x, dense_x = by_window(x), by_window(dense.inputs[name][i].to(x.device))
+            dense_input, dense_outputs = dense.at(i, name)
+            factored_x, dense_x = by_window(x), by_window(dense_input.to(x.device))
             if dense_x.shape != factored_x.shape:
-                raise _other_tokens(name)
+                raise other_tokens(name)
             scale = token_scale(factored_x)
             rows = (factored_x * scale).flatten(0, 1)
             tokens += len(rows)
@@ -248,9 +279,9 @@ class ErrorAwarePass:
             if stream is not None:
                 error = dense.hidden[i].float() - self.factored.hidden[i].float()
                 for writer in earlier or ():
-                    error += dense.outputs[writer][i].to(x.device).float() - run.outputs[writer].float()
+                    error += dense_outputs[writer].to(x.device).float() - run.outputs[writer].float()
                 stream += cross_gram((error * scale).flatten(0, 1), rows)
-                output = dense.outputs[name][i].to(x.device).float() * scale
+                output = dense_outputs[name].to(x.device).float() * scale
                 own += float(torch.linalg.vector_norm(output, dtype=torch.float64)) ** 2
         gram = grams.matrix()
         if not is_finite(gram):
@@ -274,66 +305,6 @@ class ErrorAwarePass:
         narrow = self.stream.dtype == torch.float16
         advice = "calibrate with `dtype` float32 or bfloat16" if narrow else "use a smaller `ratio` or `no_sequential`"
         return InputError(f"{name}: the factored model overflows here in {self.stream.dtype}; {advice}")
-
-
-class _PausedForward(greenlet):
-    """The forward pass of a layer on one batch, which pauses before some projections.
-
-    Attributes:
-        outputs: projection -> its output, for the projections called so far whose output is kept.
-    """
-
-    def __init__(self, forward: Callable[[], torch.Tensor]) -> None:
-        super().__init__(lambda: (None, forward()))
-        self.outputs: dict[str, torch.Tensor] = {}
-
-    def run_until(self, name: str) -> torch.Tensor:
-        """Continue until the layer calls a projection; returns the projection's input [..., in].
-
-        Raises:
-            InputError: the layer calls another projection or none.
-        """
-        called, value = self.switch()
-        if called != name:
-            raise _other_tokens(name)
-        return value
-
-    def finish(self) -> torch.Tensor:
-        """Continue to the end; returns the layer's output [..., hidden].
-
-        Raises:
-            InputError: the layer calls another projection before it ends.
-        """
-        name, value = self.switch()
-        if name is not None:
-            raise _other_tokens(name)
-        return value
-
-
-def _pause_before(name: str) -> Callable[..., None]:
-    """A hook that pauses the forward pass and returns a projection's name and input to the caller of `switch`."""
-
-    def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
-        getcurrent().parent.switch((name, args[0]))
-
-    return hook
-
-
-def _keep_output(name: str) -> Callable[..., None]:
-    """A hook that keeps a projection's output with its forward pass."""
-
-    def hook(_module: nn.Module, _args: tuple[Any, ...], output: torch.Tensor) -> None:
-        getcurrent().outputs[name] = output
-
-    return hook
-
-
-def _other_tokens(name: str) -> InputError:
-    """The error for a projection whose inputs in the factored layer belong to other tokens than in the dense one."""
-    return InputError(
-        f"{name}: its tokens depend on the weights before it (a router); "
-        f"leave it dense with `ignore` {name}, or use `no_sequential`"
-    )
 
 
 def _set_weight(module: Any, weight: torch.Tensor) -> None:

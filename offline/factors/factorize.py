@@ -66,7 +66,8 @@ def factor_layers(
     if settings.sequential:
         batches = data.batches(SEQUENTIAL_TOKENS)
         stream = LayerStream(source, batches, settings.device, settings.compute_dtype)
-        error_aware = ErrorAwarePass(stream, all_tokens=sum(b["input_ids"].numel() for b in batches) == data.tokens)
+        complete = sum(batch["input_ids"].numel() for batch in batches) == data.tokens
+        error_aware = ErrorAwarePass(stream, complete, settings.kept_tokens)
     with tqdm(total=len(factored), desc="factorize", unit="matrix") as bar:
         for index in layers:
             bar.set_postfix_str(f"layer {index + 1}/{len(layers)}", refresh=False)
@@ -146,10 +147,10 @@ class _Layer:
             # The Gram matrix of all calibration tokens plus the shift C' - C of those in the error-aware pass.
             gram = error_aware.gram if error_aware.dense is None else gram + (error_aware.gram - error_aware.dense)
         if p.name in self.weighted:
-            weighted = self.weighted[p.name].double(settings.device)
+            weighted = self.weighted.pop(p.name).double(settings.device)
             gram = weighted_gram(gram, self.data.tokens, weighted, FIT_INPUT_DAMPING)
         optimum = float(error_profile(self.data.energy[p.name])[min(rank, len(self.data.energy[p.name]))])
-        moment = self.moments.get(p.name)
+        moment = self.moments.pop(p.name, None)  # each is needed once, and large
         dtype = settings.store_dtype or stored.dtype
         with naming(p.name):
             metric = None if moment is None else metric_root(moment.double(settings.device), FIT_DAMPING)

@@ -83,7 +83,7 @@ class Plan:
         """
         if self.data.to_sample is None:
             return self
-        machine = _machine(self.settings.device, self.settings.compute_dtype)
+        machine = _machine(self.options, self.settings.device, self.settings.compute_dtype)
         data = DataReader(self.options, self.source, machine, self.settings.dose).read(sample=True)
         _check_ids(self.source, data)
         return replace(self, data=replace(data, tokens_per_pixel=self.data.tokens_per_pixel))
@@ -97,14 +97,15 @@ class Plan:
         plan = replace(self, settings=replace(self.settings, dose=None), short_of_memory=True)
         if self.data.to_sample is None:
             return plan
-        machine = _machine(self.settings.device, self.settings.compute_dtype)
+        machine = _machine(self.options, self.settings.device, self.settings.compute_dtype)
         data = DataReader(self.options, self.source, machine, None).read(sample=False)
         return replace(plan, data=replace(data, tokens_per_pixel=self.data.tokens_per_pixel))
 
 
-def _machine(device: torch.device, dtype: torch.dtype) -> Machine:
-    """The machine that samples text, with the memory that is free now."""
-    return Machine(device, dtype, free_memory(device))
+def _machine(options: CompressOptions, device: torch.device, dtype: torch.dtype) -> Machine:
+    """The machine that samples text, with the memory that is free now and within the budget."""
+    limits = [limit for limit in (free_memory(device), options.memory_budget) if limit is not None]
+    return Machine(device, dtype, min(limits, default=None))
 
 
 def make_plan(options: CompressOptions) -> Plan:
@@ -125,7 +126,7 @@ def make_plan(options: CompressOptions) -> Plan:
     find_companions(folder, options.trust_remote_code)  # refuses those that cannot be copied in the end
     dose = dose_of(options, source, device.type)
     compute_dtype = gemm_dtype(device, store_dtype(options) or source.weight_dtype)
-    machine = _machine(device, compute_dtype)
+    machine = _machine(options, device, compute_dtype)
     options = with_data_defaults(options, source, machine)
     latencies = None if options.costs is None else _latencies(options)
     if options.serve_on is None:

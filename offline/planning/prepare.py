@@ -4,9 +4,9 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from pgsvd_vllm.offline.options import CompressOptions
+from pgsvd_vllm.offline.planning.fit_memory import check_memory, fit_activations, fit_distillation, fit_gradients
 from pgsvd_vllm.offline.planning.identity import DISTILLATION, LEFT_OUT, SAMPLES, SERVE_ON, manifest
 from pgsvd_vllm.offline.planning.plan import Plan, make_plan
-from pgsvd_vllm.offline.planning.resources import fit_distillation, fit_into_memory
 from pgsvd_vllm.offline.ranks.pareto import check_latency, check_size
 from pgsvd_vllm.offline.run_state import RunState, measured_layers, recorded_settings
 from pgsvd_vllm.offline.settings import FORWARD, MEASURED
@@ -20,10 +20,11 @@ def prepare(options: CompressOptions, say: Callable[[str], None]) -> Plan:
 
     Args:
         options: the request.
-        say: called with one line if distillation, or gradients, do not fit in memory.
+        say: called with one line for each part that does not fit in memory.
 
     Raises:
-        InputError: as of `make_plan`, or no choice reaches the requested latency or size.
+        InputError: as of `make_plan`, no choice reaches the requested latency or size, or the plan exceeds the memory
+            budget.
         CheckpointError: a file of the model is missing or damaged.
     """
     recorded = recorded_settings(options.output) if options.resume else {}
@@ -37,9 +38,10 @@ def prepare(options: CompressOptions, say: Callable[[str], None]) -> Plan:
     plan = fit_distillation(plan, say)
     if options.sensitivity is None and plan.settings.sensitivity == MEASURED:
         begun = _begun(options, len(plan.projections.layers), recorded)
-        if begun is not None:
-            return plan.with_sensitivity(begun)
-    return fit_into_memory(plan, say)
+        plan = fit_gradients(plan, say) if begun is None else plan.with_sensitivity(begun)
+    plan = fit_activations(plan)
+    check_memory(plan, say)
+    return plan
 
 
 def _as_begun(options: CompressOptions, recorded: dict[str, str]) -> CompressOptions:

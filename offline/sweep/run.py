@@ -26,7 +26,7 @@ def with_options(plan: Plan, **changes: Any) -> Plan:
     options = replace(plan.options, **changes)
     device, dtype = plan.settings.device, plan.settings.compute_dtype
     dose = None if plan.short_of_memory else dose_on(dose_of(options, plan.source, device.type), plan.data.windows)
-    settings = resolve_settings(options, device, dtype, dose)
+    settings = replace(resolve_settings(options, device, dtype, dose), kept_tokens=plan.settings.kept_tokens)
     return replace(plan, options=options, settings=settings)
 
 

@@ -209,6 +209,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="dtype of the written tensors and of calibration (default auto: the model's dtype)",
     )
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default auto: a GPU if available)")
+    parser.add_argument(
+        "--memory-budget",
+        type=byte_count,
+        metavar="SIZE",
+        help="memory that the run may take, such as 16GiB, of the GPU if one computes (default: what is free, within "
+        "the limits of a container): what does not fit is left out or computed again, and the plan says so",
+    )
     parser.add_argument("--resume", action="store_true", help="continue an interrupted run from DIR.partial")
     parser.add_argument("--dry-run", action="store_true", help="show the plan, memory, disk and time; write nothing")
     parser.add_argument("--trust-remote-code", action="store_true", help="run model code from the model's repository")
@@ -297,6 +304,7 @@ def run(arguments: argparse.Namespace) -> int:
         calibration=arguments.calibration,
         dtype=arguments.dtype,
         device=arguments.device,
+        memory_budget=arguments.memory_budget,
         resume=arguments.resume,
         trust_remote_code=arguments.trust_remote_code,
         command=shareable_command(sys.argv[1:]),

@@ -13,8 +13,8 @@ from pgsvd_vllm.errors import InputError
 
 # What belongs to a run and a machine, and what a file from elsewhere must not decide.
 NOT_IN_RECIPES = (
-    *("help", "recipe", "resume", "dry_run", "output_dir", "revision", "device", "calibration"),
-    *("trust_remote_code", "quiet", "log_format"),
+    *("help", "recipe", "resume", "dry_run", "output_dir", "revision", "device", "memory_budget"),
+    *("calibration", "trust_remote_code", "quiet", "log_format"),
 )
 # Option -> another one that has no use without its value.
 NEEDED_BY = {"objective": "costs", "include": "head_tolerance", "tolerance": "sensitivity", "baseline": "sensitivity"}
@@ -86,16 +86,36 @@ def with_recipe(given: Sequence[str], path: Path) -> list[str]:
 def _read(path: Path) -> dict[str, Any]:
     """The options of a recipe; raises InputError if it is no mapping."""
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        twice = _named_twice(yaml.compose(text, Loader=yaml.SafeLoader))
+        found = yaml.safe_load(text)
     except OSError as error:
         raise InputError(f"--recipe {path}: cannot be read ({error.strerror})") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # of its encoding, dates and long numbers as well
         raise InputError(f"--recipe {path}: is not YAML ({' '.join(str(error).split())})") from None
+    if twice is not None:
+        raise InputError(f"--recipe {path}: {twice} is given twice")
     if found is None:
         return {}
     if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
         raise InputError(f"--recipe {path}: must hold options of compress by name, such as ratio: 0.2")
     return found
+
+
+def _named_twice(node: yaml.Node | None) -> str | None:
+    """A key that a mapping or one inside of it has twice, which YAML's reader overlooks."""
+    if not isinstance(node, yaml.MappingNode):
+        return None
+    seen = set()
+    for key, value in node.value:
+        name = str(key.value)
+        if name in seen:
+            return name
+        seen.add(name)
+        inside = _named_twice(value)
+        if inside is not None:
+            return inside
+    return None
 
 
 def _arguments(path: Path, name: str, value: Any, action: argparse.Action) -> Iterator[str]:

@@ -56,7 +56,17 @@ def test_the_command_line_replaces_what_it_gives(tmp_path: Path) -> None:
 
 def test_every_field_of_the_options_is_in_a_recipe_or_belongs_to_a_run(tmp_path: Path) -> None:
     """A new option must not be missing from recipes by accident."""
-    of_runs = {"model", "output", "calibration", "device", "resume", "revision", "trust_remote_code", "command"}
+    of_runs = {
+        "model",
+        "output",
+        "calibration",
+        "device",
+        "memory_budget",
+        "resume",
+        "revision",
+        "trust_remote_code",
+        "command",
+    }
     others = {"refine", "refine_tokens", "costs", "dataset", "ignore", "include"}
     assert set(CompressOptions.__dataclass_fields__) == {*OPTIONS, *of_runs, *others}
     shares = {"vision": 0.1, "language": 0.3}
@@ -120,6 +130,9 @@ def test_an_error_says_that_a_recipe_takes_part(
         ("ratios: 0.2", "ratios is no option that a recipe may hold; did you mean ratio?"),
         ("trust-remote-code: true", "trust-remote-code is no option that a recipe may hold"),
         ("calibration: /etc", "calibration is no option that a recipe may hold"),
+        ("memory-budget: 1G", "memory-budget is no option that a recipe may hold"),
+        ("ratio: 0.2\nseed: 1\nratio: 0.9", "ratio is given twice"),
+        ("ratio: {vision: 0.1, language: 0.3, vision: 0.2}", "vision is given twice"),
         ("ratio: much", "argument --ratio: invalid shares value: 'much'"),
         ("bits: 5", "argument --bits: invalid choice: '5'"),
         ("ratio: 0.2\ntarget-loss: 0.1", "not allowed with argument"),

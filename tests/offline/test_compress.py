@@ -17,12 +17,14 @@ from pgsvd_vllm.offline.calibration.gram import LayerGrams, advance
 from pgsvd_vllm.offline.compress import compress
 from pgsvd_vllm.offline.model.batch import text_batches
 from pgsvd_vllm.offline.model.find_projections import find_projections
+from pgsvd_vllm.offline.model.free_memory import free_memory
 from pgsvd_vllm.offline.model.layerwise import LayerStream
 from pgsvd_vllm.offline.model.source import ModelSource
 from pgsvd_vllm.offline.options import CompressOptions
-from pgsvd_vllm.offline.planning import resources as estimate_module
+from pgsvd_vllm.offline.planning import fit_memory
+from pgsvd_vllm.offline.planning.fit_memory import fit_gradients
+from pgsvd_vllm.offline.planning.memory import stage_bytes
 from pgsvd_vllm.offline.planning.plan import make_plan
-from pgsvd_vllm.offline.planning.resources import fit_into_memory, free_memory, memory_bytes
 from tests.conftest import compress_to, save_tiny_model
 
 SMALL: dict[str, Any] = {"num_calibration_samples": 20, "max_seq_length": 48}
@@ -193,24 +195,23 @@ def test_forward_sensitivity_if_gradients_exceed_memory(
 ) -> None:
     lines: list[str] = []
     plan = make_plan(CompressOptions(str(tiny_model), tmp_path / "out", refine=0, **SMALL))
-    assert fit_into_memory(plan, lines.append) is plan
+    assert fit_gradients(plan, lines.append) is plan
     free = free_memory(torch.device("cpu"))
     assert free is not None
-    assert free > memory_bytes(plan)
-    # Weights outside of the layers are in memory by now.
-    loaded = sum(parameter.nbytes for parameter in plan.source.model.parameters() if not parameter.is_meta)
-    monkeypatch.setattr(estimate_module, "free_memory", lambda _device: memory_bytes(plan) - loaded - 1)
-    lighter = fit_into_memory(plan, lines.append)
+    needed = stage_bytes(plan)["gradients"]
+    assert free > needed
+    monkeypatch.setattr(fit_memory, "available", lambda _plan: needed - 1)
+    lighter = fit_gradients(plan, lines.append)
     assert lighter.settings.sensitivity == "forward"
-    assert memory_bytes(lighter) < memory_bytes(plan)
     assert lighter.settings.sequential
     assert lighter.settings.storages[0].form == "pivot"
+    assert "gradients" not in stage_bytes(lighter)
     assert len(lines) == 1
-    needed, least = (bytes_text(memory_bytes(plan) - loaded - less) for less in (0, 1))
-    assert lines[0].startswith(f"WARNING: measuring loss gradients needs about {needed} of memory, {least} are free: ")
+    shown, least = (bytes_text(needed - less) for less in (0, 1))
+    assert lines[0].startswith(f"WARNING: measuring loss gradients needs about {shown} of memory, {least} are avail")
     for options in ({"sensitivity": "measured"}, {"sensitivity": "uniform"}, {"tolerance": 0.3}, {"baseline": "svd"}):
         requested = make_plan(CompressOptions(str(tiny_model), tmp_path / "out", refine=0, **SMALL, **options))
-        assert fit_into_memory(requested, lines.append) is requested
+        assert fit_gradients(requested, lines.append) is requested
     assert len(lines) == 1
 
 

@@ -33,11 +33,11 @@ from pgsvd_vllm.offline.options import (
     Dose,
 )
 from pgsvd_vllm.offline.output.messages import describe
-from pgsvd_vllm.offline.planning import resources
+from pgsvd_vllm.offline.planning import fit_memory
 from pgsvd_vllm.offline.planning.dose import CPU_FLOPS, FLOPS_PER_PARAMETER, LEAST_TOKENS, dose_of
+from pgsvd_vllm.offline.planning.memory import stage_bytes
 from pgsvd_vllm.offline.planning.plan import Plan, make_plan
 from pgsvd_vllm.offline.planning.prepare import prepare
-from pgsvd_vllm.offline.planning.resources import memory_bytes
 from pgsvd_vllm.offline.refine.distill import Distiller
 
 SMALL: dict[str, Any] = {"num_calibration_samples": 20, "max_seq_length": 48, "ratio": 0.3}
@@ -229,15 +229,12 @@ def test_the_default_is_left_out_where_memory_is_short(
     """A resumed run keeps that, and so do its text and its sensitivities."""
     asked = CompressOptions(str(tiny_model), tmp_path / "out", **SMALL)
     whole, without = make_plan(asked), make_plan(CompressOptions(str(tiny_model), tmp_path / "out", refine=0, **SMALL))
-    loaded = sum(parameter.nbytes for parameter in whole.source.model.parameters() if not parameter.is_meta)
-    free = memory_bytes(without) - loaded + 2**17  # for held-out text that an earlier run has sampled
-    monkeypatch.setattr(resources, "free_memory", lambda _device: free)
+    needed = stage_bytes(whole)["distillation"]
+    monkeypatch.setattr(fit_memory, "available", lambda plan: needed - 1 if plan.settings.dose else 2**40)
     lines: list[str] = []
     plan = prepare(asked, lines.append)
-    needed = bytes_text(memory_bytes(whole) - loaded)
-    assert lines == [
-        f"WARNING: distillation needs about {needed} of memory, {bytes_text(free)} are free: it is left out"
-    ]
+    shown, least = (bytes_text(needed - less) for less in (0, 1))
+    assert lines == [f"WARNING: distillation needs about {shown} of memory, {least} are available: it is left out"]
     assert plan.settings == without.settings
     stopped(asked)
     monkeypatch.undo()
@@ -255,11 +252,11 @@ def test_memory_is_checked_again_where_the_sensitivities_are_settled(
     folder = tmp_path / "shared" if begun == "calibration folder" else None
     asked = CompressOptions(str(tiny_model), tmp_path / "out", calibration=folder, **SMALL)
     assert stopped(asked).settings.dose is not None
-    monkeypatch.setattr(resources, "free_memory", lambda _device: 0)
+    monkeypatch.setattr(fit_memory, "free_memory", lambda _device: 0)
     lines: list[str] = []
     plan = prepare(replace(asked, resume=folder is None), lines.append)
     assert (plan.settings.dose, plan.settings.sensitivity) == (None, "measured")
-    assert [line.partition(" needs")[0] for line in lines] == ["WARNING: distillation"]
+    assert [line.partition(" needs")[0] for line in lines] == ["WARNING: distillation", "WARNING: gradients"]
 
 
 def test_a_choice_without_distillation_does_not_outlive_its_options(tiny_model: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from pgsvd_vllm.errors import ChoiceError, InputError
 from pgsvd_vllm.offline.compress import compress
 from pgsvd_vllm.offline.options import CompressOptions
-from pgsvd_vllm.offline.planning import resources
+from pgsvd_vllm.offline.planning import fit_memory
 from tests.conftest import save_tiny_model
 
 SMALL: dict[str, Any] = {"num_calibration_samples": 20, "max_seq_length": 48, "ratio": 0.3}
@@ -34,12 +34,12 @@ def test_a_resumed_run_keeps_its_sensitivities(
 ) -> None:
     """The memory that is free at the time of the resume does not matter."""
     output = tmp_path / "out"
-    monkeypatch.setattr(resources, "free_memory", lambda _device: free)
+    monkeypatch.setattr(fit_memory, "free_memory", lambda _device: free)
     with pytest.raises(Stopped):
         compress(CompressOptions(str(tiny_model), output, **SMALL), say=stop_at("ranks by"))
     measured = sorted(path.name for path in tmp_path.glob(f"out.partial/layers/*.{begun}.safetensors"))
     assert len(measured) == 3
-    monkeypatch.setattr(resources, "free_memory", lambda _device: 2**50 - free)
+    monkeypatch.setattr(fit_memory, "free_memory", lambda _device: 2**50 - free)
     compress(CompressOptions(str(tiny_model), output, resume=True, **SMALL))
     section = json.loads((output / "config.json").read_text(encoding="utf-8"))["quantization_config"]
     assert section["sensitivity"] == begun
@@ -70,7 +70,7 @@ def test_finished_factors_survive_a_resume_with_less_memory(
     monkeypatch.undo()
     # Three layers, factored and distilled.
     assert len(list(tmp_path.glob("out.partial/factors-*/*.safetensors"))) == 6
-    monkeypatch.setattr(resources, "free_memory", lambda _device: 0)
+    monkeypatch.setattr(fit_memory, "free_memory", lambda _device: 0)
     monkeypatch.setattr("pgsvd_vllm.offline.factors.factorize.closed_form", None)  # nothing is left to solve
     compress(CompressOptions(str(tiny_model), output, resume=True, **SMALL))
     assert (output / "config.json").is_file()
@@ -82,7 +82,7 @@ def test_a_calibration_folder_keeps_its_sensitivities(
     """Another ratio on the same folder needs no gradients, and so no memory for them."""
     folder = tmp_path / "measured"
     compress(CompressOptions(str(tiny_model), tmp_path / "first", calibration=folder, **SMALL))
-    monkeypatch.setattr(resources, "free_memory", lambda _device: 0)
+    monkeypatch.setattr(fit_memory, "free_memory", lambda _device: 0)
     output = tmp_path / "second"
     compress(CompressOptions(str(tiny_model), output, calibration=folder, **{**SMALL, "ratio": 0.5}))
     section = json.loads((output / "config.json").read_text(encoding="utf-8"))["quantization_config"]

@@ -8,9 +8,9 @@ import torch
 
 from pgsvd_vllm.offline.model.free_memory import free_memory
 from pgsvd_vllm.offline.options import CompressOptions
-from pgsvd_vllm.offline.planning import resources
+from pgsvd_vllm.offline.planning import memory as memory_module
+from pgsvd_vllm.offline.planning.memory import memory_bytes, stage_bytes
 from pgsvd_vllm.offline.planning.plan import make_plan
-from pgsvd_vllm.offline.planning.resources import memory_bytes
 from tests.conftest import save_tiny_model
 
 CPU = torch.device("cpu")
@@ -81,7 +81,7 @@ def test_an_untied_lm_head_is_counted(tmp_path: Path) -> None:
     needed = {}
     for tie in (True, False):
         model = save_tiny_model(tmp_path / f"tied-{tie}", tie=tie)
-        needed[tie] = memory_bytes(make_plan(CompressOptions(str(model), tmp_path / "out", **small)))
+        needed[tie] = stage_bytes(make_plan(CompressOptions(str(model), tmp_path / "out", **small)))["gradients"]
     assert needed[False] - needed[True] == 258 * 128 * 4
 
 
@@ -107,9 +107,11 @@ def test_memory_counts_the_windows_of_a_step(tiny_model: Path, tmp_path: Path, m
     options = CompressOptions(str(tiny_model), tmp_path / "out", dataset=(str(text),), max_seq_length=64)
     plan = make_plan(options)
     assert plan.settings.dose is not None
-    together = memory_bytes(plan)
-    monkeypatch.setattr(resources, "STEP_TOKENS", 1)
+    together = stage_bytes(plan)["distillation"]
+    monkeypatch.setattr(memory_module, "STEP_TOKENS", 1)
     # Activations of both models' layers, and the logits four times.
     features = max(sum(p.in_features + p.out_features for p in row) for row in plan.projections.layers)
     layers, vocabulary = len(plan.projections.layers), plan.source.vocabulary
-    assert together - memory_bytes(plan) == (1024 - 64) * (2 * layers * features * 4 + 4 * vocabulary * 4)
+    assert together - stage_bytes(plan)["distillation"] == (1024 - 64) * (
+        2 * layers * features * 4 + 4 * vocabulary * 4
+    )

@@ -1,0 +1,114 @@
+"""Changes a plan whose stages do not fit into memory, or refuses it."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+from pgsvd_vllm.errors import InputError, bytes_text
+from pgsvd_vllm.offline.model.batch import TOKENS_PER_BATCH
+from pgsvd_vllm.offline.model.free_memory import free_memory
+from pgsvd_vllm.offline.planning.memory import (
+    DISTILLATION,
+    FACTORS,
+    GRADIENTS,
+    PROGRAM_BYTES,
+    fitted_tokens,
+    stage_bytes,
+)
+from pgsvd_vllm.offline.planning.plan import Plan
+from pgsvd_vllm.offline.settings import FORWARD, MEASURED
+
+Say = Callable[[str], None]
+
+
+def available(plan: Plan) -> int | None:
+    """Bytes of memory that the stages of a run may take, what is loaded already included; None if unknown.
+
+    This is the memory budget, or what the device or the machine with its containers can give, if that is less.
+    """
+    free, budget = free_memory(plan.settings.device), plan.options.memory_budget
+    loaded = PROGRAM_BYTES + sum(p.nbytes for p in plan.source.model.parameters() if not p.is_meta)
+    limits = [] if free is None else [free + loaded]
+    return min([*limits, *([] if budget is None else [budget])], default=None)
+
+
+def fit_distillation(plan: Plan, say: Say) -> Plan:
+    """The plan, or one without distillation if that does not fit into memory and nobody has asked for it.
+
+    Args:
+        plan: to fit.
+        say: called with one line if the plan changes.
+    """
+    room, dose = available(plan), plan.settings.dose
+    if room is None or dose is None or not dose.by_default:
+        return plan
+    needed = stage_bytes(plan)[DISTILLATION]
+    if needed <= room:
+        return plan
+    say(f"WARNING: distillation needs about {bytes_text(needed)} of memory, {bytes_text(room)} are available: it is "
+        "left out")  # fmt: skip
+    return plan.without_distillation()
+
+
+def fit_gradients(plan: Plan, say: Say) -> Plan:
+    """The plan, or one with sensitivities from forward passes alone if gradients do not fit into memory.
+
+    Only the default changes; a sensitivity that the user requested is kept.
+
+    Args:
+        plan: to fit.
+        say: called with one line if the plan changes.
+    """
+    room = available(plan)
+    if room is None or plan.options.sensitivity is not None or plan.settings.sensitivity != MEASURED:
+        return plan
+    needed = stage_bytes(plan)[GRADIENTS]
+    if needed <= room:
+        return plan
+    say(
+        f"WARNING: measuring loss gradients needs about {bytes_text(needed)} of memory, {bytes_text(room)} are "
+        "available: sensitivities come from forward passes alone, which is less accurate (`sensitivity` measured "
+        "forces gradients)"
+    )
+    return plan.with_sensitivity(FORWARD)
+
+
+def fit_activations(plan: Plan) -> Plan:
+    """The plan, or one whose layer-by-layer fit keeps fewer activations and takes longer."""
+    room = available(plan)
+    if room is None or not plan.settings.sequential:
+        return plan
+    for kept in _kept_tokens(plan):
+        plan = replace(plan, settings=replace(plan.settings, kept_tokens=kept))
+        if stage_bytes(plan)[FACTORS] <= room:
+            break
+    return plan
+
+
+def _kept_tokens(plan: Plan) -> Iterator[int | None]:
+    """The choices of `RunSettings.kept_tokens`: all, then one batch less each time."""
+    yield None
+    yield from range((fitted_tokens(plan) - 1) // TOKENS_PER_BATCH * TOKENS_PER_BATCH, 0, -TOKENS_PER_BATCH)
+
+
+def check_memory(plan: Plan, say: Say) -> None:
+    """Refuse a plan that exceeds a requested memory budget, and warn if it exceeds what is free.
+
+    Args:
+        plan: that fits as well as it can.
+        say: called with the warning.
+
+    Raises:
+        InputError: names the stage, what it needs, and what to do.
+    """
+    room, budget = available(plan), plan.options.memory_budget
+    stages = stage_bytes(plan)
+    stage = max(stages, key=stages.__getitem__)
+    if room is None or stages[stage] <= room:
+        return
+    needs = f"{stage} needs about {bytes_text(stages[stage])} of memory"
+    if budget is not None and stages[stage] > budget:
+        raise InputError(
+            f"--memory-budget {bytes_text(budget)}: {needs}; give more, or fewer --num-calibration-samples"
+            + (", or --refine 0" if stage == DISTILLATION else "")
+        )
+    say(f"WARNING: {needs}, {bytes_text(room)} are available: the run may end for lack of memory")
