@@ -1,6 +1,7 @@
 """Time and memory of every stage of `compress`, from 135M to 7B parameters, beside what the plan says before the run.
 
-    python benchmarks/compress_scale.py [--shapes NAME ...] [--layers N] [--windows N] [--quick] [--json FILE]
+    python benchmarks/compress_scale.py [--shapes NAME ...] [--layers N] [--windows N] [--refine M]
+        [--memory-budget SIZE] [--quick] [--json FILE]
 
 The models are Llamas with random weights in the shapes of real models. With --layers only so many of their layers are
 made: memory depends on the width of a layer and not on their number, but for distillation, and time is proportional to
@@ -9,6 +10,7 @@ it. Each shape runs in a process of its own, whose memory is sampled every 20 ms
 
 import argparse
 import json
+import random
 import subprocess
 import sys
 import tempfile
@@ -17,12 +19,14 @@ import time
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.random_model import LLAMA_2_7B, TINYLLAMA, Shape, folder, projections
 from benchmarks.rows import write_rows
+from pgsvd_vllm.cli.compress import byte_count
 
 SHAPES = {
     "135M": Shape("smollm2-135m", 576, 1536, 30, 9, 3, 49152),
@@ -35,6 +39,7 @@ LENGTH = 1024
 # Function of the pipeline -> stage; the innermost frame decides.
 STAGES = {
     "_collect": "calibration",
+    "calibrate_lm_head": "lm_head",
     "_backward": "gradients",
     "factor_layers": "factors",
     "_trained": "distillation",
@@ -64,16 +69,24 @@ class Watch:
         """Sample until `stopped` is set."""
         last = time.monotonic()
         while not self.stopped.wait(EVERY):
-            frame, stage = sys._current_frames()[self.main], "other"
-            while frame is not None:
-                if frame.f_code.co_name in STAGES and "offline" in frame.f_code.co_filename:
-                    stage = STAGES[frame.f_code.co_name]
-                    break
-                frame = frame.f_back  # type: ignore[assignment]
+            stage = stage_of(sys._current_frames()[self.main])
             now = time.monotonic()
             self.seconds[stage] += now - last
             self.peak[stage] = max(self.peak[stage], resident())
             last = now
+
+
+def stage_of(frame: FrameType | None) -> str:
+    """The stage that a call stack belongs to."""
+    while frame is not None:
+        code, frame = frame.f_code, frame.f_back
+        if "offline" not in code.co_filename:
+            continue
+        if code.co_name in STAGES:
+            return STAGES[code.co_name]
+        if frame is None and code.co_filename.endswith("layer_passes.py"):
+            return "factors"  # a forward pass that can be paused has a stack of its own
+    return "other"
 
 
 def resident() -> int:
@@ -99,7 +112,7 @@ def measure(model: Path, windows: int, options: dict[str, Any]) -> dict[str, Any
     with tempfile.TemporaryDirectory() as made:
         text = Path(made) / "text.txt"
         vocabulary = json.loads((model / "config.json").read_text(encoding="utf-8"))["vocab_size"]
-        draw = __import__("random").Random(0)
+        draw = random.Random(0)
         text.write_text(" ".join(f"t{draw.randrange(3, vocabulary)}" for _ in range((windows + 4) * LENGTH + 64)))
         watch = Watch()
         thread = threading.Thread(target=watch.run, daemon=True)
@@ -158,7 +171,7 @@ def main() -> int:
     parser.add_argument("--windows", type=int, default=128, metavar="N", help=f"of {LENGTH} tokens (default 128)")
     parser.add_argument("--refine", type=float, metavar="MINUTES", help="as of compress; 0 leaves distillation out")
     parser.add_argument("--memory-budget", metavar="SIZE", help="as of compress")
-    parser.add_argument("--quick", action="store_true", help="135M and 1.1B, two layers, 16 windows")
+    parser.add_argument("--quick", action="store_true", help="135M alone, 4 layers, 16 windows")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -167,8 +180,10 @@ def main() -> int:
         print(json.dumps(measure(Path(model), windows, options)))
         return 0
     if arguments.quick:
-        arguments.shapes, arguments.layers, arguments.windows = ["135M", "1.1B"], 2, 16
-    options = {} if arguments.refine is None else {"refine": arguments.refine}
+        arguments.shapes, arguments.layers, arguments.windows = ["135M"], 4, 16
+    options: dict[str, Any] = {} if arguments.refine is None else {"refine": arguments.refine}
+    if arguments.memory_budget is not None:
+        options["memory_budget"] = byte_count(arguments.memory_budget)
     rows: list[dict[str, Any]] = []
     for name in arguments.shapes:
         shape = SHAPES[name]

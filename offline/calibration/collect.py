@@ -106,7 +106,8 @@ class Calibration:
         """A layer's calibration, with the output spectra of all projections that enough tokens reach.
 
         Nonzero projections whose output is zero have no spectrum, since the data says nothing about them.
-        The weights are read one at a time, since those of a large layer may not fit into memory together.
+        The weights are read one at a time, since those of a large layer may not fit into memory together. The Gram
+        matrices of `found` are taken out.
         """
         roots: dict[str, torch.Tensor] = {}
         energy = {}
@@ -123,7 +124,10 @@ class Calibration:
             if not is_silent(float(weight.double().square().sum()), gram, spectrum):
                 energy[p.name] = spectrum.cpu()
         used = {found.leader[name] for name in energy}
-        grams = {name: ScaledMatrix.of(gram) for name, gram in found.grams.items() if name in used}
+        roots.clear()
+        # One after the other: those of a layer of MoE experts take GBs.
+        own = {name: found.grams.pop(name) for name in list(found.grams) if name in used}
+        grams = {name: ScaledMatrix.of(own.pop(name)) for name in list(own)}
         return LayerCalibration(grams, found.leader, energy, found.tokens, found.counts)
 
     def _backward(self, gradients: GradientPass) -> None:

@@ -7,6 +7,7 @@ from torch import nn
 
 from pgsvd_vllm.errors import InputError
 from pgsvd_vllm.format.dtypes import is_finite
+from pgsvd_vllm.offline.calibration.loss import TOKENS_PER_CHUNK
 from pgsvd_vllm.offline.linalg import (
     GramSum,
     ScaledMatrix,
@@ -84,13 +85,14 @@ def calibrate_lm_head(stream: LayerStream, head: Projection) -> LMHeadCalibratio
 
 
 def _logits(stream: LayerStream, number: int, batch: dict[str, torch.Tensor], last: int) -> Iterator[torch.Tensor]:
-    """Logits [..., vocabulary] of a batch; a batch of text runs one window at a time to limit memory."""
+    """Logits [..., vocabulary] of a batch; a batch of text runs a few tokens at a time to limit memory."""
     kept = stream.flow.kept[number]
     if len(kept) > 1 or "pixel_values" in batch:
         yield stream.output(number, kept).logits
         return
-    for ids, hidden in zip(batch["input_ids"].to(stream.device), kept[last], strict=True):
-        yield stream.logits(ids[None], hidden[None])
+    for row, states in zip(batch["input_ids"].to(stream.device), kept[last], strict=True):
+        for ids, hidden in zip(row.split(TOKENS_PER_CHUNK), states.split(TOKENS_PER_CHUNK), strict=True):
+            yield stream.logits(ids[None], hidden[None])
 
 
 def row_scale(weight: torch.Tensor) -> torch.Tensor:

@@ -150,9 +150,9 @@ class ErrorAwarePass:
                     yield p
             batches = zip(self.factored.members, self.factored.hidden, strict=True)
             forward = partial(self.stream.run, layer, index)
-            passes = [partial(forward, number, hidden) for number, hidden in batches]
             runs: list[PausedForward | RepeatedForward] = [
-                PausedForward(one) if i < kept else RepeatedForward(one) for i, one in enumerate(passes)
+                (PausedForward if i < kept else RepeatedForward)(partial(forward, number, hidden))
+                for i, (number, hidden) in enumerate(batches)
             ]
             handles = [modules[name].register_forward_pre_hook(pause_before(name)) for name in leaders]
             handles += [modules[name].register_forward_hook(keep_output(name)) for name in writers]
@@ -168,8 +168,8 @@ class ErrorAwarePass:
                         if p.name in ranked:
                             _set_weight(modules[p.name], fit(p, target))
                             yield p
-                for i, run in enumerate(runs):
-                    self.factored.hidden[i] = run.finish()
+                for i in range(len(runs)):
+                    self.factored.hidden[i] = runs.pop(0).finish()
                     if not is_finite(self.factored.hidden[i]):
                         raise self._overflow(prefix[:-1])
             finally:
@@ -283,6 +283,7 @@ class ErrorAwarePass:
                 stream += cross_gram((error * scale).flatten(0, 1), rows)
                 output = dense_outputs[name].to(x.device).float() * scale
                 own += float(torch.linalg.vector_norm(output, dtype=torch.float64)) ** 2
+            run.release()
         gram = grams.matrix()
         if not is_finite(gram):
             raise self._overflow(name)

@@ -115,6 +115,9 @@ class PausedForward(greenlet):
             raise other_tokens(name)
         return value
 
+    def release(self) -> None:
+        """Keep the outputs: the pass is not repeated."""
+
     def finish(self) -> torch.Tensor:
         """Continue to the end; returns the layer's output [..., hidden].
 
@@ -128,10 +131,10 @@ class PausedForward(greenlet):
 
 
 class RepeatedForward:
-    """The forward pass of a layer on one batch, which begins anew for each projection and keeps nothing in between.
+    """The forward pass of a layer on one batch, which begins anew for each projection.
 
     Attributes:
-        outputs: as of `PausedForward`, up to the projection of the last `run_until`.
+        outputs: as of `PausedForward`, up to the projection of the last `run_until`; empty after `release`.
     """
 
     def __init__(self, forward: Callable[[], torch.Tensor]) -> None:
@@ -145,12 +148,16 @@ class RepeatedForward:
             if called is None:
                 raise other_tokens(name or "")
             called, value = run.switch()
-        self.outputs = run.outputs
+        self.outputs = {} if name is None else run.outputs
         return value
 
     def run_until(self, name: str) -> torch.Tensor:
         """As of `PausedForward`."""
         return self._run(name)
+
+    def release(self) -> None:
+        """Forget the outputs."""
+        self.outputs = {}
 
     def finish(self) -> torch.Tensor:
         """The layer's output [..., hidden]."""

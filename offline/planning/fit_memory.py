@@ -4,13 +4,17 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from pgsvd_vllm.errors import InputError, bytes_text
-from pgsvd_vllm.offline.model.batch import TOKENS_PER_BATCH
 from pgsvd_vllm.offline.model.free_memory import free_memory
 from pgsvd_vllm.offline.planning.memory import (
+    CALIBRATION,
     DISTILLATION,
     FACTORS,
     GRADIENTS,
+    LM_HEAD,
     PROGRAM_BYTES,
+    QUANTIZATION,
+    batch_tokens,
+    factors_bytes,
     fitted_tokens,
     stage_bytes,
 )
@@ -18,6 +22,15 @@ from pgsvd_vllm.offline.planning.plan import Plan
 from pgsvd_vllm.offline.settings import FORWARD, MEASURED
 
 Say = Callable[[str], None]
+# Stage -> what makes it smaller.
+ADVICE = {
+    CALIBRATION: "take fewer --num-calibration-samples",
+    LM_HEAD: "omit --include lm_head",
+    GRADIENTS: "choose --sensitivity forward",
+    FACTORS: "take fewer --num-calibration-samples, or --no-sequential",
+    DISTILLATION: "choose --refine 0",
+    QUANTIZATION: "omit --bits",
+}
 
 
 def available(plan: Plan) -> int | None:
@@ -72,29 +85,47 @@ def fit_gradients(plan: Plan, say: Say) -> Plan:
     return plan.with_sensitivity(FORWARD)
 
 
-def fit_activations(plan: Plan) -> Plan:
-    """The plan, or one whose layer-by-layer fit keeps fewer activations and takes longer."""
+def fit_activations(plan: Plan, say: Say) -> Plan:
+    """The plan, or one whose layer-by-layer fit keeps fewer activations and takes longer.
+
+    Args:
+        plan: to fit.
+        say: called with one line if the plan changes.
+    """
     room = available(plan)
     if room is None or not plan.settings.sequential:
         return plan
+    least: tuple[int, Plan] | None = None
     for kept in _kept_tokens(plan):
-        plan = replace(plan, settings=replace(plan.settings, kept_tokens=kept))
-        if stage_bytes(plan)[FACTORS] <= room:
+        choice = replace(plan, settings=replace(plan.settings, kept_tokens=kept))
+        needed = factors_bytes(choice)
+        if least is None or needed < least[0]:
+            least = needed, choice
+        if needed <= room:
             break
-    return plan
+    assert least is not None
+    kept = least[1].settings.kept_tokens
+    if kept is not None:
+        tokens = f"{kept} of {fitted_tokens(plan)} tokens"
+        say(f"memory: the layer-by-layer fit keeps the activations of {tokens} and computes the others again")
+    return least[1]
 
 
 def _kept_tokens(plan: Plan) -> Iterator[int | None]:
     """The choices of `RunSettings.kept_tokens`: all, then one batch less each time."""
+    step = batch_tokens(plan)
     yield None
-    yield from range((fitted_tokens(plan) - 1) // TOKENS_PER_BATCH * TOKENS_PER_BATCH, 0, -TOKENS_PER_BATCH)
+    yield from range((fitted_tokens(plan) - 1) // step * step, 0, -step)
 
 
-def check_memory(plan: Plan, say: Say) -> None:
+def check_memory(plan: Plan, measured: bool, say: Say) -> None:
     """Refuse a plan that exceeds a requested memory budget, and warn if it exceeds what is free.
+
+    A resumed run gets the warning alone, since some of its stages may be finished.
 
     Args:
         plan: that fits as well as it can.
+        measured: whether the calibration is complete.
         say: called with the warning.
 
     Raises:
@@ -102,13 +133,12 @@ def check_memory(plan: Plan, say: Say) -> None:
     """
     room, budget = available(plan), plan.options.memory_budget
     stages = stage_bytes(plan)
+    if measured:
+        stages = {stage: needed for stage, needed in stages.items() if stage not in (CALIBRATION, LM_HEAD, GRADIENTS)}
     stage = max(stages, key=stages.__getitem__)
     if room is None or stages[stage] <= room:
         return
-    needs = f"{stage} needs about {bytes_text(stages[stage])} of memory"
-    if budget is not None and stages[stage] > budget:
-        raise InputError(
-            f"--memory-budget {bytes_text(budget)}: {needs}; give more, or fewer --num-calibration-samples"
-            + (", or --refine 0" if stage == DISTILLATION else "")
-        )
-    say(f"WARNING: {needs}, {bytes_text(room)} are available: the run may end for lack of memory")
+    needs = f"the stage {stage} needs about {bytes_text(stages[stage])} of memory"
+    if budget is not None and stages[stage] > budget and not plan.options.resume:
+        raise InputError(f"--memory-budget {bytes_text(budget)}: {needs}; give more, or {ADVICE[stage]}")
+    say(f"WARNING: {needs}, {bytes_text(room)} are available: the run may end for lack of memory; {ADVICE[stage]}")

@@ -10,15 +10,16 @@ import transformers
 import pgsvd_vllm
 from pgsvd_vllm.offline.model.content import content_digest
 from pgsvd_vllm.offline.model.projection import LM_HEAD, Projection
+from pgsvd_vllm.offline.options import BUILTIN, SELF
 from pgsvd_vllm.offline.planning.plan import Plan
 from pgsvd_vllm.offline.state.manifest import Manifest
 
 # Version of the stored calibration; a run of another version cannot be resumed. Increment it with every change.
-CALIBRATION_VERSION = "6"
+CALIBRATION_VERSION = "7"
 # Recorded for a run whose distillation does not fit into memory, so that a resumed one is the same.
 DISTILLATION, LEFT_OUT = "distillation", "left out"
-# Recorded since their defaults depend on the machine: where the model is served, and the number of windows.
-SERVE_ON, SAMPLES = "serve on", "samples"
+# Recorded since their defaults depend on the machine: where the model is served, the text and the number of windows.
+SERVE_ON, DATASET, SAMPLES = "serve on", "data set", "samples"
 
 
 def manifest(plan: Plan) -> Manifest:
@@ -47,6 +48,8 @@ def manifest(plan: Plan) -> Manifest:
     kept = {"sensitivity": plan.settings.sensitivity, SERVE_ON: str(plan.options.serve_on)}
     if plan.options.num_calibration_samples is not None:
         kept[SAMPLES] = str(plan.options.num_calibration_samples)
+    if plan.options.dataset in ((SELF,), (BUILTIN,)):
+        kept[DATASET] = plan.options.dataset[0]
     if plan.short_of_memory:
         kept[DISTILLATION] = LEFT_OUT
     return Manifest(identity, kept, _environment(plan.settings.device))

@@ -30,114 +30,169 @@ def memory_bytes(plan: Plan) -> int:
 
 
 def stage_bytes(plan: Plan) -> dict[str, int]:
-    """Stage -> its peak memory in bytes; stages that a run lacks are missing."""
-    settings, source = plan.settings, plan.source
-    width, hidden = settings.compute_dtype.itemsize, source.config.get_text_config().hidden_size
-    shared = PROGRAM_BYTES + source.vocabulary * hidden * width + plan.data.nbytes
-    # The outputs of earlier towers are kept.
-    shared += sum(plan.data.tokens_of(tower.name) for tower in source.towers[:-1]) * hidden * width
-    found = {CALIBRATION: shared + _calibration(plan)}
-    head = plan.projections.lm_head
+    """Stage -> its peak memory in bytes, on the device that computes; stages that a run lacks are missing."""
+    settings, head = plan.settings, plan.projections.lm_head
+    found = {CALIBRATION: _shared(plan) + _calibration(plan)}
     if head is not None:
-        matrices = 6 * head.in_features**2 + 4 * HEAD_ROWS * head.in_features  # Gram matrices, blocks of rows
-        found[LM_HEAD] = shared + head.numel * width + 8 * matrices
+        found[LM_HEAD] = _shared(plan) + _lm_head(plan, head)
     if settings.sensitivity == MEASURED:
-        shared += source.lm_head_numel * width  # loaded from here on
-        found[GRADIENTS] = shared + _gradients(plan)
-    found[FACTORS] = shared + _factors(plan)
+        found[GRADIENTS] = _shared(plan) + _gradients(plan)
+    found[FACTORS] = factors_bytes(plan)
     if settings.dose is not None:
-        found[DISTILLATION] = shared + _distillation(plan)
+        found[DISTILLATION] = _shared(plan) + _distillation(plan)
     if settings.quantizes:
-        square = max((p.in_features**2 for p in plan.projections.flat if p.reach == 1), default=0)
-        # A Gram matrix, its Cholesky factor and that of its inverse among them.
-        found[QUANTIZATION] = shared + _layer(plan) + 7 * square * 8
+        found[QUANTIZATION] = _shared(plan) + _quantization(plan)
     return found
+
+
+def _shared(plan: Plan) -> int:
+    """What every stage has in memory: the program, the embeddings, an LM head where it is loaded, text, and the outputs
+    of earlier towers.
+    """
+    settings, source = plan.settings, plan.source
+    weights = source.vocabulary * _hidden(plan)
+    if settings.sensitivity == MEASURED:
+        weights += source.lm_head_numel  # for the gradients, and from then on
+    weights += sum(plan.data.tokens_of(tower.name) for tower in source.towers[:-1]) * _hidden(plan)
+    return PROGRAM_BYTES + weights * _width(plan) + (plan.data.nbytes if _on_cpu(plan) else 0)
 
 
 def _calibration(plan: Plan) -> int:
     """Hidden states, a layer, its Gram matrices, and a batch or the spectra of a projection."""
-    tokens, hidden = most_tokens(plan), plan.source.config.get_text_config().hidden_size
     peaks = []
-    for row in plan.projections.layers:
-        grams = 8 * sum(n * n for n in gram_sizes(row))
-        batch = _layer_bytes(plan, row) + _batch_bytes(plan, row)
-        peaks.append(grams + max(batch, *(_spectrum_bytes(p) for p in row), 0))
-    return tokens * hidden * plan.settings.compute_dtype.itemsize + max(peaks, default=0)
+    for index, row in enumerate(plan.projections.layers):
+        squares = sum(n * n for n in gram_sizes(row))
+        batch = _layer_bytes(plan, index) + _batch_bytes(plan, row)
+        # Roots of the inputs that projections with more outputs share.
+        roots = sum(n * n for n in {p.in_features for p in row if p.out_features > p.in_features})
+        spectra = 8 * roots + max((_spectrum_bytes(p) for p in row), default=0)
+        peaks.append(8 * squares + max(batch, spectra))
+    return most_tokens(plan) * _hidden(plan) * _width(plan) + max(peaks, default=0)
+
+
+def _lm_head(plan: Plan, head: Projection) -> int:
+    """Hidden states, the LM head, its Gram matrices, blocks of its rows, and logits."""
+    width = _width(plan)
+    matrices = 6 * head.in_features**2 + 4 * HEAD_ROWS * head.in_features
+    states = most_tokens(plan) * _hidden(plan) * width
+    return states + head.numel * width + 8 * matrices + 4 * 4 * _logit_tokens(plan) * plan.source.vocabulary
 
 
 def _gradients(plan: Plan) -> int:
     """The last hidden states, inputs and gradients of a layer, its moments, and a batch or the spectra."""
-    width, hidden = plan.settings.compute_dtype.itemsize, plan.source.config.get_text_config().hidden_size
     tokens = most_tokens(plan)
-    measured = min(tokens, GRADIENT_TOKENS + TOKENS_PER_BATCH)
+    measured = min(tokens, GRADIENT_TOKENS + batch_tokens(plan))
     peaks = []
-    for row in plan.projections.layers:
+    for index, row in enumerate(plan.projections.layers):
         moments = 8 * sum(p.out_features**2 + p.in_features**2 for p in row)
         spectra = 4 * sum(n * n for n in gram_sizes(row)) + max((_loss_spectrum_bytes(p) for p in row), default=0)
-        peaks.append(moments + max(_layer_bytes(plan, row) + 3 * _batch_bytes(plan, row), spectra))
-    # Logits of a few tokens, or of a batch with images: themselves, their gradient and the predictions.
-    logits = plan.data.length if plan.source.reads_images else min(plan.data.length, TOKENS_PER_CHUNK)
-    start = 3 * logits * plan.source.vocabulary * 4
-    return (tokens + 2 * measured) * hidden * width + max(*peaks, start)
+        peaks.append(moments + max(_layer_bytes(plan, index) + 3 * _batch_bytes(plan, row), spectra))
+    start = 3 * 4 * _logit_tokens(plan) * plan.source.vocabulary
+    return (tokens + 2 * measured) * _hidden(plan) * _width(plan) + max(*peaks, start)
 
 
-def _factors(plan: Plan) -> int:
-    """The layer-by-layer fit, or a projection at a time."""
-    settings, hidden = plan.settings, plan.source.config.get_text_config().hidden_size
-    width = settings.compute_dtype.itemsize
+def factors_bytes(plan: Plan) -> int:
+    """Peak memory of the layer-by-layer fit, or of the fit of a projection at a time, in bytes."""
+    settings, hidden, width, on_cpu = plan.settings, _hidden(plan), _width(plan), _on_cpu(plan)
     fitted = fitted_tokens(plan)
     kept = fitted if settings.kept_tokens is None else settings.kept_tokens
     # The outputs of earlier towers of the factored model, as those of the dense one.
     towers = sum(plan.data.tokens_of(tower.name) for tower in plan.source.towers[:-1]) if settings.sequential else 0
     peaks = []
-    for row in plan.projections.layers:
-        matrices = 4 * sum(n * n for n in gram_sizes(row))
-        if settings.sensitivity == MEASURED:
-            matrices += 4 * sum(p.out_features**2 + p.in_features**2 for p in row)
-        temporary = max((_fit_bytes(p, settings.sequential) for p in row), default=0)
+    for index, row in enumerate(plan.projections.layers):
+        memory = max((_fit_bytes(p, settings.sequential) for p in row), default=0)
+        if on_cpu:
+            memory += 4 * sum(n * n for n in gram_sizes(row))
+            if settings.sensitivity == MEASURED:
+                memory += 4 * sum(p.out_features**2 + p.in_features**2 for p in row)
         if settings.sequential:
-            # The dense inputs, and as much in the paused forward passes; inputs of MoE experts are not kept.
-            features = 2 * sum(gram_sizes([p for p in row if p.reach == 1]))
             # Where passes are repeated, a second copy of the layer.
-            layers = _layer_bytes(plan, row) * (1 if kept == fitted else 2)
-            temporary += kept * features * width + layers + _batch_bytes(plan, row)
-        peaks.append(matrices + temporary)
+            layers = _layer_bytes(plan, index) * (1 if kept == fitted else 2)
+            memory += kept * _fit_features(plan, row) * width + layers + _batch_bytes(plan, row)
+        peaks.append(memory)
     # Hidden states of the dense model before and after the layer, and of the factored one.
-    return (3 * fitted + towers) * hidden * width + max(peaks, default=0)
+    return _shared(plan) + (3 * fitted + towers) * hidden * width + max(peaks, default=0)
+
+
+def _fit_features(plan: Plan, row: list[Projection]) -> int:
+    """Elements per token that the layer-by-layer fit keeps of a layer: at its first projection all dense inputs, at its
+    last one those of one projection and what the paused forward pass holds, the inputs and two residual streams among
+    them. Dense inputs and outputs are on the CPU; inputs of MoE experts are not kept.
+    """
+    hidden, sizes = _hidden(plan), gram_sizes([p for p in row if p.reach == 1])
+    largest = max(sizes, default=0)
+    if not _on_cpu(plan):
+        return largest + 3 * hidden
+    return max(sum(sizes) + 4 * hidden, 2 * largest + 5 * hidden)
 
 
 def _distillation(plan: Plan) -> int:
-    """The model, and float32 parameters with Adam's two moments and the gradient of one of them."""
+    """The model, float32 parameters with Adam's two moments, a gradient, the stored forms, and activations."""
     settings, rows, flat = plan.settings, plan.projections.layers, plan.projections.flat
-    width, hidden = settings.compute_dtype.itemsize, plan.source.config.get_text_config().hidden_size
+    width, vocabulary = _width(plan), plan.source.vocabulary
     # Tokens of a step.
     length = plan.data.length
     length = max(length, min(STEP_TOKENS // length * length, plan.data.windows.trained))
     ratio, by_bits = plan.target.ratio, settings.quantizes and plan.target.itemsizes is not None
     removed = ratio if isinstance(ratio, float) and plan.latencies is None and not by_bits else 0.0
     kept = round((1 - removed) * sum(p.numel for p in flat))
-    memory = plan.source.weights.numel * width + 12 * kept + 4 * max(p.numel for p in flat)
+    largest = max(p.numel for p in flat)
+    memory = plan.source.weights.numel * width + 12 * kept + 2 * 4 * largest
+    if _on_cpu(plan):
+        # The factors from before, and the best ones so far.
+        memory += 2 * kept * (settings.store_dtype or plan.source.weight_dtype).itemsize
     assert settings.dose is not None
     if settings.dose.more_than(plan.data.windows.trained):
-        memory += plan.data.windows.trained * hidden * width  # the dense model's hidden states
-    return memory + 2 * len(rows) * length * _features(plan) * width + 4 * length * plan.source.vocabulary * 4
+        memory += plan.data.windows.trained * _hidden(plan) * width  # the dense model's hidden states
+    features = max(_row_features(row) for row in rows)
+    return memory + 2 * len(rows) * length * features * width + 6 * 4 * min(length, TOKENS_PER_CHUNK) * vocabulary
 
 
-def _layer(plan: Plan) -> int:
-    """Bytes of the largest layer's projections."""
-    return max(_layer_bytes(plan, row) for row in plan.projections.layers)
+def _quantization(plan: Plan) -> int:
+    """A layer's matrices, and copies of a Gram matrix: its Cholesky factor and that of its inverse among them."""
+    peaks = []
+    for row in plan.projections.layers:
+        square = max((p.in_features**2 for p in row), default=0)
+        stored = 4 * sum(n * n for n in gram_sizes(row)) if _on_cpu(plan) else 0
+        peaks.append(stored + 7 * 8 * square + sum(p.numel for p in row) * _width(plan))
+    return max(peaks, default=0)
 
 
-def _layer_bytes(plan: Plan, row: list[Projection]) -> int:
-    """Bytes of a layer's projections in the compute dtype."""
-    return sum(p.numel for p in row) * plan.settings.compute_dtype.itemsize
+def _width(plan: Plan) -> int:
+    """Bytes of an element in the compute dtype."""
+    return plan.settings.compute_dtype.itemsize
+
+
+def _hidden(plan: Plan) -> int:
+    """Width of the language model's hidden states."""
+    hidden: int = plan.source.config.get_text_config().hidden_size
+    return hidden
+
+
+def _on_cpu(plan: Plan) -> bool:
+    """Whether what the CPU holds counts."""
+    return plan.settings.device.type == "cpu"
+
+
+def _layer_bytes(plan: Plan, index: int) -> int:
+    """Bytes of a layer in the compute dtype, with what is not factored, such as MoE experts."""
+    return sum(parameter.numel() for parameter in plan.source.layers[index].parameters()) * _width(plan)
+
+
+def batch_tokens(plan: Plan) -> int:
+    """Tokens of the largest batch of text."""
+    return min(max(TOKENS_PER_BATCH, plan.data.length), most_tokens(plan))
+
+
+def _logit_tokens(plan: Plan) -> int:
+    """Tokens whose logits are in memory together: those of a batch with images, else a few."""
+    return plan.data.length if plan.source.reads_images else min(plan.data.length, TOKENS_PER_CHUNK)
 
 
 def _batch_bytes(plan: Plan, row: list[Projection]) -> int:
     """Bytes of one batch inside of a layer: inputs and outputs of the projections, and rows in float32."""
-    tokens = min(TOKENS_PER_BATCH, most_tokens(plan))
     widest = max((max(p.in_features, p.out_features) for p in row), default=0)
-    return tokens * (_row_features(row) * plan.settings.compute_dtype.itemsize + 8 * widest)
+    return batch_tokens(plan) * (_row_features(row) * _width(plan) + 8 * widest)
 
 
 def _spectrum_bytes(p: Projection) -> int:
@@ -158,11 +213,6 @@ def _fit_bytes(p: Projection, sequential: bool) -> int:
     return 8 * (target + max(squares, DECOMPOSED * p.out_features**2) + 2 * p.numel)
 
 
-def _features(plan: Plan) -> int:
-    """Elements per token of the inputs and outputs of the widest layer."""
-    return max(_row_features(row) for row in plan.projections.layers)
-
-
 def _row_features(row: list[Projection]) -> int:
     """Elements per token of the inputs and outputs of a layer; MoE experts count by their reach."""
     return round(sum(p.reach * (p.out_features + p.in_features) for p in row))
@@ -179,10 +229,18 @@ def fitted_tokens(plan: Plan) -> int:
 
 
 def layer_inputs(row: list[Projection]) -> list[tuple[Projection, int]]:
-    """The distinct inputs of a layer with their sizes; neighbouring projections of equal size share one."""
+    """The distinct inputs of a layer with their sizes, as far as names and shapes show them.
+
+    Neighbouring projections of one module share an input if its size is the same, but for the module's last one where
+    it leads back to that size, such as o_proj.
+    """
     found: list[tuple[Projection, int]] = []
-    for p in row:
-        if not found or found[-1][1] != p.in_features:
+    for i, p in enumerate(row):
+        parent = p.path.rpartition(".")[0]
+        is_last = i + 1 == len(row) or row[i + 1].path.rpartition(".")[0] != parent
+        known = found[-1] if found else None
+        shares = known is not None and known[1] == p.in_features and known[0].path.rpartition(".")[0] == parent
+        if not shares or (is_last and p.out_features == p.in_features):
             found.append((p, p.in_features))
     return found
 

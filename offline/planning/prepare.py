@@ -3,9 +3,9 @@
 from collections.abc import Callable
 from dataclasses import replace
 
-from pgsvd_vllm.offline.options import CompressOptions
+from pgsvd_vllm.offline.options import BUILTIN, SELF, CompressOptions
 from pgsvd_vllm.offline.planning.fit_memory import check_memory, fit_activations, fit_distillation, fit_gradients
-from pgsvd_vllm.offline.planning.identity import DISTILLATION, LEFT_OUT, SAMPLES, SERVE_ON, manifest
+from pgsvd_vllm.offline.planning.identity import DATASET, DISTILLATION, LEFT_OUT, SAMPLES, SERVE_ON, manifest
 from pgsvd_vllm.offline.planning.plan import Plan, make_plan
 from pgsvd_vllm.offline.ranks.pareto import check_latency, check_size
 from pgsvd_vllm.offline.run_state import RunState, measured_layers, recorded_settings
@@ -39,15 +39,24 @@ def prepare(options: CompressOptions, say: Callable[[str], None]) -> Plan:
     if options.sensitivity is None and plan.settings.sensitivity == MEASURED:
         begun = _begun(options, len(plan.projections.layers), recorded)
         plan = fit_gradients(plan, say) if begun is None else plan.with_sensitivity(begun)
-    plan = fit_activations(plan)
-    check_memory(plan, say)
+    plan = fit_activations(plan, say)
+    check_memory(plan, _is_measured(options, plan), say)
     return plan
+
+
+def _is_measured(options: CompressOptions, plan: Plan) -> bool:
+    """Whether the calibration folder, or the interrupted run, has all sensitivities already."""
+    own = options.output.with_name(f"{options.output.name}.partial") / "layers"
+    folder = options.calibration or (own if options.resume else None)
+    return folder is not None and measured_layers(folder, plan.settings.sensitivity) == len(plan.projections.layers)
 
 
 def _as_begun(options: CompressOptions, recorded: dict[str, str]) -> CompressOptions:
     """The options of a resumed run with the recorded defaults that depend on the machine."""
     if options.serve_on is None and recorded.get(SERVE_ON) in ("cpu", "gpu"):
         options = replace(options, serve_on=recorded[SERVE_ON])
+    if options.dataset is None and recorded.get(DATASET) in (SELF, BUILTIN):
+        options = replace(options, dataset=(recorded[DATASET],))
     if options.num_calibration_samples is None and recorded.get(SAMPLES, "").isdecimal():
         options = replace(options, num_calibration_samples=int(recorded[SAMPLES]))
     return options

@@ -1,6 +1,7 @@
 """The projections of the model that knowledge distillation trains: factors, or the scales of quantized matrices."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,45 @@ from pgsvd_vllm.format.schema import FORMS
 def rounded(exact: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """A float32 parameter as it will be stored, float32; its gradient is that before the rounding."""
     return exact + (exact.to(dtype).float() - exact).detach()
+
+
+class _RoundedLinear(torch.autograd.Function):
+    """y = x W^T + b with W as it will be stored, made of a float32 parameter; the gradient is that before the rounding.
+
+    W is made again in the backward pass: kept for all layers it would take as much memory as the model.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        exact: torch.Tensor,
+        made: Callable[[torch.Tensor, torch.dtype], torch.Tensor],
+        rows: torch.Tensor | None,
+        bias: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """y [..., out] for x [..., in].
+
+        Args:
+            ctx: of autograd.
+            x: inputs.
+            exact: the float32 parameter.
+            made: W [out, in] in a dtype of the parameter.
+            rows: rows of W that are trained; None for all.
+            bias: [out] or None; it is not trained.
+        """
+        ctx.save_for_backward(x, exact)
+        ctx.made, ctx.rows = made, rows
+        return F.linear(x, made(exact, x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None, None]:
+        """The gradients of x and of the parameter."""
+        x, exact = ctx.saved_tensors
+        (gradient,) = gradients
+        outer = gradient.flatten(0, -2)
+        trained = outer if ctx.rows is None else outer[:, ctx.rows]
+        return gradient @ ctx.made(exact, x.dtype), (trained.T @ x.flatten(0, -2)).float(), None, None, None
 
 
 class TrainedProjection(nn.Module):
@@ -55,14 +95,22 @@ class TrainedProjection(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """y [..., out] for x [..., in], in x's dtype."""
-        down, up = (
-            rounded(p, self.tensors[n].dtype).to(x.dtype) for n, p in zip(self.names, (self.down, self.up), strict=True)
-        )
-        if self.others is not None:
-            # Scattering rows of the up factor is three times faster than scattering columns of the outputs.
-            self.unit = self.unit.to(x.dtype)
-            up = self.unit.index_copy(0, self.others, up)
-        return F.linear(F.linear(x, down), up, self.bias)
+        z = _RoundedLinear.apply(x, self.down, self._stored_down, None, None)
+        y: torch.Tensor = _RoundedLinear.apply(z, self.up, self._stored_up, self.others, self.bias)
+        return y
+
+    def _stored_down(self, exact: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """The down factor as it will be stored, in the dtype of the inputs."""
+        return exact.to(self.tensors[self.names[0]].dtype).to(dtype)
+
+    def _stored_up(self, exact: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """The up factor as it will be stored, its rows of the pivots included, in the dtype of the inputs."""
+        up = exact.to(self.tensors[self.names[1]].dtype).to(dtype)
+        if self.others is None:
+            return up
+        # Scattering rows of the up factor is three times faster than scattering columns of the outputs.
+        self.unit = self.unit.to(dtype)
+        return self.unit.index_copy(0, self.others, up)
 
     @property
     def rates(self) -> list[tuple[nn.Parameter, float]]:

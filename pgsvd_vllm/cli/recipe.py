@@ -102,19 +102,14 @@ def _read(path: Path) -> dict[str, Any]:
     return found
 
 
-def _named_twice(node: yaml.Node | None) -> str | None:
-    """A key that a mapping or one inside of it has twice, which YAML's reader overlooks."""
-    if not isinstance(node, yaml.MappingNode):
-        return None
-    seen = set()
-    for key, value in node.value:
-        name = str(key.value)
-        if name in seen:
-            return name
-        seen.add(name)
-        inside = _named_twice(value)
-        if inside is not None:
-            return inside
+def _named_twice(recipe: yaml.Node | None) -> str | None:
+    """A key that a recipe or the value of one of its options has twice, which YAML's reader overlooks."""
+    inside = [value for _, value in recipe.value] if isinstance(recipe, yaml.MappingNode) else []
+    for node in (recipe, *inside):
+        keys = [str(key.value) for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []
+        twice = [key for key in keys if keys.count(key) > 1]
+        if twice:
+            return twice[0]
     return None
 
 

@@ -14,10 +14,11 @@ from pgsvd_vllm.families import DUAL_ENCODERS
 from pgsvd_vllm.format.reader import read_config
 from pgsvd_vllm.hf.transformers_compat import CAUSAL_LM_CLASSES, IMAGE_TEXT_TO_TEXT_CLASSES
 from pgsvd_vllm.offline.model.device import gemm_dtype
+from pgsvd_vllm.offline.model.free_memory import free_memory
 
 
 def load_model(folder: Path, device: torch.device, trust_remote_code: bool) -> Any:
-    """A language model or vision-language model, in float32 where the device has no instructions for its dtype.
+    """A language model or vision-language model, in float32 where that is faster on the device.
 
     Raises:
         InputError: transformers cannot load it, tensors are missing, it predicts no text, or memory is short.
@@ -32,14 +33,22 @@ def load_model(folder: Path, device: torch.device, trust_remote_code: bool) -> A
         model, found = auto_class.from_pretrained(
             folder, dtype="auto", trust_remote_code=trust_remote_code, output_loading_info=True
         )
-        dtype = gemm_dtype(device, model.dtype)
+        model = model.to(device)
+        dtype = gemm_dtype_of(model)
         # A cast to its own dtype would round float32 buffers, such as rotary frequencies.
-        model = model.to(device) if dtype == model.dtype else model.to(device, dtype)
+        model = model if dtype == model.dtype else model.to(dtype)
     except Exception as error:  # transformers raises many kinds
         raise InputError(f"{folder}: transformers cannot load it ({reason_of(error)})") from None
     if found["missing_keys"]:
         raise InputError(f"{folder}: tensor {min(found['missing_keys'])} that the architecture needs is missing")
     return model.eval()
+
+
+def gemm_dtype_of(model: Any) -> torch.dtype:
+    """The fastest dtype of a model's GEMMs on its device; its own where a copy of the weights does not fit."""
+    dtype, free = gemm_dtype(model.device, model.dtype), free_memory(model.device)
+    needed = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
+    return model.dtype if dtype != model.dtype and free is not None and needed > free else dtype
 
 
 def release() -> None:

@@ -11,9 +11,9 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pgsvd_vllm.errors import InputError
+from pgsvd_vllm.evaluation.models import gemm_dtype_of
 from pgsvd_vllm.offline.data.text import read_documents
 from pgsvd_vllm.offline.data.tokens import leading_tokens, tokenize
-from pgsvd_vllm.offline.model.device import gemm_dtype
 from pgsvd_vllm.offline.model.hub import public_name
 
 # Bytes of float32 logits at a time; larger buffers are slower to fill on a CPU, and a large vocabulary fills memory.
@@ -22,8 +22,8 @@ LOGITS_BYTES = 2**30
 
 @contextlib.contextmanager
 def _cast(model: PreTrainedModel) -> Iterator[None]:
-    """The model in a dtype that this processor multiplies in; its own tensors are put back afterwards."""
-    stored, dtype = model.dtype, gemm_dtype(model.device, model.dtype)
+    """The model in the dtype that this processor is fastest in; its own tensors are put back afterwards."""
+    stored, dtype = model.dtype, gemm_dtype_of(model)
     if dtype == stored:  # nothing is cast: float32 buffers, such as rotary frequencies, stay as they are
         yield
         return
@@ -46,8 +46,8 @@ def window_losses(
     """Mean negative log-likelihood of the tokens of each window but its first, in nats.
 
     Args:
-        model: a causal language model; it is left as it was, and computes in float32 where this processor has no
-            instructions for its dtype.
+        model: a causal language model; it is left as it was, and computes in float32 where that is faster on this
+            processor and fits into memory.
         windows: int64 [count, length]; every window is predicted from its own start.
         batch: windows at a time, fewer where their logits exceed LOGITS_BYTES.
         desc: of the progress bar.

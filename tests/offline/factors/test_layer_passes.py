@@ -29,7 +29,7 @@ def made(plan: Plan, kept: int | None) -> list[dict[str, dict[str, torch.Tensor]
     return found
 
 
-@pytest.mark.parametrize("kept", [1, 5 * LENGTH])
+@pytest.mark.parametrize("kept", [1, 9 * LENGTH])
 def test_repeated_passes_give_the_same_bits(kept: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batch, "TOKENS_PER_BATCH", 4 * LENGTH)
     model = save_tiny_model(tmp_path / "model")
@@ -52,7 +52,8 @@ def test_repeated_passes_give_the_same_bits(kept: int, tmp_path: Path, monkeypat
     expected = made(plan, None)
     assert not passes
     found = made(plan, kept)
-    assert len(passes) >= 5 * len(expected)
+    repeated_batches = 6 - max(1, kept // (4 * LENGTH))
+    assert len(passes) >= 3 * repeated_batches * len(expected)
     assert sum(len(layer) for layer in expected) >= 6
     for mine, theirs in zip(found, expected, strict=True):
         assert mine.keys() == theirs.keys()

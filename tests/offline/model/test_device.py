@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pgsvd_vllm.offline.model.device import gemm_dtype, gemm_rate, has_fast_bfloat16
+from pgsvd_vllm.offline.model.device import gemm_dtype, has_fast_bfloat16
 
 
 @pytest.mark.parametrize(
@@ -19,13 +19,6 @@ from pgsvd_vllm.offline.model.device import gemm_dtype, gemm_rate, has_fast_bflo
 )
 def test_bfloat16_is_chosen_where_it_is_faster_than_float32(capabilities: dict[str, object], fast: bool) -> None:
     assert has_fast_bfloat16(capabilities) is fast
-
-
-def test_the_chosen_dtype_is_not_much_slower_than_float32_here() -> None:
-    cpu = torch.device("cpu")
-    chosen = gemm_dtype(cpu, torch.bfloat16)
-    rates = [max(gemm_rate(dtype, cpu) for _ in range(3)) for dtype in (chosen, torch.float32)]
-    assert rates[0] > 0.7 * rates[1]
 
 
 def test_float16_is_computed_in_float32_on_a_cpu() -> None:

@@ -256,7 +256,7 @@ def test_memory_is_checked_again_where_the_sensitivities_are_settled(
     lines: list[str] = []
     plan = prepare(replace(asked, resume=folder is None), lines.append)
     assert (plan.settings.dose, plan.settings.sensitivity) == (None, "measured")
-    assert [line.partition(" needs")[0] for line in lines] == ["WARNING: distillation", "WARNING: gradients"]
+    assert [line.partition(" needs")[0] for line in lines] == ["WARNING: distillation", "WARNING: the stage factors"]
 
 
 def test_a_choice_without_distillation_does_not_outlive_its_options(tiny_model: Path, tmp_path: Path) -> None:

@@ -109,9 +109,8 @@ def test_memory_counts_the_windows_of_a_step(tiny_model: Path, tmp_path: Path, m
     assert plan.settings.dose is not None
     together = stage_bytes(plan)["distillation"]
     monkeypatch.setattr(memory_module, "STEP_TOKENS", 1)
-    # Activations of both models' layers, and the logits four times.
+    # Activations of both models' layers; logits of at most 128 tokens are in memory.
     features = max(sum(p.in_features + p.out_features for p in row) for row in plan.projections.layers)
     layers, vocabulary = len(plan.projections.layers), plan.source.vocabulary
-    assert together - stage_bytes(plan)["distillation"] == (1024 - 64) * (
-        2 * layers * features * 4 + 4 * vocabulary * 4
-    )
+    apart = stage_bytes(plan)["distillation"]
+    assert together - apart == (1024 - 64) * 2 * layers * features * 4 + (128 - 64) * 6 * vocabulary * 4

@@ -16,6 +16,7 @@ from pgsvd_vllm.errors import InputError
 from pgsvd_vllm.format.lowrank import pivot_weight, reconstruct
 from pgsvd_vllm.offline.compress import compress
 from pgsvd_vllm.offline.options import HELD_OUT, CompressOptions, Dose
+from pgsvd_vllm.offline.planning.memory import stage_bytes
 from pgsvd_vllm.offline.planning.plan import make_plan
 from pgsvd_vllm.offline.planning.resources import estimate
 from pgsvd_vllm.offline.refine import distill as refine
@@ -416,10 +417,10 @@ def test_distillation_needs_held_out_windows(tiny_model: Path, tmp_path: Path) -
 
 
 def test_the_estimate_includes_distillation(tiny_model: Path, tmp_path: Path) -> None:
-    plain, default, minutes = (
-        estimate(make_plan(CompressOptions(str(tiny_model), tmp_path / "out", refine=refine, **OPTIONS)))
+    plans = [
+        make_plan(CompressOptions(str(tiny_model), tmp_path / "out", refine=refine, **OPTIONS))
         for refine in (0, None, 5)
-    )
-    assert plain.memory < default.memory
-    assert plain.memory < minutes.memory
-    assert minutes.seconds > plain.seconds + 250
+    ]
+    plain, default, minutes = (stage_bytes(plan) for plan in plans)
+    assert default.keys() == minutes.keys() == {*plain, "distillation"}
+    assert estimate(plans[2]).seconds > estimate(plans[0]).seconds + 250
