@@ -15,6 +15,7 @@ from pgsvd_vllm.offline.calibration.token_coverage import find_coverage
 from pgsvd_vllm.offline.data.sampled.generate import SampleError
 from pgsvd_vllm.offline.factors.factorize import factor_layers
 from pgsvd_vllm.offline.factors.lm_head import factor_lm_head
+from pgsvd_vllm.offline.model.free_memory import give_back
 from pgsvd_vllm.offline.options import BUILTIN, CompressOptions
 from pgsvd_vllm.offline.output.checkpoint import write_checkpoint
 from pgsvd_vllm.offline.output.messages import describe, front_line, lm_head_line, ranks_line
@@ -158,6 +159,7 @@ def calibrate(plan: Plan, state: RunState) -> None:
         # Here, while no other run reads a calibration folder that several share.
         measure_rounding(plan.source, plan.settings, plan.projections, state)
     state.end_calibration()
+    give_back()
 
 
 def measured_spectra(plan: Plan, state: RunState) -> Spectra:
@@ -210,12 +212,14 @@ def store_layers(plan: Plan, state: RunState, modules: Mapping[str, FactoredModu
         InputError: as of `factor_layers`, `Distillation.run` and `round_layers`.
     """
     factor_layers(plan.source, plan.data, plan.settings, plan.projections, state, modules)
+    give_back()
     distillation = Distillation(plan.source, plan.data, plan.settings, plan.projections, state)
     of_factors, of_scales = doses(plan.settings.dose, modules)
     trained = False
     if of_factors is not None:
         plain = {name: replace(module, schemes={}) for name, module in modules.items()}
         trained = distillation.run(of_factors, plain, say)
+        give_back()
     if any(module.schemes for module in modules.values()):
         round_layers(plan.source, plan.settings, plan.projections, state, modules)
     if of_scales is not None:

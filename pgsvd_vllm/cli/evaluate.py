@@ -181,12 +181,13 @@ def _texts(
     """The row of perplexity, and the answers of every model."""
     if not arguments.num_samples and not prompts:
         return [], []
-    from pgsvd_vllm.evaluation.models import greedy_answers, load_model, release
+    from pgsvd_vllm.evaluation.models import greedy_answers, load_model
     from pgsvd_vllm.evaluation.perplexity import text_windows, window_losses
     from pgsvd_vllm.evaluation.recovery import compared
     from pgsvd_vllm.offline.data.text import load_tokenizer
     from pgsvd_vllm.offline.data.tokens import window_length
     from pgsvd_vllm.offline.model.device import pick_device
+    from pgsvd_vllm.offline.model.free_memory import give_back
 
     count, described = arguments.num_samples, ""
     tokenizer: Any = load_tokenizer(folders[0], arguments.trust_remote_code)
@@ -207,7 +208,7 @@ def _texts(
         except Exception as error:  # lack of memory, chat templates, and what else transformers meets
             raise InputError(f"{folder}: cannot be evaluated ({reason_of(error)})") from None
         del model
-        release()
+        give_back()
     if windows is None:
         return [], answers
     return [compared(described, "perplexity", losses[0], losses[1] if len(losses) > 1 else None)], answers

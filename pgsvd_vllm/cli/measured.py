@@ -106,13 +106,14 @@ def perplexity_of(folder: Path, plan: "Plan", windows: "torch.Tensor", label: st
     Raises:
         InputError: the model cannot be loaded, or predicts no text.
     """
-    from pgsvd_vllm.evaluation.models import load_model, release
+    from pgsvd_vllm.evaluation.models import load_model
     from pgsvd_vllm.evaluation.perplexity import perplexity
+    from pgsvd_vllm.offline.model.free_memory import give_back
 
     model = load_model(folder, plan.settings.device, plan.options.trust_remote_code)
     value = perplexity(model, windows, desc=f"perplexity of {label}")
     del model
-    release()
+    give_back()
     return value
 
 

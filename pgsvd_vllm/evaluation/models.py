@@ -1,6 +1,5 @@
 """Loads dense and compressed models for evaluation in transformers, and asks them."""
 
-import gc
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -49,13 +48,6 @@ def gemm_dtype_of(model: Any) -> torch.dtype:
     dtype, free = gemm_dtype(model.device, model.dtype), free_memory(model.device)
     needed = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
     return model.dtype if dtype != model.dtype and free is not None and needed > free else dtype
-
-
-def release() -> None:
-    """Return the memory of models that are gone to the device, for another process."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 @torch.inference_mode()
