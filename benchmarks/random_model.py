@@ -65,7 +65,7 @@ def projections(shape: Shape = TINYLLAMA) -> Iterator[tuple[str, str, float, int
     for layer in range(layers):
         for kind, (rows, columns) in shapes.items():
             block = "mlp" if kind in ("gate_proj", "up_proj", "down_proj") else "self_attn"
-            yield f"model.layers.{layer}.{block}.{kind}", kind, layer / (layers - 1), rows, columns
+            yield f"model.layers.{layer}.{block}.{kind}", kind, layer / max(layers - 1, 1), rows, columns
 
 
 def modules(form: str, ratio: float, shape: Shape = TINYLLAMA) -> dict[str, FactoredModule]:

@@ -52,45 +52,66 @@ def ordinary(rows: torch.Tensor) -> tuple[torch.Tensor, int]:
     return (rows, 0) if abs(exponent) <= ORDINARY_EXPONENT else (times_power(rows, -exponent), exponent)
 
 
+def upper_numel(size: int) -> int:
+    """Elements of the upper triangle of a matrix [size, size], whole blocks on the diagonal included."""
+    return sum(min(GRAM_BLOCK, size - start) * (size - start) for start in range(0, size, GRAM_BLOCK))
+
+
 @dataclass(frozen=True)
 class ScaledMatrix:
-    """A float64 matrix that is kept in float32, with its scale apart: squares of float32 exceed the range of float32.
+    """A symmetric float64 matrix of which the upper triangle is kept in float32, with its scale apart: squares of
+    float32 exceed the range of float32.
 
     Attributes:
-        elements: float32, the largest absolute one in [0.5, 1), or a zero matrix.
-        exponent: the matrix is `elements` * 2^exponent.
+        upper: float32 [upper_numel(size)], rows of blocks of GRAM_BLOCK rows from the diagonal on; the largest absolute
+            element is in [0.5, 1), unless all are 0.
+        size: rows of the matrix.
+        exponent: the matrix is that of `upper` times 2^exponent.
     """
 
-    elements: torch.Tensor
+    upper: torch.Tensor
+    size: int
     exponent: int
 
     @classmethod
     def of(cls, matrix: torch.Tensor) -> "ScaledMatrix":
-        """The matrix, float64 and finite, rounded to 24 binary digits."""
-        exponent = exponent_of(matrix)
-        return cls(times_power(matrix, -exponent).float(), exponent)
+        """The matrix, float64 [n, n], symmetric and finite, rounded to 24 binary digits."""
+        exponent, size = exponent_of(matrix), len(matrix)
+        blocks = [
+            times_power(matrix[start : start + GRAM_BLOCK, start:], -exponent).float().flatten()
+            for start in range(0, size, GRAM_BLOCK)
+        ]
+        return cls(torch.cat(blocks), size, exponent)
 
     def double(self, device: torch.device | None = None) -> torch.Tensor:
-        """The matrix in float64, on the given device or on that of its elements."""
-        return self.elements.to(device).double().mul_(2.0**self.exponent)
+        """The matrix in float64 [n, n], on the given device or on that of its elements."""
+        upper, done = self.upper.to(device), 0
+        found = torch.empty(self.size, self.size, dtype=torch.float64, device=upper.device)
+        for start in range(0, self.size, GRAM_BLOCK):
+            stop = min(start + GRAM_BLOCK, self.size)
+            count = (stop - start) * (self.size - start)
+            found[start:stop, start:] = upper[done : done + count].view(stop - start, -1)
+            found[stop:, start:stop] = found[start:stop, stop:].T
+            done += count
+        return found.mul_(2.0**self.exponent)
 
 
 def kinds(kind: str) -> tuple[str, str]:
     """The kinds of tensors that `pack` writes."""
-    return kind, f"{kind}-exponent"
+    return kind, f"{kind}-scale"
 
 
 def pack(kind: str, matrices: Mapping[str, ScaledMatrix]) -> dict[str, torch.Tensor]:
-    """The tensors of a file: `kind:name` holds the elements and `kind-exponent:name` the exponent of a matrix."""
-    elements, exponents = kinds(kind)
-    found = {f"{elements}:{name}": matrix.elements for name, matrix in matrices.items()}
-    return found | {f"{exponents}:{name}": torch.tensor(matrix.exponent) for name, matrix in matrices.items()}
+    """The tensors of a file: `kind:name` is the upper triangle, `kind-scale:name` the size and exponent of a matrix."""
+    upper, scales = kinds(kind)
+    found = {f"{upper}:{name}": matrix.upper for name, matrix in matrices.items()}
+    return found | {f"{scales}:{name}": torch.tensor([m.size, m.exponent]) for name, m in matrices.items()}
 
 
 def unpack(kind: str, found: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, ScaledMatrix]:
     """The matrices by name from the tensors of `pack`, given by kind and name; none if the kind is missing."""
-    elements, exponents = (found.get(one, {}) for one in kinds(kind))
-    return {name: ScaledMatrix(matrix, int(exponents[name])) for name, matrix in elements.items()}
+    upper, scales = (found.get(one, {}) for one in kinds(kind))
+    return {name: ScaledMatrix(matrix, *scales[name].tolist()) for name, matrix in upper.items()}
 
 
 @contextlib.contextmanager

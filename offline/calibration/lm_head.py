@@ -73,8 +73,9 @@ def calibrate_lm_head(stream: LayerStream, head: Projection) -> LMHeadCalibratio
             "inputs and needs at least as many"
         )
     weight /= tokens
-    unit = ScaledMatrix.of(total.matrix()).elements
-    gram = unit.double()  # the energies belong to the stored matrix
+    scaled = ScaledMatrix.of(total.matrix())
+    gram = times_power(scaled.double(), -scaled.exponent)  # the energies belong to the stored matrix
+    unit = gram.float()
     with naming(head.name):
         root = gram_root(gram)
         square = gram_of_rows(source.weights.tensor(f"{head.path}.weight"), row_scale(weight))

@@ -9,6 +9,7 @@ from pgsvd_vllm.offline.calibration.gradients import GRADIENT_TOKENS
 from pgsvd_vllm.offline.calibration.lm_head import HEAD_ROWS
 from pgsvd_vllm.offline.calibration.loss import TOKENS_PER_CHUNK
 from pgsvd_vllm.offline.factors.error_aware import SEQUENTIAL_TOKENS
+from pgsvd_vllm.offline.linalg import upper_numel
 from pgsvd_vllm.offline.model.batch import TOKENS_PER_BATCH
 from pgsvd_vllm.offline.model.projection import Projection
 from pgsvd_vllm.offline.options import STEP_TOKENS
@@ -85,7 +86,8 @@ def _gradients(plan: Plan) -> int:
     peaks = []
     for index, row in enumerate(plan.projections.layers):
         moments = 8 * sum(p.out_features**2 + p.in_features**2 for p in row)
-        spectra = 4 * sum(n * n for n in gram_sizes(row)) + max((_loss_spectrum_bytes(p) for p in row), default=0)
+        spectra = 4 * sum(upper_numel(n) for n in gram_sizes(row))
+        spectra += max((_loss_spectrum_bytes(p) for p in row), default=0)
         peaks.append(moments + max(_layer_bytes(plan, index) + 3 * _batch_bytes(plan, row), spectra))
     start = 3 * 4 * _logit_tokens(plan) * plan.source.vocabulary
     return (tokens + 2 * measured) * _hidden(plan) * _width(plan) + max(*peaks, start)
@@ -102,9 +104,9 @@ def factors_bytes(plan: Plan) -> int:
     for index, row in enumerate(plan.projections.layers):
         memory = max((_fit_bytes(p, settings.sequential) for p in row), default=0)
         if on_cpu:
-            memory += 4 * sum(n * n for n in gram_sizes(row))
+            memory += 4 * sum(upper_numel(n) for n in gram_sizes(row))
             if settings.sensitivity == MEASURED:
-                memory += 4 * sum(p.out_features**2 + p.in_features**2 for p in row)
+                memory += 4 * sum(upper_numel(p.out_features) + upper_numel(p.in_features) for p in row)
         if settings.sequential:
             # Where passes are repeated, a second copy of the layer.
             layers = _layer_bytes(plan, index) * (1 if kept == fitted else 2)
@@ -153,7 +155,7 @@ def _quantization(plan: Plan) -> int:
     peaks = []
     for row in plan.projections.layers:
         square = max((p.in_features**2 for p in row), default=0)
-        stored = 4 * sum(n * n for n in gram_sizes(row)) if _on_cpu(plan) else 0
+        stored = 4 * sum(upper_numel(n) for n in gram_sizes(row)) if _on_cpu(plan) else 0
         peaks.append(stored + 7 * 8 * square + sum(p.numel for p in row) * _width(plan))
     return max(peaks, default=0)
 

@@ -10,6 +10,7 @@ import torch
 from pgsvd_vllm.errors import InputError, bytes_text
 from pgsvd_vllm.offline.calibration.gradients import GRADIENT_TOKENS
 from pgsvd_vllm.offline.data.sampled.self_text import Sampling
+from pgsvd_vllm.offline.linalg import upper_numel
 from pgsvd_vllm.offline.model.batch import TOKENS_PER_BATCH
 from pgsvd_vllm.offline.model.device import gemm_rate
 from pgsvd_vllm.offline.planning.dose import FLOPS_PER_PARAMETER
@@ -85,11 +86,11 @@ def disk_bytes(plan: Plan) -> int:
     distillation and quantization, and the checkpoint.
     """
     rows = plan.projections.layers
-    needed = sum(n * n for row in rows for n in gram_sizes(row)) * 4
+    needed = sum(upper_numel(n) for row in rows for n in gram_sizes(row)) * 4
     if plan.settings.sensitivity == MEASURED:
         tokens = min(most_tokens(plan), GRADIENT_TOKENS + TOKENS_PER_BATCH)
         hidden = plan.source.config.get_text_config().hidden_size
-        needed += sum(p.out_features**2 + p.in_features**2 for p in plan.projections.flat) * 4
+        needed += sum(upper_numel(p.out_features) + upper_numel(p.in_features) for p in plan.projections.flat) * 4
         needed += tokens * hidden * plan.settings.compute_dtype.itemsize * len(rows)
     # The factors from before distillation, and those from before quantization, are kept.
     stages = (plan.settings.dose is not None) + plan.settings.quantizes

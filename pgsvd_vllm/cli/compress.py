@@ -265,7 +265,6 @@ def run(arguments: argparse.Namespace) -> int:
     from pgsvd_vllm.offline.options import HEAD_TOLERANCE, CompressOptions
     from pgsvd_vllm.offline.output.messages import describe, duration
     from pgsvd_vllm.offline.planning.prepare import prepare
-    from pgsvd_vllm.offline.planning.resources import estimate
 
     if (arguments.objective == "latency") != (arguments.costs is not None) and arguments.target_latency is None:
         raise InputError(
@@ -313,16 +312,14 @@ def run(arguments: argparse.Namespace) -> int:
         plan = prepare(options, say)
         say(describe(plan))
         _say_serving(plan)
-        need = estimate(plan)
-        print(f"needs about: {bytes_text(need.memory)} memory, {bytes_text(need.disk)} disk space, "
-              f"{duration(need.seconds)}")  # fmt: skip
+        print(_needs(plan))
         print(f"would write: {options.output} (dry run: nothing was written)")
         return 0
     if finish(options):
         print(f"{options.output} is complete: the run was interrupted only while it deleted its own files")
         return 0
     start = time.monotonic()
-    result = compress(options, say, _say_serving, _write_page)
+    result = compress(options, say, _say_plan, _write_page)
     size = sum(f.stat().st_size for f in result.output.glob("*.safetensors"))
     linear, total = result.ratios["linear"], result.ratios["total"]
     print(
@@ -351,7 +348,23 @@ def _write_page(folder: Path) -> None:
         print(f"WARNING: no report.html: {reason_of(error)}")
 
 
+def _say_plan(plan: "Plan") -> None:
+    """Print what vLLM will make of the result, and what the run needs."""
+    _say_serving(plan)
+    say(_needs(plan))
+
+
 def _say_serving(plan: "Plan") -> None:
     """Print what vLLM will make of the result."""
     for line in serving_lines(plan):
         say(line)
+
+
+def _needs(plan: "Plan") -> str:
+    """The line about memory, disk and time."""
+    from pgsvd_vllm.offline.output.messages import duration
+    from pgsvd_vllm.offline.planning.resources import estimate
+
+    need = estimate(plan)
+    memory, disk, time_needed = bytes_text(need.memory), bytes_text(need.disk), duration(need.seconds)
+    return f"needs about: {memory} memory, {disk} disk space, {time_needed}"

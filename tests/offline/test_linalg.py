@@ -21,6 +21,7 @@ from pgsvd_vllm.offline.linalg import (
     pack,
     spectrum,
     unpack,
+    upper_numel,
 )
 from tests.conftest import ROOT
 
@@ -157,12 +158,20 @@ def test_what_is_no_gram_matrix_is_named(bad: float) -> None:
             eigh(matrix)
 
 
+def test_the_upper_triangle_is_half_a_matrix() -> None:
+    assert [upper_numel(size) for size in (1, 256, 257)] == [1, 256 * 256, 256 * 257 + 1]
+    assert upper_numel(11008) < 0.52 * 11008**2
+
+
+@pytest.mark.parametrize("size", [5, 256, 600])
 @pytest.mark.parametrize("exponent", [-300, -149, 0, 200])
-def test_stored_matrices_keep_their_scale(exponent: int) -> None:
-    matrix = rows(0, 5, 5).double() * 2.0**exponent
+def test_stored_matrices_keep_their_scale(exponent: int, size: int) -> None:
+    half = rows(0, size, size).double()
+    matrix = ((half + half.T) / 2).float().double() * 2.0**exponent
     stored = {"a.b": ScaledMatrix.of(matrix), "zero": ScaledMatrix.of(0 * matrix)}
-    assert stored["a.b"].elements.dtype == torch.float32
-    assert 0.5 <= float(stored["a.b"].elements.abs().max()) < 1
+    assert stored["a.b"].upper.dtype == torch.float32
+    assert stored["a.b"].upper.numel() == upper_numel(size)
+    assert 0.5 <= float(stored["a.b"].upper.abs().max()) < 1
     found: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in pack("gram", stored).items():
         kind, _, name = key.partition(":")
