@@ -5,6 +5,8 @@ transformers, the weights outside of the layers and the calibration text. benchm
 estimates with measurements.
 """
 
+from collections.abc import Callable
+
 from pgsvd_vllm.offline.calibration.gradients import GRADIENT_TOKENS
 from pgsvd_vllm.offline.calibration.lm_head import HEAD_ROWS
 from pgsvd_vllm.offline.calibration.loss import TOKENS_PER_CHUNK
@@ -12,6 +14,7 @@ from pgsvd_vllm.offline.factors.error_aware import SEQUENTIAL_TOKENS
 from pgsvd_vllm.offline.linalg import upper_numel
 from pgsvd_vllm.offline.model.batch import TOKENS_PER_BATCH
 from pgsvd_vllm.offline.model.projection import Projection
+from pgsvd_vllm.offline.model.towers import Tower
 from pgsvd_vllm.offline.options import STEP_TOKENS
 from pgsvd_vllm.offline.planning.plan import Plan
 from pgsvd_vllm.offline.settings import MEASURED
@@ -54,7 +57,7 @@ def _shared(plan: Plan) -> int:
     weights = source.vocabulary * _hidden(plan)
     if settings.sensitivity == MEASURED:
         weights += source.lm_head_numel  # for the gradients, and from then on
-    weights += sum(plan.data.tokens_of(tower.name) for tower in source.towers[:-1]) * _hidden(plan)
+    weights += _earlier_states(plan)
     return PROGRAM_BYTES + weights * _width(plan) + (plan.data.nbytes if _on_cpu(plan) else 0)
 
 
@@ -68,7 +71,7 @@ def _calibration(plan: Plan) -> int:
         roots = sum(n * n for n in {p.in_features for p in row if p.out_features > p.in_features})
         spectra = 8 * roots + max((_spectrum_bytes(p) for p in row), default=0)
         peaks.append(8 * squares + max(batch, spectra))
-    return most_tokens(plan) * _hidden(plan) * _width(plan) + max(peaks, default=0)
+    return _states(plan, lambda tokens: tokens) * _width(plan) + max(peaks, default=0)
 
 
 def _lm_head(plan: Plan, head: Projection) -> int:
@@ -81,8 +84,7 @@ def _lm_head(plan: Plan, head: Projection) -> int:
 
 def _gradients(plan: Plan) -> int:
     """The last hidden states, inputs and gradients of a layer, its moments, and a batch or the spectra."""
-    tokens = most_tokens(plan)
-    measured = min(tokens, GRADIENT_TOKENS + batch_tokens(plan))
+    most = GRADIENT_TOKENS + batch_tokens(plan)
     peaks = []
     for index, row in enumerate(plan.projections.layers):
         moments = 8 * sum(p.out_features**2 + p.in_features**2 for p in row)
@@ -90,16 +92,14 @@ def _gradients(plan: Plan) -> int:
         spectra += max((_loss_spectrum_bytes(p) for p in row), default=0)
         peaks.append(moments + max(_layer_bytes(plan, index) + 3 * _batch_bytes(plan, row), spectra))
     start = 3 * 4 * _logit_tokens(plan) * plan.source.vocabulary
-    return (tokens + 2 * measured) * _hidden(plan) * _width(plan) + max(*peaks, start)
+    return _states(plan, lambda tokens: tokens + 2 * min(tokens, most)) * _width(plan) + max(*peaks, start)
 
 
 def factors_bytes(plan: Plan) -> int:
     """Peak memory of the layer-by-layer fit, or of the fit of a projection at a time, in bytes."""
-    settings, hidden, width, on_cpu = plan.settings, _hidden(plan), _width(plan), _on_cpu(plan)
+    settings, width, on_cpu = plan.settings, _width(plan), _on_cpu(plan)
     fitted = fitted_tokens(plan)
     kept = fitted if settings.kept_tokens is None else settings.kept_tokens
-    # The outputs of earlier towers of the factored model, as those of the dense one.
-    towers = sum(plan.data.tokens_of(tower.name) for tower in plan.source.towers[:-1]) if settings.sequential else 0
     peaks = []
     for index, row in enumerate(plan.projections.layers):
         memory = max((_fit_bytes(p, settings.sequential) for p in row), default=0)
@@ -112,8 +112,12 @@ def factors_bytes(plan: Plan) -> int:
             layers = _layer_bytes(plan, index) * (1 if kept == fitted else 2)
             memory += kept * _fit_features(plan, row) * width + layers + _batch_bytes(plan, row)
         peaks.append(memory)
-    # Hidden states of the dense model before and after the layer, and of the factored one.
-    return _shared(plan) + (3 * fitted + towers) * hidden * width + max(peaks, default=0)
+    states = 0
+    if settings.sequential:
+        # Hidden states of the dense model before and after the layer, and of the factored one; and the outputs of
+        # earlier towers of the factored model, as those of the dense one.
+        states = _states(plan, lambda tokens: 3 * min(tokens, SEQUENTIAL_TOKENS)) + _earlier_states(plan)
+    return _shared(plan) + states * width + max(peaks, default=0)
 
 
 def _fit_features(plan: Plan, row: list[Projection]) -> int:
@@ -163,6 +167,32 @@ def _quantization(plan: Plan) -> int:
 def _width(plan: Plan) -> int:
     """Bytes of an element in the compute dtype."""
     return plan.settings.compute_dtype.itemsize
+
+
+def _states(plan: Plan, tokens: Callable[[int], int]) -> int:
+    """Elements of the hidden states of the tower that has most of them.
+
+    Args:
+        plan: of the run.
+        tokens: the tokens that count, from those of a tower.
+    """
+    return max(tokens(plan.data.tokens_of(tower.name)) * _tower_width(plan, i) for i, tower in _towers(plan))
+
+
+def _earlier_states(plan: Plan) -> int:
+    """Elements of the outputs of all towers but the last, which are kept."""
+    return sum(plan.data.tokens_of(tower.name) * _tower_width(plan, i) for i, tower in _towers(plan)[:-1])
+
+
+def _towers(plan: Plan) -> list[tuple[int, Tower]]:
+    """The towers with the indexes of their first layers."""
+    return [(span.start, tower) for span, tower in zip(plan.source.spans, plan.source.towers, strict=True)]
+
+
+def _tower_width(plan: Plan, start: int) -> int:
+    """Width of the hidden states of a tower, the inputs of its first projection."""
+    rows = (plan.projections.layers[index] for index in plan.source.span(start))
+    return next((row[0].in_features for row in rows if row), _hidden(plan))
 
 
 def _hidden(plan: Plan) -> int:
