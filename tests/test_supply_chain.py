@@ -28,7 +28,7 @@ NETWORK = {"requests", "urllib", "urllib3", "http", "httpx", "aiohttp", "ftplib"
 CALLS = {"eval", "exec", "compile", "torch.load", "torch.hub.load", "numpy.load", "np.load"}
 
 # What of yaml makes plain values alone.
-SAFE_YAML = {"safe_load", "safe_dump", "YAMLError"}
+SAFE_YAML = {"safe_load", "safe_dump", "compose", "SafeLoader", "Node", "MappingNode", "YAMLError"}
 
 # Records every address that is looked up or connected to, but for this machine's, and lets none through.
 GUARD = """
