@@ -57,6 +57,14 @@ def upper_numel(size: int) -> int:
     return sum(min(GRAM_BLOCK, size - start) * (size - start) for start in range(0, size, GRAM_BLOCK))
 
 
+def _mirrored(matrix: torch.Tensor) -> torch.Tensor:
+    """A matrix [n, n] whose blocks below the diagonal are filled in place from those above it."""
+    for start in range(0, len(matrix), GRAM_BLOCK):
+        stop = start + GRAM_BLOCK
+        matrix[stop:, start:stop] = matrix[start:stop, stop:].T
+    return matrix
+
+
 @dataclass(frozen=True)
 class ScaledMatrix:
     """A symmetric float64 matrix of which the upper triangle is kept in float32, with its scale apart: squares of
@@ -91,9 +99,8 @@ class ScaledMatrix:
             stop = min(start + GRAM_BLOCK, self.size)
             count = (stop - start) * (self.size - start)
             found[start:stop, start:] = upper[done : done + count].view(stop - start, -1)
-            found[stop:, start:stop] = found[start:stop, stop:].T
             done += count
-        return found.mul_(2.0**self.exponent)
+        return _mirrored(found).mul_(2.0**self.exponent)
 
 
 def kinds(kind: str) -> tuple[str, str]:
@@ -161,10 +168,7 @@ class GramSum:
 
     def matrix(self) -> torch.Tensor:
         """The sum, float64 [in, in], symmetric; nothing may be added to it afterwards."""
-        for start in range(0, len(self._upper), GRAM_BLOCK):
-            stop = start + GRAM_BLOCK
-            self._upper[stop:, start:stop] = self._upper[start:stop, stop:].T
-        return self._upper
+        return _mirrored(self._upper)
 
 
 def cross_gram(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

@@ -126,8 +126,7 @@ class Calibration:
         used = {found.leader[name] for name in energy}
         roots.clear()
         # One after the other: those of a layer of MoE experts take GBs.
-        own = {name: found.grams.pop(name) for name in list(found.grams) if name in used}
-        grams = {name: ScaledMatrix.of(own.pop(name)) for name in list(own)}
+        grams = {name: ScaledMatrix.of(found.grams.pop(name)) for name in list(found.grams) if name in used}
         return LayerCalibration(grams, found.leader, energy, found.tokens, found.counts)
 
     def _backward(self, gradients: GradientPass) -> None:

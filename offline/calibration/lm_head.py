@@ -7,10 +7,8 @@ from torch import nn
 
 from pgsvd_vllm.errors import InputError
 from pgsvd_vllm.format.dtypes import is_finite
-from pgsvd_vllm.offline.calibration.loss import TOKENS_PER_CHUNK
 from pgsvd_vllm.offline.linalg import (
     GramSum,
-    ScaledMatrix,
     exponent_of,
     gram_root,
     is_silent,
@@ -19,6 +17,7 @@ from pgsvd_vllm.offline.linalg import (
     spectrum,
     times_power,
 )
+from pgsvd_vllm.offline.model.batch import TOKENS_PER_CHUNK
 from pgsvd_vllm.offline.model.layerwise import LayerStream
 from pgsvd_vllm.offline.model.projection import Projection
 from pgsvd_vllm.offline.records import LMHeadCalibration
@@ -73,9 +72,9 @@ def calibrate_lm_head(stream: LayerStream, head: Projection) -> LMHeadCalibratio
             "inputs and needs at least as many"
         )
     weight /= tokens
-    scaled = ScaledMatrix.of(total.matrix())
-    gram = times_power(scaled.double(), -scaled.exponent)  # the energies belong to the stored matrix
-    unit = gram.float()
+    summed = total.matrix()
+    unit = times_power(summed, -exponent_of(summed)).float()
+    gram = unit.double()  # the energies belong to the stored matrix
     with naming(head.name):
         root = gram_root(gram)
         square = gram_of_rows(source.weights.tensor(f"{head.path}.weight"), row_scale(weight))

@@ -13,11 +13,10 @@ import torch.nn.functional as F
 
 from pgsvd_vllm.format.dtypes import is_finite
 from pgsvd_vllm.offline.linalg import overflow
+from pgsvd_vllm.offline.model.batch import TOKENS_PER_CHUNK
 from pgsvd_vllm.offline.model.draw import draw
 from pgsvd_vllm.offline.model.layerwise import LayerStream
 
-# Tokens whose predictions are in memory at a time.
-TOKENS_PER_CHUNK = 128
 # Batch -> layer index -> the layer's output, a leaf of the autograd graph.
 Leaves = dict[int, dict[int, torch.Tensor]]
 

@@ -264,7 +264,7 @@ class ErrorAwarePass:
         stream = None if earlier is None else cross.new_zeros(module.out_features, width)
         tokens, own = 0, 0.0
         for i, run in enumerate(runs):
-            x = run.run_until(name)
+            x, outputs = run.run_until(name)
             dense_input, dense_outputs = dense.at(i, name)
             factored_x, dense_x = by_window(x), by_window(dense_input.to(x.device))
             if dense_x.shape != factored_x.shape:
@@ -279,11 +279,10 @@ class ErrorAwarePass:
             if stream is not None:
                 error = dense.hidden[i].float() - self.factored.hidden[i].float()
                 for writer in earlier or ():
-                    error += dense_outputs[writer].to(x.device).float() - run.outputs[writer].float()
+                    error += dense_outputs[writer].to(x.device).float() - outputs[writer].float()
                 stream += cross_gram((error * scale).flatten(0, 1), rows)
                 output = dense_outputs[name].to(x.device).float() * scale
                 own += float(torch.linalg.vector_norm(output, dtype=torch.float64)) ** 2
-            run.release()
         gram = grams.matrix()
         if not is_finite(gram):
             raise self._overflow(name)

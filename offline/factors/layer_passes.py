@@ -104,8 +104,8 @@ class PausedForward(greenlet):
         super().__init__(lambda: (None, forward()))
         self.outputs: dict[str, torch.Tensor] = {}
 
-    def run_until(self, name: str) -> torch.Tensor:
-        """Continue until the layer calls a projection; returns the projection's input [..., in].
+    def run_until(self, name: str) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Continue until the layer calls a projection; returns the projection's input [..., in], and `outputs`.
 
         Raises:
             InputError: the layer calls another projection or none.
@@ -113,10 +113,7 @@ class PausedForward(greenlet):
         called, value = self.switch()
         if called != name:
             raise other_tokens(name)
-        return value
-
-    def release(self) -> None:
-        """Keep the outputs: the pass is not repeated."""
+        return value, self.outputs
 
     def finish(self) -> torch.Tensor:
         """Continue to the end; returns the layer's output [..., hidden].
@@ -131,37 +128,27 @@ class PausedForward(greenlet):
 
 
 class RepeatedForward:
-    """The forward pass of a layer on one batch, which begins anew for each projection.
-
-    Attributes:
-        outputs: as of `PausedForward`, up to the projection of the last `run_until`; empty after `release`.
-    """
+    """The forward pass of a layer on one batch, which begins anew for each projection and keeps nothing in between."""
 
     def __init__(self, forward: Callable[[], torch.Tensor]) -> None:
         self._forward = forward
-        self.outputs: dict[str, torch.Tensor] = {}
 
-    def _run(self, name: str | None) -> torch.Tensor:
+    def _run(self, name: str | None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         run = PausedForward(self._forward)
         called, value = run.switch()
         while called != name:
             if called is None:
                 raise other_tokens(name or "")
             called, value = run.switch()
-        self.outputs = {} if name is None else run.outputs
-        return value
+        return value, run.outputs
 
-    def run_until(self, name: str) -> torch.Tensor:
+    def run_until(self, name: str) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """As of `PausedForward`."""
         return self._run(name)
 
-    def release(self) -> None:
-        """Forget the outputs."""
-        self.outputs = {}
-
     def finish(self) -> torch.Tensor:
         """The layer's output [..., hidden]."""
-        return self._run(None)
+        return self._run(None)[0]
 
 
 def remove(handles: list[RemovableHandle]) -> None:

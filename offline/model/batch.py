@@ -3,6 +3,8 @@
 import torch
 
 TOKENS_PER_BATCH = 4096
+# Tokens whose logits are in memory at a time; small buffers are also faster.
+TOKENS_PER_CHUNK = 128
 # Argument -> tensor: `input_ids` int64 [windows, length], and with images the other outputs of the model's processor.
 Batch = dict[str, torch.Tensor]
 

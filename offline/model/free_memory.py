@@ -26,11 +26,12 @@ def free_memory(device: torch.device, root: Path = Path("/")) -> int | None:
     """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    available = _available(root / "proc/meminfo")
-    limits = [free for folder, version in _groups(root) if (free := _left(folder, version)) is not None]
-    if available is not None:
-        limits.append(available)
-    return min(limits, default=None)
+    return least(_available(root / "proc/meminfo"), *(_left(folder, version) for folder, version in _groups(root)))
+
+
+def least(*limits: int | None) -> int | None:
+    """The smallest limit; None is none."""
+    return min((limit for limit in limits if limit is not None), default=None)
 
 
 def give_back() -> None:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from pgsvd_vllm.errors import InputError, bytes_text
-from pgsvd_vllm.offline.model.free_memory import free_memory
+from pgsvd_vllm.offline.model.free_memory import free_memory, least
 from pgsvd_vllm.offline.planning.memory import (
     CALIBRATION,
     DISTILLATION,
@@ -38,10 +38,9 @@ def available(plan: Plan) -> int | None:
 
     This is the memory budget, or what the device or the machine with its containers can give, if that is less.
     """
-    free, budget = free_memory(plan.settings.device), plan.options.memory_budget
+    free = free_memory(plan.settings.device)
     loaded = PROGRAM_BYTES + sum(p.nbytes for p in plan.source.model.parameters() if not p.is_meta)
-    limits = [] if free is None else [free + loaded]
-    return min([*limits, *([] if budget is None else [budget])], default=None)
+    return least(None if free is None else free + loaded, plan.options.memory_budget)
 
 
 def fit_distillation(plan: Plan, say: Say) -> Plan:
@@ -95,20 +94,20 @@ def fit_activations(plan: Plan, say: Say) -> Plan:
     room = available(plan)
     if room is None or not plan.settings.sequential:
         return plan
-    least: tuple[int, Plan] | None = None
+    smallest: tuple[int, Plan] | None = None
     for kept in _kept_tokens(plan):
         choice = replace(plan, settings=replace(plan.settings, kept_tokens=kept))
         needed = factors_bytes(choice)
-        if least is None or needed < least[0]:
-            least = needed, choice
+        if smallest is None or needed < smallest[0]:
+            smallest = needed, choice
         if needed <= room:
             break
-    assert least is not None
-    kept = least[1].settings.kept_tokens
+    assert smallest is not None
+    kept = smallest[1].settings.kept_tokens
     if kept is not None:
         tokens = f"{kept} of {fitted_tokens(plan)} tokens"
         say(f"memory: the layer-by-layer fit keeps the activations of {tokens} and computes the others again")
-    return least[1]
+    return smallest[1]
 
 
 def _kept_tokens(plan: Plan) -> Iterator[int | None]:

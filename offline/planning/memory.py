@@ -9,10 +9,9 @@ from collections.abc import Callable
 
 from pgsvd_vllm.offline.calibration.gradients import GRADIENT_TOKENS
 from pgsvd_vllm.offline.calibration.lm_head import HEAD_ROWS
-from pgsvd_vllm.offline.calibration.loss import TOKENS_PER_CHUNK
 from pgsvd_vllm.offline.factors.error_aware import SEQUENTIAL_TOKENS
 from pgsvd_vllm.offline.linalg import upper_numel
-from pgsvd_vllm.offline.model.batch import TOKENS_PER_BATCH
+from pgsvd_vllm.offline.model.batch import TOKENS_PER_BATCH, TOKENS_PER_CHUNK
 from pgsvd_vllm.offline.model.projection import Projection
 from pgsvd_vllm.offline.model.towers import Tower
 from pgsvd_vllm.offline.options import STEP_TOKENS

@@ -13,7 +13,7 @@ from pgsvd_vllm.offline.data.sampled.self_text import Machine
 from pgsvd_vllm.offline.model.companions import find_companions
 from pgsvd_vllm.offline.model.device import gemm_dtype, pick_device
 from pgsvd_vllm.offline.model.find_projections import find_lm_head, find_projections
-from pgsvd_vllm.offline.model.free_memory import free_memory
+from pgsvd_vllm.offline.model.free_memory import free_memory, least
 from pgsvd_vllm.offline.model.hub import resolve_folder
 from pgsvd_vllm.offline.model.projection import ProjectionSet, widest
 from pgsvd_vllm.offline.model.source import ModelSource
@@ -104,8 +104,7 @@ class Plan:
 
 def _machine(options: CompressOptions, device: torch.device, dtype: torch.dtype) -> Machine:
     """The machine that samples text, with the memory that is free now and within the budget."""
-    limits = [limit for limit in (free_memory(device), options.memory_budget) if limit is not None]
-    return Machine(device, dtype, min(limits, default=None))
+    return Machine(device, dtype, least(free_memory(device), options.memory_budget))
 
 
 def make_plan(options: CompressOptions) -> Plan:

@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 from pgsvd_vllm.errors import InputError
 from pgsvd_vllm.format.dtypes import is_finite
 from pgsvd_vllm.format.quantization import Scheme
+from pgsvd_vllm.offline.model.batch import TOKENS_PER_CHUNK
 from pgsvd_vllm.offline.model.layer_calls import hidden_after, logits_after
 from pgsvd_vllm.offline.options import STEP_TOKENS, Dose
 from pgsvd_vllm.offline.refine.trained import TrainedProjection, TrainedScales
@@ -36,8 +37,6 @@ BETAS = (0.9, 0.95)
 WARM_UP = 0.05
 # Shares of the amount after which the held-out windows are evaluated; the falling learning rate favours late states.
 EVALUATED = (0.5, 0.75, 1.0)
-# Tokens whose logits are in memory at a time; small buffers are also faster.
-TOKENS_PER_CHUNK = 128
 # Windows are trained on in pieces of about as many tokens: attention takes half the time that it takes for 1024 tokens,
 # and the divergence on whole windows falls as fast (docs/dev/log.md).
 PIECE = 512
