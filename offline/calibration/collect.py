@@ -1,19 +1,22 @@
 """Runs the calibration of all layers and saves Gram matrices, spectra and sensitivities in the run's state."""
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from tqdm.auto import tqdm
 
 from pgsvd_vllm.errors import InputError
-from pgsvd_vllm.offline.calibration.gradients import GradientPass, LayerGradients
-from pgsvd_vllm.offline.calibration.gram import LayerGrams, advance
-from pgsvd_vllm.offline.calibration.lm_head import calibrate_lm_head
-from pgsvd_vllm.offline.calibration.loss_metric import metric_root, weighted_gram
-from pgsvd_vllm.offline.calibration.noise_response import noise_responses
+from pgsvd_vllm.offline.calibration.gradients import GradientSums, gradient_batches
+from pgsvd_vllm.offline.calibration.gram import LayerGrams
+from pgsvd_vllm.offline.calibration.lm_head import HeadSums, head_batches, lm_head_calibration
+from pgsvd_vllm.offline.calibration.loss import contrastive_gradients
+from pgsvd_vllm.offline.calibration.shard import CalibrationShard
+from pgsvd_vllm.offline.calibration.spectra import LossSpectrum, loss_spectrum, output_spectra
 from pgsvd_vllm.offline.data.calibration_set import CalibrationSet
-from pgsvd_vllm.offline.linalg import ScaledMatrix, gram_root, is_silent, naming, output_energy
-from pgsvd_vllm.offline.model.layerwise import LayerStream
+from pgsvd_vllm.offline.executor.executor import Executor, combined
+from pgsvd_vllm.offline.model.batch import Batch
 from pgsvd_vllm.offline.model.projection import Projection, ProjectionSet, widest
 from pgsvd_vllm.offline.model.source import ModelSource
 from pgsvd_vllm.offline.records import LayerCalibration, LayerSensitivity
@@ -31,6 +34,7 @@ class Calibration:
         settings: of the run.
         projections: to calibrate.
         state: that holds the results.
+        executor: that runs the samples.
     """
 
     source: ModelSource
@@ -38,6 +42,7 @@ class Calibration:
     settings: RunSettings
     projections: ProjectionSet
     state: RunState
+    executor: Executor
 
     def run(self) -> None:
         """Compute Gram matrices, output spectra and sensitivities of every layer that the state does not hold yet.
@@ -52,35 +57,44 @@ class Calibration:
         if done and not missing:
             return
         state.begin_calibration()
-        stream = LayerStream(self.source, self.data.batches(), self.settings.device, self.settings.compute_dtype)
-        gradients = GradientPass(stream, state.folder / "inputs") if missing and kind == MEASURED else None
+        batches = self.data.batches()
+        inputs = state.folder / "inputs" if self.executor.is_local else None
+        self.executor.begin(CalibrationShard, batches, inputs)
+        with_gradients = bool(missing) and kind == MEASURED
+        taken: set[int] = set()
+        if with_gradients:
+            tokens = {number: n for part in self.executor.call("batch_tokens") for number, n in part.items()}
+            taken = gradient_batches(tokens)
+            self.executor.call("measure_gradients", taken)
         with tqdm(total=self._tokens_of_all_layers(), unit="tok", unit_scale=True, desc="calibrate") as bar:
             for index in layers:
                 bar.set_postfix_str(f"layer {index + 1}/{len(layers)}", refresh=False)
-                stream.enter(index, stream.flow)
-                if gradients is not None:
-                    gradients.remember(index)
-                self._collect(stream, index, kind == FORWARD and index in missing, bar)
+                self._collect(index, kind == FORWARD and index in missing, bar)
         if head is not None and not state.has_lm_head():
-            state.save_lm_head(calibrate_lm_head(stream, head))
-        if gradients is not None:
-            self._backward(gradients)
+            streams = self.executor.streams("run_lm_head", head, head_batches(batches))
+            *_, found = combined(streams, HeadSums())
+            assert isinstance(found, HeadSums)
+            state.save_lm_head(lm_head_calibration(self.source, head, found))
+        if with_gradients:
+            self._backward([batches[number] for number in taken], len(taken) / len(batches))
 
     def _tokens_of_all_layers(self) -> int:
         """Tokens of one forward pass, counted once per layer."""
         return sum(len(tower.layers) * self.data.tokens_of(tower.name) for tower in self.source.towers)
 
-    def _collect(self, stream: LayerStream, index: int, with_noise: bool, bar: tqdm) -> None:
+    def _collect(self, index: int, with_noise: bool, bar: tqdm) -> None:
         """Run one layer forward; `with_noise` measures its noise responses as well."""
         row, state = self.projections.layers[index], self.state
         collect = bool(row) and not state.has_layer(index)
-        responses = noise_responses(stream, index, row, self.settings.seed) if with_noise else {}
-        for step in advance(stream, index, row, collect):
-            if isinstance(step, LayerGrams):
+        # Of the first batch.
+        responses = self.executor.call("noise", index, row, self.settings.seed)[0] if with_noise else {}
+        for step in combined(self.executor.streams("advance", index, row, collect), LayerGrams()):
+            if isinstance(step, int):
+                bar.update(step)
+            elif collect:
+                step.check_called(row)
                 self._check_tokens(row, step.tokens)
                 state.save_layer(index, self._spectra(row, step))
-            else:
-                bar.update(step)
         if not row and not state.has_layer(index):
             state.save_layer(index, LayerCalibration({}, {}, {}, 0, {}))
         if with_noise:
@@ -106,71 +120,98 @@ class Calibration:
         """A layer's calibration, with the output spectra of all projections that enough tokens reach.
 
         Nonzero projections whose output is zero have no spectrum, since the data says nothing about them.
-        The weights are read one at a time, since those of a large layer may not fit into memory together. The Gram
-        matrices of `found` are taken out.
         """
-        roots: dict[str, torch.Tensor] = {}
-        energy = {}
+        groups: dict[str, list[Projection]] = {}
         for p in row:
             name = found.leader.get(p.name, "")
-            if p.may_lack_tokens and found.counts.get(name, 0) < p.in_features:
-                continue
-            gram = found.grams[name].to(self.settings.device).double()
-            weight = self.source.weights.tensor(f"{p.path}.weight").to(self.settings.device)
-            with naming(p.name):
-                if p.out_features > p.in_features and name not in roots:
-                    roots[name] = gram_root(gram)
-                spectrum = output_energy(weight, gram, roots.get(name))
-            if not is_silent(float(weight.double().square().sum()), gram, spectrum):
-                energy[p.name] = spectrum.cpu()
-        used = {found.leader[name] for name in energy}
-        roots.clear()
+            if not p.may_lack_tokens or found.counts.get(name, 0) >= p.in_features:
+                groups.setdefault(name, []).append(p)
         # One after the other: those of a layer of MoE experts take GBs.
-        grams = {name: ScaledMatrix.of(found.grams.pop(name)) for name in list(found.grams) if name in used}
-        return LayerCalibration(grams, found.leader, energy, found.tokens, found.counts)
+        items = ((group, found.sums.pop(name)) for name, group in groups.items())
+        grams, energy = {}, {}
+        for name, (gram, spectra) in zip(groups, self.executor.map(output_spectra, items), strict=True):
+            energy.update(spectra)
+            if spectra:
+                grams[name] = gram
+        order = {p.name: energy[p.name] for p in row if p.name in energy}
+        return LayerCalibration(grams, found.leader, order, found.tokens, dict(found.counts))
 
-    def _backward(self, gradients: GradientPass) -> None:
-        """Run the backward pass and save gradient moments and loss spectra of every layer."""
-        rows = self.projections.layers
-        share = gradients.batches / len(gradients.stream.batches)
+    def _backward(self, batches: Sequence[Batch], share: float) -> None:
+        """Run the backward pass and save gradient moments and loss spectra of every layer.
+
+        Args:
+            batches: that take part.
+            share: of all batches.
+        """
+        rows, seed = self.projections.layers, self.settings.seed
         total = round(share * self._tokens_of_all_layers())
         # Predictions take as long as several layers where the vocabulary is large.
-        head = gradients.text_tokens
+        head = sum(batch["input_ids"].numel() for batch in batches)
         with tqdm(total=head + total, unit="tok", unit_scale=True, desc="gradients") as bar:
             bar.set_postfix_str("predictions", refresh=False)
-            gradients.start(self.settings.seed, bar.update)
+            if self.source.is_dual_encoder:
+                start_contrastive(self.executor, self.source, seed)
+            else:
+                for tokens in itertools.chain(*self.executor.streams("start", seed)):
+                    bar.update(tokens)
             bar.update(head - bar.n)
+            losses = sum(self.executor.call("losses"))
             for index in reversed(range(len(rows))):
                 bar.set_postfix_str(f"layer {index + 1}/{len(rows)}", refresh=False)
                 known = self.state.load_layer(index, with_grams=False).energy
-                for step in gradients.retreat(index, [p for p in rows[index] if p.name in known]):
+                row = [p for p in rows[index] if p.name in known]
+                for step in combined(self.executor.streams("retreat", index, row), GradientSums()):
                     if isinstance(step, int):
                         bar.update(step)
                     else:
-                        self.state.save_sensitivity(index, MEASURED, self._loss_spectra(index, step))
+                        self.state.save_sensitivity(index, MEASURED, self._loss_spectra(index, step, losses))
 
-    def _loss_spectra(self, index: int, found: LayerGradients) -> LayerSensitivity:
+    def _loss_spectra(self, index: int, found: GradientSums, losses: int) -> LayerSensitivity:
         """Eigenvalues of L^T W C W^T L of a layer's projections: twice the loss of removing each direction, in nats.
 
         Args:
             index: of the layer.
-            found: its gradient moments; they are taken out one by one.
+            found: its sums; they are taken out one by one.
+            losses: number of loss terms.
         """
-        data, device = self.state.load_layer(index), self.settings.device
+        data = self.state.load_layer(index)
+        reached = found.reached([p for p in self.projections.layers[index] if p.name in data.energy])
+        items = (
+            LossSpectrum(
+                p,
+                data.grams[data.leader[p.name]],
+                data.tokens,
+                found.sums.pop(p.name),
+                found.tokens,
+                losses,
+                not data.energy[p.name].any(),
+            )
+            for p in reached
+        )
         energy, moments, grams = {}, {}, {}
-        for p in self.projections.layers[index]:
-            # Taken out: in float64 those of a whole layer have several times the bytes of its weights.
-            moment, weighted = found.moments.pop(p.name, None), found.grams.pop(p.name, None)
-            # Without gradient only a zero projection has a known loss, which is 0 at any rank.
-            if moment is None or weighted is None or not (moment.any() or not data.energy[p.name].any()):
-                continue
-            gram = data.grams[data.leader[p.name]].double(device)
-            gram = weighted_gram(gram, data.tokens, weighted)
-            weight = self.source.weights.tensor(f"{p.path}.weight").to(device).double()
-            with naming(p.name):
-                energy[p.name] = output_energy(metric_root(moment).T @ weight, gram).cpu()
-            moments[p.name], grams[p.name] = ScaledMatrix.of(moment), ScaledMatrix.of(weighted)
+        for p, spectrum in zip(reached, self.executor.map(loss_spectrum, items), strict=True):
+            if spectrum is not None:
+                energy[p.name], moments[p.name], grams[p.name] = spectrum
         return LayerSensitivity(moments, grams, energy)
+
+
+def start_contrastive(executor: Executor, source: ModelSource, seed: int) -> None:
+    """Start the backward pass of a dual encoder, whose loss is over all pairs.
+
+    Args:
+        executor: whose calibration shards have run all layers.
+        source: the model.
+        seed: of the draw of labels.
+
+    Raises:
+        InputError: a gradient or a prediction is not finite.
+    """
+    embeddings = {number: pair for part in executor.call("embed") for number, pair in part.items()}
+    numbers = sorted(embeddings)
+    texts, images = (torch.cat([embeddings[number][i] for number in numbers]) for i in range(2))
+    sizes = [len(embeddings[number][0]) for number in numbers]
+    parts = (part.split(sizes) for part in contrastive_gradients(source, (texts, images), seed))
+    executor.call("start_from", dict(zip(numbers, zip(*parts, strict=True), strict=True)))
 
 
 def output_energies(state: RunState, layers: int) -> dict[str, torch.Tensor]:

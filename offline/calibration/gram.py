@@ -5,7 +5,7 @@ Projections with the same input (q, k, v; gate, up) share one Gram matrix; they 
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,21 +22,37 @@ from pgsvd_vllm.offline.model.projection import Projection
 ENERGY_CLIP = 10.0
 
 
-@dataclass(frozen=True)
+@dataclass
 class LayerGrams:
-    """The Gram matrices of one layer's inputs.
+    """The Gram matrices of one layer's inputs, over a block of batches or over all.
 
     Attributes:
-        grams: leader -> sum of x x^T over the tokens, float64 [in, in].
+        block: of the batches.
+        sums: leader -> sum of x x^T over the tokens.
         leader: projection -> name of the first projection with the same input.
         tokens: tokens that run through the layer.
         counts: leader -> tokens in its sum.
     """
 
-    grams: dict[str, torch.Tensor]
-    leader: dict[str, str]
-    tokens: int
-    counts: dict[str, int]
+    block: int = 0
+    sums: dict[str, GramSum] = field(default_factory=dict)
+    leader: dict[str, str] = field(default_factory=dict)
+    tokens: int = 0
+    counts: Counter[str] = field(default_factory=Counter)
+
+    def merge(self, other: "LayerGrams") -> None:
+        """Add the sums of another block."""
+        for name, total in other.sums.items():
+            self.sums.setdefault(name, GramSum(total.width, total.device)).merge(total)
+        self.leader.update(other.leader)
+        self.tokens += other.tokens
+        self.counts.update(other.counts)
+
+    def check_called(self, projections: Sequence[Projection]) -> None:
+        """Refuse projections that the layer has not called for any token; raises InputError."""
+        missing = [p.name for p in projections if p.name not in self.leader and p.reach == 1]
+        if missing:
+            raise InputError(f"{missing[0]}: the layer never calls it; leave it dense with `ignore` {missing[0]}")
 
 
 def token_scale(x: torch.Tensor) -> torch.Tensor:
@@ -84,9 +100,7 @@ class _GramHooks:
     """
 
     def __init__(self, layer: nn.Module, projections: Sequence[Projection], prefix: str) -> None:
-        self._sums: dict[str, GramSum] = {}
-        self.leader: dict[str, str] = {}
-        self.counts: Counter[str] = Counter()
+        self._found = LayerGrams()
         self.origin = ""
         self._seen: list[tuple[torch.Tensor, str]] = []
         self._handles: list[RemovableHandle] = []
@@ -100,17 +114,15 @@ class _GramHooks:
             x = args[0]
             for tensor, leader in self._seen:
                 if tensor is x:
-                    self.leader[name] = leader
+                    self._found.leader[name] = leader
                     return
             self._seen.append((x, name))
-            self.leader[name] = name
+            self._found.leader[name] = name
             if not is_finite(x):
                 raise overflow(f"{name}: its input{self.origin}", x.dtype)
             rows = robust_rows(x)
-            self.counts[name] += len(rows)
-            if name not in self._sums:
-                self._sums[name] = GramSum(rows.shape[1], rows.device)
-            self._sums[name].add(rows)
+            self._found.counts[name] += len(rows)
+            self._found.sums.setdefault(name, GramSum(rows.shape[1], rows.device)).add(rows)
 
         return hook
 
@@ -121,13 +133,16 @@ class _GramHooks:
 
         return hook
 
-    def grams(self) -> dict[str, torch.Tensor]:
-        """Leader -> sum of x x^T, float64 [in, in]; the hooks must not run afterwards."""
-        return {name: total.matrix() for name, total in self._sums.items()}
-
-    def end_batch(self) -> None:
-        """Release the inputs of a batch, which are kept to recognise projections with the same input."""
+    def end_batch(self, tokens: int) -> None:
+        """Count the tokens of a batch and release its inputs, kept to recognise projections with the same input."""
+        self._found.tokens += tokens
         self._seen.clear()
+
+    def take(self, block: int) -> LayerGrams:
+        """The sums since the last call."""
+        found, self._found = self._found, LayerGrams()
+        found.block = block
+        return found
 
     def remove(self) -> None:
         """Remove the hooks."""
@@ -148,30 +163,26 @@ def advance(
         collect: whether to sum Gram matrices.
 
     Yields:
-        The tokens of each batch that is done, and at the end, if `collect`, the layer's Gram matrices.
+        The tokens of each batch that is done, and, if `collect`, the layer's Gram matrices of each block.
 
     Raises:
-        InputError: an output of the layer or an input of a projection is not finite, or the layer never calls one of
-            its projections.
+        InputError: an output of the layer or an input of a projection is not finite.
     """
-    path, tokens = stream.source.paths[index], 0
+    path = stream.source.paths[index]
     with stream.source.layer(index, stream.device, stream.dtype) as layer:
         hooks = _GramHooks(layer, projections if collect else (), f"{path}.")
         try:
-            for i, number in enumerate(stream.flow.members):
-                output = stream.run(layer, index, number, stream.flow.hidden[i])
-                hooks.end_batch()
-                if not is_finite(output):
-                    raise overflow(f"{path}: the layer's output{hooks.origin}", stream.dtype)
-                done = stream.flow.hidden[i].shape[:-1].numel()
-                stream.flow.hidden[i] = output
-                tokens += done
-                yield done
+            for block, places in stream.flow.blocks():
+                for i in places:
+                    output = stream.run(layer, index, stream.flow.members[i], stream.flow.hidden[i])
+                    done = stream.flow.hidden[i].shape[:-1].numel()
+                    hooks.end_batch(done)
+                    if not is_finite(output):
+                        raise overflow(f"{path}: the layer's output{hooks.origin}", stream.dtype)
+                    stream.flow.hidden[i] = output
+                    yield done
+                if collect:
+                    yield hooks.take(block)
         finally:
             hooks.remove()
     stream.leave(index, stream.flow)
-    if collect:
-        missing = [p.name for p in projections if p.name not in hooks.leader and p.reach == 1]
-        if missing:
-            raise InputError(f"{missing[0]}: the layer never calls it; leave it dense with `ignore` {missing[0]}")
-        yield LayerGrams(hooks.grams(), hooks.leader, tokens, dict(hooks.counts))

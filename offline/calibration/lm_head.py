@@ -1,6 +1,8 @@
 """Calibrates the LM head: the Gram matrix of its inputs and the weight of each row (see `factors.lm_head`)."""
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -17,9 +19,10 @@ from pgsvd_vllm.offline.linalg import (
     spectrum,
     times_power,
 )
-from pgsvd_vllm.offline.model.batch import TOKENS_PER_CHUNK
+from pgsvd_vllm.offline.model.batch import TOKENS_PER_CHUNK, Batch, block_of
 from pgsvd_vllm.offline.model.layerwise import LayerStream
 from pgsvd_vllm.offline.model.projection import Projection
+from pgsvd_vllm.offline.model.source import ModelSource
 from pgsvd_vllm.offline.records import LMHeadCalibration
 
 # Tokens that take part; every token costs logits of the size of the vocabulary.
@@ -30,49 +33,93 @@ FLOOR = 1.0
 HEAD_ROWS = 8192
 
 
+@dataclass
+class HeadSums:
+    """The LM head's inputs and outputs, over a block of batches or over all.
+
+    Attributes:
+        block: of the batches.
+        gram: of the inputs; None without tokens.
+        weight: float32 [vocabulary], sum of p (1 - p); None without tokens.
+        tokens: in the sums.
+    """
+
+    block: int = 0
+    gram: GramSum | None = None
+    weight: torch.Tensor | None = None
+    tokens: int = 0
+
+    def merge(self, other: "HeadSums") -> None:
+        """Add the sums of another block."""
+        if other.gram is None or other.weight is None:
+            return
+        if self.gram is None or self.weight is None:
+            self.gram, self.weight = GramSum(other.gram.width, other.gram.device), torch.zeros_like(other.weight)
+        self.gram.merge(other.gram)
+        self.weight += other.weight
+        self.tokens += other.tokens
+
+
+def head_batches(batches: Sequence[Batch]) -> set[int]:
+    """The numbers of the batches that take part: the first ones with HEAD_TOKENS tokens."""
+    ends = itertools.accumulate((batch["input_ids"].numel() for batch in batches), initial=0)
+    return {number for number, before in zip(range(len(batches)), ends, strict=False) if before < HEAD_TOKENS}
+
+
 @torch.no_grad()
-def calibrate_lm_head(stream: LayerStream, head: Projection) -> LMHeadCalibration:
-    """Run the LM head on the last hidden states of the calibration set.
+def run_lm_head(stream: LayerStream, head: Projection, numbers: Collection[int]) -> Iterator[HeadSums]:
+    """Run the LM head on last hidden states of the calibration set.
 
     Args:
         stream: all of whose layers have run.
         head: the LM head of its model.
+        numbers: of the batches to run.
+
+    Yields:
+        The sums of each block.
 
     Raises:
-        InputError: the calibration set has fewer tokens than the LM head has inputs, or the LM head's inputs or outputs
-            are not finite or all 0.
+        InputError: the LM head's inputs or outputs are not finite.
     """
     source = stream.source
     source.load_lm_head(stream.device, stream.dtype)
     module: nn.Module = source.model.get_submodule(head.path)
-    total = GramSum(head.in_features, stream.device)
-    weight = torch.zeros(head.out_features, device=stream.device)
-    tokens = 0
     last = len(source.layers) - 1
     inputs: list[torch.Tensor] = []
     handle = module.register_forward_pre_hook(lambda _module, args: inputs.append(args[0]))
     try:
-        for number, batch in enumerate(stream.batches):
-            for logits in _logits(stream, number, batch, last):
-                p = logits.flatten(0, -2).float().softmax(-1)
-                weight += (p * (1 - p)).sum(0)
-                tokens += len(p)
-            if not (all(is_finite(x) for x in inputs) and is_finite(weight)):
-                raise overflow(f"{head.name}: its input or output", stream.dtype)
-            for x in inputs:
-                total.add(x.flatten(0, -2).float())
-            inputs.clear()
-            if tokens >= HEAD_TOKENS:
-                break
+        chosen = [number for number in stream.batches if number in numbers]
+        for block, members in itertools.groupby(chosen, block_of):
+            total, tokens = GramSum(head.in_features, stream.device), 0
+            weight = torch.zeros(head.out_features, device=stream.device)
+            for number in members:
+                for logits in _logits(stream, number, stream.batches[number], last):
+                    p = logits.flatten(0, -2).float().softmax(-1)
+                    weight += (p * (1 - p)).sum(0)
+                    tokens += len(p)
+                if not (all(is_finite(x) for x in inputs) and is_finite(weight)):
+                    raise overflow(f"{head.name}: its input or output", stream.dtype)
+                for x in inputs:
+                    total.add(x.flatten(0, -2).float())
+                inputs.clear()
+            yield HeadSums(block, total, weight, tokens)
     finally:
         handle.remove()
-    if tokens < head.in_features:
+
+
+def lm_head_calibration(source: ModelSource, head: Projection, found: HeadSums) -> LMHeadCalibration:
+    """The calibration of the LM head from the sums over all batches.
+
+    Raises:
+        InputError: the calibration set has fewer tokens than the LM head has inputs, or the outputs are all 0.
+    """
+    if found.gram is None or found.weight is None or found.tokens < head.in_features:
         raise InputError(
-            f"`include` lm_head: {tokens} tokens are too little calibration data; {head.name} has {head.in_features} "
-            "inputs and needs at least as many"
+            f"`include` lm_head: {found.tokens} tokens are too little calibration data; {head.name} has "
+            f"{head.in_features} inputs and needs at least as many"
         )
-    weight /= tokens
-    summed = total.matrix()
+    weight = found.weight / found.tokens
+    summed = found.gram.matrix()
     unit = times_power(summed, -exponent_of(summed)).float()
     gram = unit.double()  # the energies belong to the stored matrix
     with naming(head.name):

@@ -5,7 +5,8 @@ outside their tower, such as those of a vision encoder's last layer, are kept as
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves  # the tensors among any arguments
 
 from pgsvd_vllm.errors import InputError, PgsvdError
-from pgsvd_vllm.offline.model.batch import Batch
+from pgsvd_vllm.offline.model.batch import Batch, block_of
 from pgsvd_vllm.offline.model.layer_calls import (
     Exchanged,
     StopForward,
@@ -50,7 +51,7 @@ class Flow:
 
     Attributes:
         tower: index of the current tower's first layer; -1 before the first tower.
-        members: numbers of the batches that run the current tower.
+        members: numbers of the batches that run the current tower, block by block.
         hidden: their hidden states [..., hidden] before the next layer.
         kept: batch -> layer index -> its output, for layers whose outputs are used outside their tower.
         added: batch -> layer index -> what the model adds to its output before the next layer.
@@ -61,6 +62,11 @@ class Flow:
     hidden: list[torch.Tensor] = field(default_factory=list)
     kept: dict[int, dict[int, torch.Tensor]] = field(default_factory=dict)
     added: dict[int, dict[int, torch.Tensor]] = field(default_factory=dict)
+
+    def blocks(self) -> Iterator[tuple[int, list[int]]]:
+        """Each block of batches, and the places of its batches in `members`."""
+        for block, places in itertools.groupby(range(len(self.members)), lambda i: block_of(self.members[i])):
+            yield block, list(places)
 
 
 @dataclass(frozen=True)
@@ -82,11 +88,12 @@ class LayerStream:
 
     Args:
         source: the model.
-        batches: the arguments of its forward passes.
+        batches: the arguments of its forward passes, by number where other processes run the others.
         device: that computes.
         dtype: of weights and activations.
 
     Attributes:
+        batches: by number, block by block.
         flow: the dense model's hidden states.
         read: indexes of the layers whose outputs are used outside their tower.
 
@@ -94,12 +101,19 @@ class LayerStream:
         InputError: a tensor is missing or damaged, or the model does not run its layers in sequence.
     """
 
-    def __init__(self, source: ModelSource, batches: Sequence[Batch], device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        source: ModelSource,
+        batches: Sequence[Batch] | Mapping[int, Batch],
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
         self.source, self.device, self.dtype = source, device, dtype
         self._calls: dict[tuple[int, Any], list[LayerCall]] = {}
         self._additive: set[int] = set()  # towers in which the model was seen to add between its layers, not more
         source.load_outer(device, dtype)
-        self.batches = list(batches)
+        numbered = batches if isinstance(batches, Mapping) else dict(enumerate(batches))
+        self.batches = {number: numbered[number] for number in sorted(numbered, key=lambda n: (block_of(n), n))}
         self.read = self._find_read()
         self.flow = Flow()
         self.enter(0, self.flow)
@@ -120,7 +134,7 @@ class LayerStream:
         if index != self.source.span(index).start or index == flow.tower:
             return
         flow.tower, flow.members, flow.hidden = index, [], []
-        for number in range(len(self.batches)):
+        for number in self.batches:
             with torch.no_grad():
                 entry = self.before(index, number, flow.kept.get(number, {}))
             if entry is not None:
@@ -350,7 +364,7 @@ class LayerStream:
         head: Any = source.model.get_output_embeddings()
         if head is not None:  # it is not loaded
             head.forward = stop
-        number = max(range(len(self.batches)), key=lambda i: len(self.batches[i]))
+        number = max(self.batches, key=lambda n: len(self.batches[n]))
         # A change in place increments the version, of tensors on the meta device as well.
         weights = [(name, weight, weight._version) for name, weight in source.model.named_parameters()]
         batch = self.batch(number)

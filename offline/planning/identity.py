@@ -15,7 +15,7 @@ from pgsvd_vllm.offline.planning.plan import Plan
 from pgsvd_vllm.offline.state.manifest import Manifest
 
 # Version of the stored calibration; a run of another version cannot be resumed. Increment it with every change.
-CALIBRATION_VERSION = "7"
+CALIBRATION_VERSION = "8"
 # Recorded for a run whose distillation does not fit into memory, so that a resumed one is the same.
 DISTILLATION, LEFT_OUT = "distillation", "left out"
 # Recorded since their defaults depend on the machine: where the model is served, the text and the number of windows.

@@ -216,6 +216,18 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="memory that the run may take, such as 16GiB, of the GPU if one computes (default: what is free, within "
         "the limits of a container): what does not fit is left out or computed again, and the plan says so",
     )
+    parser.add_argument(
+        "--executor",
+        default="local",
+        choices=["local", "ray"],
+        help="what runs the calibration samples and the solvers: this process, or the workers of a Ray cluster; the "
+        "result has the same bytes (default local)",
+    )
+    parser.add_argument(
+        "--address",
+        metavar="ADDRESS",
+        help="address of the Ray cluster, such as auto (default: a new one on this machine)",
+    )
     parser.add_argument("--resume", action="store_true", help="continue an interrupted run from DIR.partial")
     parser.add_argument("--dry-run", action="store_true", help="show the plan, memory, disk and time; write nothing")
     parser.add_argument("--trust-remote-code", action="store_true", help="run model code from the model's repository")
@@ -304,6 +316,8 @@ def run(arguments: argparse.Namespace) -> int:
         dtype=arguments.dtype,
         device=arguments.device,
         memory_budget=arguments.memory_budget,
+        executor=arguments.executor,
+        address=arguments.address,
         resume=arguments.resume,
         trust_remote_code=arguments.trust_remote_code,
         command=shareable_command(sys.argv[1:]),

@@ -14,6 +14,7 @@ from pgsvd_vllm.errors import InputError
 # What belongs to a run and a machine, and what a file from elsewhere must not decide.
 NOT_IN_RECIPES = (
     *("help", "recipe", "resume", "dry_run", "output_dir", "revision", "device", "memory_budget"),
+    *("executor", "address"),
     *("calibration", "trust_remote_code", "quiet", "log_format"),
 )
 # Option -> another one that has no use without its value.

@@ -62,6 +62,8 @@ def test_every_field_of_the_options_is_in_a_recipe_or_belongs_to_a_run(tmp_path:
         "calibration",
         "device",
         "memory_budget",
+        "executor",
+        "address",
         "resume",
         "revision",
         "trust_remote_code",

@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 from pgsvd_vllm.cli import main
 from pgsvd_vllm.errors import ChoiceError, InputError, bytes_text
 from pgsvd_vllm.format.reader import check_data, open_checkpoint
-from pgsvd_vllm.offline.calibration.gram import LayerGrams, advance
 from pgsvd_vllm.offline.compress import compress
 from pgsvd_vllm.offline.model.batch import text_batches
 from pgsvd_vllm.offline.model.find_projections import find_projections
@@ -26,6 +25,7 @@ from pgsvd_vllm.offline.planning.fit_memory import fit_gradients
 from pgsvd_vllm.offline.planning.memory import stage_bytes
 from pgsvd_vllm.offline.planning.plan import make_plan
 from tests.conftest import compress_to, save_tiny_model
+from tests.offline.whole import layer_grams
 
 SMALL: dict[str, Any] = {"num_calibration_samples": 20, "max_seq_length": 48}
 
@@ -175,12 +175,12 @@ def test_report_errors_equal_those_of_the_written_factors(
     rows = {row["name"]: row for row in report_of(output)["modules"]}
     checked = 0
     for index, projections in enumerate(find_projections(source).layers):
-        *_, grams = advance(stream, index, projections, collect=True)
-        assert isinstance(grams, LayerGrams)
+        found = layer_grams(stream, index, projections)
+        grams = {name: total.matrix().numpy() for name, total in found.sums.items()}
         for p in projections:
             if rows[p.name]["rank"] is None:
                 continue
-            c = grams.grams[grams.leader[p.name]].numpy()
+            c = grams[found.leader[p.name]]
             w = source.weights.read(f"{p.name}.weight").double().numpy()
             residual = w - matrix_of(written, p.name)
             error = np.sqrt(np.trace(residual @ c @ residual.T) / np.trace(w @ c @ w.T))

@@ -99,7 +99,7 @@ def test_an_interruption_that_compiled_code_loses_keeps_finished_layers(tmp_path
     code = (
         "import os, signal, sys, time; from pgsvd_vllm.errors import InputError\n"
         "from pgsvd_vllm.cli import main; import pgsvd_vllm.offline.compress as module; run = module.calibrate\n"
-        "def calibrate(*arguments):\n"
+        "def calibrate(*arguments, **options):\n"
         "    run(*arguments)\n"
         "    try: os.kill(os.getpid(), signal.SIGTERM); time.sleep(10)\n"
         "    except KeyboardInterrupt: raise InputError('no shape') from None\n"

@@ -13,8 +13,7 @@ from pgsvd_vllm.errors import InputError
 from pgsvd_vllm.format.latency_table import LatencyTable, ShapeLatencies
 from pgsvd_vllm.format.lowrank import reconstruct
 from pgsvd_vllm.offline.calibration import loss
-from pgsvd_vllm.offline.calibration.gradients import GradientPass, LayerGradients, _GradientHooks
-from pgsvd_vllm.offline.calibration.gram import advance
+from pgsvd_vllm.offline.calibration.gradients import GradientSums, _GradientHooks
 from pgsvd_vllm.offline.calibration.loss_metric import DAMPING, metric_root, weighted_gram
 from pgsvd_vllm.offline.factors.solvers import closed_form
 from pgsvd_vllm.offline.factors.stored_form import stored_form
@@ -22,7 +21,6 @@ from pgsvd_vllm.offline.linalg import gram_root, output_energy
 from pgsvd_vllm.offline.model.batch import text_batches
 from pgsvd_vllm.offline.model.draw import draw
 from pgsvd_vllm.offline.model.find_projections import find_projections
-from pgsvd_vllm.offline.model.layerwise import LayerStream
 from pgsvd_vllm.offline.model.projection import Projection
 from pgsvd_vllm.offline.model.source import ModelSource
 from pgsvd_vllm.offline.ranks.pareto import loss_front
@@ -31,6 +29,7 @@ from pgsvd_vllm.offline.ranks.target import RankTarget
 from pgsvd_vllm.offline.settings import Storage
 from tests.conftest import save_tiny_model
 from tests.offline.calibration.test_gram import clipped, reference_inputs
+from tests.offline.whole import layer_gradients, started_gradients
 
 
 @pytest.mark.parametrize("tie", [True, False])
@@ -42,20 +41,14 @@ def test_layerwise_gradients_equal_those_of_the_whole_model(
     ids = torch.randint(2, 258, (5, 33), generator=torch.Generator().manual_seed(3))
     source = ModelSource(folder)
     rows = find_projections(source).layers
-    stream = LayerStream(source, text_batches(ids), torch.device("cpu"), torch.float32)
-    gradients = GradientPass(stream, tmp_path / "inputs")
-    for index in range(3):
-        gradients.remember(index)
-        list(advance(stream, index, rows[index], collect=False))
-    gradients.start(seed=7)
+    executor, _ = started_gradients(source, text_batches(ids), seed=7)
     moments: dict[str, torch.Tensor] = {}
     grams: dict[str, torch.Tensor] = {}
     for index in reversed(range(3)):
-        *steps, found = gradients.retreat(index, rows[index])
-        assert sum(step for step in steps if isinstance(step, int)) == ids.numel()
-        assert isinstance(found, LayerGradients)
-        moments |= found.moments
-        grams |= found.grams
+        found = layer_gradients(executor, index, rows[index])
+        assert found.tokens == ids.numel() == executor.call("losses")[0]
+        for name, sums in found.sums.items():
+            moments[name], grams[name] = sums.moments(found.tokens, ids.numel())
 
     model = AutoModelForCausalLM.from_pretrained(folder)
     outputs: dict[str, torch.Tensor] = {}
@@ -87,7 +80,7 @@ def test_layerwise_gradients_equal_those_of_the_whole_model(
         for found_one, sums in ((moments[name], g.T @ g), (grams[name], x.T @ (x * weights))):
             expected = sums / ids.numel()
             np.testing.assert_allclose(found_one.numpy(), expected, atol=1e-4 * np.abs(expected).max())
-    assert not list((tmp_path / "inputs").iterdir())
+    assert not list(executor.worker.shard.gradients.folder.iterdir())
 
 
 def test_moments_of_a_moe_expert_count_its_share_of_tokens() -> None:
@@ -95,27 +88,29 @@ def test_moments_of_a_moe_expert_count_its_share_of_tokens() -> None:
     hooks = _GradientHooks({"expert": module})
     x, g = torch.randn(6, 5), torch.randn(6, 3)
     module(x.requires_grad_()).backward(g)
-    found = hooks.result(tokens=24)
+    (found,) = hooks.take(block=0).sums.values()
     hooks.remove()
+    moment, gram = found.moments(tokens=24, losses=24)
     x, g = clipped(x.detach().double().numpy()[None]), g.double().numpy()
     weights = np.square(g).sum(1, keepdims=True) / np.square(g).sum(1).mean()
-    np.testing.assert_allclose(found.moments["expert"].numpy(), g.T @ g / 6, atol=1e-5)
-    np.testing.assert_allclose(found.grams["expert"].numpy(), x.T @ (x * weights) / 24, atol=1e-5)
+    np.testing.assert_allclose(moment.numpy(), g.T @ g / 6, atol=1e-5)
+    np.testing.assert_allclose(gram.numpy(), x.T @ (x * weights) / 24, atol=1e-5)
 
 
 def test_a_projection_that_no_token_reaches_is_named() -> None:
-    hooks = _GradientHooks({"experts.3.up_proj": torch.nn.Linear(5, 3)})
-    with pytest.raises(InputError, match=r"experts\.3\.up_proj: none of the first 24 calibration tokens"):
-        hooks.result(tokens=24)
+    found, projections = GradientSums(tokens=24), [Projection("up_proj", 3, 5), Projection("expert", 3, 5, reach=0.5)]
+    with pytest.raises(InputError, match=r"up_proj: none of the first 24 calibration tokens"):
+        found.reached(projections)
+    assert found.reached(projections[1:]) == []
 
 
 def test_moments_are_zero_without_any_gradient() -> None:
     module = torch.nn.Linear(5, 3)
     hooks = _GradientHooks({"p": module})
     module(torch.randn(6, 5, requires_grad=True)).backward(torch.zeros(6, 3))
-    found = hooks.result(tokens=6)
-    assert not found.moments["p"].any()
-    assert not found.grams["p"].any()
+    moment, gram = hooks.take(block=0).sums["p"].moments(tokens=6, losses=6)
+    assert not moment.any()
+    assert not gram.any()
 
 
 def test_weighted_gram_averages_plain_and_weighted_moments() -> None:

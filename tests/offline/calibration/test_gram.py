@@ -15,6 +15,7 @@ from pgsvd_vllm.offline.model.find_projections import find_projections
 from pgsvd_vllm.offline.model.layerwise import LayerStream
 from pgsvd_vllm.offline.model.source import ModelSource
 from tests.conftest import save_tiny_model
+from tests.offline.whole import layer_grams
 
 CPU = torch.device("cpu")
 
@@ -38,10 +39,7 @@ def stream_all(source: ModelSource, ids: torch.Tensor, dtype: torch.dtype) -> tu
     stream = LayerStream(source, text_batches(ids), CPU, dtype)
     found = []
     for index, row in enumerate(find_projections(source).layers):
-        steps = list(advance(stream, index, row, collect=True))
-        assert sum(step for step in steps if isinstance(step, int)) == ids.numel()
-        assert isinstance(steps[-1], LayerGrams)
-        found.append(steps[-1])
+        found.append(layer_grams(stream, index, row, ids.numel()))
     return found, stream
 
 
@@ -71,11 +69,12 @@ def test_layerwise_grams_equal_those_of_the_whole_model(tmp_path: Path, bias: bo
     changed = 0
     for layer in found:
         assert layer.tokens == ids.numel()
+        grams = {name: total.matrix().numpy() for name, total in layer.sums.items()}
         for name, leader in layer.leader.items():
             rows = clipped(reference[name])
             changed += int(np.abs(rows - reference[name].reshape(rows.shape)).max() > 0)
             gram = rows.T @ rows
-            difference = np.linalg.norm(layer.grams[leader].numpy() - gram) / np.linalg.norm(gram)
+            difference = np.linalg.norm(grams[leader] - gram) / np.linalg.norm(gram)
             # Worst case of float32: 14 GEMMs of inner dimension 320 in sequence, and the sum over tokens.
             assert difference <= (14 * 320 + ids.numel()) * 2.0**-24, name
     assert changed, "no token was clipped: clipping was not tested"
@@ -93,8 +92,8 @@ def test_projections_with_one_input_share_one_gram_matrix(tiny_model: Path) -> N
             "mlp.down_proj": ["mlp.down_proj"],
         }
         assert layer.leader == {prefix + m: prefix + first for first, members in groups.items() for m in members}
-        assert set(layer.grams) == {prefix + first for first in groups}
-        for gram in layer.grams.values():
+        assert set(layer.sums) == {prefix + first for first in groups}
+        for gram in (total.matrix() for total in layer.sums.values()):
             assert gram.dtype == torch.float64
             assert torch.equal(gram, gram.T)
 

@@ -10,14 +10,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from pgsvd_vllm.errors import InputError
-from pgsvd_vllm.offline.factors.error_aware import CORRECTED, RIDGE, STREAM_CORRECTED, ErrorAwarePass, Target
+from pgsvd_vllm.offline.factors.error_aware import CORRECTED, RIDGE, STREAM_CORRECTED, Target
 from pgsvd_vllm.offline.model.batch import text_batches
 from pgsvd_vllm.offline.model.find_projections import find_projections
-from pgsvd_vllm.offline.model.layerwise import LayerStream
 from pgsvd_vllm.offline.model.projection import Projection
 from pgsvd_vllm.offline.model.source import ModelSource
 from tests.conftest import save_tiny_model
-from tests.offline.calibration.test_gram import CPU, clipped, reference_inputs, windows
+from tests.offline.calibration.test_gram import clipped, reference_inputs, windows
+from tests.offline.whole import each, error_aware
 
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 RANK = 20
@@ -58,7 +58,7 @@ def test_targets_match_the_definition(tmp_path: Path) -> None:
     folder = save_tiny_model(tmp_path / "model", layers=2, bias=True, seed=5)
     ids = windows(12, 40)
     source = ModelSource(folder)
-    fit_pass = ErrorAwarePass(LayerStream(source, text_batches(ids), CPU, torch.float32))
+    fit_pass = error_aware(source, text_batches(ids))[0]
     seen: dict[str, Target] = {}
     weights: dict[str, torch.Tensor] = {}
 
@@ -70,7 +70,7 @@ def test_targets_match_the_definition(tmp_path: Path) -> None:
     for index, row in enumerate(find_projections(source).layers):
         names = [p.name for group in groups_of(row) for p in group]
         dense_one = names.pop(1)  # a projection that stays dense
-        found = [p.name for p in fit_pass.advance(index, groups_of(row), set(names), fit, {})]
+        found = [p.name for p in fit_pass.advance(index, groups_of(row), set(names), each(fit), {})]
         assert found == names
         assert dense_one not in seen
 
@@ -118,7 +118,7 @@ def test_scaled_outputs_get_no_stream_correction(tmp_path: Path, monkeypatch: py
     plain = layer.mlp.forward
     # As in models with a norm after the projection.
     monkeypatch.setattr(layer.mlp, "forward", lambda x: plain(x) * 0.5)
-    fit_pass = ErrorAwarePass(LayerStream(source, text_batches(windows(8, 40)), CPU, torch.float32))
+    fit_pass = error_aware(source, text_batches(windows(8, 40)))[0]
     targets: list[Target] = []
 
     def fit(p: Projection, target: Target) -> torch.Tensor:
@@ -126,7 +126,7 @@ def test_scaled_outputs_get_no_stream_correction(tmp_path: Path, monkeypatch: py
         return truncated(source.weights.read(f"{p.name}.weight"))
 
     row = find_projections(source).layers[0]
-    list(fit_pass.advance(0, groups_of(row), {p.name for p in row}, fit, {}))
+    list(fit_pass.advance(0, groups_of(row), {p.name for p in row}, each(fit), {}))
     assert len(targets) == 7
     assert all(target.shift is None for target in targets)
 
@@ -140,7 +140,7 @@ def test_a_projection_of_no_output_corrects_nothing(tmp_path: Path, factor: floa
     tensors[f"model.layers.0.mlp.{changed}.weight"] *= factor
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     source = ModelSource(folder)
-    fit_pass = ErrorAwarePass(LayerStream(source, text_batches(windows(12, 40)), CPU, torch.float32))
+    fit_pass = error_aware(source, text_batches(windows(12, 40)))[0]
     targets: dict[str, tuple[Target, torch.Tensor]] = {}
 
     def fit(p: Projection, target: Target) -> torch.Tensor:
@@ -149,7 +149,7 @@ def test_a_projection_of_no_output_corrects_nothing(tmp_path: Path, factor: floa
         return truncated(weight)
 
     row = find_projections(source).layers[0]
-    list(fit_pass.advance(0, groups_of(row), {p.name for p in row}, fit, {}))
+    list(fit_pass.advance(0, groups_of(row), {p.name for p in row}, each(fit), {}))
     target, weight = targets["down_proj"]
     assert target.shift is None
     assert target.of(weight).norm() <= 10 * weight.norm()
@@ -162,7 +162,7 @@ def test_inputs_of_zero_give_no_target(tmp_path: Path) -> None:
     tensors["model.layers.0.mlp.up_proj.weight"].zero_()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     source = ModelSource(folder)
-    fit_pass = ErrorAwarePass(LayerStream(source, text_batches(windows(12, 40)), CPU, torch.float32))
+    fit_pass = error_aware(source, text_batches(windows(12, 40)))[0]
     seen: dict[str, Target | None] = {}
 
     def fit(p: Projection, target: Target | None) -> torch.Tensor:
@@ -170,7 +170,7 @@ def test_inputs_of_zero_give_no_target(tmp_path: Path) -> None:
         return truncated(source.weights.read(f"{p.name}.weight"))
 
     row = find_projections(source).layers[0]
-    list(fit_pass.advance(0, groups_of(row), {p.name for p in row}, fit, {}))
+    list(fit_pass.advance(0, groups_of(row), {p.name for p in row}, each(fit), {}))
     assert [name for name, target in seen.items() if target is None] == ["down_proj"]
 
 
@@ -179,13 +179,13 @@ def test_no_dense_gram_if_all_calibration_tokens_take_part(tmp_path: Path) -> No
     row = find_projections(source).layers[0]
     seen: list[list[Target]] = [[], []]
     for all_tokens in (False, True):
-        fit_pass = ErrorAwarePass(LayerStream(source, text_batches(windows(8, 40)), CPU, torch.float32), all_tokens)
+        fit_pass = error_aware(source, text_batches(windows(8, 40)), all_tokens)[0]
 
         def fit(p: Projection, target: Target, all_tokens: bool = all_tokens) -> torch.Tensor:
             seen[all_tokens].append(target)
             return truncated(source.weights.read(f"{p.name}.weight"))
 
-        list(fit_pass.advance(0, groups_of(row), {p.name for p in row}, fit, {}))
+        list(fit_pass.advance(0, groups_of(row), {p.name for p in row}, each(fit), {}))
     for plain, all_text in zip(*seen, strict=True):
         assert plain.dense is not None
         assert all_text.dense is None
@@ -205,8 +205,8 @@ def test_fewer_tokens_than_inputs_give_no_target(tmp_path: Path) -> None:
         seen[p.name] = target
         return truncated(source.weights.read(f"{p.name}.weight"))
 
-    fit_pass = ErrorAwarePass(LayerStream(source, text_batches(windows(4, 40)), CPU, torch.float32))
-    list(fit_pass.advance(0, groups_of(row), {p.name for p in row}, fit, {}))
+    fit_pass = error_aware(source, text_batches(windows(4, 40)))[0]
+    list(fit_pass.advance(0, groups_of(row), {p.name for p in row}, each(fit), {}))
     assert {p.name for p in row if p.in_features > tokens} == {name for name, one in seen.items() if one is None}
 
 
@@ -225,7 +225,7 @@ def test_a_projection_that_is_not_called_is_named(
         return x if skipped == "mlp" else mlp.gate_proj(x)[..., : x.shape[-1]]
 
     row = find_projections(source).layers[0]
-    fit_pass = ErrorAwarePass(LayerStream(source, text_batches(windows(8, 40)), CPU, torch.float32))
+    fit_pass = error_aware(source, text_batches(windows(8, 40)))[0]
     monkeypatch.setattr(mlp, "forward", forward)
     name = "down_proj" if skipped == "down_proj" else "gate_proj"
     with pytest.raises(InputError, match=rf"mlp\.{name}: its tokens depend on the weights before it \(a router\)"):
@@ -234,7 +234,7 @@ def test_a_projection_that_is_not_called_is_named(
                 0,
                 groups_of(row),
                 {p.name for p in row},
-                lambda p, _t: truncated(source.weights.read(f"{p.name}.weight")),
+                each(lambda p, _t: truncated(source.weights.read(f"{p.name}.weight"))),
                 {},
             )
         )
@@ -251,21 +251,21 @@ def test_a_known_layer_runs_without_a_fit(tmp_path: Path) -> None:
     def never(p: Projection, target: Target) -> torch.Tensor:
         pytest.fail(f"{p.name} was fitted again")
 
-    passes = [ErrorAwarePass(LayerStream(source, text_batches(ids), CPU, torch.float32)) for _ in range(2)]
-    list(passes[0].advance(0, groups_of(row), set(weights), lambda p, _target: weights[p.name], {}))
-    list(passes[1].advance(0, groups_of(row), set(weights), never, weights))
-    for first, second in zip(passes[0].factored.hidden, passes[1].factored.hidden, strict=True):
+    passes, shards = zip(*(error_aware(source, text_batches(ids)) for _ in range(2)), strict=True)
+    list(passes[0].advance(0, groups_of(row), set(weights), each(lambda p, _target: weights[p.name]), {}))
+    list(passes[1].advance(0, groups_of(row), set(weights), each(never), weights))
+    for first, second in zip(shards[0].factored.hidden, shards[1].factored.hidden, strict=True):
         assert torch.equal(first, second)
-    assert not torch.equal(passes[1].factored.hidden[0], passes[1].dense.hidden[0])
+    assert not torch.equal(shards[1].factored.hidden[0], shards[1].dense.hidden[0])
 
 
 def test_overflow_is_named(tmp_path: Path) -> None:
     source = ModelSource(save_tiny_model(tmp_path / "model", layers=2))
-    fit_pass = ErrorAwarePass(LayerStream(source, text_batches(windows(2, 20)), CPU, torch.float32))
+    fit_pass = error_aware(source, text_batches(windows(2, 20)))[0]
     row = find_projections(source).layers[0]
 
     def huge(p: Projection, _target: Target) -> torch.Tensor:
         return torch.full((p.out_features, p.in_features), 1e38, dtype=torch.float64)
 
     with pytest.raises(InputError, match=r"model\.layers\.0\S*: the factored model overflows here in torch\.float32"):
-        list(fit_pass.advance(0, groups_of(row), {p.name for p in row}, huge, {}))
+        list(fit_pass.advance(0, groups_of(row), {p.name for p in row}, each(huge), {}))

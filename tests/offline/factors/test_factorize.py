@@ -9,10 +9,12 @@ import torch
 
 from pgsvd_vllm.offline.calibration.loss_metric import FIT_INPUT_DAMPING
 from pgsvd_vllm.offline.compress import calibrate, measured_spectra
-from pgsvd_vllm.offline.factors import factorize
+from pgsvd_vllm.offline.executor.executor import LocalExecutor
+from pgsvd_vllm.offline.factors import factorize, problem
 from pgsvd_vllm.offline.factors.error_aware import Target
 from pgsvd_vllm.offline.factors.factorize import factor_layers
-from pgsvd_vllm.offline.model.projection import Projection
+from pgsvd_vllm.offline.factors.problem import FitProblem
+from pgsvd_vllm.offline.model.source import ModelSource
 from pgsvd_vllm.offline.options import CompressOptions
 from pgsvd_vllm.offline.planning.plan import make_plan
 from pgsvd_vllm.offline.planning.prepare import open_state
@@ -33,20 +35,21 @@ def test_the_norm_is_that_of_all_tokens_plus_the_shift(
     calibrate(plan, state)
     targets: list[tuple[str, Target]] = []
     norms: list[torch.Tensor] = []
-    fit, solve = factorize._Layer.fit, factorize.closed_form
+    solve, closed_form = factorize.solve, problem.closed_form
 
-    def recorded_fit(self: Any, p: Projection, target: Target) -> torch.Tensor:
-        targets.append((p.name, target))
-        return fit(self, p, target)
+    def recorded_solve(source: ModelSource, device: torch.device, one: FitProblem, shared: Any) -> Any:
+        targets.append((one.projection.name, shared[1]))
+        return solve(source, device, one, shared)
 
-    def recorded_solve(weight: torch.Tensor, gram: torch.Tensor, *rest: Any) -> Any:
+    def recorded_form(weight: torch.Tensor, gram: torch.Tensor, *rest: Any) -> Any:
         norms.append(gram)
-        return solve(weight, gram, *rest)
+        return closed_form(weight, gram, *rest)
 
-    monkeypatch.setattr(factorize._Layer, "fit", recorded_fit)
-    monkeypatch.setattr(factorize, "closed_form", recorded_solve)
+    monkeypatch.setattr(factorize, "solve", recorded_solve)
+    monkeypatch.setattr(problem, "closed_form", recorded_form)
     modules = choose_ranks(plan.projections, measured_spectra(plan, state), plan.target).modules
-    factor_layers(plan.source, plan.data, plan.settings, plan.projections, state, modules)
+    executor = LocalExecutor(plan.source, plan.settings.device, torch.float32)
+    factor_layers(plan.data, plan.settings, plan.projections, state, modules, executor)
 
     every = reference_inputs(tiny_model, plan.data.windows.ids)
     assert len(targets) == len(norms) > 5

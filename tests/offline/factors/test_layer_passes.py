@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pgsvd_vllm.offline.compress import calibrate, choose, store_layers
-from pgsvd_vllm.offline.factors import error_aware
+from pgsvd_vllm.offline.factors import shard
 from pgsvd_vllm.offline.model import batch
 from pgsvd_vllm.offline.options import CompressOptions
 from pgsvd_vllm.offline.planning.plan import Plan, make_plan
@@ -45,9 +45,9 @@ def test_repeated_passes_give_the_same_bits(kept: int, tmp_path: Path, monkeypat
     plan = make_plan(options)
     assert len(plan.data.batches()) == 6
     passes: list[str] = []
-    repeated = error_aware.RepeatedForward.run_until
+    repeated = shard.RepeatedForward.run_until
     monkeypatch.setattr(
-        error_aware.RepeatedForward, "run_until", lambda self, name: passes.append(name) or repeated(self, name)
+        shard.RepeatedForward, "run_until", lambda self, name: passes.append(name) or repeated(self, name)
     )
     expected = made(plan, None)
     assert not passes

@@ -8,8 +8,16 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from pgsvd_vllm.format.reader import open_checkpoint
-from pgsvd_vllm.offline.calibration.lm_head import FLOOR, calibrate_lm_head, row_scale
+from pgsvd_vllm.offline.calibration.lm_head import (
+    FLOOR,
+    HeadSums,
+    head_batches,
+    lm_head_calibration,
+    row_scale,
+    run_lm_head,
+)
 from pgsvd_vllm.offline.compress import compress
+from pgsvd_vllm.offline.executor.executor import combined
 from pgsvd_vllm.offline.model.batch import text_batches
 from pgsvd_vllm.offline.model.find_projections import find_lm_head
 from pgsvd_vllm.offline.model.layerwise import LayerStream
@@ -47,7 +55,10 @@ def test_lm_head_moments_equal_those_of_the_whole_model(untied: Path) -> None:
             with source.layer(index, CPU, torch.float32) as layer:
                 stream.flow.hidden = [stream.run(layer, index, n, h) for n, h in enumerate(stream.flow.hidden)]
             stream.leave(index, stream.flow)
-    found = calibrate_lm_head(stream, find_lm_head(source))
+    head = find_lm_head(source)
+    *_, sums = combined([run_lm_head(stream, head, head_batches(text_batches(ids)))], HeadSums())
+    assert isinstance(sums, HeadSums)
+    found = lm_head_calibration(source, head, sums)
     x, p = inputs_and_predictions(untied, ids)
     unit = power_of_two(found.gram.numpy(), x.T @ x)
     np.testing.assert_allclose(found.gram.numpy() / unit, x.T @ x, rtol=1e-3, atol=1e-2)

@@ -11,21 +11,19 @@ import torch
 import torch.nn.functional as F
 
 from pgsvd_vllm.errors import InputError
-from pgsvd_vllm.offline.calibration.gradients import GradientPass, LayerGradients
-from pgsvd_vllm.offline.calibration.gram import LayerGrams, advance
+from pgsvd_vllm.offline.calibration.loss import BATCH_SEEDS
 from pgsvd_vllm.offline.compress import compress
 from pgsvd_vllm.offline.data.image_text import load_processor, read_pairs
-from pgsvd_vllm.offline.factors.error_aware import ErrorAwarePass
 from pgsvd_vllm.offline.model.batch import Batch
 from pgsvd_vllm.offline.model.draw import draw
 from pgsvd_vllm.offline.model.find_projections import find_projections
-from pgsvd_vllm.offline.model.layerwise import LayerStream
 from pgsvd_vllm.offline.model.source import ModelSource
 from pgsvd_vllm.offline.options import CompressOptions
 from pgsvd_vllm.offline.planning.plan import make_plan
 from tests.e2e.vision_models import VISION_MODELS, save_pairs, save_vision_model
 from tests.offline.calibration.test_gram import CPU, clipped
 from tests.offline.test_compress import section_of
+from tests.offline.whole import each, error_aware, layer_gradients, started_gradients
 
 SEED = 7
 # A dual encoder, a model that uses a layer before the last one, a model whose images have no batch dimension, one more
@@ -60,18 +58,18 @@ def whole_model(source: ModelSource, batches: list[Batch]) -> dict[str, dict[str
             outputs.setdefault(name, []).append(output)
 
         model.get_submodule(p.path).register_forward_hook(keep)
-    generator = torch.Generator().manual_seed(SEED)
     found = [model(**batch) for batch in batches]
     if source.is_dual_encoder:
         texts, images = (torch.cat([one[name] for one in found]) for name in ("text_embeds", "image_embeds"))
         logits = texts @ images.T * model.logit_scale.exp()
-        parts = [logits, logits.T]
+        parts, generators = [logits, logits.T], [torch.Generator().manual_seed(SEED)] * 2
     else:
         given = source.config.image_token_id
         following = [torch.cat([b["input_ids"][:, 1:], torch.tensor([[-1]])], 1)[0] for b in batches]
         parts = [one.logits[0][after != given] for one, after in zip(found, following, strict=True)]
+        generators = [torch.Generator().manual_seed(SEED + n * BATCH_SEEDS) for n in range(len(batches))]
     losses, terms = [], 0
-    for part in parts:
+    for part, generator in zip(parts, generators, strict=True):
         shares = part.detach().softmax(-1)
         labels = draw(shares, torch.rand(len(shares), generator=generator))
         losses.append(F.cross_entropy(part, labels, reduction="sum"))
@@ -90,35 +88,30 @@ def test_grams_and_gradients_equal_those_of_the_whole_model(
 ) -> None:
     source, batches = vision_model
     rows = find_projections(source).layers
-    stream = LayerStream(source, batches, CPU, torch.float32)
-    gradients = GradientPass(stream, tmp_path / "inputs")
+    executor, layers = started_gradients(source, batches, SEED)
     grams: dict[str, tuple[torch.Tensor, int]] = {}
     seen: dict[str, int] = {}
-    for index, row in enumerate(rows):
-        stream.enter(index, stream.flow)
-        gradients.remember(index)
-        *_, found = advance(stream, index, row, collect=True)
-        assert isinstance(found, LayerGrams)
-        grams |= {p.name: (found.grams[found.leader[p.name]], found.counts[found.leader[p.name]]) for p in row}
-        seen |= {p.name: found.tokens for p in row}
-    gradients.start(SEED)
+    for row, one in zip(rows, layers, strict=True):
+        sums = {name: total.matrix() for name, total in one.sums.items()}
+        grams |= {p.name: (sums[one.leader[p.name]], one.counts[one.leader[p.name]]) for p in row}
+        seen |= {p.name: one.tokens for p in row}
+    stream, losses = executor.worker.shard.stream, executor.call("losses")[0]
     last = max(end for end in stream.read if end in source.spans[0])
     moments: dict[str, torch.Tensor] = {}
     for index in reversed(range(len(rows))):
         row = rows[index] if index <= last or index not in source.spans[0] else []
-        *_, result = gradients.retreat(index, row)
-        assert isinstance(result, LayerGradients)
-        moments |= result.moments
+        result = layer_gradients(executor, index, row)
+        moments |= {name: one.moments(result.tokens, losses)[0] for name, one in result.sums.items()}
 
     expected = whole_model(source, batches)
-    assert gradients.losses == expected.pop("terms")
+    assert losses == expected.pop("terms")
     assert grams.keys() == expected.keys()
     for name, (x, g) in expected.items():
         gram, tokens = grams[name]
         assert tokens == len(x) == len(g)
         np.testing.assert_allclose(gram.numpy(), x.T @ x, atol=1e-4 * np.abs(x.T @ x).max())
         if name in moments:
-            moment = g.T @ g / gradients.losses * (seen[name] / tokens)
+            moment = g.T @ g / losses * (seen[name] / tokens)
             assert np.abs(moment).max() > 0
             np.testing.assert_allclose(moments[name].numpy(), moment, atol=2e-3 * np.abs(moment).max())
         else:
@@ -128,26 +121,26 @@ def test_grams_and_gradients_equal_those_of_the_whole_model(
 def test_the_factored_flow_crosses_towers(vision_model: tuple[ModelSource, list[Batch]], one_thread: None) -> None:
     """The factored hidden states equal those of a model with the reconstructed weights."""
     source, batches = vision_model
-    stream = LayerStream(source, batches, CPU, torch.float32)
-    fit = ErrorAwarePass(stream)
+    fit, shard = error_aware(source, batches)
     weights = {
         p.name: source.weights.tensor(f"{p.path}.weight") * (0.8 + 0.1 * (i % 3))
         for i, p in enumerate(p for row in find_projections(source).layers for p in row)
     }
     for index, row in enumerate(find_projections(source).layers):
         known = {p.name: weights[p.name] for p in row}
-        list(fit.advance(index, [[p] for p in row], set(known), lambda *_: pytest.fail("fitted"), known))
+        list(fit.advance(index, [[p] for p in row], set(known), each(lambda *_: pytest.fail("fitted")), known))
 
     model = source.auto_class.from_pretrained(source.folder, dtype=torch.float32).eval()
     for p in (p for row in find_projections(source).layers for p in row):
         model.get_submodule(p.path).weight.data.copy_(weights[p.name])
+    stream = shard.stream
     with torch.no_grad():
         for number, batch in enumerate(batches):
-            expected, found = model(**batch), stream.output(number, fit.factored.kept[number])
+            expected, found = model(**batch), stream.output(number, shard.factored.kept[number])
             for name in ("text_embeds", "image_embeds") if source.is_dual_encoder else ("logits",):
                 if name == "logits":  # the LM head is not loaded yet
                     source.load_lm_head(CPU, torch.float32)
-                    found = stream.output(number, fit.factored.kept[number])
+                    found = stream.output(number, shard.factored.kept[number])
                 torch.testing.assert_close(found[name], expected[name], atol=1e-4, rtol=1e-4)
             dense = stream.output(number, stream.flow.kept[number])
             assert not torch.allclose(dense[name], expected[name], atol=1e-3)

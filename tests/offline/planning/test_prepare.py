@@ -71,7 +71,7 @@ def test_finished_factors_survive_a_resume_with_less_memory(
     # Three layers, factored and distilled.
     assert len(list(tmp_path.glob("out.partial/factors-*/*.safetensors"))) == 6
     monkeypatch.setattr(fit_memory, "free_memory", lambda _device: 0)
-    monkeypatch.setattr("pgsvd_vllm.offline.factors.factorize.closed_form", None)  # nothing is left to solve
+    monkeypatch.setattr("pgsvd_vllm.offline.factors.problem.closed_form", None)  # nothing is left to solve
     compress(CompressOptions(str(tiny_model), output, resume=True, **SMALL))
     assert (output / "config.json").is_file()
 

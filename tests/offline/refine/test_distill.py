@@ -378,7 +378,7 @@ def test_a_distilled_run_is_resumed(
     with pytest.raises(KeyboardInterrupt, match="--resume"):
         compress(options, say=stop)
     assert any(line.startswith("distilled") for line in lines)
-    monkeypatch.setattr("pgsvd_vllm.offline.factors.factorize.closed_form", None)  # the factors exist already
+    monkeypatch.setattr("pgsvd_vllm.offline.factors.problem.closed_form", None)  # the factors exist already
     resumed = CompressOptions(str(tiny_model), output, refine=0.05, resume=True, **OPTIONS)
     compress(resumed)
     assert (output / "config.json").is_file()

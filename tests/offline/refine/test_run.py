@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from pgsvd_vllm.offline.compress import calibrate, measured_spectra
+from pgsvd_vllm.offline.executor.executor import LocalExecutor
 from pgsvd_vllm.offline.factors.factorize import factor_layers
 from pgsvd_vllm.offline.options import CompressOptions, Dose
 from pgsvd_vllm.offline.planning.plan import make_plan
@@ -29,7 +30,7 @@ def test_renamed_modules_are_refined(tiny_model: Path, tmp_path: Path, monkeypat
     calibrate(plan, state)
     modules = choose_ranks(plan.projections, measured_spectra(plan, state), plan.target).modules
     run = (plan.source, plan.data, plan.settings, plan.projections, state)
-    factor_layers(*run, modules)
+    factor_layers(*run[1:], modules, LocalExecutor(plan.source, plan.settings.device, torch.float32))
     before = {name: row for index in range(3) for name, row in state.load_factors(index).tensors.items()}
     said: list[str] = []
     assert Distillation(*run).run(Dose(minutes=0.02), modules, said.append)

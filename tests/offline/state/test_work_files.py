@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 
 from pgsvd_vllm.errors import InputError
 from pgsvd_vllm.offline.calibration.collect import Calibration
-from pgsvd_vllm.offline.calibration.gradients import GradientPass
 from pgsvd_vllm.offline.compress import compress
 from pgsvd_vllm.offline.options import CompressOptions
 
@@ -180,9 +179,9 @@ def test_damage_while_measuring_keeps_the_other_layers(
     """Also in the first run, which otherwise deletes what an error makes useless."""
     backward = Calibration._backward
 
-    def damaged(self: Calibration, gradients: GradientPass) -> None:
+    def damaged(self: Calibration, *arguments: Any) -> None:
         flip(tmp_path / "out.partial" / "layers" / "00001.safetensors")
-        backward(self, gradients)
+        backward(self, *arguments)
 
     monkeypatch.setattr(Calibration, "_backward", damaged)
     with pytest.raises(InputError, match=r"00001\.safetensors: damaged"):

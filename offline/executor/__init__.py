@@ -1,0 +1,1 @@
+"""Running the samples and independent computations, in this process or in several."""

@@ -1,0 +1,57 @@
+"""What one process does for an executor: it runs a share of the calibration samples, and functions."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol, TypeVar
+
+import torch
+
+from pgsvd_vllm.offline.model.batch import Batch
+from pgsvd_vllm.offline.model.layerwise import LayerStream
+from pgsvd_vllm.offline.model.source import ModelSource
+
+Result = TypeVar("Result", covariant=True)
+
+
+class Function(Protocol[Result]):
+    """A computation on the model's weights, apart from the samples."""
+
+    def __call__(self, source: ModelSource, device: torch.device, item: Any, shared: Any) -> Result:
+        """The result for an item."""
+
+
+class Shard(Protocol):
+    """The part of a stage that runs batches through the model, and whose methods executors call by name."""
+
+    def __init__(self, stream: LayerStream, *arguments: Any) -> None: ...
+
+
+class Worker:
+    """Runs a shard.
+
+    Args:
+        source: the model.
+        device: that computes.
+        dtype: of weights and activations.
+    """
+
+    def __init__(self, source: ModelSource, device: torch.device, dtype: torch.dtype) -> None:
+        self.source, self.device, self.dtype = source, device, dtype
+        self.shard: Any = None
+
+    def begin(self, shard: type[Shard], batches: Mapping[int, Batch], *arguments: Any) -> None:
+        """Replace the shard; raises InputError as `LayerStream`."""
+        self.shard = None  # its hidden states are freed before there are new ones
+        stream = LayerStream(self.source, batches, self.device, self.dtype)
+        self.shard = shard(stream, *arguments)
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        """The result of a method of the shard."""
+        return getattr(self.shard, method)(*arguments)
+
+    def stream(self, method: str, *arguments: Any) -> Iterator[Any]:
+        """What a method of the shard yields."""
+        yield from getattr(self.shard, method)(*arguments)
+
+    def apply(self, function: Function[Any], item: Any, shared: Any) -> Any:
+        """The result of a function for an item."""
+        return function(self.source, self.device, item, shared)
