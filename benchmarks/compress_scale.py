@@ -39,7 +39,8 @@ LENGTH = 1024
 # Function of the pipeline -> stage; the innermost frame decides.
 STAGES = {
     "_collect": "calibration",
-    "calibrate_lm_head": "lm_head",
+    "run_lm_head": "lm_head",
+    "lm_head_calibration": "lm_head",
     "_backward": "gradients",
     "factor_layers": "factors",
     "_trained": "distillation",

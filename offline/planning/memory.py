@@ -5,7 +5,7 @@ transformers, the weights outside of the layers and the calibration text. benchm
 estimates with measurements.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from pgsvd_vllm.offline.calibration.gradients import GRADIENT_TOKENS
 from pgsvd_vllm.offline.calibration.lm_head import HEAD_ROWS
@@ -64,12 +64,12 @@ def _calibration(plan: Plan) -> int:
     """Hidden states, a layer, its Gram matrices, and a batch or the spectra of a projection."""
     peaks = []
     for index, row in enumerate(plan.projections.layers):
-        squares = sum(n * n for n in gram_sizes(row))
+        sizes = gram_sizes(row)
         batch = _layer_bytes(plan, index) + _batch_bytes(plan, row)
-        # Roots of the inputs that projections with more outputs share.
-        roots = sum(n * n for n in {p.in_features for p in row if p.out_features > p.in_features})
-        spectra = 8 * roots + max((_spectrum_bytes(p) for p in row), default=0)
-        peaks.append(8 * squares + max(batch, spectra))
+        # The Gram matrix of an input, and its root where projections have more outputs.
+        spectra = max((_spectrum_bytes(p) + 8 * p.in_features**2 for p in row), default=0)
+        spectra += 8 * max((p.in_features**2 for p in row if p.out_features > p.in_features), default=0)
+        peaks.append(max(_sum_bytes(sizes) + batch, _total_bytes(sizes) + spectra))
     return _states(plan, lambda tokens: tokens) * _width(plan) + max(peaks, default=0)
 
 
@@ -86,10 +86,11 @@ def _gradients(plan: Plan) -> int:
     most = GRADIENT_TOKENS + batch_tokens(plan)
     peaks = []
     for index, row in enumerate(plan.projections.layers):
-        moments = 8 * sum(p.out_features**2 + p.in_features**2 for p in row)
+        sizes = [size for p in row for size in (p.out_features, p.in_features)]
+        batch = _layer_bytes(plan, index) + 3 * _batch_bytes(plan, row)
         spectra = 4 * sum(upper_numel(n) for n in gram_sizes(row))
         spectra += max((_loss_spectrum_bytes(p) for p in row), default=0)
-        peaks.append(moments + max(_layer_bytes(plan, index) + 3 * _batch_bytes(plan, row), spectra))
+        peaks.append(max(_sum_bytes(sizes) + batch, _total_bytes(sizes) + spectra))
     start = 3 * 4 * _logit_tokens(plan) * plan.source.vocabulary
     return _states(plan, lambda tokens: tokens + 2 * min(tokens, most)) * _width(plan) + max(*peaks, start)
 
@@ -226,6 +227,16 @@ def _batch_bytes(plan: Plan, row: list[Projection]) -> int:
     return batch_tokens(plan) * (_row_features(row) * _width(plan) + 8 * widest)
 
 
+def _total_bytes(sizes: Sequence[int]) -> int:
+    """Bytes of sums of Gram matrices over all batches: upper triangles in float64."""
+    return 8 * sum(upper_numel(size) for size in sizes)
+
+
+def _sum_bytes(sizes: Sequence[int]) -> int:
+    """Bytes of the same while they are summed: those of a block of batches in float32 come on top."""
+    return _total_bytes(sizes) + 4 * sum(upper_numel(size) for size in sizes)
+
+
 def _spectrum_bytes(p: Projection) -> int:
     """Bytes of the spectrum of a projection's output."""
     squares = DECOMPOSED * min(p.in_features, p.out_features) ** 2 + p.in_features**2
@@ -233,8 +244,8 @@ def _spectrum_bytes(p: Projection) -> int:
 
 
 def _loss_spectrum_bytes(p: Projection) -> int:
-    """Bytes of the spectrum of a projection's loss: of its output, and the root of G."""
-    return _spectrum_bytes(p) + 8 * (p.in_features**2 + DECOMPOSED * p.out_features**2)
+    """Bytes of the spectrum of a projection's loss: of its output, G and C_w, the mixed matrix and the root of G."""
+    return _spectrum_bytes(p) + 8 * (2 * p.in_features**2 + (1 + DECOMPOSED) * p.out_features**2)
 
 
 def _fit_bytes(p: Projection, sequential: bool) -> int:
