@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -137,7 +138,13 @@ def _request(options: CompressOptions) -> str:
     come.
     """
     plain = CompressOptions("", Path())
-    plain_run = {"output": Path(), "resume": False, "memory_budget": None, "executor": LOCAL, "address": None}
+    plain_run: dict[str, Any] = {
+        "output": Path(),
+        "resume": False,
+        "memory_budget": None,
+        "executor": LOCAL,
+        "address": None,
+    }
     given = vars(replace(options, **plain_run, command=""))
     chosen = {name: value for name, value in given.items() if value != getattr(plain, name)}
     return hashlib.sha256(repr(chosen).encode()).hexdigest()

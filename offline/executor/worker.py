@@ -1,6 +1,6 @@
 """What one process does for an executor: it runs a share of the calibration samples, and functions."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -9,14 +9,10 @@ from pgsvd_vllm.offline.model.batch import Batch
 from pgsvd_vllm.offline.model.layerwise import LayerStream
 from pgsvd_vllm.offline.model.source import ModelSource
 
-Result = TypeVar("Result", covariant=True)
-
-
-class Function(Protocol[Result]):
-    """A computation on the model's weights, apart from the samples."""
-
-    def __call__(self, source: ModelSource, device: torch.device, item: Any, shared: Any) -> Result:
-        """The result for an item."""
+Result = TypeVar("Result")
+# A computation on the model's weights, apart from the samples, from the model, the device, an item, and what all items
+# share.
+Function = Callable[[ModelSource, torch.device, Any, Any], Result]
 
 
 class Shard(Protocol):
