@@ -240,22 +240,25 @@ class ProjectionSums:
         """Zero, of the same shapes."""
         return cls(0, *(GramSum(one.width, one.device) for one in (other.moment, other.gram)))
 
-    def moments(self, tokens: int, losses: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def moments(
+        self, tokens: int, losses: int, device: torch.device | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """G and C_w; the sums are empty afterwards.
 
         Args:
             tokens: that the layer has run backward.
             losses: number of loss terms.
+            device: of the result; None for that of the sums.
 
         Returns:
             G, float64 [out, out]: the mean over the tokens that reach the projection, times the tower's tokens per loss
             term, which is 1 for a language model. C_w, float64 [in, in]: the mean over all tokens of w x x^T with x
             scaled by its `token_scale`; tokens that do not reach the projection count as 0.
         """
-        moment = self.moment.matrix()
+        moment = self.moment.matrix().to(device)
         energy = float(moment.trace())  # sum ||g||^2
         # Without any gradient all token weights are 0.
-        weighted = self.gram.matrix().mul_(self.tokens / tokens / energy if energy > 0 else 0.0)
+        weighted = self.gram.matrix().to(device).mul_(self.tokens / tokens / energy if energy > 0 else 0.0)
         return moment.mul_(tokens / losses / self.tokens), weighted
 
 
@@ -288,13 +291,14 @@ class GradientSums:
         Raises:
             InputError: no token reaches a projection that is not an MoE expert's.
         """
-        missing = [p.name for p in projections if p.name not in self.sums and p.reach == 1]
+        seen = {name for name, sums in self.sums.items() if sums.tokens}
+        missing = [p.name for p in projections if p.name not in seen and p.reach == 1]
         if missing:
             raise InputError(
                 f"{missing[0]}: none of the first {self.tokens} calibration tokens reaches it; "
                 f"leave it dense with `ignore` {missing[0]}, or use `sensitivity` forward"
             )
-        return [p for p in projections if p.name in self.sums]
+        return [p for p in projections if p.name in seen]
 
 
 class _GradientHooks:

@@ -119,7 +119,7 @@ def lm_head_calibration(source: ModelSource, head: Projection, found: HeadSums) 
             f"{head.in_features} inputs and needs at least as many"
         )
     weight = found.weight / found.tokens
-    summed = found.gram.matrix()
+    summed = found.gram.matrix().to(weight.device)
     unit = times_power(summed, -exponent_of(summed)).float()
     gram = unit.double()  # the energies belong to the stored matrix
     with naming(head.name):

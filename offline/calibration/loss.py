@@ -5,6 +5,7 @@ contrastive loss over all images and texts of the calibration set: softmax cross
 binary cross entropy of every pair (SigLIP). Drawn labels make the gradient moments the Fisher information.
 """
 
+import hashlib
 import itertools
 
 import torch
@@ -17,10 +18,13 @@ from pgsvd_vllm.offline.model.draw import draw
 from pgsvd_vllm.offline.model.layerwise import LayerStream
 from pgsvd_vllm.offline.model.source import ModelSource
 
-# Distance of the seeds of two batches, whose labels are drawn in different processes.
-BATCH_SEEDS = 2**32
 # Texts and images, [pairs, width] each.
 Embeddings = tuple[torch.Tensor, torch.Tensor]
+
+
+def batch_seed(seed: int, number: int) -> int:
+    """The seed of a batch, which may run in any process: 32 bits, all that torch's generator takes on a CPU."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {number}".encode()).digest()[:4], "little")
 
 
 def next_token_backward(stream: LayerStream, number: int, leaves: dict[int, torch.Tensor], seed: int) -> int:
@@ -39,7 +43,7 @@ def next_token_backward(stream: LayerStream, number: int, leaves: dict[int, torc
     Raises:
         InputError: the model's predictions are not finite.
     """
-    generator = torch.Generator(stream.device).manual_seed(seed + number * BATCH_SEEDS)
+    generator = torch.Generator(stream.device).manual_seed(batch_seed(seed, number))
     ids = stream.batches[number]["input_ids"]
     next_ids = torch.cat([ids[:, 1:], ids.new_full((len(ids), 1), -1)], dim=1)
     if len(leaves) > 1 or "pixel_values" in stream.batches[number]:

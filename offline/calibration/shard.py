@@ -27,6 +27,11 @@ class CalibrationShard:
         self._own: tempfile.TemporaryDirectory[str] | None = None
         self._gradients: GradientPass | None = None
 
+    def close(self) -> None:
+        """Delete the inputs of the layers."""
+        if self._own is not None:
+            self._own.cleanup()
+
     def batch_tokens(self) -> dict[int, int]:
         """As `gradients.batch_tokens`."""
         return batch_tokens(self.stream)

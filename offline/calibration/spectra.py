@@ -73,7 +73,7 @@ def loss_spectrum(
         gradient: only a zero projection has a known loss then, which is 0 at any rank.
     """
     p = item.projection
-    moment, weighted = (one.to(device) for one in item.sums.moments(item.gradient_tokens, item.losses))
+    moment, weighted = item.sums.moments(item.gradient_tokens, item.losses, device)
     if not (moment.any() or item.is_zero):
         return None
     gram = weighted_gram(item.gram.double(device), item.tokens, weighted)

@@ -42,6 +42,12 @@ class Executor(Protocol):
     def begin(self, shard: type[Shard], batches: Sequence[Batch], *arguments: Any) -> None:
         """Give every worker a new shard."""
 
+    def end(self) -> None:
+        """Free the shards after a stage."""
+
+    def tell(self, method: str, *arguments: Any) -> None:
+        """Call a method of every shard before any other call, without waiting for it."""
+
     def call(self, method: str, *arguments: Any) -> list[Any]:
         """Call a method of every shard and return the results."""
 
@@ -82,6 +88,14 @@ class LocalExecutor:
         """
         self.worker.begin(shard, dict(enumerate(batches)), *arguments)
 
+    def end(self) -> None:
+        """Free the shard."""
+        self.worker.end()
+
+    def tell(self, method: str, *arguments: Any) -> None:
+        """Call a method of the shard, whose result does not matter."""
+        self.worker.call(method, *arguments)
+
     def call(self, method: str, *arguments: Any) -> list[Any]:
         """The results of a method of all shards, that of the first block's shard first."""
         return [self.worker.call(method, *arguments)]
@@ -102,8 +116,11 @@ class LocalExecutor:
             yield self.worker.apply(function, item, shared)
 
     def retry(self, stage: Callable[[], Result]) -> Result:
-        """The result of a stage; this process is never lost without the run."""
-        return stage()
+        """The result of a stage, whose shard is freed; this process is never lost without the run."""
+        try:
+            return stage()
+        finally:
+            self.end()
 
 
 def combined(streams: Sequence[Iterator[Any]], total: Total) -> Iterator[int | Total]:

@@ -38,7 +38,7 @@ def opened(
     # Ray's commands use an access token where there is one, a program that joins their cluster only if told to, and
     # before ray is imported.
     token = Path.home() / ".ray" / "auth_token"
-    if token.exists() or {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
+    if options.address is None or token.exists() or {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
         os.environ.setdefault("RAY_AUTH_MODE", "token")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     from pgsvd_vllm.offline.executor.ray_executor import RayExecutor

@@ -9,17 +9,19 @@ run's state as after `--resume`: the other workers would have to wait for as lon
 
 import contextlib
 import logging
+import signal
 import socket
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import ray
 import torch
-from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from ray.util import ActorPool
 
-from pgsvd_vllm.errors import InputError
+from pgsvd_vllm.errors import InputError, PgsvdError
 from pgsvd_vllm.offline.executor.worker import Function, Shard, Worker
 from pgsvd_vllm.offline.model.batch import BLOCKS, Batch, block_of
 from pgsvd_vllm.offline.model.source import ModelSource
@@ -27,8 +29,8 @@ from pgsvd_vllm.offline.model.source import ModelSource
 Result = TypeVar("Result")
 # Times that a stage goes on after it has lost workers.
 MOST_LOST = 8
-# Time that a worker has to answer, and the cluster to accept a connection.
-ANSWER_SECONDS, CONNECT_SECONDS = 5, 10
+# Time that a worker has to start, a started one to answer, and the cluster to accept a connection.
+START_SECONDS, ANSWER_SECONDS, CONNECT_SECONDS = 600, 5, 10
 
 
 class RayWorker:
@@ -52,6 +54,10 @@ class RayWorker:
     def begin(self, shard: type[Shard], batches: dict[int, Batch], *arguments: Any) -> None:
         """As of `Worker`."""
         self._worker.begin(shard, batches, *arguments)
+
+    def end(self) -> None:
+        """As of `Worker`."""
+        self._worker.end()
 
     def call(self, method: str, *arguments: Any) -> Any:
         """As of `Worker`."""
@@ -99,21 +105,24 @@ class RayExecutor:
         options: dict[str, Any] = {} if address else {"include_dashboard": False}
         try:
             _check_reachable(address)
+            handler = signal.getsignal(signal.SIGTERM)
             ray.init(address=address or "local", logging_level=logging.ERROR, log_to_driver=False, **options)
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
             raise InputError(f"{self._where}: Ray cannot start or reach it ({str(error).splitlines()[0]})") from None
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)  # Ray has replaced it
 
     def _start(self) -> None:
         """Start the workers that are missing.
 
         Raises:
-            InputError: the cluster has no room for one.
+            InputError: the cluster has no room for one, or one cannot read the model.
         """
         if self._complete:
             return
         on_gpu, threads = self._device.type == "cuda", torch.get_num_threads()
-        found = ray.cluster_resources()
-        count = int(found.get("GPU", 0)) if on_gpu else int(found.get("CPU", 0) // threads)
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        count = sum(int(node.get("GPU", 0)) if on_gpu else int(node.get("CPU", 0) // threads) for node in nodes)
         if count < 1:
             needed = "a GPU" if on_gpu else f"{threads} CPUs, one for each thread of this process (OMP_NUM_THREADS)"
             raise InputError(f"{self._where}: no machine of the cluster has {needed}")
@@ -121,9 +130,19 @@ class RayExecutor:
         model = (source.folder, source.trust_remote_code, source.unstacks_experts)
         kind: Any = ray.remote(RayWorker).options(max_restarts=0, **needs)
         missing = min(count, BLOCKS) - len(self._actors)
-        self._actors += [kind.remote(*model, self._device, self._dtype, threads) for _ in range(missing)]
+        started = [kind.remote(*model, self._device, self._dtype, threads) for _ in range(missing)]
+        try:
+            ray.get([actor.answer.remote() for actor in started], timeout=START_SECONDS)
+        except GetTimeoutError:
+            raise InputError(
+                f"{self._where}: {missing} workers have not started in {START_SECONDS} s; the cluster may be in use"
+            ) from None
+        except RayError as error:
+            reason = str(error).strip().splitlines()[-1]
+            raise InputError(f"{self._where}: a worker cannot start ({reason})") from None
+        self._actors += started
         if not self._lost:
-            machines = len(ray.nodes())
+            machines = len(nodes)
             self._say(
                 f"ray: {missing} worker{'s' * (missing > 1)} with {threads} thread{'s' * (threads > 1)} each on "
                 f"{machines} machine{'s' * (machines > 1)}"
@@ -140,6 +159,18 @@ class RayExecutor:
         self._active = [self._actors[worker] for worker in sorted(parts)]
         shared = [ray.put(argument) for argument in arguments]
         self._get([self._actors[worker].begin.remote(shard, parts[worker], *shared) for worker in sorted(parts)])
+
+    def end(self) -> None:
+        """Free the shards."""
+        with contextlib.suppress(RayError):
+            ray.get([actor.end.remote() for actor in self._active], timeout=ANSWER_SECONDS)
+        self._active = []
+
+    def tell(self, method: str, *arguments: Any) -> None:
+        """Call a method of every shard; calls of one shard keep their order."""
+        shared = [ray.put(argument) for argument in arguments]
+        for actor in self._active:
+            actor.call.remote(method, *shared)
 
     def call(self, method: str, *arguments: Any) -> list[Any]:
         """Call a method of every shard."""
@@ -175,7 +206,7 @@ class RayExecutor:
         while True:
             try:
                 return stage()
-            except (RayActorError, ActorUnavailableError) as error:
+            except RayError as error:  # of a worker, its machine, or what they had in the object store
                 reason = " ".join(str(error).split())
                 self._lost += 1
                 if self._lost > MOST_LOST:
@@ -183,6 +214,8 @@ class RayExecutor:
                 self._say(f"WARNING: a worker was lost, its stage goes on from the last finished layer ({reason})")
                 self._actors = [actor for actor in self._actors if _is_alive(actor)]
                 self._active, self._complete = [], False
+            finally:
+                self.end()
 
     def close(self) -> None:
         """End all workers, and the cluster if it was started here."""
@@ -205,7 +238,7 @@ def _is_alive(actor: Any) -> bool:
         ray.get(actor.answer.remote(), timeout=ANSWER_SECONDS)
     except GetTimeoutError:
         return True
-    except (RayActorError, ActorUnavailableError):
+    except RayError:
         return False
     return True
 
@@ -216,4 +249,6 @@ def _unwrapped() -> Iterator[None]:
     try:
         yield
     except RayTaskError as error:
-        raise error.cause from None
+        if isinstance(error.cause, PgsvdError):
+            raise error.cause from None
+        raise error.cause from error

@@ -6,6 +6,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 from pgsvd_vllm.offline.model.batch import Batch
+from pgsvd_vllm.offline.model.free_memory import give_back
 from pgsvd_vllm.offline.model.layerwise import LayerStream
 from pgsvd_vllm.offline.model.source import ModelSource
 
@@ -19,6 +20,9 @@ class Shard(Protocol):
     """The part of a stage that runs batches through the model, and whose methods executors call by name."""
 
     def __init__(self, stream: LayerStream, *arguments: Any) -> None: ...
+
+    def close(self) -> None:
+        """Release what the end of the process would not."""
 
 
 class Worker:
@@ -36,9 +40,16 @@ class Worker:
 
     def begin(self, shard: type[Shard], batches: Mapping[int, Batch], *arguments: Any) -> None:
         """Replace the shard; raises InputError as `LayerStream`."""
-        self.shard = None  # its hidden states are freed before there are new ones
+        self.end()
         stream = LayerStream(self.source, batches, self.device, self.dtype)
         self.shard = shard(stream, *arguments)
+
+    def end(self) -> None:
+        """Close and free the shard, its hidden states above all."""
+        if self.shard is not None:
+            self.shard.close()
+        self.shard = None
+        give_back()
 
     def call(self, method: str, *arguments: Any) -> Any:
         """The result of a method of the shard."""

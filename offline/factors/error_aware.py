@@ -77,6 +77,7 @@ class ErrorAwarePass:
     Args:
         executor: that runs the samples.
         batches: of the pass.
+        device: that computes.
         dtype: of activations.
         all_tokens: whether these are all calibration tokens, whose C is known from calibration.
         kept_tokens: as of `FitShard`.
@@ -89,11 +90,12 @@ class ErrorAwarePass:
         self,
         executor: Executor,
         batches: Sequence[Batch],
+        device: torch.device,
         dtype: torch.dtype,
         all_tokens: bool = False,
         kept_tokens: int | None = None,
     ) -> None:
-        self.executor, self.dtype, self.all_tokens = executor, dtype, all_tokens
+        self.executor, self.device, self.dtype, self.all_tokens = executor, device, dtype, all_tokens
         executor.begin(FitShard, batches, all_tokens, kept_tokens)
 
     def advance(
@@ -133,7 +135,7 @@ class ErrorAwarePass:
         opened = [one for one in call("open", index, paths, leaders, candidates) if one is not None]
         writers: list[str] = min(opened)[1] if opened else []  # the first batch decides
         for name, weight in known.items():
-            call("set_weight", name, weight)
+            self.executor.tell("set_weight", name, weight)
         # The router sends different tokens to an MoE expert in the factored layer: its inputs have no dense pairs.
         yield from self._fit(routed, None, fit)
         call("start", writers)
@@ -148,7 +150,7 @@ class ErrorAwarePass:
     def _fit(self, projections: Sequence[Projection], target: Target | None, fit: Fit) -> Iterator[Projection]:
         """Factor projections and give their reconstructed weights to the factored layer; yields each."""
         for p, weight in zip(projections, fit(projections, target), strict=True):
-            self.executor.call("set_weight", p.name, weight)
+            self.executor.tell("set_weight", p.name, weight)
             yield p
 
     def _target(self, p: Projection, writers: Sequence[str]) -> Target | None:
@@ -162,7 +164,7 @@ class ErrorAwarePass:
             InputError: the inputs are not finite, or belong to other tokens than in the dense layer.
         """
         earlier = writers[: writers.index(p.name)] if p.name in writers else None
-        total = TargetSums.zero(p.out_features, p.in_features, not self.all_tokens, earlier is not None)
+        total = TargetSums.zero(p.out_features, p.in_features, not self.all_tokens, earlier is not None, self.device)
         *_, found = combined(self.executor.streams("sums", p.name, earlier), total)
         assert isinstance(found, TargetSums)
         gram = found.gram.matrix()

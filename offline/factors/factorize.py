@@ -59,7 +59,9 @@ def factor_layers(
     if settings.sequential:
         batches = data.batches(SEQUENTIAL_TOKENS)
         complete = sum(batch["input_ids"].numel() for batch in batches) == data.tokens
-        error_aware = ErrorAwarePass(executor, batches, settings.compute_dtype, complete, settings.kept_tokens)
+        error_aware = ErrorAwarePass(
+            executor, batches, settings.device, settings.compute_dtype, complete, settings.kept_tokens
+        )
     with tqdm(total=len(factored), desc="factorize", unit="matrix") as bar:
         for index in layers:
             bar.set_postfix_str(f"layer {index + 1}/{len(layers)}", refresh=False)
@@ -138,8 +140,7 @@ class _Layer:
             )
             for p in projections
         )
-        for p, (tensors, report) in zip(
-            projections, self.executor.map(solve, problems, (self.settings, target)), strict=True
-        ):
+        solved = self.executor.map(solve, problems, (self.settings, target))
+        for p, (tensors, report, weight) in zip(projections, solved, strict=True):
             self.tensors[p.name], self.reports[p.name] = tensors, report
-            yield reconstruct(tensors).to(self.settings.compute_dtype)
+            yield weight

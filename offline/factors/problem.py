@@ -46,7 +46,7 @@ class FitProblem:
 
 def solve(
     source: ModelSource, device: torch.device, problem: FitProblem, shared: tuple[RunSettings, Target | None]
-) -> tuple[dict[str, torch.Tensor], ModuleReport]:
+) -> tuple[dict[str, torch.Tensor], ModuleReport, torch.Tensor]:
     """Factor one projection.
 
     Args:
@@ -57,7 +57,7 @@ def solve(
             model's inputs.
 
     Returns:
-        suffix -> tensor in the stored form, and the report.
+        suffix -> tensor in the stored form; the report; the reconstructed weight [out, in] in the compute dtype.
 
     Raises:
         InputError: the factors are not finite in the stored dtype.
@@ -92,4 +92,5 @@ def solve(
     if not math.isfinite(error) or not is_finite(reconstructed):
         raise not_finite(p.name, dtype)
     report = ModuleReport(p.name, p.out_features, p.in_features, rank, error, optimum, len(factors.errors) - 1)
-    return {suffix: tensor.cpu() for suffix, tensor in tensors.items()}, report
+    stored_tensors = {suffix: tensor.cpu() for suffix, tensor in tensors.items()}
+    return stored_tensors, report, reconstructed.to(settings.compute_dtype)

@@ -143,6 +143,10 @@ class FitShard:
             self.stream.enter(index, flow)
         return self._width
 
+    def close(self) -> None:
+        """Release a layer that was not finished, with its hooks."""
+        self._opened.close()
+
     def _kept_batches(self) -> int:
         """The number of batches whose activations inside of a layer stay in memory, the first ones."""
         if self.kept_tokens is None:

@@ -17,7 +17,7 @@ export RAY_AUTH_MODE=token RAY_AUTH_TOKEN
 
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 first=${nodes[0]}
-on() { srun --overlap --nodes=1 --ntasks=1 --nodelist="$1" "${@:2}"; }
+on() { srun --overlap --nodes=1 --ntasks=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" --nodelist="$1" "${@:2}"; }
 address=$(on "$first" hostname --ip-address | awk '{print $1}'):6379
 trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
 

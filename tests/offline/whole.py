@@ -59,7 +59,7 @@ def error_aware(
 ) -> tuple[ErrorAwarePass, FitShard]:
     """An error-aware fit and its shard."""
     executor = LocalExecutor(source, torch.device("cpu"), torch.float32)
-    fit_pass = ErrorAwarePass(executor, batches, torch.float32, all_tokens)
+    fit_pass = ErrorAwarePass(executor, batches, torch.device("cpu"), torch.float32, all_tokens)
     return fit_pass, executor.worker.shard
 
 

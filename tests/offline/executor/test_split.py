@@ -42,6 +42,13 @@ class SplitExecutor:
         for i in sorted(parts):
             self.workers[i].begin(shard, parts[i], *arguments)
 
+    def end(self) -> None:
+        for worker in self.active:
+            worker.end()
+
+    def tell(self, method: str, *arguments: Any) -> None:
+        self.call(method, *arguments)
+
     def call(self, method: str, *arguments: Any) -> list[Any]:
         return [worker.call(method, *arguments) for worker in self.active]
 

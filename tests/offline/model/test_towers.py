@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from pgsvd_vllm.errors import InputError
-from pgsvd_vllm.offline.calibration.loss import BATCH_SEEDS
+from pgsvd_vllm.offline.calibration.loss import batch_seed
 from pgsvd_vllm.offline.compress import compress
 from pgsvd_vllm.offline.data.image_text import load_processor, read_pairs
 from pgsvd_vllm.offline.model.batch import Batch
@@ -67,7 +67,7 @@ def whole_model(source: ModelSource, batches: list[Batch]) -> dict[str, dict[str
         given = source.config.image_token_id
         following = [torch.cat([b["input_ids"][:, 1:], torch.tensor([[-1]])], 1)[0] for b in batches]
         parts = [one.logits[0][after != given] for one, after in zip(found, following, strict=True)]
-        generators = [torch.Generator().manual_seed(SEED + n * BATCH_SEEDS) for n in range(len(batches))]
+        generators = [torch.Generator().manual_seed(batch_seed(SEED, n)) for n in range(len(batches))]
     losses, terms = [], 0
     for part, generator in zip(parts, generators, strict=True):
         shares = part.detach().softmax(-1)
