@@ -3,11 +3,9 @@
 import hashlib
 import os
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError
 
@@ -77,7 +75,8 @@ def compress(
         with as_interruption():
             check_disk(plan, disk_bytes(plan) - state.used_bytes, state.folder)
             plan.source.weights.check_values(plan.settings.store_dtype or plan.source.weight_dtype)
-            with executor_of(plan, say) as executor:
+            settings = plan.settings
+            with opened(options, plan.source, settings.device, settings.compute_dtype, say) as executor:
                 calibrate(plan, state, executor)
                 keep = True
                 result = _factor_and_write(plan, state, say, executor)
@@ -138,14 +137,8 @@ def _request(options: CompressOptions) -> str:
     come.
     """
     plain = CompressOptions("", Path())
-    plain_run: dict[str, Any] = {
-        "output": Path(),
-        "resume": False,
-        "memory_budget": None,
-        "executor": LOCAL,
-        "address": None,
-    }
-    given = vars(replace(options, **plain_run, command=""))
+    same = replace(options, output=Path(), resume=False, memory_budget=None, executor=LOCAL, address=None, command="")
+    given = vars(same)
     chosen = {name: value for name, value in given.items() if value != getattr(plain, name)}
     return hashlib.sha256(repr(chosen).encode()).hexdigest()
 
@@ -165,9 +158,9 @@ def _kept(state: RunState) -> str:
     return f"; finished layers are kept in {state.kept_in}, continue with --resume"
 
 
-def executor_of(plan: Plan, say: Say) -> AbstractContextManager[Executor]:
-    """As `opened`."""
-    return opened(plan.options, plan.source, plan.settings.device, plan.settings.compute_dtype, say)
+def _local(plan: Plan) -> Executor:
+    """An executor in this process."""
+    return LocalExecutor(plan.source, plan.settings.device, plan.settings.compute_dtype)
 
 
 def calibrate(plan: Plan, state: RunState, executor: Executor | None = None) -> None:
@@ -178,7 +171,7 @@ def calibrate(plan: Plan, state: RunState, executor: Executor | None = None) -> 
         state: of the run.
         executor: of the run; None for this process.
     """
-    executor = executor or LocalExecutor(plan.source, plan.settings.device, plan.settings.compute_dtype)
+    executor = executor or _local(plan)
     calibration = Calibration(plan.source, plan.data, plan.settings, plan.projections, state, executor)
     executor.retry(calibration.run)
     if plan.settings.chooses_bits:
@@ -244,7 +237,7 @@ def store_layers(
     Raises:
         InputError: as of `factor_layers`, `Distillation.run` and `round_layers`.
     """
-    executor = executor or LocalExecutor(plan.source, plan.settings.device, plan.settings.compute_dtype)
+    executor = executor or _local(plan)
     executor.retry(partial(factor_layers, plan.data, plan.settings, plan.projections, state, modules, executor))
     give_back()
     distillation = Distillation(plan.source, plan.data, plan.settings, plan.projections, state)

@@ -45,7 +45,9 @@ class CalibrationShard:
         self._gradients = GradientPass(self.stream, folder, numbers)
 
     def noise(self, index: int, projections: Sequence[Projection], seed: int) -> dict[str, float]:
-        """As `noise_responses`, of a layer that runs next."""
+        """As `noise_responses`, of a layer that runs next; empty without the first batch, which is measured."""
+        if 0 not in self.stream.batches:
+            return {}
         self.stream.enter(index, self.stream.flow)
         return noise_responses(self.stream, index, projections, seed)
 

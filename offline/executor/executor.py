@@ -12,7 +12,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 from pgsvd_vllm.offline.executor.worker import Function, Shard, Worker
-from pgsvd_vllm.offline.model.batch import Batch
+from pgsvd_vllm.offline.model.batch import Batch, block_of
 from pgsvd_vllm.offline.model.source import ModelSource
 
 Result = TypeVar("Result")
@@ -121,6 +121,14 @@ class LocalExecutor:
             return stage()
         finally:
             self.end()
+
+
+def shares_of(batches: Sequence[Batch], workers: int) -> dict[int, dict[int, Batch]]:
+    """Worker -> its batches by number, whole blocks of them; workers without a batch are missing."""
+    shares: dict[int, dict[int, Batch]] = {}
+    for number, batch in enumerate(batches):
+        shares.setdefault(block_of(number) % workers, {})[number] = batch
+    return dict(sorted(shares.items()))
 
 
 def combined(streams: Sequence[Iterator[Any]], total: Total) -> Iterator[int | Total]:

@@ -22,8 +22,9 @@ from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from ray.util import ActorPool
 
 from pgsvd_vllm.errors import InputError, PgsvdError
+from pgsvd_vllm.offline.executor.executor import shares_of
 from pgsvd_vllm.offline.executor.worker import Function, Shard, Worker
-from pgsvd_vllm.offline.model.batch import BLOCKS, Batch, block_of
+from pgsvd_vllm.offline.model.batch import BLOCKS, Batch
 from pgsvd_vllm.offline.model.source import ModelSource
 
 Result = TypeVar("Result")
@@ -152,13 +153,11 @@ class RayExecutor:
     def begin(self, shard: type[Shard], batches: Sequence[Batch], *arguments: Any) -> None:
         """Give every worker a new shard with its share of the blocks."""
         self._start()
-        parts: dict[int, dict[int, Batch]] = {}
-        for number, batch in enumerate(batches):
-            parts.setdefault(block_of(number) % len(self._actors), {})[number] = batch
-        # Workers without a batch take no part.
-        self._active = [self._actors[worker] for worker in sorted(parts)]
+        shares = shares_of(batches, len(self._actors))
+        self._active = [self._actors[worker] for worker in shares]
         shared = [ray.put(argument) for argument in arguments]
-        self._get([self._actors[worker].begin.remote(shard, parts[worker], *shared) for worker in sorted(parts)])
+        begun = zip(self._active, shares.values(), strict=True)
+        self._get([actor.begin.remote(shard, share, *shared) for actor, share in begun])
 
     def end(self) -> None:
         """Free the shards."""

@@ -235,3 +235,12 @@ def test_a_ratio_beyond_the_front_is_refused() -> None:
     projection, target = Projection("p", 8, 8), RankTarget(None, None, (Storage("factors"),))
     with pytest.raises(InputError, match=r"`ratio` 0\.9: more than this model can give"):
         loss_front([projection], {"p": torch.ones(8, dtype=torch.float64)}, target).at(0.9)
+
+
+def test_batches_draw_different_labels() -> None:
+    """A generator on a CPU ignores all but 32 bits of its seed."""
+    draws = [
+        torch.rand(4, generator=torch.Generator().manual_seed(loss.batch_seed(seed, number)))
+        for seed, number in ((0, 0), (0, 1), (1, 0), (1, 1))
+    ]
+    assert len({tuple(one.tolist()) for one in draws}) == 4

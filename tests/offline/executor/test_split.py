@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from pgsvd_vllm.offline.compress import calibrate, choose, store_layers
-from pgsvd_vllm.offline.executor.executor import Executor
+from pgsvd_vllm.offline.executor.executor import Executor, shares_of
 from pgsvd_vllm.offline.executor.worker import Worker
 from pgsvd_vllm.offline.model import batch as batching
-from pgsvd_vllm.offline.model.batch import BLOCKS, Batch, block_of
+from pgsvd_vllm.offline.model.batch import BLOCKS, Batch
 from pgsvd_vllm.offline.model.source import ModelSource
 from pgsvd_vllm.offline.options import CompressOptions
 from pgsvd_vllm.offline.planning.plan import Plan, make_plan
@@ -35,12 +35,10 @@ class SplitExecutor:
         self.active: list[Worker] = []
 
     def begin(self, shard: Any, batches: Sequence[Batch], *arguments: Any) -> None:
-        parts: dict[int, dict[int, Batch]] = {}
-        for number, one in enumerate(batches):
-            parts.setdefault(block_of(number) % len(self.workers), {})[number] = one
-        self.active = [self.workers[i] for i in sorted(parts)]
-        for i in sorted(parts):
-            self.workers[i].begin(shard, parts[i], *arguments)
+        shares = shares_of(batches, len(self.workers))
+        self.active = [self.workers[i] for i in shares]
+        for worker, share in zip(self.active, shares.values(), strict=True):
+            worker.begin(shard, share, *arguments)
 
     def end(self) -> None:
         for worker in self.active:
